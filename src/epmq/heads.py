@@ -1,0 +1,113 @@
+"""Task heads that sit on a shared backbone: pool the last hidden state, normalise it, apply one linear map.
+
+This is the form of CLIP's zero-shot head, of a class-mean head and of a linear probe. A head is one small
+safetensors file beside the expert's weights (`head.safetensors`); it is never merged and never quantized.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+HEAD_FILE = "head.safetensors"
+POOLINGS = ("cls", "mean", "cls_mean")
+
+
+def pool(hidden: Tensor, mask: Tensor | None, pooling: str) -> Tensor:
+    """One feature row a sample.
+
+    Args:
+        hidden: last hidden state, [batch, tokens, features].
+        mask: 1 for a real token and 0 for padding, [batch, tokens]; None means that all are real.
+        pooling: `cls` takes the first token, `mean` averages the real tokens, `cls_mean` puts the first
+            token beside the mean of the others (as `Dinov2ForImageClassification` does).
+
+    Returns:
+        [batch, features], or [batch, 2·features] for `cls_mean`.
+    """
+    if pooling == "cls":
+        return hidden[:, 0]
+    if mask is None:
+        mask = torch.ones(hidden.shape[:2], dtype=torch.long, device=hidden.device)
+    if pooling == "cls_mean":
+        return torch.cat([hidden[:, 0], pool(hidden[:, 1:], mask[:, 1:], "mean")], dim=-1)
+    if pooling != "mean":
+        raise ValueError(f"pooling: {pooling!r} is not one of {', '.join(POOLINGS)}")
+    weight = mask.to(hidden.dtype).unsqueeze(-1)
+    return (hidden * weight).sum(1) / weight.sum(1).clamp(min=1)
+
+
+@dataclass(frozen=True)
+class Head:
+    """A linear task head: `logits = normalise(pool(hidden)) @ weight.T + bias`.
+
+    Attributes:
+        weight: [classes, features], float32.
+        bias: [classes], float32.
+        pooling: one of `POOLINGS`.
+        normalize: divide the pooled features by their Euclidean norm first.
+        labels: names of the classes, in the order of the rows of `weight`; may be empty.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    pooling: str = "cls"
+    normalize: bool = True
+    labels: list[str] = field(default_factory=list)
+
+    def features(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
+        """Pooled (and normalised) features in float32, [batch, features]; arguments as in `pool`."""
+        rows = pool(hidden, mask, self.pooling).float()
+        return torch.nn.functional.normalize(rows, dim=-1) if self.normalize else rows
+
+    def logits(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
+        """Class scores, [batch, classes] float32; arguments as in `pool`."""
+        features = self.features(hidden, mask)
+        return features @ self.weight.to(features.device).T + self.bias.to(features.device)
+
+
+def save_head(head: Head, path: str | Path) -> None:
+    """Write a head as one safetensors file; its settings go into the file's metadata."""
+    from safetensors.torch import save_file
+
+    metadata = {
+        "pooling": head.pooling,
+        "normalize": json.dumps(head.normalize),
+        "labels": json.dumps(head.labels),
+    }
+    tensors = {"weight": head.weight.float().contiguous(), "bias": head.bias.float().contiguous()}
+    save_file(tensors, str(path), metadata=metadata)
+
+
+def load_head(path: str | Path) -> Head:
+    """Read a head written by `save_head`.
+
+    Raises:
+        ValueError: a tensor or a setting is missing or of the wrong shape; the file is named.
+    """
+    from safetensors import safe_open
+
+    with safe_open(str(path), framework="pt") as file:
+        missing = {"weight", "bias"} - set(file.keys())
+        if missing:
+            raise ValueError(f"{path}: a head file holds 'weight' and 'bias'; missing: {sorted(missing)}")
+        weight, bias = file.get_tensor("weight").float(), file.get_tensor("bias").float()
+        metadata = file.metadata() or {}
+    if weight.ndim != 2 or bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"{path}: weight {list(weight.shape)} and bias {list(bias.shape)} must be [classes, features] and [classes]"
+        )
+    pooling = metadata.get("pooling", "cls")
+    if pooling not in POOLINGS:
+        raise ValueError(f"{path}: pooling {pooling!r} is not one of {', '.join(POOLINGS)}")
+    return Head(
+        weight=weight,
+        bias=bias,
+        pooling=pooling,
+        normalize=json.loads(metadata.get("normalize", "true")),
+        labels=json.loads(metadata.get("labels", "[]")),
+    )
