@@ -1,1 +1,40 @@
-"""epmq"""
+"""epmq: merge fine-tuned experts and quantize the merge with the experts as the guide.
+
+    import epmq
+
+    report = epmq.run("recipe.yaml")        # merge, quantize, evaluate, write
+    model = epmq.load(report["output"])     # one model for all tasks
+    model.answer("spam", ["You have won a prize"])
+
+Names are imported when they are first used, so that `import epmq` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from epmq.multitask import MultiTaskModel, load
+    from epmq.pipeline import evaluate_checkpoint, evaluate_experts, merge, run
+    from epmq.spec import Recipe, load_recipe
+
+__version__ = "0.1.0"
+__all__ = ["MultiTaskModel", "Recipe", "evaluate_checkpoint", "evaluate_experts", "load", "load_recipe", "merge", "run"]
+
+_HOME = {
+    "MultiTaskModel": "epmq.multitask",
+    "Recipe": "epmq.spec",
+    "evaluate_checkpoint": "epmq.pipeline",
+    "evaluate_experts": "epmq.pipeline",
+    "load": "epmq.multitask",
+    "load_recipe": "epmq.spec",
+    "merge": "epmq.pipeline",
+    "run": "epmq.pipeline",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'epmq' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)

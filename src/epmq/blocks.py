@@ -1,0 +1,120 @@
+"""Find a model's repeated blocks and the groups of linear layers that share an input.
+
+Nothing here knows an architecture: blocks are the entries of the outermost `ModuleList`s that hold linear weights,
+and layers belong together when they receive the same tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+LINEAR = (nn.Linear, Conv1D)
+# A list of modules with a smaller share of the model's linear weights than this is not a stack of blocks.
+SMALLEST_SHARE = 0.05
+
+
+@dataclass
+class Stack:
+    """One chain of blocks, such as an encoder.
+
+    Attributes:
+        name: the `ModuleList`'s name in the model, such as `encoder.layer`.
+        blocks: its modules, in order.
+        outputs: what the last finished block returned, one entry a batch (kept by `epmq.walk`).
+    """
+
+    name: str
+    blocks: list[nn.Module]
+    outputs: list[Any] = field(default_factory=list)
+
+    def block_name(self, index: int) -> str:
+        return f"{self.name}.{index}"
+
+
+def find_stacks(model: nn.Module) -> list[Stack]:
+    """The model's stacks of repeated blocks, in order of definition.
+
+    Raises:
+        ValueError: the model has none.
+    """
+    total = sum(_linear_size(module) for module in model.modules() if isinstance(module, LINEAR)) or 1
+    stacks: list[Stack] = []
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or any(name.startswith(stack.name + ".") for stack in stacks):
+            continue
+        size = sum(_linear_size(linear) for _, linear in linears(module))
+        if size >= SMALLEST_SHARE * total:
+            stacks.append(Stack(name, list(module)))
+    if not stacks:
+        raise ValueError(f"{type(model).__name__} has no list of repeated blocks with linear layers to quantize")
+    return stacks
+
+
+def linears(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Names (within `module`) and modules of all linear layers in it."""
+    return [(name, child) for name, child in module.named_modules() if isinstance(child, LINEAR)]
+
+
+def as_matrix(linear: nn.Module, weight: Tensor) -> Tensor:
+    """A linear layer's stored weight as [out, in]; GPT-2's `Conv1D` stores the transpose. Its own inverse."""
+    return weight.T if isinstance(linear, Conv1D) else weight
+
+
+def input_groups(block: nn.Module, run: Callable[[], object]) -> list[list[str]]:
+    """Names of the block's linear layers, put together where they receive the same input, in order of first call.
+
+    Args:
+        block: the block.
+        run: calls the block once on real data.
+
+    Raises:
+        ValueError: a linear layer was not called; it is named.
+    """
+    seen: dict[str, list[Tensor]] = {}
+
+    def note(name: str) -> Callable[..., None]:
+        return lambda module, args: seen.setdefault(name, []).append(args[0])
+
+    # The tensors are kept until the end: a freed one could lend its address to another.
+    with hooks([(module, note(name)) for name, module in linears(block)]):
+        run()
+    missing = [name for name, _ in linears(block) if name not in seen]
+    if missing:
+        raise ValueError(f"linear layers that saw no calibration data: {', '.join(missing)}")
+    groups: dict[tuple, list[str]] = {}
+    for name, inputs in seen.items():
+        groups.setdefault(tuple(_identity(tensor) for tensor in inputs), []).append(name)
+    return list(groups.values())
+
+
+@contextmanager
+def hooks(pairs: list[tuple[nn.Module, Callable[..., None]]]) -> Iterator[None]:
+    """Forward pre-hooks, for the length of a `with` block."""
+    handles = [module.register_forward_pre_hook(hook) for module, hook in pairs]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _identity(tensor: Tensor) -> tuple:
+    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype
+
+
+def _linear_size(linear: nn.Module) -> int:
+    weight = linear.weight
+    assert isinstance(weight, Tensor)
+    return weight.numel()
+
+
+def is_padding_mask(value: object) -> bool:
+    """Whether a model input is a padding mask: [batch, tokens] of integers or booleans."""
+    return isinstance(value, Tensor) and value.ndim == 2 and not torch.is_floating_point(value)

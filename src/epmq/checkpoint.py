@@ -1,0 +1,272 @@
+"""Checkpoints on disk: read lazily, tensor by tensor; written shard by shard into a directory that appears whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+# What is fetched from the Hub: never code, never pickles.
+PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+# Files beside the weights that belong to the tokenizer or the processor.
+PROCESSOR_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "chat_template.jinja",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "generation_config.json",
+)
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def resolve(source: str | Path) -> Path:
+    """The local directory of a model: `source` itself, or a snapshot of the Hub id `owner/name`.
+
+    Raises:
+        FileNotFoundError: there is no such directory and no such model on the Hub.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+        raise FileNotFoundError(f"{source}: no such directory (and not a Hub id of the form owner/name)")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=PATTERNS))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise FileNotFoundError(f"{source}: no such directory, and the Hub did not give it ({reason})") from None
+
+
+class Checkpoint:
+    """A Hugging Face directory, read lazily: opening it reads headers only.
+
+    Args:
+        source: directory or Hub id.
+
+    Attributes:
+        path: the local directory.
+        config: content of `config.json`.
+
+    Raises:
+        FileNotFoundError: no directory, no `config.json` or no safetensors weights; the path is named.
+        ValueError: a file cannot be read as what it should be; it is named.
+    """
+
+    def __init__(self, source: str | Path) -> None:
+        self.path = resolve(source)
+        self.config: dict[str, Any] = _read_json(self.path / "config.json")
+        self._files: dict[str, Any] = {}
+        self._shard: dict[str, str] = self._read_index()
+
+    def _read_index(self) -> dict[str, str]:
+        index = self.path / INDEX
+        if index.exists():
+            shards = _read_json(index).get("weight_map")
+            if not isinstance(shards, dict):
+                raise ValueError(f"{index}: no 'weight_map'")
+            for name, shard in shards.items():
+                if not isinstance(shard, str) or Path(shard).name != shard:
+                    raise ValueError(f"{index}: tensor {name!r} lies in {shard!r}, which is not a plain file name")
+                if not (self.path / shard).exists():
+                    raise FileNotFoundError(f"{self.path / shard}: named in {INDEX} but missing")
+            listed = {name: file for file in sorted(set(shards.values())) for name in self._open(file).keys()}
+            for name, shard in shards.items():
+                if listed.get(name) != shard:
+                    raise ValueError(f"{index}: tensor {name!r} is not in {shard}")
+            return shards
+        if (self.path / SINGLE).exists():
+            return dict.fromkeys(self._open(SINGLE).keys(), SINGLE)
+        hint = ""
+        if (self.path / "pytorch_model.bin").exists():
+            hint = " (pytorch_model.bin is a pickle and is not opened: convert it to safetensors)"
+        raise FileNotFoundError(f"{self.path}: no {SINGLE} and no {INDEX}{hint}")
+
+    def _open(self, shard: str) -> Any:
+        if shard not in self._files:
+            try:
+                self._files[shard] = safe_open(str(self.path / shard), framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"{self.path / shard}: not a readable safetensors file ({error})") from None
+        return self._files[shard]
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all tensors, as on disk."""
+        return list(self._shard)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._shard
+
+    def _slice(self, name: str) -> Any:
+        if name not in self._shard:
+            raise KeyError(f"{self.path}: no tensor {name!r}")
+        return self._open(self._shard[name]).get_slice(name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, from the header."""
+        return tuple(self._slice(name).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype | None:
+        """Float dtype of a tensor, from the header; None for any other kind."""
+        return _DTYPES.get(self._slice(name).get_dtype())
+
+    def tensor(self, name: str) -> Tensor:
+        """Read one tensor.
+
+        Raises:
+            KeyError: there is no tensor of that name.
+        """
+        if name not in self._shard:
+            raise KeyError(f"{self.path}: no tensor {name!r}")
+        return self._open(self._shard[name]).get_tensor(name)
+
+    def check_finite(self, names: list[str] | None = None) -> None:
+        """Read all tensors once and look for NaN and Inf.
+
+        Raises:
+            ValueError: a tensor has one; file and tensor are named.
+        """
+        for name in self.names if names is None else names:
+            tensor = self.tensor(name)
+            if torch.is_floating_point(tensor) and tensor.numel() and not torch.isfinite(tensor.sum(dtype=torch.float64)):
+                bad = int((~torch.isfinite(tensor)).sum())
+                raise ValueError(f"{self.path / self._shard[name]}: tensor {name!r} has {bad} NaN or Inf entries")
+
+
+class CheckpointWriter:
+    """Writes tensors as they come, a shard at a time, and names the shards when their number is known.
+
+    Args:
+        folder: an existing directory.
+        shard_bytes: a shard is written when it holds this much.
+    """
+
+    def __init__(self, folder: Path, shard_bytes: int = 2 << 30) -> None:
+        self.folder, self.shard_bytes = folder, shard_bytes
+        self._pending: dict[str, Tensor] = {}
+        self._pending_bytes = 0
+        self._shards: list[list[str]] = []
+        self.sizes: dict[str, int] = {}
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Take one tensor.
+
+        Raises:
+            ValueError: the name was written before.
+        """
+        if name in self.sizes:
+            raise ValueError(f"tensor {name!r} is written twice")
+        self.sizes[name] = tensor.numel() * tensor.element_size()
+        self._pending[name] = tensor.detach().cpu().contiguous()
+        self._pending_bytes += self.sizes[name]
+        if self._pending_bytes >= self.shard_bytes:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._pending:
+            save_file(self._pending, str(self.folder / f"shard-{len(self._shards)}"), metadata={"format": "pt"})
+            self._shards.append(list(self._pending))
+            self._pending, self._pending_bytes = {}, 0
+
+    def finish(self) -> None:
+        """Write the last shard and, if there are several, the index."""
+        self._flush()
+        if len(self._shards) == 1:
+            (self.folder / "shard-0").rename(self.folder / SINGLE)
+            return
+        weight_map = {}
+        for i, names in enumerate(self._shards):
+            shard = f"model-{i + 1:05d}-of-{len(self._shards):05d}.safetensors"
+            (self.folder / f"shard-{i}").rename(self.folder / shard)
+            weight_map |= dict.fromkeys(names, shard)
+        index = {"metadata": {"total_size": sum(self.sizes.values())}, "weight_map": weight_map}
+        write_json(self.folder / INDEX, index)
+
+
+def check_output(path: str | Path) -> Path:
+    """Where an output directory may appear.
+
+    Raises:
+        FileExistsError: something is there already.
+        PermissionError: the parent cannot be written to.
+    """
+    path = Path(path).expanduser()
+    if path.exists():
+        raise FileExistsError(f"output {path} exists already: remove it or choose another directory")
+    parent = path.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not os.access(parent, os.W_OK):
+        raise PermissionError(f"output {path}: {parent} cannot be written to")
+    return path
+
+
+@contextmanager
+def whole_directory(path: str | Path) -> Iterator[Path]:
+    """A work folder that becomes `path` when the `with` block ends well, and vanishes when it does not.
+
+    Raises:
+        FileExistsError, PermissionError: see `check_output`.
+    """
+    path = check_output(path)
+    path.absolute().parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.absolute().parent))
+    try:
+        yield work
+        for file in work.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as handle:
+                    os.fsync(handle.fileno())
+        work.chmod(0o755)
+        check_output(path)
+        work.rename(path)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def copy_processor(source: Path, target: Path) -> None:
+    """Copy tokenizer and processor files, as they are."""
+    for name in PROCESSOR_FILES:
+        if (source / name).exists():
+            shutil.copyfile(source / name, target / name)
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write JSON with two spaces of indentation."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: missing") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object")
+    return content

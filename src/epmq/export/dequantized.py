@@ -1,0 +1,22 @@
+"""Plain safetensors with dequantized weights: for anything that reads a Hugging Face directory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from epmq.blocks import as_matrix
+from epmq.grid import Grid, QuantizedTensor
+
+NEEDS_LINEAR = False
+
+
+def tensors(prefix: str, layer: nn.Module, weight: QuantizedTensor) -> dict[str, Tensor]:
+    """The layer's dequantized weight as its module stores it; arguments as in `epmq.export.packed`."""
+    return {f"{prefix}.weight": as_matrix(layer, weight.dequantize())}
+
+
+def config(grid: Grid, ignore: list[str]) -> dict[str, Any] | None:
+    """Nothing: the checkpoint is an ordinary one."""
+    return None

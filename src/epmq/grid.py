@@ -1,0 +1,112 @@
+"""The quantization grid and what lies on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+BITS = (2, 3, 4, 8)
+GROUP_SIZES = (-1, 32, 64, 128)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Integer levels and how many weights share one scale.
+
+    Codes are signed: −2^(bits−1) … 2^(bits−1) − 1, as compressed-tensors stores them.
+
+    Attributes:
+        bits: 2, 3, 4 or 8.
+        group_size: consecutive input columns that share a scale; −1 is one scale a row.
+        symmetric: no zero point.
+    """
+
+    bits: int = 4
+    group_size: int = -1
+    symmetric: bool = True
+
+    @property
+    def lowest(self) -> int:
+        return -(1 << (self.bits - 1))
+
+    @property
+    def highest(self) -> int:
+        return (1 << (self.bits - 1)) - 1
+
+    def width(self, columns: int) -> int:
+        """Columns in one group of a weight with that many input columns.
+
+        Raises:
+            ValueError: the group size does not divide the number of columns.
+        """
+        if self.group_size == -1:
+            return columns
+        if columns % self.group_size:
+            raise ValueError(f"group size {self.group_size} does not divide {columns} input columns")
+        return self.group_size
+
+    def scales(self, weight: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        """Min–max scales and zero points, as compressed-tensors defines them.
+
+        Scales are rounded to the dtype they are stored in *here*, before any solver runs, so that what is stored is
+        what was optimised.
+
+        Args:
+            weight: [out, in], any float dtype.
+            dtype: dtype the scales are stored in.
+
+        Returns:
+            scale [out, groups] in `dtype` and zero point [out, groups] int8 (zeros on a symmetric grid).
+
+        Raises:
+            ValueError: the group size does not divide the columns.
+        """
+        rows, columns = weight.shape
+        grouped = weight.float().reshape(rows, -1, self.width(columns))
+        steps = self.highest - self.lowest
+        smallest = torch.finfo(dtype).tiny
+        if self.symmetric:
+            scale = (grouped.abs().amax(-1) * (2 / steps)).clamp(min=smallest).to(dtype)
+            return scale, torch.zeros(scale.shape, dtype=torch.int8, device=weight.device)
+        low, high = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
+        scale = ((high - low) / steps).clamp(min=smallest).to(dtype)
+        zero = (self.lowest - low / scale.float()).round().clamp(self.lowest, self.highest)
+        return scale, zero.to(torch.int8)
+
+
+@dataclass
+class QuantizedTensor:
+    """A weight on its grid. The codes are the source of truth: exporters pack them and never round again.
+
+    Attributes:
+        codes: [out, in] int8.
+        scale: [out, groups] in the stored dtype.
+        zero_point: [out, groups] int8 (zeros on a symmetric grid).
+        grid: the grid.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    grid: Grid
+
+    def dequantize(self) -> Tensor:
+        """(codes − zero point) · scale, [out, in], in the dtype of the scales (as compressed-tensors computes it)."""
+        rows, columns = self.codes.shape
+        grouped = self.codes.reshape(rows, -1, self.grid.width(columns)).to(self.scale.dtype)
+        if not self.grid.symmetric:
+            grouped = grouped - self.zero_point.to(self.scale.dtype).unsqueeze(-1)
+        return (grouped * self.scale.unsqueeze(-1)).reshape(rows, columns)
+
+    def split(self, rows: list[int]) -> list[QuantizedTensor]:
+        """Cut stacked layers apart again; `rows` are their output sizes."""
+        parts = zip(self.codes.split(rows), self.scale.split(rows), self.zero_point.split(rows))
+        return [QuantizedTensor(codes, scale, zero, self.grid) for codes, scale, zero in parts]
+
+    @property
+    def stored_bits(self) -> int:
+        """Bits that codes, scales and zero points take when packed."""
+        bits = self.codes.numel() * self.grid.bits + self.scale.numel() * self.scale.element_size() * 8
+        return bits + (0 if self.grid.symmetric else self.zero_point.numel() * self.grid.bits)

@@ -1,0 +1,82 @@
+"""From moments to the pair (W*, H) that every solver takes.
+
+For one layer with merged weight A, experts W_k and inputs with Gram matrices G_k, the loss
+
+    Σ_k ω_k/n_k ‖X_k Qᵀ − X_k W_kᵀ‖² + λ̄ ‖Q − A‖²  =  tr((Q − W*) H (Q − W*)ᵀ) + constant
+
+has H = Σ ω_k G_k + λ̄ I and W* = A + (Σ ω_k (W_k − A) G_k) H⁻¹ (E-PMQ, arXiv 2605.16882). GPTQ on the merged model is
+the case W_k = A; RegMean (arXiv 2212.09849) is λ̄ = 0 without a grid.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from epmq.moments import Moments
+
+
+class Objective:
+    """The objective of all layers that share one input, collected one task at a time.
+
+    Only one task's Gram matrix exists at any time: it is folded into H and into the layers' corrections at once.
+
+    Attributes:
+        hessian: Σ ω_k G_k so far, [in, in] float32, without the anchor.
+        correction: Σ ω_k (W_k − A) G_k so far, [out, in] float32 (stacked layers), or None while it is zero.
+    """
+
+    def __init__(self, anchor: Tensor) -> None:
+        self.anchor = anchor.float()
+        self.hessian = torch.zeros(anchor.shape[1], anchor.shape[1], device=anchor.device)
+        self.correction: Tensor | None = None
+
+    def add(self, moments: Moments, weight: float, expert: Tensor | None = None) -> None:
+        """Fold in one task.
+
+        Args:
+            moments: of the layers' input on that task's calibration data.
+            weight: ω_k.
+            expert: W_k [out, in] (stacked like the anchor); None for the merged target W_k = A.
+
+        Raises:
+            ValueError: no token was seen.
+        """
+        gram = moments.gram
+        self.hessian.add_(gram, alpha=weight)
+        if expert is None:
+            return
+        if self.correction is None:
+            self.correction = torch.zeros_like(self.anchor)
+        self.correction.addmm_(expert.float() - self.anchor, gram, alpha=weight)
+
+    def solve(self, strength: float) -> tuple[Tensor, Tensor, float]:
+        """The continuous optimum and the Hessian.
+
+        Dead inputs (zero Gram diagonal) keep the anchor's weight: their row of H is λ̄ alone. If H is not positive
+        definite in float32, λ̄ is raised tenfold until it is.
+
+        Args:
+            strength: λ̄ over the mean of the Gram matrix's diagonal.
+
+        Returns:
+            W* [out, in] float32, H [in, in] float32 with the anchor in it, and the strength that was used.
+
+        Raises:
+            ValueError: the moments are not finite, or H stays indefinite after seven raises.
+        """
+        if not torch.isfinite(self.hessian).all():
+            raise ValueError("the layer's inputs hold NaN or Inf")
+        mean = float(self.hessian.diagonal().mean()) or 1.0
+        for _ in range(8):
+            hessian = self.hessian.clone()
+            hessian.diagonal().add_(strength * mean)
+            factor, failed = torch.linalg.cholesky_ex(hessian)
+            if not failed:
+                break
+            strength = max(10 * strength, 1e-6)
+        else:
+            raise ValueError(f"the Hessian is not positive definite, even with an anchor strength of {strength:g}")
+        if self.correction is None:
+            return self.anchor, hessian, strength
+        return self.anchor + torch.cholesky_solve(self.correction.T, factor).T, hessian, strength

@@ -1,0 +1,106 @@
+"""What a run did, in numbers: `report.json`, the model card and the tables in the terminal."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import sys
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("epmq", "torch", "transformers", "compressed-tensors", "safetensors", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide the result."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def hardware() -> dict[str, Any]:
+    """Processor, threads and accelerator."""
+    import torch
+
+    cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"machine": platform.machine(), "threads": torch.get_num_threads(), "accelerator": cuda}
+
+
+def now() -> str:
+    """UTC, to the second, ISO 8601."""
+    return datetime.now(timezone.utc).replace(microsecond=0).isoformat()
+
+
+def reset_peak_memory() -> None:
+    """Start measuring the peak of resident memory anew (Linux; elsewhere the peak stays that of the process)."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        pass
+
+
+def peak_memory_mb() -> float:
+    """Peak resident memory since `reset_peak_memory`, in MB of 10⁶ bytes."""
+    try:
+        status = Path("/proc/self/status").read_text()
+        line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
+        return round(int(line.split()[1]) * 1024 / 1e6, 1)
+    except (OSError, StopIteration):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return round(peak * (1 if sys.platform == "darwin" else 1024) / 1e6, 1)
+
+
+def model_card(report: dict[str, Any]) -> str:
+    """A short model card in Markdown with the Hub's front matter."""
+    recipe, lines = report["recipe"], []
+    quantize = recipe["quantize"]
+    lines += ["---", "library_name: transformers", "tags:", "- epmq", "- merge", "- compressed-tensors", "---", ""]
+    lines += [f"# {len(recipe['experts'])} experts in one model", ""]
+    how = f"merged with `{recipe['merge']['method']}`"
+    if quantize["method"] != "none":
+        group = "row" if quantize["group_size"] == -1 else f"group of {quantize['group_size']}"
+        how += f" and quantized with `{quantize['method']}` to {quantize['bits']} bits, one scale a {group}"
+    lines += [f"`{recipe['base']}` and its fine-tunes, {how} by epmq {report['versions']['epmq']}.", ""]
+    lines += ["| task | expert | accuracy |", "|---|---|---|"]
+    scores = report.get("accuracy") or {}
+    for expert in recipe["experts"]:
+        score = f"{100 * scores[expert['name']]:.1f} %" if expert["name"] in scores else "not evaluated"
+        lines.append(f"| {expert['name']} | `{expert['model']}` | {score} |")
+    lines += ["", "```python", "import epmq", "", 'model = epmq.load("PATH")', ""]
+    lines += [f'model.answer("{recipe["experts"][0]["name"]}", [...])', "```", ""]
+    lines += ["How it was made, layer by layer: `report.json`.", ""]
+    return "\n".join(lines)
+
+
+def summary_table(report: dict[str, Any]) -> Any:
+    """The table a run ends with (a rich renderable)."""
+    from rich.table import Table
+
+    recipe = report["recipe"]
+    table = Table(title=f"{report['output'] or 'result'}", title_justify="left")
+    table.add_column("task")
+    table.add_column("accuracy", justify="right")
+    scores = report.get("accuracy") or {}
+    for task, score in scores.items():
+        table.add_row(task, f"{100 * score:.1f} %")
+    if scores:
+        table.add_section()
+        table.add_row("mean", f"{100 * report['mean_accuracy']:.1f} %")
+        table.add_section()
+    quantize = recipe["quantize"]
+    table.add_row("merge", recipe["merge"]["method"])
+    table.add_row("quantize", quantize["method"])
+    if quantize["method"] != "none":
+        table.add_row("bits", f"{quantize['bits']}, group size {quantize['group_size']}")
+    table.add_row("size", f"{report['bytes'] / 1e6:.1f} MB")
+    table.add_row("time", f"{sum(report['seconds'].values()):.1f} s")
+    table.add_row("peak memory", f"{report['peak_memory_mb']:.0f} MB")
+    for note in report["notes"]:
+        table.add_row("note", note)
+    return table

@@ -1,0 +1,229 @@
+"""The recipe: everything that a run needs to know, in one YAML file or one Python object."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from epmq.grid import BITS, GROUP_SIZES, Grid
+
+METHODS = ("none", "rtn", "gptq", "expert_guided")
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Data(_Strict):
+    """Examples of one task."""
+
+    path: str = Field(description="a .jsonl file, a .npz file (images, labels) or a folder of images, one folder a class")
+    samples: int | None = Field(None, gt=0, description="how many examples to draw; all if left out")
+    text: str = Field("text", description="name of the text field in a .jsonl file")
+    label: str = Field("label", description="name of the label field (a class index) in a .jsonl file")
+
+
+class Expert(_Strict):
+    """One fine-tune of the base."""
+
+    name: str = Field(pattern=r"^[\w.-]+$", description="name of its task")
+    model: str = Field(description="Hugging Face directory or Hub id")
+    head: str | None = Field(None, description="head file; by default head.safetensors beside the expert, if there is one")
+    calibration: Data | None = Field(None, description="unlabelled examples to calibrate on; never the test data")
+    evaluation: Data | None = Field(None, description="labelled examples to evaluate on")
+
+
+class Merge(_Strict):
+    """How the experts become one model."""
+
+    method: Literal["average", "task_arithmetic", "ties", "dare"] = "task_arithmetic"
+    scaling: float | list[float] | None = Field(
+        None, description="factor on the task vectors, one or one an expert; 0.3, for ties 1.0"
+    )
+    weights: list[float] | None = Field(None, description="average: weight of each expert")
+    density: float | None = Field(
+        None, gt=0, le=1, description="ties: share that survives the trim (0.2); dare: share that is kept (0.5)"
+    )
+    trim: Literal["model", "tensor"] = Field("model", description="ties: trim over the whole model or tensor by tensor")
+    combine: Literal["task_arithmetic", "ties"] = Field("task_arithmetic", description="dare: what follows the drop")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Merge:
+        if self.method == "ties" and isinstance(self.scaling, list):
+            raise ValueError("scaling: ties takes one number, not one an expert")
+        unused = {
+            "scaling": self.scaling is not None and self.method == "average",
+            "weights": self.weights is not None and self.method != "average",
+            "density": self.density is not None and self.method not in ("ties", "dare"),
+        }
+        for field, wrong in unused.items():
+            if wrong:
+                raise ValueError(f"{field}: {self.method} does not use it")
+        return self
+
+    def settings(self) -> dict[str, Any]:
+        """Keyword arguments for the function in `epmq.merging.METHODS` (without thresholds, name and seed)."""
+        if self.method == "average":
+            return {"weights": self.weights}
+        default = 1.0 if self.method == "ties" else 0.3
+        settings: dict[str, Any] = {"scaling": default if self.scaling is None else self.scaling}
+        if self.method == "ties":
+            settings["density"] = self.density or 0.2
+        if self.method == "dare":
+            settings |= {"density": self.density or 0.5, "combine": self.combine}
+        return settings
+
+
+class Quantize(_Strict):
+    """How the merged model becomes a low-bit one."""
+
+    method: Literal["none", "rtn", "gptq", "expert_guided"] = "expert_guided"
+    bits: int = Field(4, description="2, 3, 4 or 8")
+    group_size: int = Field(-1, description="weights that share a scale: -1 (a row), 32, 64 or 128")
+    symmetric: bool = Field(True, description="without a zero point")
+    act_order: bool = Field(True, description="take columns by falling Hessian diagonal (static groups)")
+    sequential: bool = Field(
+        True, description="within a block, solve one input group at a time, each seeing the ones before it quantized"
+    )
+    damping: float = Field(0.01, gt=0, description="gptq: added to the Hessian's diagonal, over its mean")
+    anchor_strength: float = Field(
+        0.03, gt=0, description="expert_guided: pull towards the merged weight, over the mean Hessian diagonal"
+    )
+    task_weights: dict[str, float] | None = Field(None, description="expert_guided: weight of each task; equal if left out")
+
+    @field_validator("bits")
+    @classmethod
+    def _bits(cls, value: int) -> int:
+        if value not in BITS:
+            raise ValueError(f"{value} is not one of {', '.join(map(str, BITS))}")
+        return value
+
+    @field_validator("group_size")
+    @classmethod
+    def _group_size(cls, value: int) -> int:
+        if value not in GROUP_SIZES:
+            raise ValueError(f"{value} is not one of {', '.join(map(str, GROUP_SIZES))}")
+        return value
+
+    @property
+    def grid(self) -> Grid:
+        return Grid(self.bits, self.group_size, self.symmetric)
+
+    @property
+    def strength(self) -> float:
+        """λ̄ over the mean diagonal of the Gram matrix, whatever the method calls it."""
+        return self.anchor_strength if self.method == "expert_guided" else self.damping
+
+    @property
+    def calibrates(self) -> bool:
+        return self.method in ("gptq", "expert_guided")
+
+
+class Recipe(_Strict):
+    """One run: K experts in, one checkpoint out."""
+
+    base: str = Field(description="the model that all experts were fine-tuned from: Hugging Face directory or Hub id")
+    experts: list[Expert] = Field(min_length=1)
+    merge: Merge = Merge()
+    quantize: Quantize = Quantize()
+    format: Literal["pack-quantized", "dequantized"] = Field(
+        "pack-quantized", description="pack-quantized (compressed-tensors) or dequantized (plain safetensors)"
+    )
+    output: str | None = Field(None, description="directory to write; it must not exist")
+    samples: int = Field(128, gt=0, description="calibration examples a task, where the data does not say")
+    batch_size: int = Field(32, gt=0, description="examples a batch")
+    max_length: int | None = Field(None, gt=0, description="tokens a text is cut to")
+    device: str = Field("auto", description="auto, cpu, cuda, mps")
+    seed: int = Field(0, description="of the calibration draw and of dare")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Recipe:
+        names = [expert.name for expert in self.experts]
+        twice = {name for name in names if names.count(name) > 1}
+        if twice:
+            raise ValueError(f"experts: name used twice: {', '.join(sorted(twice))}")
+        for field, values in (("scaling", self.merge.scaling), ("weights", self.merge.weights)):
+            if isinstance(values, list) and len(values) != len(names):
+                raise ValueError(f"merge.{field}: {len(values)} values for {len(names)} experts")
+        weights = self.quantize.task_weights
+        if weights is not None:
+            if self.quantize.method != "expert_guided":
+                raise ValueError(f"quantize.task_weights: {self.quantize.method} does not use them")
+            if set(weights) != set(names):
+                raise ValueError(f"quantize.task_weights: needs exactly the tasks {', '.join(names)}")
+            if min(weights.values()) < 0 or sum(weights.values()) <= 0:
+                raise ValueError("quantize.task_weights: must not be negative, nor all zero")
+        if self.quantize.calibrates:
+            for expert in self.experts:
+                if expert.calibration is None:
+                    raise ValueError(f"experts.{expert.name}.calibration: {self.quantize.method} needs calibration data")
+        return self
+
+    def task_weight(self, name: str) -> float:
+        """ω of a task; all of them sum to 1."""
+        weights = self.quantize.task_weights
+        return 1 / len(self.experts) if weights is None else weights[name] / sum(weights.values())
+
+
+def load_recipe(source: str | Path | dict[str, Any] | Recipe) -> Recipe:
+    """Read a recipe from a YAML file or a dict. Relative paths in a file are relative to that file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: not a recipe; every offending field is named, with what it should be.
+    """
+    if isinstance(source, Recipe):
+        return source
+    folder, title = None, "recipe"
+    if not isinstance(source, dict):
+        path = Path(source)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such recipe file")
+        folder, title = path.parent, str(path)
+        try:
+            source = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}: not valid YAML ({error})") from None
+        if not isinstance(source, dict):
+            raise ValueError(f"{path}: a recipe is a mapping with 'base' and 'experts'")
+    try:
+        recipe = Recipe.model_validate(source)
+    except ValidationError as error:
+        raise ValueError(f"{title}: " + "; ".join(_explain(e) for e in error.errors())) from None
+    return recipe if folder is None else _anchor_paths(recipe, folder)
+
+
+def _explain(error: Any) -> str:
+    field = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        return f"unknown field {field!r}"
+    if error["type"] == "missing":
+        return f"field {field!r} is missing"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{field}: {message}" if field else message
+
+
+def _anchor_paths(recipe: Recipe, folder: Path) -> Recipe:
+    """Paths that exist relative to the recipe's folder are made so; anything else (Hub ids) stays as it is."""
+
+    def fix(value: str | None) -> str | None:
+        return str(folder / value) if value and (folder / value).exists() else value
+
+    def fix_data(data: Data | None) -> Data | None:
+        return data and data.model_copy(update={"path": fix(data.path)})
+
+    experts = [
+        expert.model_copy(
+            update={
+                "model": fix(expert.model),
+                "head": fix(expert.head),
+                "calibration": fix_data(expert.calibration),
+                "evaluation": fix_data(expert.evaluation),
+            }
+        )
+        for expert in recipe.experts
+    ]
+    return recipe.model_copy(update={"base": fix(recipe.base), "experts": experts})

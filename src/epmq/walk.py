@@ -1,0 +1,126 @@
+"""Walk a model block by block on calibration batches, with the model's own code as the driver.
+
+For every block the model's own forward runs up to that block: blocks that are finished give back the output stored
+for the batch, and the block in question stops the forward and hands over the arguments it was called with. So every
+argument beside the hidden state (masks, position bias, rotary embeddings, encoder states, whatever differs from
+block to block) is exactly what the model would have passed, for every batch, and no architecture has to be listed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from epmq.blocks import Stack, find_stacks, is_padding_mask
+
+Batch = dict[str, Any]
+
+
+class _Reached(Exception):
+    """The forward has come to a block that is not finished."""
+
+    def __init__(self, stack: Stack, index: int, args: tuple, kwargs: dict[str, Any]) -> None:
+        self.stack, self.index, self.args_, self.kwargs = stack, index, args, kwargs
+
+
+class Walk:
+    """Steps through all blocks of a model.
+
+    Args:
+        model: the model in eval mode. Parameters outside the blocks must be real; a block's own may be on the meta
+            device until the loop body for it runs.
+        batches: model inputs, one dict a batch.
+
+    `for step in Walk(model, batches)` yields a `Step` a block, in the order of the model's forward. The body loads
+    the block, calls `step.run(i)` for each batch as often as it likes, changes the block, and ends with
+    `step.finish()`, which runs the block once more on every batch and keeps its outputs for the next one.
+    """
+
+    def __init__(self, model: nn.Module, batches: Sequence[Batch]) -> None:
+        self.model, self.batches = model, batches
+        self.stacks = find_stacks(model)
+        self.length = sum(len(stack.blocks) for stack in self.stacks)
+        self._batch = 0
+
+    @torch.no_grad()
+    def __iter__(self) -> Iterator[Step]:
+        done: dict[int, int] = {id(stack): 0 for stack in self.stacks}
+        original = {block: block.forward for stack in self.stacks for block in stack.blocks}
+        try:
+            for stack in self.stacks:
+                for index, block in enumerate(stack.blocks):
+                    block.forward = self._pause(stack, index, done)  # type: ignore[method-assign]
+            for _ in range(self.length):
+                reached = [self._drive(i) for i in range(len(self.batches))]
+                stack, index = reached[0].stack, reached[0].index
+                block = stack.blocks[index]
+                paused, block.forward = block.forward, original[block]  # type: ignore[method-assign]
+                step = Step(self, stack, index, [(r.args_, r.kwargs) for r in reached])
+                yield step
+                if not step.finished:
+                    raise RuntimeError(f"{step.name}: the loop went on without finish()")
+                block.forward = paused  # type: ignore[method-assign]
+                done[id(stack)] = index + 1
+        finally:
+            for block in original:
+                block.__dict__.pop("forward", None)
+
+    def _pause(self, stack: Stack, index: int, done: dict[int, int]) -> Any:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if index < done[id(stack)]:
+                return stack.outputs[self._batch]
+            raise _Reached(stack, index, args, kwargs)
+
+        return forward
+
+    def _drive(self, batch: int) -> _Reached:
+        self._batch = batch
+        try:
+            self.model(**self.batches[batch])
+        except _Reached as reached:
+            return reached
+        missing = ", ".join(stack.name for stack in self.stacks)
+        raise ValueError(f"the forward of {type(self.model).__name__} ended before all blocks of {missing} were called")
+
+
+class Step:
+    """One block of a walk.
+
+    Attributes:
+        name: the block's name in the model.
+        block: the module.
+        calls: (args, kwargs) that the model passes to the block, one entry a batch.
+        batch: the batch that ran last, or runs.
+    """
+
+    def __init__(self, walk: Walk, stack: Stack, index: int, calls: list[tuple[tuple, dict[str, Any]]]) -> None:
+        self.walk, self.stack, self.index, self.calls = walk, stack, index, calls
+        self.name, self.block = stack.block_name(index), stack.blocks[index]
+        self.finished = False
+        self.batch = 0
+
+    def run(self, batch: int) -> Any:
+        """The block's output on one batch."""
+        self.batch = batch
+        args, kwargs = self.calls[batch]
+        return self.block(*args, **kwargs)
+
+    def finish(self) -> None:
+        """Run the block on all batches and keep what it returns for the next block."""
+        self.stack.outputs = [self.run(i) for i in range(len(self.calls))]
+        self.finished = True
+
+    def mask(self, inputs: Tensor) -> Tensor | None:
+        """Which tokens of a layer's inputs are real in the batch that runs: booleans [batch, tokens], or None if all.
+
+        The padding mask of that batch whose shape is that of the inputs' leading dimensions; flattened inputs
+        [batch·tokens, in] are recognised too.
+        """
+        masks = [value for name, value in self.walk.batches[self.batch].items() if "mask" in name and is_padding_mask(value)]
+        for mask in masks:
+            if tuple(mask.shape) == tuple(inputs.shape[:-1]) or (inputs.ndim == 2 and mask.numel() == len(inputs)):
+                return mask.bool()
+        return None
