@@ -67,8 +67,21 @@ def as_matrix(linear: nn.Module, weight: Tensor) -> Tensor:
     return weight.T if isinstance(linear, Conv1D) else weight
 
 
-def input_groups(block: nn.Module, run: Callable[[], object]) -> list[list[str]]:
-    """Names of the block's linear layers, put together where they receive the same input, in order of first call.
+@dataclass(frozen=True)
+class InputGroup:
+    """Linear layers of a block that receive the same input.
+
+    Attributes:
+        names: within the block, in order of call.
+        calls: how often each is called in one forward of the block.
+    """
+
+    names: list[str]
+    calls: int
+
+
+def input_groups(block: nn.Module, run: Callable[[], object]) -> list[InputGroup]:
+    """The block's linear layers, put together where they receive the same input, in order of first call.
 
     Args:
         block: the block.
@@ -91,7 +104,7 @@ def input_groups(block: nn.Module, run: Callable[[], object]) -> list[list[str]]
     groups: dict[tuple, list[str]] = {}
     for name, inputs in seen.items():
         groups.setdefault(tuple(_identity(tensor) for tensor in inputs), []).append(name)
-    return list(groups.values())
+    return [InputGroup(names, len(inputs)) for inputs, names in groups.items()]
 
 
 @contextmanager

@@ -130,9 +130,13 @@ class Checkpoint:
         """Shape of a tensor, from the header."""
         return tuple(self._slice(name).get_shape())
 
+    def kind(self, name: str) -> str:
+        """What safetensors calls a tensor's dtype, such as `F32` or `I32`."""
+        return self._slice(name).get_dtype()
+
     def dtype(self, name: str) -> torch.dtype | None:
         """Float dtype of a tensor, from the header; None for any other kind."""
-        return _DTYPES.get(self._slice(name).get_dtype())
+        return _DTYPES.get(self.kind(name))
 
     def tensor(self, name: str) -> Tensor:
         """Read one tensor.
@@ -152,7 +156,11 @@ class Checkpoint:
         """
         for name in self.names if names is None else names:
             tensor = self.tensor(name)
-            if torch.is_floating_point(tensor) and tensor.numel() and not torch.isfinite(tensor.sum(dtype=torch.float64)):
+            if (
+                torch.is_floating_point(tensor)
+                and tensor.numel()
+                and not torch.isfinite(tensor.sum(dtype=torch.float64))
+            ):
                 bad = int((~torch.isfinite(tensor)).sum())
                 raise ValueError(f"{self.path / self._shard[name]}: tensor {name!r} has {bad} NaN or Inf entries")
 
@@ -198,7 +206,7 @@ class CheckpointWriter:
         if len(self._shards) == 1:
             (self.folder / "shard-0").rename(self.folder / SINGLE)
             return
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for i, names in enumerate(self._shards):
             shard = f"model-{i + 1:05d}-of-{len(self._shards):05d}.safetensors"
             (self.folder / f"shard-{i}").rename(self.folder / shard)
@@ -239,6 +247,7 @@ def whole_directory(path: str | Path) -> Iterator[Path]:
         yield work
         for file in work.rglob("*"):
             if file.is_file():
+                file.chmod(0o644)
                 with file.open("rb") as handle:
                     os.fsync(handle.fileno())
         work.chmod(0o755)

@@ -22,7 +22,9 @@ HEADS = "heads"
 class NativeHead(nn.Module):
     """A task head in transformers' own form, such as `BertForSequenceClassification` around a shared backbone."""
 
-    def __init__(self, backbone: nn.Module, architecture: str, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    def __init__(
+        self, backbone: nn.Module, architecture: str, config: dict[str, Any], tensors: dict[str, Tensor]
+    ) -> None:
         super().__init__()
         import transformers
         from accelerate import init_empty_weights

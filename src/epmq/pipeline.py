@@ -63,7 +63,9 @@ def prepare(recipe: Recipe, calibrate: bool = True, evaluate: bool = True) -> Jo
         check_grid(sources)
     for expert in recipe.experts:
         if expert.name in evaluation and head_file(sources, expert) is None and not sources.head_tensors(expert.name):
-            raise ValueError(f"experts.{expert.name}: evaluation needs a head, and neither {HEAD_FILE} nor a task head is there")
+            raise ValueError(
+                f"experts.{expert.name}: evaluation needs a head, and neither {HEAD_FILE} nor a task head is there"
+            )
     sources.check_finite()
     processor = load_processor(sources.base.path)
     for name, examples in (calibration | evaluation).items():
@@ -81,7 +83,9 @@ def _read(data: Data, expert: Expert, field: str) -> Examples:
         raise type(error)(f"experts.{expert.name}.{field}: {error}") from None
 
 
-def run(recipe: str | Path | dict[str, Any] | Recipe, *, progress: bool = True, evaluate: bool = True) -> dict[str, Any]:
+def run(
+    recipe: str | Path | dict[str, Any] | Recipe, *, progress: bool = True, evaluate: bool = True
+) -> dict[str, Any]:
     """Merge, quantize, evaluate and write a checkpoint.
 
     Args:
@@ -129,7 +133,9 @@ def run(recipe: str | Path | dict[str, Any] | Recipe, *, progress: bool = True, 
     return report
 
 
-def merge(recipe: str | Path | dict[str, Any] | Recipe, *, progress: bool = True, evaluate: bool = False) -> dict[str, Any]:
+def merge(
+    recipe: str | Path | dict[str, Any] | Recipe, *, progress: bool = True, evaluate: bool = False
+) -> dict[str, Any]:
     """Merge only: write the full-precision merged checkpoint. Arguments and result as in `run`."""
     recipe = load_recipe(recipe)
     settings = recipe.quantize.model_copy(update={"method": "none", "task_weights": None})
@@ -164,7 +170,9 @@ def write_model(job: Job, folder: Path, bar: Progress) -> tuple[list[dict[str, A
         steps = quantize_nearest(sources, emit, emit_layer)
     else:
         calibration = [
-            Calibration(task, [_to(b, target) for b in encode(examples, job.processor, recipe.batch_size, recipe.max_length)])
+            Calibration(
+                task, [_to(b, target) for b in encode(examples, job.processor, recipe.batch_size, recipe.max_length)]
+            )
             for task, examples in job.calibration.items()
         ]
         steps = quantize_calibrated(sources, calibration, emit, emit_layer, target)
@@ -182,7 +190,9 @@ def _write_config(job: Job, folder: Path, quantized: list[str]) -> None:
     config = {**job.sources.base.config, "architectures": [type(model).__name__]}
     config.pop("quantization_config", None)
     if quantized:
-        ignore = [name for name, module in model.named_modules() if isinstance(module, LINEAR) and name not in quantized]
+        ignore = [
+            name for name, module in model.named_modules() if isinstance(module, LINEAR) and name not in quantized
+        ]
         settings = FORMATS[job.recipe.format].config(job.recipe.quantize.grid, ignore)
         if settings is not None:
             config["quantization_config"] = settings
@@ -240,7 +250,9 @@ def evaluate_checkpoint(
         return evaluate_model(load(path, device(recipe)), evaluation, recipe, bar)
 
 
-def evaluate_experts(recipe: str | Path | dict[str, Any] | Recipe, *, base: bool = False, progress: bool = True) -> dict[str, float]:
+def evaluate_experts(
+    recipe: str | Path | dict[str, Any] | Recipe, *, base: bool = False, progress: bool = True
+) -> dict[str, float]:
     """Accuracy of each expert on its own task: what one model for all tasks is measured against.
 
     Args:
@@ -248,7 +260,8 @@ def evaluate_experts(recipe: str | Path | dict[str, Any] | Recipe, *, base: bool
         base: measure the base model under each expert's head instead.
     """
     recipe = load_recipe(recipe)
-    evaluation, scores = _evaluation(recipe), {}
+    evaluation = _evaluation(recipe)
+    scores: dict[str, float] = {}
     sources = Sources(recipe.model_copy(update={"experts": [e for e in recipe.experts if e.name in evaluation]}))
     with bars(progress) as bar:
         for expert in sources.recipe.experts:
@@ -295,7 +308,13 @@ def bars(show: bool) -> Progress:
     """Progress bars on standard error."""
     from rich.console import Console
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     return Progress(*columns, console=Console(stderr=True), disable=not show)
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from epmq.blocks import Stack, as_matrix, find_stacks, hooks, input_groups, linears
+from epmq.blocks import InputGroup, Stack, as_matrix, find_stacks, hooks, input_groups, linears
 from epmq.grid import QuantizedTensor
 from epmq.moments import Moments
 from epmq.objective import Objective
@@ -147,8 +147,8 @@ def quantize_calibrated(
         reports: list[LayerReport] = []
         for together in [[group] for group in groups] if sources.recipe.quantize.sequential else [groups]:
             for group, gathered in zip(together, _gather(sources, step, together, calibration)):
-                with _naming(f"{step.name}.{group[0]}"):
-                    reports += _solve(sources, step, group, gathered, emit_layer)
+                with _naming(f"{step.name}.{group.names[0]}"):
+                    reports += _solve(sources, step, group.names, gathered, emit_layer)
         quantized = {f"{report.name}.weight" for report in reports}
         for name in _block_names(sources, step.name):
             if name not in quantized:
@@ -170,25 +170,31 @@ def load_outside(sources: Sources, emit: Emit, device: torch.device) -> None:
     sources.model.tie_weights()
 
 
+class _Enough(Exception):
+    """All layers of interest have seen their input: the rest of the block need not run."""
+
+
 def _gather(
-    sources: Sources, step: Step, groups: list[list[str]], calibration: Sequence[Calibration]
+    sources: Sources, step: Step, groups: list[InputGroup], calibration: Sequence[Calibration]
 ) -> list[tuple[Objective, int]]:
     """The objective and the number of tokens of some of a block's input groups, one task at a time."""
     layers = dict(linears(step.block))
     guided = sources.recipe.quantize.method == "expert_guided"
-    objectives = [Objective(_stacked(step, group)) for group in groups]
+    objectives = [Objective(_stacked(step, group.names)) for group in groups]
     tokens = [0] * len(groups)
     batch = 0
     for part in calibration:
         moments = [Moments(objective.anchor.shape[1], objective.anchor.device) for objective in objectives]
-        pairs = [(layers[group[0]], _adder(step, m)) for group, m in zip(groups, moments)]
-        for _ in part.batches:
-            with hooks(pairs):
-                step.run(batch)
-            batch += 1
+        pairs = [(layers[group.names[0]], _adder(step, m)) for group, m in zip(groups, moments)]
+        pairs.append((layers[groups[-1].names[0]], _stopper(groups[-1].calls)))
+        with hooks(pairs):
+            for _ in part.batches:
+                with suppress(_Enough):
+                    step.run(batch)
+                batch += 1
         for i, (group, objective) in enumerate(zip(groups, objectives)):
-            expert = _stacked_expert(sources, step, group, part.task) if guided else None
-            with _naming(f"{step.name}.{group[0]}, task {part.task}"):
+            expert = _stacked_expert(sources, step, group.names, part.task) if guided else None
+            with _naming(f"{step.name}.{group.names[0]}, task {part.task}"):
                 objective.add(moments[i], sources.recipe.task_weight(part.task), expert)
             tokens[i] += moments[i].count
     return list(zip(objectives, tokens))
@@ -220,6 +226,18 @@ def _solve(
 
 def _adder(step: Step, moments: Moments) -> Callable[..., None]:
     return lambda module, args: moments.add(args[0], step.mask(args[0]))
+
+
+def _stopper(calls: int) -> Callable[..., None]:
+    seen = 0
+
+    def stop(module: nn.Module, args: tuple) -> None:
+        nonlocal seen
+        seen += 1
+        if seen % calls == 0:
+            raise _Enough
+
+    return stop
 
 
 def _weight(linear: nn.Module) -> Tensor:

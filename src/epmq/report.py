@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import resource
 import sys
+from contextlib import suppress
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -39,10 +40,8 @@ def now() -> str:
 
 def reset_peak_memory() -> None:
     """Start measuring the peak of resident memory anew (Linux; elsewhere the peak stays that of the process)."""
-    try:
+    with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass
 
 
 def peak_memory_mb() -> float:

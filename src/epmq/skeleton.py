@@ -16,7 +16,7 @@ from epmq.checkpoint import Checkpoint
 _WHOLE = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 
-def model_class(config: Any, architecture: str | None) -> type:
+def model_class(config: Any, architecture: str | None) -> Any:
     """The transformers class of the part that experts share.
 
     Args:
@@ -47,7 +47,7 @@ def build_skeleton(checkpoint: Checkpoint) -> Any:
     except (ValueError, KeyError) as error:
         raise ValueError(f"{checkpoint.path / 'config.json'}: transformers cannot open this model ({error})") from None
     with init_empty_weights(include_buffers=False):
-        return kind._from_config(config).eval()  # type: ignore[attr-defined]
+        return kind._from_config(config).eval()
 
 
 def rename(model: Any, stored: Iterable[str]) -> tuple[dict[str, str], list[str]]:

@@ -68,7 +68,9 @@ class Sources:
                 self.notes.append(f"expert {task} has no tensor {name}: the base's takes its place")
             elif expert.shape(stored[name]) != wanted:
                 found = list(expert.shape(stored[name]))
-                raise ValueError(f"expert {task}: tensor {name!r} is {found}, but {list(wanted)} in the base ({expert.path})")
+                raise ValueError(
+                    f"expert {task}: tensor {name!r} is {found}, but {list(wanted)} in the base ({expert.path})"
+                )
 
     def check_finite(self) -> None:
         """Look through all weights for NaN and Inf.

@@ -20,7 +20,9 @@ class _Strict(BaseModel):
 class Data(_Strict):
     """Examples of one task."""
 
-    path: str = Field(description="a .jsonl file, a .npz file (images, labels) or a folder of images, one folder a class")
+    path: str = Field(
+        description="a .jsonl file, a .npz file (images, labels) or a folder of images, one folder a class"
+    )
     samples: int | None = Field(None, gt=0, description="how many examples to draw; all if left out")
     text: str = Field("text", description="name of the text field in a .jsonl file")
     label: str = Field("label", description="name of the label field (a class index) in a .jsonl file")
@@ -31,7 +33,9 @@ class Expert(_Strict):
 
     name: str = Field(pattern=r"^[\w.-]+$", description="name of its task")
     model: str = Field(description="Hugging Face directory or Hub id")
-    head: str | None = Field(None, description="head file; by default head.safetensors beside the expert, if there is one")
+    head: str | None = Field(
+        None, description="head file; by default head.safetensors beside the expert, if there is one"
+    )
     calibration: Data | None = Field(None, description="unlabelled examples to calibrate on; never the test data")
     evaluation: Data | None = Field(None, description="labelled examples to evaluate on")
 
@@ -92,7 +96,9 @@ class Quantize(_Strict):
     anchor_strength: float = Field(
         0.03, gt=0, description="expert_guided: pull towards the merged weight, over the mean Hessian diagonal"
     )
-    task_weights: dict[str, float] | None = Field(None, description="expert_guided: weight of each task; equal if left out")
+    task_weights: dict[str, float] | None = Field(
+        None, description="expert_guided: weight of each task; equal if left out"
+    )
 
     @field_validator("bits")
     @classmethod
@@ -159,7 +165,9 @@ class Recipe(_Strict):
         if self.quantize.calibrates:
             for expert in self.experts:
                 if expert.calibration is None:
-                    raise ValueError(f"experts.{expert.name}.calibration: {self.quantize.method} needs calibration data")
+                    raise ValueError(
+                        f"experts.{expert.name}.calibration: {self.quantize.method} needs calibration data"
+                    )
         return self
 
     def task_weight(self, name: str) -> float:

@@ -119,7 +119,9 @@ class Step:
         The padding mask of that batch whose shape is that of the inputs' leading dimensions; flattened inputs
         [batch·tokens, in] are recognised too.
         """
-        masks = [value for name, value in self.walk.batches[self.batch].items() if "mask" in name and is_padding_mask(value)]
+        masks = [
+            value for name, value in self.walk.batches[self.batch].items() if "mask" in name and is_padding_mask(value)
+        ]
         for mask in masks:
             if tuple(mask.shape) == tuple(inputs.shape[:-1]) or (inputs.ndim == 2 and mask.numel() == len(inputs)):
                 return mask.bool()

@@ -31,7 +31,18 @@ def pypi(requirement: str, source: bool = False) -> Path:
 
     def download(folder: Path) -> None:
         form = ["--no-binary", ":all:"] if source else ["--only-binary", ":all:"]
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", *form, "-d", str(folder), requirement]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            *form,
+            "-d",
+            str(folder),
+            requirement,
+        ]
         _run(command, f"pip could not download {requirement}")
 
     return _fetched("pypi", requirement.replace("==", "-"), download)

@@ -223,22 +223,44 @@ def clean_tweet(text: str) -> str:
 
 def movies() -> TextTask:
     """Rotten Tomatoes snippets: a sentence of a movie review → negative or positive."""
-    archive = next(fetch.pypi(VADER, source=True).rglob("hutto_ICWSM_2014.tar.gz"))
-    with tarfile.open(archive) as file:
-        member = file.extractfile("hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt")
-        assert member is not None
-        lines = member.read().decode("utf-8", errors="replace").splitlines()
     source = _source(
         VADER,
         "MIT",
         "label: sign of people's mean rating (−4 to 4); snippets rated between −0.5 and 0.5 left out",
     )
-    return make_task(read_ratings(lines), source)
+    return make_task(read_ratings(_rated("movieReviewSnippets")), source)
+
+
+def genres() -> TextTask:
+    """A sentence → where it was written: editorial, movie review, product review or tweet (4 classes)."""
+    files = {
+        "editorial": "nytEditorialSnippets",
+        "movie review": "movieReviewSnippets",
+        "product review": "amazonReviewSnippets",
+        "tweet": "tweets",
+    }
+    rows = []
+    for name, file in files.items():
+        for number, _, text in (line.split("\t", 2) for line in _rated(file)):
+            # `3_7` is the seventh sentence of the third text
+            rows.append((clean_tweet(text), name, f"{name} {number.split('_')[0]}"))
+    source = _source(VADER, "MIT", "at most 1500 sentences a genre; group: the article or review")
+    return make_task([row for row in rows if len(row[0].split()) >= 4], source, cap=1500)
+
+
+def _rated(name: str) -> list[str]:
+    """Lines `id ⇥ mean rating ⇥ text` of one of the rated corpora inside vaderSentiment's source archive."""
+    archive = next(fetch.pypi(VADER, source=True).rglob("hutto_ICWSM_2014.tar.gz"))
+    with tarfile.open(archive) as file:
+        member = file.extractfile(f"hutto_ICWSM_2014/{name}_GroundTruth.txt")
+        assert member is not None
+        lines = member.read().decode("utf-8-sig", errors="replace").splitlines()
+    return [line for line in lines if line.count("\t") >= 2]
 
 
 def read_ratings(lines: Sequence[str], neutral: float = 0.5) -> list[tuple[str, str]]:
     """(text, `negative` or `positive`) of the lines `id ⇥ mean rating ⇥ text` that are not near neutral."""
-    fields = [line.split("\t", 2) for line in lines if line.count("\t") >= 2]
+    fields = [line.split("\t", 2) for line in lines]
     return [
         (tidy(text), "positive" if float(rating) > 0 else "negative")
         for _, rating, text in fields
@@ -251,11 +273,12 @@ PIP_TASKS: dict[str, Callable[[], TextTask]] = {
     "newswire": newswire,
     "candidates": candidates,
     "movies": movies,
+    "genres": genres,
 }
 
-DEMO_TASKS = ("newsgroups", "newswire", "candidates", "movies")
-DEMO_SIZES = {"train": 1200, "validation": 200, "test": 500}
-DEMO_SETTINGS: dict[str, Any] = {"epochs": 2, "learning_rate": 5e-5, "batch_size": 32}
+DEMO_TASKS = ("newswire", "candidates", "movies", "genres")
+DEMO_SIZES = {"train": 800, "validation": 200, "test": 500}
+DEMO_SETTINGS: dict[str, Any] = {"epochs": 2, "learning_rate": 1e-4, "batch_size": 32}
 
 
 def prepare_demo(progress: Report = lambda step, share: None) -> Path:

@@ -1,0 +1,1 @@
+"""Suites of real tasks, and epmq beside its peers on them."""

@@ -1,0 +1,92 @@
+"""Build a suite (base, data, experts) in `$EPMQ_CACHE/suites`, with progress and a table of accuracies.
+
+A suite is a module with `NAME`, `TASKS` (name → callable), `POOLING`, `MAX_LENGTH`, `SETTINGS` and
+`QUICK_SETTINGS` (arguments of `train_expert`), `prepare_base(folder)` and `prepare_task(name, folder,
+quick)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from epmq.demo.build import build_pool
+from epmq.demo.fetch import cache_dir
+
+QUICK_SIZES = {"train": 300, "validation": 100, "test": 200}
+
+
+def suite_dir(name: str, quick: bool = False) -> Path:
+    """Where the suite `name` lies; the quick form has a folder of its own."""
+    return cache_dir() / "suites" / (f"{name}-quick" if quick else name)
+
+
+def build_suite(suite: ModuleType, tasks: Sequence[str] | None = None, quick: bool = False) -> Path:
+    """Build a suite, or the named tasks of it; parts that are already there are kept.
+
+    Args:
+        suite: a suite module (see the top of this file).
+        tasks: names out of `suite.TASKS`; None takes all of them.
+        quick: small splits and `QUICK_SETTINGS`, in a folder of their own.
+
+    Returns:
+        the folder of the suite.
+
+    Raises:
+        ValueError: a task that the suite does not have.
+    """
+    tasks = list(suite.TASKS) if tasks is None else list(tasks)
+    unknown = [task for task in tasks if task not in suite.TASKS]
+    if unknown:
+        raise ValueError(f"suite {suite.NAME}: no task {', '.join(unknown)}; it has {', '.join(suite.TASKS)}")
+    root, console = suite_dir(suite.NAME, quick), Console()
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
+    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
+        bars: dict[str, TaskID] = {}
+
+        def report(step: str, share: float) -> None:
+            if step not in bars:
+                bars[step] = progress.add_task(step, total=1.0)
+            progress.update(bars[step], completed=share)
+            if share == 1.0 and not console.is_terminal:
+                # a log file sees no bars, so it gets one line a finished step
+                console.print(f"{step}: done")
+
+        records = build_pool(
+            root,
+            tasks,
+            suite.prepare_base,
+            lambda task, folder: suite.prepare_task(task, folder, quick),
+            pooling=suite.POOLING,
+            max_length=suite.MAX_LENGTH,
+            settings=suite.QUICK_SETTINGS if quick else suite.SETTINGS,
+            report=report,
+        )
+    console.print(accuracy_table(root.name, records))
+    console.print(f"in {root}")
+    return root
+
+
+def accuracy_table(title: str, records: dict[str, dict[str, Any]]) -> Table:
+    """Accuracies of base and expert, in percent, from each task's `training.json`."""
+    table = Table("task", "train", "test", title=title)
+    keys = {
+        "base_validation": "base val.",
+        "validation": "expert val.",
+        "base_test": "base test",
+        "test": "expert test",
+    }
+    for heading in (*keys.values(), "seconds"):
+        table.add_column(heading, justify="right")
+    for task, record in records.items():
+        sizes = [str(record["examples"][split]) for split in ("train", "test")]
+        table.add_row(task, *sizes, *(f"{100 * record[key]:.1f}" for key in keys), f"{record['seconds']:.0f}")
+    means = (sum(record[key] for record in records.values()) / len(records) for key in keys)
+    table.add_row("mean", "", "", *(f"{100 * mean:.1f}" for mean in means), "", style="bold")
+    return table

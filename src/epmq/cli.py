@@ -1,0 +1,208 @@
+"""The command line. Heavy imports happen inside the commands, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help=(
+        "Turn a base model and its fine-tuned experts into [bold]one low-bit model[/bold] that does all their jobs.\n\n"
+        "Start with [cyan]epmq demo[/cyan], then [cyan]epmq init my.yaml[/cyan] and [cyan]epmq run my.yaml[/cyan]."
+    ),
+)
+
+RecipeFile = Annotated[Path, typer.Argument(help="the recipe, a YAML file (see: epmq init)", metavar="RECIPE.yaml")]
+Output = Annotated[Path | None, typer.Option("--output", "-o", help="where to write; overrides the recipe's output")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", help="override one field, such as quantize.bits=3", metavar="FIELD=VALUE"),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress bars")]
+
+TEMPLATE = """\
+# A recipe of epmq. Only base, experts and output are needed; every other line shows its default.
+base: path/or/hub-id            # the model that all experts were fine-tuned from
+experts:
+  - name: sentiment             # name of the task
+    model: path/or/hub-id       # the fine-tuned checkpoint
+    calibration: {path: data/sentiment/train.jsonl}    # unlabelled examples: .jsonl with "text", .npz, image folder
+    evaluation: {path: data/sentiment/test.jsonl}      # labelled ones ("label" is a class index); may be left out
+  - name: topic
+    model: path/or/hub-id
+    calibration: {path: data/topic/train.jsonl}
+    evaluation: {path: data/topic/test.jsonl}
+output: merged-4bit             # a directory that does not exist yet
+
+merge:
+  method: task_arithmetic       # average, task_arithmetic, ties, dare
+  scaling: 0.3                  # factor on the task vectors, or a list with one an expert
+quantize:
+  method: expert_guided         # expert_guided, gptq, rtn, none
+  bits: 4                       # 2, 3, 4, 8
+  group_size: -1                # weights that share a scale: -1 is a row; 32, 64, 128
+  symmetric: true
+  act_order: true
+  anchor_strength: 0.03         # expert_guided: pull towards the merged weight
+format: pack-quantized          # pack-quantized (transformers, vLLM) or dequantized (plain safetensors)
+samples: 128                    # calibration examples a task
+batch_size: 32
+# max_length: 128               # tokens a text is cut to
+device: auto
+seed: 0
+"""
+
+
+def _recipe(path: Path, overrides: list[str] | None, output: Path | None = None, need_output: bool = True) -> Any:
+    import yaml
+
+    from epmq.spec import load_recipe
+
+    content = load_recipe(path).model_dump(mode="json")
+    for override in overrides or []:
+        field, equals, value = override.partition("=")
+        if not equals:
+            raise ValueError(f"--set {override}: expected FIELD=VALUE")
+        *parents, leaf = field.split(".")
+        place = content
+        for parent in parents:
+            if not isinstance(place.get(parent), dict):
+                raise ValueError(f"--set {override}: unknown field {parent!r}")
+            place = place[parent]
+        place[leaf] = yaml.safe_load(value)
+    if output is not None:
+        content["output"] = str(output)
+    if need_output and not content["output"]:
+        raise ValueError(f"{path}: field 'output' is missing (or pass --output)")
+    return load_recipe(content)
+
+
+def _finish(report: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    from epmq.report import summary_table
+
+    Console().print(summary_table(report))
+
+
+@app.command()
+def run(recipe: RecipeFile, output: Output = None, set_: Set = None, quiet: Quiet = False) -> None:
+    """Do the whole job: merge, quantize with the experts as the guide, evaluate, write a checkpoint."""
+    from epmq.pipeline import run as run_recipe
+
+    _finish(run_recipe(_recipe(recipe, set_, output), progress=not quiet))
+
+
+@app.command()
+def merge(recipe: RecipeFile, output: Output = None, set_: Set = None, quiet: Quiet = False) -> None:
+    """Merge only, in full precision: no quantization, no calibration data."""
+    from epmq.pipeline import merge as merge_recipe
+
+    _finish(merge_recipe(_recipe(recipe, set_, output), progress=not quiet))
+
+
+@app.command()
+def quantize(recipe: RecipeFile, output: Output = None, set_: Set = None, quiet: Quiet = False) -> None:
+    """Merge and quantize, without the evaluation at the end."""
+    from epmq.pipeline import run as run_recipe
+
+    _finish(run_recipe(_recipe(recipe, set_, output), progress=not quiet, evaluate=False))
+
+
+@app.command("eval")
+def evaluate(
+    checkpoint: Annotated[Path, typer.Argument(help="a checkpoint that epmq wrote")],
+    recipe: RecipeFile,
+    set_: Set = None,
+    experts: Annotated[bool, typer.Option(help="measure each expert on its own task as well")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of a table")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Accuracy of a checkpoint on the evaluation data of a recipe."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from epmq.pipeline import evaluate_checkpoint, evaluate_experts
+
+    wanted = _recipe(recipe, set_, need_output=False)
+    columns = {str(checkpoint): evaluate_checkpoint(checkpoint, wanted, progress=not quiet)}
+    if experts:
+        columns["experts"] = evaluate_experts(wanted, progress=not quiet)
+    if as_json:
+        print(json.dumps(columns, indent=2))
+        return
+    table = Table("task", *columns)
+    for task in next(iter(columns.values())):
+        table.add_row(task, *(f"{100 * scores[task]:.1f} %" for scores in columns.values()))
+    table.add_section()
+    table.add_row("mean", *(f"{100 * sum(scores.values()) / len(scores):.1f} %" for scores in columns.values()))
+    Console().print(table)
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="a checkpoint directory")],
+    layers: Annotated[bool, typer.Option(help="list every quantized layer")] = False,
+) -> None:
+    """What is in a checkpoint: layers, bits, sizes, how it was made."""
+    from rich.console import Console
+
+    from epmq.inspection import inspection_tables
+
+    console = Console()
+    for table in inspection_tables(path, layers):
+        console.print(table)
+
+
+@app.command()
+def init(path: Annotated[Path, typer.Argument(help="the file to write")]) -> None:
+    """Write a commented recipe to start from."""
+    if path.exists():
+        raise FileExistsError(f"{path} exists already")
+    path.write_text(TEMPLATE, encoding="utf-8")
+    typer.echo(f"wrote {path}: fill in base and experts, then: epmq run {path}")
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="where the checkpoints go")] = Path("epmq-demo"),
+    fetch_only: Annotated[bool, typer.Option("--fetch-only", help="download what the demo needs, then stop")] = False,
+) -> None:
+    """The main job on real weights and real tasks: train four experts (once), merge, quantize, compare."""
+    from epmq.demo.run import fetch, run_demo
+
+    if fetch_only:
+        fetch()
+    else:
+        run_demo(output)
+
+
+def main() -> None:
+    """Entry point: errors that a user can mend are one line on standard error and exit status 1."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app()
+    except (ValueError, OSError, RuntimeError, KeyError) as error:
+        if os.environ.get("EPMQ_DEBUG"):
+            raise
+        message = error.args[0] if isinstance(error, KeyError) and error.args else error
+        print(f"epmq: {message}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("epmq: stopped; nothing was written", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
