@@ -49,7 +49,10 @@ class Walk:
     def __iter__(self) -> Iterator[Step]:
         done: dict[int, int] = {id(stack): 0 for stack in self.stacks}
         original = {block: block.forward for stack in self.stacks for block in stack.blocks}
+        configs = _caching_configs(self.model)
         try:
+            for config in configs:
+                config.use_cache = False
             for stack in self.stacks:
                 for index, block in enumerate(stack.blocks):
                     block.forward = self._pause(stack, index, done)  # type: ignore[method-assign]
@@ -67,6 +70,8 @@ class Walk:
         finally:
             for block in original:
                 block.__dict__.pop("forward", None)
+            for config in configs:
+                config.use_cache = True
 
     def _pause(self, stack: Stack, index: int, done: dict[int, int]) -> Any:
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -84,6 +89,12 @@ class Walk:
             return reached
         missing = ", ".join(stack.name for stack in self.stacks)
         raise ValueError(f"the forward of {type(self.model).__name__} ended before all blocks of {missing} were called")
+
+
+def _caching_configs(model: nn.Module) -> list[Any]:
+    """Configs that ask for a key–value cache: one would grow each time that a block runs on the same batch."""
+    configs = [getattr(module, "config", None) for module in model.modules()]
+    return [config for config in configs if getattr(config, "use_cache", False)]
 
 
 class Step:
