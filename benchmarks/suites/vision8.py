@@ -144,7 +144,7 @@ def letters(sizes: dict[str, int]) -> Prepared:
     return split_by_group(without_copies(pool), sizes, SEED), {
         "package": "Debian " + ", ".join(LETTER_FONTS),
         "version": ", ".join(versions),
-        "licence": "free redistribution (aenigma), GPL-2 (dustin), OFL-1.1 (georgewilliams, lato), Bitstream Vera",
+        "licence": "redistribution allowed (aenigma), GPL (dustin), OFL-1.1 (georgewilliams, lato), Bitstream Vera",
         "split": "by font family (first five letters of the file name)",
     }
 
@@ -270,7 +270,7 @@ def icons(sizes: dict[str, int]) -> Prepared:
     return split_by_group(pool, sizes, SEED), {
         "package": "Debian " + ", ".join(ICON_THEMES),
         "version": ", ".join(debian_version(root, theme) for theme, root in roots.items()),
-        "licence": "LGPL-3+ (oxygen), LGPL-3 or CC-BY-SA-3.0 (gnome)",
+        "licence": "LGPL-3+ (oxygen), GPL-2+ (gnome)",
         "split": "by icon name, over themes; near copies (equal thumbnails) dropped",
     }
 

@@ -31,13 +31,16 @@ class Objective:
         self.hessian = torch.zeros(anchor.shape[1], anchor.shape[1], device=anchor.device)
         self.correction: Tensor | None = None
 
-    def add(self, moments: Moments, weight: float, expert: Tensor | None = None) -> None:
+    def add(
+        self, moments: Moments, weight: float, expert: Tensor | None = None, shift: Tensor | None = None
+    ) -> None:
         """Fold in one task.
 
         Args:
             moments: of the layers' input on that task's calibration data.
             weight: ω_k.
             expert: W_k [out, in] (stacked like the anchor); None for the merged target W_k = A.
+            shift: b_k − b [out], the expert's bias less the one the layer keeps; None where layers have no bias.
 
         Raises:
             ValueError: no token was seen.
@@ -49,6 +52,8 @@ class Objective:
         if self.correction is None:
             self.correction = torch.zeros_like(self.anchor)
         self.correction.addmm_(expert.float() - self.anchor, gram, alpha=weight)
+        if shift is not None:
+            self.correction.addr_(shift.float(), moments.mean, alpha=weight)
 
     def solve(self, strength: float) -> tuple[Tensor, Tensor, float]:
         """The continuous optimum and the Hessian.

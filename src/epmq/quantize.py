@@ -24,6 +24,10 @@ Emit = Callable[[str, Tensor], None]
 EmitLayer = Callable[[str, nn.Module, QuantizedTensor], None]
 
 
+import os
+SHIFT = os.environ.get("SHIFT", "1") == "1"
+
+
 @dataclass
 class LayerReport:
     """What happened to one linear layer.
@@ -194,8 +198,9 @@ def _gather(
                 batch += 1
         for i, (group, objective) in enumerate(zip(groups, objectives)):
             expert = _stacked_expert(sources, step, group.names, part.task) if guided else None
+            shift = _stacked_shift(sources, step, group.names, part.task) if guided and SHIFT else None
             with _naming(f"{step.name}.{group.names[0]}, task {part.task}"):
-                objective.add(moments[i], sources.recipe.task_weight(part.task), expert)
+                objective.add(moments[i], sources.recipe.task_weight(part.task), expert, shift)
             tokens[i] += moments[i].count
     return list(zip(objectives, tokens))
 
@@ -256,6 +261,18 @@ def _stacked_expert(sources: Sources, step: Step, group: list[str], task: str) -
     parts = [sources.expert_tensor(task, f"{step.name}.{name}.weight") for name in group]
     weights = [as_matrix(layers[name], part) for name, part in zip(group, parts)]
     return torch.cat(weights).to(_weight(layers[group[0]]).device)
+
+
+def _stacked_shift(sources: Sources, step: Step, group: list[str], task: str) -> Tensor | None:
+    """The experts' biases less the merged ones, stacked; zero rows for layers without a bias."""
+    parts, layers = [], dict(linears(step.block))
+    for name in group:
+        bias = layers[name].bias
+        if bias is None:
+            parts.append(torch.zeros(as_matrix(layers[name], _weight(layers[name])).shape[0]))
+        else:
+            parts.append(sources.expert_tensor(task, f"{step.name}.{name}.bias").float() - bias.detach().cpu().float())
+    return torch.cat(parts).to(_weight(layers[group[0]]).device)
 
 
 @contextmanager

@@ -1,0 +1,147 @@
+"""`python -m benchmarks.compare text8|vision8`: every method at every width on one suite, on test data.
+
+Writes `benchmarks/results/<suite>.json`, one row a model, after each row; rows that are there already are kept
+unless `--fresh` is given. `python -m benchmarks.tables` makes the table from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from rich.console import Console
+
+from benchmarks.suites.__main__ import SUITES
+from benchmarks.suites.build import build_suite, suite_dir
+from epmq.checkpoint import write_json
+from epmq.demo.pool import pool_recipe
+from epmq.evaluate import gap_recovered
+from epmq.pipeline import evaluate_experts, run
+from epmq.report import hardware, now, versions
+
+RESULTS = Path(__file__).parent / "results"
+MERGES: dict[str, dict[str, Any]] = {
+    "task_arithmetic": {"method": "task_arithmetic", "scaling": 0.3},
+    "ties": {"method": "ties", "density": 0.2, "scaling": 1.0},
+}
+# bits, group size, symmetric: one scale a row at 4 bits; a scale and a zero point a group of 64 below.
+GRIDS = ((4, -1, True), (3, 64, False), (2, 64, False))
+METHODS = ("rtn", "gptq", "expert_guided")
+KEY = ("suite", "merge", "method", "bits", "group_size", "symmetric", "seed")
+TEST_SAMPLES = 500
+
+
+def settings() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Merge name and quantization settings of every row that is not a base or an expert."""
+    for merge in MERGES:
+        yield merge, {"method": "none"}
+        for bits, group_size, symmetric in GRIDS:
+            for method in METHODS:
+                yield merge, {"method": method, "bits": bits, "group_size": group_size, "symmetric": symmetric}
+
+
+def measure(suite: ModuleType, root: Path, tasks: list[str], merge: str, quantize: dict[str, Any], **fields: Any) -> Any:
+    """Run one recipe into a temporary directory and return its report."""
+    with tempfile.TemporaryDirectory(dir=root) as folder:
+        recipe = pool_recipe(
+            root,
+            tasks,
+            max_length=suite.MAX_LENGTH,
+            merge=MERGES[merge],
+            quantize=quantize,
+            output=str(Path(folder) / "out"),
+            **fields,
+        )
+        return run(recipe)
+
+
+def row(suite: str, merge: str, quantize: dict[str, Any], scores: dict[str, float], **more: Any) -> dict[str, Any]:
+    """One line of the results file."""
+    quantized = quantize["method"] in METHODS
+    return {
+        "suite": suite,
+        "merge": merge,
+        "method": quantize["method"],
+        "bits": quantize["bits"] if quantized else None,
+        "group_size": quantize["group_size"] if quantized else None,
+        "symmetric": quantize["symmetric"] if quantized else None,
+        "accuracy": scores,
+        "mean": sum(scores.values()) / len(scores),
+        **more,
+        "versions": versions(),
+        "hardware": hardware(),
+        "date": now(),
+    }
+
+
+def add_gaps(rows: list[dict[str, Any]]) -> None:
+    """Fill in `gap_recovered`: against GPTQ on the same merge and the same grid."""
+    experts = next((r["mean"] for r in rows if r["merge"] == "experts"), None)
+
+    def reference(r: dict[str, Any]) -> float | None:
+        same = ("merge", "bits", "group_size", "symmetric", "seed")
+        found = [q["mean"] for q in rows if q["method"] == "gptq" and all(q[k] == r[k] for k in same)]
+        return found[0] if found else None
+
+    for r in rows:
+        gptq = reference(r)
+        r["gap_recovered"] = None if gptq is None or experts is None else gap_recovered(r["mean"], gptq, experts)
+
+
+def compare(suite: ModuleType, tasks: list[str], quick: bool, fresh: bool, seed: int) -> list[dict[str, Any]]:
+    """Measure every row that is missing, saving after each."""
+    console, name = Console(stderr=True), f"{suite.NAME}-quick" if quick else suite.NAME
+    root, path = suite_dir(suite.NAME, quick), RESULTS / f"{name}.json"
+    rows: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() and not fresh else []
+    done = {tuple(r[k] for k in KEY) for r in rows}
+    common: dict[str, Any] = {"test_samples": TEST_SAMPLES, "seed": seed}
+
+    def keep(found: dict[str, Any]) -> None:
+        rows.append(found)
+        add_gaps(rows)
+        RESULTS.mkdir(exist_ok=True)
+        write_json(path, rows)
+        gap = found.get("gap_recovered")
+        text = f"{found['merge']:16} {found['method']:14} {found['bits'] or '':>2} {100 * found['mean']:6.2f}"
+        console.print(text + (f"  gap {100 * gap:5.1f} %" if gap is not None else ""))
+
+    nothing = {"seed": seed, "seconds": None, "peak_memory_mb": None, "bytes": None}
+    recipe = pool_recipe(root, tasks, max_length=suite.MAX_LENGTH, **common)
+    for merge in ("base", "experts"):
+        if (name, merge, "none", None, None, None, seed) not in done:
+            scores = evaluate_experts(recipe, base=merge == "base")
+            keep(row(name, merge, {"method": "none"}, scores, **nothing))
+    for merge, quantize in settings():
+        grid = (None, None, None) if quantize["method"] == "none" else tuple(quantize[k] for k in KEY[3:6])
+        if (name, merge, quantize["method"], *grid, seed) in done:
+            continue
+        report = measure(suite, root, tasks, merge, quantize, **common)
+        seconds = round(sum(report["seconds"][phase] for phase in ("open", "merge and quantize")), 1)
+        measured = {"seconds": seconds, "peak_memory_mb": report["peak_memory_mb"], "bytes": report["bytes"]}
+        keep(row(name, merge, quantize, report["accuracy"], seed=seed, **measured))
+    return rows
+
+
+def main() -> None:
+    """Read the command line and compare."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.compare", description=__doc__)
+    parser.add_argument("suite", choices=SUITES)
+    parser.add_argument("--tasks", help="comma-separated names; all by default")
+    parser.add_argument("--quick", action="store_true", help="the small form of the suite")
+    parser.add_argument("--fresh", action="store_true", help="measure everything anew")
+    parser.add_argument("--seed", type=int, default=0, help="of the calibration draw and the test draw")
+    arguments = parser.parse_args()
+    suite = importlib.import_module(f"benchmarks.suites.{arguments.suite}")
+    tasks = arguments.tasks.split(",") if arguments.tasks else list(suite.TASKS)
+    build_suite(suite, tasks, arguments.quick)
+    compare(suite, tasks, arguments.quick, arguments.fresh, arguments.seed)
+
+
+if __name__ == "__main__":
+    main()
