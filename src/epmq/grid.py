@@ -66,14 +66,18 @@ class Grid:
         rows, columns = weight.shape
         grouped = weight.float().reshape(rows, -1, self.width(columns))
         steps = self.highest - self.lowest
-        smallest = torch.finfo(dtype).tiny
         if self.symmetric:
-            scale = (grouped.abs().amax(-1) * (2 / steps)).clamp(min=smallest).to(dtype)
+            scale = _not_zero((grouped.abs().amax(-1) / (steps / 2)).to(dtype))
             return scale, torch.zeros(scale.shape, dtype=torch.int8, device=weight.device)
         low, high = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
-        scale = ((high - low) / steps).clamp(min=smallest).to(dtype)
+        scale = _not_zero(((high - low) / steps).to(dtype))
         zero = (self.lowest - low / scale.float()).round().clamp(self.lowest, self.highest)
         return scale, zero.to(torch.int8)
+
+
+def _not_zero(scale: Tensor) -> Tensor:
+    """Scales of zero (a group of zeros) take the dtype's epsilon, as in compressed-tensors."""
+    return torch.where(scale == 0, torch.finfo(scale.dtype).eps, scale)
 
 
 @dataclass

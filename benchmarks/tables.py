@@ -1,0 +1,77 @@
+"""`python -m benchmarks.tables`: make the tables of `benchmarks/README.md` from `benchmarks/results/*.json`."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+TITLES = {"none": "full precision", "rtn": "RTN", "gptq": "GPTQ", "expert_guided": "expert-guided"}
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    """A share as a percentage; a dash where there is none."""
+    return "–" if value is None else f"{100 * value:.{digits}f}"
+
+
+def grid(row: dict[str, Any]) -> str:
+    """Bits and groups of a row, in words."""
+    if row["bits"] is None:
+        return "–"
+    groups = "a row" if row["group_size"] == -1 else f"g{row['group_size']}"
+    return f"{row['bits']} bits, {groups}" + ("" if row["symmetric"] else ", asymmetric")
+
+
+def suite_table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: one line a model, mean and tasks across."""
+    tasks = list(rows[0]["accuracy"])
+    head = ["model", "weights", "mean", "gap recovered", *tasks, "MB", "s", "peak MB"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for row in rows:
+        title = row["merge"] if row["merge"] in ("base", "experts") else f"{row['merge']}, {TITLES[row['method']]}"
+        size = "–" if row["bytes"] is None else f"{row['bytes'] / 1e6:.1f}"
+        numbers = [percent(row["mean"]), percent(row["gap_recovered"], 0), *(percent(row["accuracy"][t]) for t in tasks)]
+        cost = [size, "–" if row["seconds"] is None else f"{row['seconds']:.0f}"]
+        cost.append("–" if row["peak_memory_mb"] is None else f"{row['peak_memory_mb']:.0f}")
+        lines.append("| " + " | ".join([title, grid(row), *numbers, *cost]) + " |")
+    return "\n".join(lines)
+
+
+def suite_section(path: Path) -> str:
+    """A suite's table with a line on where and when it was measured."""
+    rows = json.loads(path.read_text())
+    last = rows[-1]
+    where = f"{last['hardware']['machine']}, {last['hardware']['threads']} thread(s)"
+    used = ", ".join(f"{name} {version}" for name, version in last["versions"].items())
+    note = f"Measured {rows[0]['date'][:10]} to {last['date'][:10]} on {where}; seed {last['seed']}; {used}."
+    return f"{suite_table(rows)}\n\n{note}"
+
+
+def replace_section(text: str, name: str, content: str) -> str:
+    """Put `content` between the markers of a section.
+
+    Raises:
+        ValueError: the markers are not there.
+    """
+    pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
+    if not pattern.search(text):
+        raise ValueError(f"benchmarks/README.md: no section '<!-- {name} -->'")
+    return pattern.sub(lambda match: f"{match[1]}{content}\n{match[2]}", text)
+
+
+def main() -> None:
+    """Rewrite the README, or with --check say whether it is up to date."""
+    readme = HERE / "README.md"
+    text = readme.read_text()
+    for path in sorted((HERE / "results").glob("*8.json")):
+        text = replace_section(text, path.stem, suite_section(path))
+    if "--check" in sys.argv:
+        sys.exit(0 if text == readme.read_text() else "benchmarks/README.md is not what the results say: run it anew")
+    readme.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

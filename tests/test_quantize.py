@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import recipe_for
+
+from epmq.blocks import hooks, linears
+from epmq.pipeline import prepare
+from epmq.quantize import Calibration, load_outside, quantize_calibrated
+from epmq.sources import Sources
+from epmq.spec import load_recipe
+
+
+def quantized(pool: Path, **settings: Any) -> tuple[Sources, list[Calibration], list[Any], dict[str, Any]]:
+    """Quantize the pool's merge in memory: sources with the live model, calibration, reports and codes."""
+    from epmq.data import encode
+
+    job = prepare(load_recipe(recipe_for(pool, quantize=settings)))
+    calibration = [Calibration(task, list(encode(x, job.processor, 8, 16))) for task, x in job.calibration.items()]
+    codes: dict[str, Any] = {}
+
+    def emit(name: str, tensor: torch.Tensor) -> None:
+        assert name not in codes
+        codes[name] = tensor
+
+    load_outside(job.sources, emit, torch.device("cpu"))
+    steps = quantize_calibrated(
+        job.sources,
+        calibration,
+        emit,
+        lambda name, layer, weight: emit(f"{name}.weight", weight),
+        torch.device("cpu"),
+        keep=True,
+    )
+    return job.sources, calibration, [report for step in steps for report in step], codes
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["gptq", "expert_guided"])
+def test_reported_losses_are_those_of_the_finished_model(pool, method):
+    """Recompute every layer's (W*, H) from the definition, on inputs recorded in the finished quantized model."""
+    sources, calibration, reports, _ = quantized(pool, method=method, bits=3, group_size=32, symmetric=False)
+    model = sources.model
+    reported = {report.name: report for report in reports}
+    layers = {name: layer for name, layer in linears(model) if name in reported}
+    assert len(reports) == len(reported) == 12
+
+    inputs: dict[str, dict[str, list[torch.Tensor]]] = {name: {} for name in layers}
+    for part in calibration:
+        for batch in part.batches:
+            mask = batch["attention_mask"].bool()
+
+            def note(name, task=part.task, mask=mask):
+                return lambda module, args: inputs[name].setdefault(task, []).append(args[0][mask].double())
+
+            with hooks([(layer, note(name)) for name, layer in layers.items()]):
+                model(**batch)
+
+    for name, layer in layers.items():
+        merged = sources.merged(f"{name}.weight").double()
+        hessian, correction = torch.zeros(merged.shape[1], merged.shape[1]).double(), torch.zeros_like(merged)
+        for part in calibration:
+            rows = torch.cat(inputs[name][part.task])
+            gram = rows.T @ rows / len(rows) / len(calibration)
+            hessian = hessian + gram
+            if method == "expert_guided":
+                expert = sources.expert_tensor(part.task, f"{name}.weight").double()
+                bias = sources.expert_tensor(part.task, f"{name}.bias").double() - layer.bias.double()
+                correction = correction + (expert - merged) @ gram + torch.outer(bias, rows.mean(0)) / len(calibration)
+        strength = 0.03 if method == "expert_guided" else 0.01
+        hessian = hessian + strength * hessian.diagonal().mean() * torch.eye(len(hessian))
+        target = merged + correction @ torch.linalg.inv(hessian)
+        delta = layer.weight.double() - target
+        trace = float(torch.trace(delta @ hessian @ delta.T))
+        assert reported[name].loss == pytest.approx(trace, rel=1e-3), name
+        off = merged - target
+        assert reported[name].merge_loss == pytest.approx(float(torch.trace(off @ hessian @ off.T)), rel=1e-2, abs=1e-9)
+        assert reported[name].tokens == sum(len(torch.cat(rows)) for rows in inputs[name].values())
+
+
+@torch.no_grad()
+def test_live_weights_are_the_emitted_codes_and_nothing_is_left_out(pool):
+    sources, _, _, emitted = quantized(pool, method="expert_guided", bits=2, group_size=32)
+    assert set(emitted) == set(sources.names)
+    for name, layer in linears(sources.model.encoder):
+        weight = emitted[f"encoder.{name}.weight"]
+        assert torch.equal(layer.weight, weight.dequantize())
+        assert weight.codes.min() >= -2 and weight.codes.max() <= 1
+
+
+@torch.no_grad()
+def test_experts_that_are_copies_of_the_merge_give_gptq(pool):
+    """The identity on a whole model: one expert, averaged, is the merge itself."""
+    recipe = recipe_for(pool, merge={"method": "average"})
+    recipe["experts"] = [{**recipe["experts"][0], "name": name} for name in ("one", "two")]
+    found = []
+    for settings in ({"method": "gptq"}, {"method": "expert_guided", "anchor_strength": 0.01}):
+        job = prepare(load_recipe({**recipe, "quantize": settings}))
+        from epmq.data import encode
+
+        calibration = [Calibration(task, list(encode(x, job.processor, 8, 16))) for task, x in job.calibration.items()]
+        codes: dict[str, Any] = {}
+        load_outside(job.sources, lambda *a: None, torch.device("cpu"))
+        keep = codes.__setitem__
+        for _ in quantize_calibrated(
+            job.sources, calibration, lambda *a: None, lambda n, _, w, keep=keep: keep(n, w), torch.device("cpu")
+        ):
+            pass
+        found.append(codes)
+    assert found[0].keys() == found[1].keys() and len(found[0]) == 12
+    for name, weight in found[0].items():
+        assert torch.equal(weight.codes, found[1][name].codes) and torch.equal(weight.scale, found[1][name].scale)

@@ -1,0 +1,262 @@
+import copy
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from epmq.grid import BITS, GROUP_SIZES, Grid
+from epmq.merging import METHODS
+from epmq.spec import Merge, Quantize, Recipe, load_recipe
+
+
+def smallest(**fields):
+    """The smallest recipe there is, with top-level fields on top."""
+    experts = [{"name": name, "model": name, "calibration": {"path": f"{name}.jsonl"}} for name in ("one", "two")]
+    return {"base": "base", "experts": experts, **fields}
+
+
+def changed(path: str, value) -> dict:
+    """The smallest recipe with one field, such as `experts.0.name`, set."""
+    recipe = copy.deepcopy(smallest(merge={}, quantize={}))
+    *parents, leaf = path.split(".")
+    place = recipe
+    for parent in parents:
+        place = place[int(parent)] if parent.isdigit() else place[parent]
+    place[leaf] = value
+    return recipe
+
+
+def test_defaults():
+    recipe = load_recipe(smallest())
+    assert recipe.quantize.grid == Grid(4, -1, True) and recipe.format == "pack-quantized"
+    assert recipe.merge.settings() == {"scaling": 0.3} and recipe.quantize.method == "expert_guided"
+    assert (recipe.task_weight("one"), recipe.task_weight("two")) == (0.5, 0.5)
+    assert load_recipe(recipe) is recipe
+    assert load_recipe(recipe.model_dump(mode="json")) == recipe
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("bsae", "x", "unknown field 'bsae'"),
+        ("quantize.bit", 4, "unknown field 'quantize.bit'"),
+        ("experts.1.modle", "x", "unknown field 'experts.1.modle'"),
+        ("experts.0.calibration.file", "x", "unknown field 'experts.0.calibration.file'"),
+        ("base", None, "base: "),
+        ("base", 3, "base: "),
+        ("experts", [], "experts: "),
+        ("experts", "one", "experts: "),
+        ("experts.0.name", "a/b", "experts.0.name: "),
+        ("experts.0.name", "", "experts.0.name: "),
+        ("experts.0.name", "../a", "experts.0.name: "),
+        ("experts.1.name", "one", "experts: name used twice: one"),
+        ("experts.0.calibration.samples", 0, "experts.0.calibration.samples: "),
+        ("experts.1.calibration", None, "experts.two.calibration: expert_guided needs calibration data"),
+        ("merge.method", "slerp", "merge.method: "),
+        ("merge.scaling", [0.3], "merge.scaling: 1 values for 2 experts"),
+        ("merge.scaling", "much", "merge.scaling"),
+        ("merge", {"method": "average", "weights": [1, 1, 1]}, "merge.weights: 3 values for 2 experts"),
+        ("merge", {"method": "average", "scaling": 0.3}, "merge: scaling: average does not use it"),
+        ("merge", {"method": "ties", "scaling": [0.3, 0.3]}, "merge: scaling: ties takes one number"),
+        ("merge.weights", [1, 1], "merge: weights: task_arithmetic does not use it"),
+        ("merge.density", 0.5, "merge: density: task_arithmetic does not use it"),
+        ("merge", {"method": "ties", "density": 0}, "merge.density: "),
+        ("merge", {"method": "dare", "density": 1.5}, "merge.density: "),
+        ("merge", {"method": "ties", "trim": "layer"}, "merge.trim: "),
+        ("merge", {"method": "dare", "combine": "average"}, "merge.combine: "),
+        ("quantize.bits", 5, "quantize.bits: 5 is not one of 2, 3, 4, 8"),
+        ("quantize.bits", 16, "quantize.bits: 16 is not one of"),
+        ("quantize.bits", "four", "quantize.bits: "),
+        ("quantize.group_size", 7, "quantize.group_size: 7 is not one of -1, 32, 64, 128"),
+        ("quantize.group_size", 0, "quantize.group_size: 0 is not one of"),
+        ("quantize.method", "awq", "quantize.method: "),
+        ("quantize.anchor_strength", -0.1, "quantize.anchor_strength: "),
+        ("quantize.anchor_strength", 0, "quantize.anchor_strength: "),
+        ("quantize.damping", -1, "quantize.damping: "),
+        ("quantize.symmetric", "perhaps", "quantize.symmetric: "),
+        ("quantize.task_weights", {"one": 1.0}, "quantize.task_weights: needs exactly the tasks one, two"),
+        ("quantize.task_weights", {"one": 1, "two": 1, "three": 1}, "quantize.task_weights: needs exactly the tasks"),
+        ("quantize.task_weights", {"one": 2, "two": -1}, "quantize.task_weights: must not be negative"),
+        ("quantize.task_weights", {"one": 0, "two": 0}, "quantize.task_weights: must not be negative, nor all zero"),
+        (
+            "quantize",
+            {"method": "gptq", "task_weights": {"one": 1, "two": 1}},
+            "quantize.task_weights: gptq does not use them",
+        ),
+        ("format", "gguf", "format: "),
+        ("samples", 0, "samples: "),
+        ("batch_size", -1, "batch_size: "),
+        ("max_length", 0, "max_length: "),
+        ("seed", "now", "seed: "),
+    ],
+)
+def test_a_wrong_field_is_named(field, value, message):
+    with pytest.raises(ValueError) as error:
+        load_recipe(changed(field, value))
+    assert f"recipe: {message}" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("merge.scaling", float("nan")),
+        ("merge.scaling", [0.3, float("inf")]),
+        ("quantize.anchor_strength", float("inf")),
+        ("quantize.task_weights", {"one": float("nan"), "two": 1.0}),
+    ],
+)
+def test_numbers_that_are_not_finite_are_refused(field, value):
+    """One of them would make every merged weight NaN, long before anything notices."""
+    with pytest.raises(ValueError, match=field):
+        load_recipe(changed(field, value))
+
+
+def test_weights_that_sum_to_zero_are_refused():
+    with pytest.raises(ValueError, match=r"merge.*weights"):
+        load_recipe(changed("merge", {"method": "average", "weights": [1, -1]}))
+
+
+def test_dare_with_ties_takes_one_scaling():
+    with pytest.raises(ValueError, match=r"merge.*scaling"):
+        load_recipe(changed("merge", {"method": "dare", "combine": "ties", "scaling": [0.3, 0.3]}))
+
+
+@pytest.mark.parametrize("field", ["base", "experts", "experts.0.name", "experts.1.model", "experts.0.calibration.path"])
+def test_a_missing_field_is_named(field):
+    recipe = copy.deepcopy(smallest())
+    *parents, leaf = field.split(".")
+    place = recipe
+    for parent in parents:
+        place = place[int(parent)] if parent.isdigit() else place[parent]
+    del place[leaf]
+    with pytest.raises(ValueError, match=f"recipe: field '{field}' is missing"):
+        load_recipe(recipe)
+
+
+def test_all_wrong_fields_are_named_at_once():
+    with pytest.raises(ValueError) as error:
+        load_recipe({"experts": [{"name": "one"}], "speed": 1, "quantize": {"bits": 5}})
+    for part in ("'base' is missing", "'experts.0.model' is missing", "unknown field 'speed'", "quantize.bits: 5"):
+        assert part in str(error.value)
+
+
+def test_calibration_is_needed_only_where_it_is_used():
+    recipe = smallest()
+    for expert in recipe["experts"]:
+        del expert["calibration"]
+    for method in ("none", "rtn"):
+        assert not load_recipe({**recipe, "quantize": {"method": method}}).quantize.calibrates
+    for method in ("gptq", "expert_guided"):
+        with pytest.raises(ValueError, match=f"experts.one.calibration: {method} needs calibration data"):
+            load_recipe({**recipe, "quantize": {"method": method}})
+
+
+def test_task_weights_sum_to_one():
+    recipe = load_recipe(changed("quantize.task_weights", {"two": 3, "one": 1}))
+    assert (recipe.task_weight("one"), recipe.task_weight("two")) == (0.25, 0.75)
+
+
+def test_a_recipe_cannot_be_changed():
+    with pytest.raises(ValidationError, match="frozen"):
+        load_recipe(smallest()).base = "other"
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+def test_every_grid_can_be_asked_for(bits, group_size):
+    assert Quantize(bits=bits, group_size=group_size, symmetric=False).grid == Grid(bits, group_size, False)
+
+
+def test_strength_is_what_the_method_calls_it():
+    settings = {"damping": 0.2, "anchor_strength": 0.5}
+    assert Quantize(method="gptq", **settings).strength == 0.2
+    assert Quantize(method="expert_guided", **settings).strength == 0.5
+
+
+@pytest.mark.parametrize(
+    ("merge", "expected"),
+    [
+        ({"method": "average"}, {"weights": None}),
+        ({"method": "average", "weights": [1, 3]}, {"weights": [1, 3]}),
+        ({"scaling": [0.1, 0.2]}, {"scaling": [0.1, 0.2]}),
+        ({"method": "ties"}, {"scaling": 1.0, "density": 0.2}),
+        ({"method": "ties", "scaling": 0.0}, {"scaling": 0.0, "density": 0.2}),
+        ({"method": "dare", "density": 0.9}, {"scaling": 0.3, "density": 0.9, "combine": "task_arithmetic"}),
+    ],
+)
+def test_settings_are_arguments_of_the_merge_method(merge, expected):
+    settings = Merge(**merge).settings()
+    assert settings == expected
+    assert settings.keys() <= METHODS[Merge(**merge).method].__kwdefaults__.keys()
+
+
+@pytest.mark.parametrize("text", ["base: [", "a: b: c", "\t- x", "base: !!python/object:os.system {}"])
+def test_bad_yaml_names_the_file(tmp_path, text):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"recipe\.yaml: not valid YAML"):
+        load_recipe(path)
+
+
+def test_a_file_that_is_not_text_is_named(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(b"\x89PNG\xff\xfe")
+    with pytest.raises(ValueError, match=r"recipe\.yaml: not valid YAML"):
+        load_recipe(path)
+
+
+@pytest.mark.parametrize("text", ["", "- a\n- b\n", "just words", "3"])
+def test_a_recipe_is_a_mapping(tmp_path, text):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"recipe\.yaml: a recipe is a mapping"):
+        load_recipe(str(path))
+
+
+def test_no_file(tmp_path):
+    for path in (tmp_path / "none.yaml", tmp_path):
+        with pytest.raises(FileNotFoundError, match="no such recipe file"):
+            load_recipe(path)
+
+
+def test_errors_in_a_file_name_the_file(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(changed("quantize.bits", 5)))
+    with pytest.raises(ValueError, match=r"recipe\.yaml: quantize\.bits: 5 is not one of"):
+        load_recipe(path)
+
+
+def test_paths_are_relative_to_the_recipe(tmp_path, monkeypatch):
+    """What lies beside the recipe is found from anywhere; Hub ids, absolute paths and the output stay as they are."""
+    for folder in ("recipes/base", "recipes/experts/one", "data"):
+        (tmp_path / folder).mkdir(parents=True)
+    for file in ("recipes/one.jsonl", "recipes/head.safetensors", "data/two.jsonl"):
+        (tmp_path / file).write_text("")
+    recipe = smallest(output="out")
+    one, two = recipe["experts"]
+    one |= {"model": "experts/one", "head": "head.safetensors", "evaluation": {"path": "../data/two.jsonl"}}
+    two |= {"model": "owner/name", "evaluation": {"path": str(tmp_path / "data" / "two.jsonl")}}
+    (tmp_path / "recipes" / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    monkeypatch.chdir(tmp_path / "data")
+    found = load_recipe(Path("../recipes/recipe.yaml"))
+
+    def same(path: str, expected: str) -> bool:
+        return Path(path).resolve() == (tmp_path / expected).resolve()
+
+    first, second = found.experts
+    assert same(found.base, "recipes/base") and same(first.model, "recipes/experts/one")
+    assert same(first.head, "recipes/head.safetensors") and same(first.calibration.path, "recipes/one.jsonl")
+    assert same(first.evaluation.path, "data/two.jsonl") and same(second.evaluation.path, "data/two.jsonl")
+    assert second.model == "owner/name" and second.calibration.path == "two.jsonl" and found.output == "out"
+    assert second.head is None
+
+
+def test_every_field_is_documented():
+    schema = Recipe.model_json_schema()
+    models = [schema, *schema["$defs"].values()]
+    plain = {"experts", "merge", "quantize", "method"}
+    for model in models:
+        assert model["description"] if "title" in model else True
+        for name, field in model["properties"].items():
+            assert name in plain or field.get("description"), name
