@@ -46,7 +46,9 @@ def settings() -> Iterator[tuple[str, dict[str, Any]]]:
                 yield merge, {"method": method, "bits": bits, "group_size": group_size, "symmetric": symmetric}
 
 
-def measure(suite: ModuleType, root: Path, tasks: list[str], merge: str, quantize: dict[str, Any], **fields: Any) -> Any:
+def measure(
+    suite: ModuleType, root: Path, tasks: list[str], merge: str, quantize: dict[str, Any], **fields: Any
+) -> dict[str, Any]:
     """Run one recipe into a temporary directory and return its report."""
     with tempfile.TemporaryDirectory(dir=root) as folder:
         recipe = pool_recipe(

@@ -33,7 +33,8 @@ def suite_table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         title = row["merge"] if row["merge"] in ("base", "experts") else f"{row['merge']}, {TITLES[row['method']]}"
         size = "–" if row["bytes"] is None else f"{row['bytes'] / 1e6:.1f}"
-        numbers = [percent(row["mean"]), percent(row["gap_recovered"], 0), *(percent(row["accuracy"][t]) for t in tasks)]
+        numbers = [percent(row["mean"]), percent(row["gap_recovered"], 0)]
+        numbers += [percent(row["accuracy"][task]) for task in tasks]
         cost = [size, "–" if row["seconds"] is None else f"{row['seconds']:.0f}"]
         cost.append("–" if row["peak_memory_mb"] is None else f"{row['peak_memory_mb']:.0f}")
         lines.append("| " + " | ".join([title, grid(row), *numbers, *cost]) + " |")

@@ -12,7 +12,7 @@ from transformers import BertConfig, BertModel, BertTokenizerFast, Dinov2Config,
 
 from epmq.heads import HEAD_FILE, Head, save_head
 
-WORDS = "the a cat dog sat ran on under mat tree red blue big small and then".split()
+WORDS = ["the", "a", "cat", "dog", "sat", "ran", "on", "under", "mat", "tree", "red", "blue", "big", "small"]
 
 
 @pytest.fixture(autouse=True)

@@ -132,8 +132,6 @@ def test_a_hub_that_does_not_answer_is_a_missing_directory(monkeypatch):
         resolve("owner/name")
 
 
-
-
 def no_config(folder: Path) -> None:
     (folder / "config.json").unlink()
 
@@ -257,7 +255,9 @@ def test_numbers_that_are_not_finite_are_found(tmp_path, value, dtype):
 
 
 def test_large_numbers_and_empty_tensors_and_integers_are_finite(tmp_path):
-    large = {dtype: torch.full((1000,), torch.finfo(dtype).max, dtype=dtype) for dtype in (torch.float16, torch.float32)}
+    large = {
+        dtype: torch.full((1000,), torch.finfo(dtype).max, dtype=dtype) for dtype in (torch.float16, torch.float32)
+    }
     extra = {"cancel": torch.tensor([3e38, -3e38]), "empty": torch.empty(0, 3), "ids": torch.arange(3)}
     tensors = {str(dtype): tensor for dtype, tensor in large.items()} | extra
     Checkpoint(written(tmp_path / "model", tensors)).check_finite()

@@ -189,6 +189,7 @@ def demo(
 def main() -> None:
     """Entry point: errors that a user can mend are one line on standard error and exit status 1."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # one set of bars is enough: ours
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:

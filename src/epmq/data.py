@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -81,12 +82,14 @@ def read_examples(path: str | Path, text: str = "text", label: str = "label") ->
 def _read_jsonl(path: Path, text: str, label: str) -> Examples:
     texts: list[str] = []
     labels: list[int] = []
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode("utf-8"))
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path}, line {number}: not UTF-8 ({error.reason})") from None
             except json.JSONDecodeError as error:
                 raise ValueError(f"{path}, line {number}: not JSON ({error.msg})") from None
             if not isinstance(row, dict) or not isinstance(row.get(text), str):
@@ -104,8 +107,8 @@ def _read_jsonl(path: Path, text: str, label: str) -> Examples:
 def _read_npz(path: Path) -> Examples:
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError) as error:
+            arrays = {name: np.asarray(file[name]) for name in ("images", "labels") if name in file}
+    except (OSError, ValueError, EOFError, TypeError, BadZipFile) as error:
         raise ValueError(f"{path}: not a plain .npz file ({error})") from None
     images = arrays.get("images")
     if images is None or images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
@@ -113,6 +116,8 @@ def _read_npz(path: Path) -> Examples:
     labels = arrays.get("labels")
     if labels is not None and labels.shape != images.shape[:1]:
         raise ValueError(f"{path}: {len(images)} images but labels of shape {list(labels.shape)}")
+    if labels is not None and labels.dtype.kind not in "iu":
+        raise ValueError(f"{path}: labels of dtype {labels.dtype}, but they must be integers")
     return Examples("image", images, None if labels is None else labels.astype(np.int64))
 
 

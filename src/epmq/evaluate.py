@@ -43,8 +43,9 @@ def accuracy(
     for batch in encode(examples, model.processor, batch_size, max_length):
         scores = model(task, **_to(batch, model.device))
         labels = examples.labels[start : start + len(scores)]
-        if labels.max() >= scores.shape[1] or labels.min() < 0:
-            raise ValueError(f"task {task}: label {labels.max()} but the head has {scores.shape[1]} classes")
+        wrong = labels[(labels < 0) | (labels >= scores.shape[1])]
+        if len(wrong):
+            raise ValueError(f"task {task}: label {wrong[0]} but the head has {scores.shape[1]} classes")
         right += int((scores.argmax(-1).cpu().numpy() == labels).sum())
         start += len(scores)
         advance(len(scores))

@@ -89,14 +89,18 @@ def load_head(path: str | Path) -> Head:
     Raises:
         ValueError: a tensor or a setting is missing or of the wrong shape; the file is named.
     """
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    with safe_open(str(path), framework="pt") as file:
-        missing = {"weight", "bias"} - set(file.keys())
-        if missing:
-            raise ValueError(f"{path}: a head file holds 'weight' and 'bias'; missing: {sorted(missing)}")
-        weight, bias = file.get_tensor("weight").float(), file.get_tensor("bias").float()
-        metadata = file.metadata() or {}
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            tensors = {name: file.get_tensor(name).float() for name in ("weight", "bias") if name in file.keys()}
+            metadata = file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a readable safetensors file ({error})") from None
+    missing = {"weight", "bias"} - tensors.keys()
+    if missing:
+        raise ValueError(f"{path}: a head file holds 'weight' and 'bias'; missing: {sorted(missing)}")
+    weight, bias = tensors["weight"], tensors["bias"]
     if weight.ndim != 2 or bias.shape != weight.shape[:1]:
         raise ValueError(
             f"{path}: weight {list(weight.shape)} and bias {list(bias.shape)} must be [classes, features] and [classes]"
@@ -104,10 +108,10 @@ def load_head(path: str | Path) -> Head:
     pooling = metadata.get("pooling", "cls")
     if pooling not in POOLINGS:
         raise ValueError(f"{path}: pooling {pooling!r} is not one of {', '.join(POOLINGS)}")
-    return Head(
-        weight=weight,
-        bias=bias,
-        pooling=pooling,
-        normalize=json.loads(metadata.get("normalize", "true")),
-        labels=json.loads(metadata.get("labels", "[]")),
-    )
+    try:
+        normalize, labels = (json.loads(metadata.get(*x)) for x in (("normalize", "true"), ("labels", "[]")))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: the settings in its metadata are not JSON ({error})") from None
+    if labels and len(labels) != len(weight):
+        raise ValueError(f"{path}: {len(labels)} labels for {len(weight)} classes")
+    return Head(weight=weight, bias=bias, pooling=pooling, normalize=normalize, labels=labels)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class Moments:
-    """Running Σ x xᵀ and Σ x over the real tokens of one input group and one task.
+    """Running Σ x xᵀ, Σ x and, if asked, Σ (x̃ − x) xᵀ over the real tokens of one input group and one task.
 
     Attributes:
         count: tokens seen.
@@ -18,22 +18,26 @@ class Moments:
         self.count = 0
         self.total = torch.zeros(columns, device=device)
         self._gram = torch.zeros(columns, columns, device=device)
+        self._drift: Tensor | None = None
 
-    def add(self, inputs: Tensor, mask: Tensor | None = None) -> None:
+    def add(self, inputs: Tensor, mask: Tensor | None = None, expert: Tensor | None = None) -> None:
         """Add a batch of inputs.
 
         Args:
             inputs: [..., in], any float dtype.
             mask: which tokens are real, booleans of shape `inputs.shape[:-1]` (or that many entries in all); None
                 counts all of them. Padding must never enter a moment.
+            expert: x̃, the expert's own inputs to the layer on the same tokens, shaped like `inputs`; None leaves
+                the drift out.
         """
-        rows = inputs.detach().reshape(-1, inputs.shape[-1])
-        if mask is not None:
-            rows = rows[mask.reshape(-1)]
-        rows = rows.float()
+        rows = _real_rows(inputs, mask)
         self.count += len(rows)
         self.total += rows.sum(0)
         self._gram.addmm_(rows.T, rows)
+        if expert is not None:
+            if self._drift is None:
+                self._drift = torch.zeros_like(self._gram)
+            self._drift.addmm_((_real_rows(expert, mask) - rows).T, rows)
 
     @property
     def gram(self) -> Tensor:
@@ -47,6 +51,16 @@ class Moments:
         return self._gram / self.count
 
     @property
+    def drift(self) -> Tensor | None:
+        """Σ (x̃ − x) xᵀ / n, [in, in] float32: how the experts' inputs differ; None if they were not given."""
+        return None if self._drift is None else self._drift / self.count
+
+    @property
     def mean(self) -> Tensor:
         """Σ x / n, [in] float32."""
         return self.total / max(self.count, 1)
+
+
+def _real_rows(inputs: Tensor, mask: Tensor | None) -> Tensor:
+    rows = inputs.detach().reshape(-1, inputs.shape[-1])
+    return (rows if mask is None else rows[mask.reshape(-1)]).float()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -33,7 +33,7 @@ class NativeHead(nn.Module):
         settings = transformers.AutoConfig.for_model(**config)
         with init_empty_weights(include_buffers=False):
             model = kind._from_config(settings).eval()
-        setattr(model, kind.base_model_prefix, backbone)
+        setattr(model, kind.base_model_prefix, getattr(backbone, kind.base_model_prefix, backbone))
         for name, stored in rename(model, tensors)[0].items():
             set_tensor(model, name, tensors[stored])
         missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
@@ -131,11 +131,14 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> MultiTaskModel
 
 def load_any_head(path: Path, backbone: nn.Module) -> Head | NativeHead:
     """A head file of either form; `backbone` is what a native head is put around."""
-    with safe_open(str(path), framework="pt") as file:
-        metadata = file.metadata() or {}
-        if "architecture" not in metadata:
-            return load_head(path)
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a readable safetensors file ({error})") from None
+    if "architecture" not in metadata:
+        return load_head(path)
     device = next(backbone.parameters()).device
     tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
     return NativeHead(backbone, metadata["architecture"], json.loads(metadata["config"]), tensors)

@@ -6,6 +6,9 @@ For one layer with merged weight A, experts W_k and inputs with Gram matrices G_
 
 has H = Σ ω_k G_k + λ̄ I and W* = A + (Σ ω_k (W_k − A) G_k) H⁻¹ (E-PMQ, arXiv 2605.16882). GPTQ on the merged model is
 the case W_k = A; RegMean (arXiv 2212.09849) is λ̄ = 0 without a grid.
+
+With a share α of the expert's own inputs X̃_k in the target, ((1 − α) X_k + α X̃_k) W_kᵀ, the correction gains
+α Σ ω_k W_k D_k, where D_k = (X̃_k − X_k)ᵀ X_k / n_k is the drift.
 """
 
 from __future__ import annotations
@@ -32,7 +35,12 @@ class Objective:
         self.correction: Tensor | None = None
 
     def add(
-        self, moments: Moments, weight: float, expert: Tensor | None = None, shift: Tensor | None = None
+        self,
+        moments: Moments,
+        weight: float,
+        expert: Tensor | None = None,
+        shift: Tensor | None = None,
+        features: float = 0.0,
     ) -> None:
         """Fold in one task.
 
@@ -41,6 +49,7 @@ class Objective:
             weight: ω_k.
             expert: W_k [out, in] (stacked like the anchor); None for the merged target W_k = A.
             shift: b_k − b [out], the expert's bias less the one the layer keeps; None where layers have no bias.
+            features: α, the share of the expert's own inputs in the target; the moments must hold the drift for it.
 
         Raises:
             ValueError: no token was seen.
@@ -54,6 +63,8 @@ class Objective:
         self.correction.addmm_(expert.float() - self.anchor, gram, alpha=weight)
         if shift is not None:
             self.correction.addr_(shift.float(), moments.mean, alpha=weight)
+        if features and moments.drift is not None:
+            self.correction.addmm_(expert.float(), moments.drift, alpha=weight * features)
 
     def solve(self, strength: float) -> tuple[Tensor, Tensor, float]:
         """The continuous optimum and the Hessian.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,11 @@ from epmq.export import FORMATS
 from epmq.grid import QuantizedTensor
 from epmq.heads import HEAD_FILE, load_head
 from epmq.multitask import HEADS, MultiTaskModel, _to, load, load_any_head, save_native_head
-from epmq.quantize import Calibration, check_grid, load_outside, quantize_calibrated, quantize_nearest, read_blocks
+from epmq.quantize import check_grid, load_outside, quantize_calibrated, quantize_nearest, read_blocks
 from epmq.skeleton import load_model
 from epmq.sources import Sources
 from epmq.spec import Data, Expert, Recipe, load_recipe
+from epmq.streams import Calibration
 
 
 @dataclass
@@ -40,7 +41,7 @@ class Job:
     evaluation: dict[str, Examples]
 
 
-def prepare(recipe: Recipe, calibrate: bool = True, evaluate: bool = True) -> Job:
+def prepare(recipe: Recipe, bar: Progress | None = None, *, evaluate: bool = True) -> Job:
     """Open everything a run will need and check that it fits together.
 
     Raises:
@@ -50,7 +51,7 @@ def prepare(recipe: Recipe, calibrate: bool = True, evaluate: bool = True) -> Jo
         check_output(recipe.output)
     calibration, evaluation = {}, {}
     for expert in recipe.experts:
-        if calibrate and recipe.quantize.calibrates and expert.calibration is not None:
+        if recipe.quantize.calibrates and expert.calibration is not None:
             samples = expert.calibration.samples or recipe.samples
             calibration[expert.name] = _read(expert.calibration, expert, "calibration").draw(samples, recipe.seed)
         if evaluate and expert.evaluation is not None:
@@ -66,7 +67,10 @@ def prepare(recipe: Recipe, calibrate: bool = True, evaluate: bool = True) -> Jo
             raise ValueError(
                 f"experts.{expert.name}: evaluation needs a head, and neither {HEAD_FILE} nor a task head is there"
             )
-    sources.check_finite()
+    for _ in (bar or bars(False)).track(
+        sources.check_finite(), total=1 + len(recipe.experts), description="check weights"
+    ):
+        pass
     processor = load_processor(sources.base.path)
     for name, examples in (calibration | evaluation).items():
         try:
@@ -104,9 +108,10 @@ def run(
         raise ValueError("recipe: field 'output' is missing")
     reporting.reset_peak_memory()
     seconds: dict[str, float] = {}
-    with _timed(seconds, "open"):
-        job = prepare(recipe, evaluate=evaluate)
-    with bars(progress) as bar, whole_directory(recipe.output) as work:
+    with bars(progress) as bar, ExitStack() as stack:
+        with _timed(seconds, "open"):
+            job = prepare(recipe, bar, evaluate=evaluate)
+        work = stack.enter_context(whole_directory(recipe.output))
         with _timed(seconds, "merge and quantize"):
             layers, bytes_ = write_model(job, work, bar)
         peak = reporting.peak_memory_mb()

@@ -15,16 +15,18 @@ from epmq.blocks import InputGroup, Stack, as_matrix, find_stacks, hooks, input_
 from epmq.grid import QuantizedTensor
 from epmq.moments import Moments
 from epmq.objective import Objective
-from epmq.skeleton import drop_tensors, set_tensor
+from epmq.skeleton import drop_tensors, load_block, set_tensor
 from epmq.solvers import gptq, hessian_loss, rtn
 from epmq.sources import Sources
-from epmq.walk import Batch, Step, Walk
+from epmq.streams import Calibration, ExpertStream, uses_features
+from epmq.walk import Step, Walk
 
 Emit = Callable[[str, Tensor], None]
 EmitLayer = Callable[[str, nn.Module, QuantizedTensor], None]
 
 
 import os
+
 SHIFT = os.environ.get("SHIFT", "1") == "1"
 
 
@@ -56,14 +58,6 @@ class LayerReport:
         return asdict(self)
 
 
-@dataclass
-class Calibration:
-    """One task's calibration batches."""
-
-    task: str
-    batches: list[Batch]
-
-
 def check_grid(sources: Sources) -> None:
     """Check before any compute that the grid fits every layer that would be quantized.
 
@@ -84,7 +78,7 @@ def check_grid(sources: Sources) -> None:
 def read_blocks(sources: Sources, emit: Emit) -> Iterator[list[LayerReport]]:
     """Emit the merged tensors of the blocks as they are; yields an empty report a block."""
     for stack, index, _ in _blocks(sources.model):
-        for name in _block_names(sources, stack.block_name(index)):
+        for name in sources.block_names(stack.block_name(index)):
             emit(name, sources.merged(name))
         yield []
 
@@ -103,7 +97,7 @@ def quantize_nearest(sources: Sources, emit: Emit, emit_layer: EmitLayer) -> Ite
     for stack, index, block in _blocks(sources.model):
         prefix, reports = stack.block_name(index), []
         layers = dict(linears(block))
-        for name in _block_names(sources, prefix):
+        for name in sources.block_names(prefix):
             local = name[len(prefix) + 1 :].removesuffix(".weight")
             if local not in layers or not name.endswith(".weight"):
                 emit(name, sources.merged(name))
@@ -142,19 +136,20 @@ def quantize_calibrated(
     Raises:
         ValueError: a layer saw no data or not finite data, or its Hessian cannot be factored; it is named.
     """
+    streams = {part.task: ExpertStream(sources, part, device) for part in calibration} if uses_features(sources) else {}
     batches = [batch for part in calibration for batch in part.batches]
     for step in Walk(sources.model, batches):
-        for name in _block_names(sources, step.name):
-            set_tensor(sources.model, name, sources.merged(name).to(device))
+        load_block(sources.model, sources.block_names(step.name), sources.merged, device)
         with _naming(step.name):
             groups = input_groups(step.block, lambda step=step: step.run(0))  # type: ignore[misc]
+        layers = [LayerGroup(step, group) for group in groups]
+        _gather(sources, step, layers, calibration, streams)
         reports: list[LayerReport] = []
-        for together in [[group] for group in groups] if sources.recipe.quantize.sequential else [groups]:
-            for group, gathered in zip(together, _gather(sources, step, together, calibration)):
-                with _naming(f"{step.name}.{group.names[0]}"):
-                    reports += _solve(sources, step, group.names, gathered, emit_layer)
+        for group in layers:
+            with _naming(f"{step.name}.{group.names[0]}"):
+                reports += _solve(sources, step, group, emit_layer)
         quantized = {f"{report.name}.weight" for report in reports}
-        for name in _block_names(sources, step.name):
+        for name in sources.block_names(step.name):
             if name not in quantized:
                 emit(name, sources.model.state_dict()[name])
         step.finish()
@@ -165,75 +160,126 @@ def quantize_calibrated(
 
 def load_outside(sources: Sources, emit: Emit, device: torch.device) -> None:
     """Merge the tensors that lie outside the blocks (embeddings, norms, heads) into the skeleton, and emit them."""
-    prefixes = tuple(stack.name + "." for stack in find_stacks(sources.model))
-    for name in sources.names:
-        if not name.startswith(prefixes):
-            tensor = sources.merged(name)
-            emit(name, tensor)
-            set_tensor(sources.model, name, tensor.to(device))
+    for name in sources.outside_names():
+        tensor = sources.merged(name)
+        emit(name, tensor)
+        set_tensor(sources.model, name, tensor.to(device))
     sources.model.tie_weights()
 
 
+class LayerGroup:
+    """The layers of a block that share an input, stacked, with what calibration gathers for them.
+
+    Attributes:
+        names: of the layers, within the block.
+        modules: the layers.
+        rows: their output sizes.
+        calls: how often each is called in one forward of the block.
+        objective: collected task by task.
+        tokens: calibration tokens seen.
+    """
+
+    def __init__(self, step: Step, group: InputGroup) -> None:
+        layers = dict(linears(step.block))
+        self.names, self.calls = group.names, group.calls
+        self.modules = [layers[name] for name in group.names]
+        weights = [as_matrix(module, module.weight.detach()) for module in self.modules]  # type: ignore[operator]
+        self.rows = [len(weight) for weight in weights]
+        self.dtype = weights[0].dtype
+        self.objective = Objective(torch.cat(weights))
+        self.tokens = 0
+
+    def expert(self, sources: Sources, block: str, task: str) -> Tensor:
+        """An expert's weights of these layers, stacked: [out, in]."""
+        parts = [sources.expert_tensor(task, f"{block}.{name}.weight") for name in self.names]
+        weights = [as_matrix(module, part) for module, part in zip(self.modules, parts)]
+        return torch.cat(weights).to(self.objective.anchor.device)
+
+    def shift(self, sources: Sources, block: str, task: str) -> Tensor:
+        """An expert's biases less those the layers keep, stacked: [out] float32; zero for layers without one."""
+        parts = []
+        for name, module, rows in zip(self.names, self.modules, self.rows):
+            bias = module.bias
+            if isinstance(bias, Tensor):
+                theirs = sources.expert_tensor(task, f"{block}.{name}.bias").to(bias.device)
+                parts.append(theirs.float() - bias.detach().float())
+            else:
+                parts.append(torch.zeros(rows, device=self.objective.anchor.device))
+        return torch.cat(parts)
+
+
 class _Enough(Exception):
-    """All layers of interest have seen their input: the rest of the block need not run."""
+    """All layers have seen their input: the rest of the block need not run."""
 
 
 def _gather(
-    sources: Sources, step: Step, groups: list[InputGroup], calibration: Sequence[Calibration]
-) -> list[tuple[Objective, int]]:
-    """The objective and the number of tokens of some of a block's input groups, one task at a time."""
-    layers = dict(linears(step.block))
-    guided = sources.recipe.quantize.method == "expert_guided"
-    objectives = [Objective(_stacked(step, group.names)) for group in groups]
-    tokens = [0] * len(groups)
-    batch = 0
+    sources: Sources,
+    step: Step,
+    groups: list[LayerGroup],
+    calibration: Sequence[Calibration],
+    streams: dict[str, ExpertStream],
+) -> None:
+    """Collect the objectives of a block, one task at a time, so that one task's moments exist at any time."""
+    settings, batch = sources.recipe.quantize, 0
+    guided = settings.method == "expert_guided"
     for part in calibration:
-        moments = [Moments(objective.anchor.shape[1], objective.anchor.device) for objective in objectives]
-        pairs = [(layers[group.names[0]], _adder(step, m)) for group, m in zip(groups, moments)]
-        pairs.append((layers[groups[-1].names[0]], _stopper(groups[-1].calls)))
-        with hooks(pairs):
-            for _ in part.batches:
+        moments = [Moments(group.objective.anchor.shape[1], group.objective.anchor.device) for group in groups]
+        stream = streams.get(part.task)
+        if stream is not None:
+            stream.enter(step.name, [group.names[0] for group in groups])
+        taps = [Tap(step, group, m, stream) for group, m in zip(groups, moments)]
+        with hooks([(tap.module, tap) for tap in taps] + [(groups[-1].modules[0], _stopper(groups[-1].calls))]):
+            for own in range(len(part.batches)):
+                if stream is not None:
+                    stream.run(own)
                 with suppress(_Enough):
                     step.run(batch)
                 batch += 1
-        for i, (group, objective) in enumerate(zip(groups, objectives)):
-            expert = _stacked_expert(sources, step, group.names, part.task) if guided else None
-            shift = _stacked_shift(sources, step, group.names, part.task) if guided and SHIFT else None
+        if stream is not None:
+            stream.leave()
+        for group, m in zip(groups, moments):
+            expert = group.expert(sources, step.name, part.task) if guided else None
+            shift = group.shift(sources, step.name, part.task) if guided and SHIFT else None
             with _naming(f"{step.name}.{group.names[0]}, task {part.task}"):
-                objective.add(moments[i], sources.recipe.task_weight(part.task), expert, shift)
-            tokens[i] += moments[i].count
-    return list(zip(objectives, tokens))
+                group.objective.add(m, sources.recipe.task_weight(part.task), expert, shift, settings.expert_features)
+            group.tokens += m.count
 
 
-def _solve(
-    sources: Sources, step: Step, group: list[str], gathered: tuple[Objective, int], emit_layer: EmitLayer
-) -> list[LayerReport]:
+class Tap:
+    """A hook that adds a layer's inputs to its moments, beside the expert's own inputs if there is a stream."""
+
+    def __init__(self, step: Step, group: LayerGroup, moments: Moments, stream: ExpertStream | None) -> None:
+        self.module, self.name = group.modules[0], group.names[0]
+        self.step, self.moments, self.stream = step, moments, stream
+
+    def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        expert = None if self.stream is None else self.stream.inputs[self.name].pop(0)
+        self.moments.add(args[0], self.step.mask(args[0]), expert)
+
+
+def _solve(sources: Sources, step: Step, group: LayerGroup, emit_layer: EmitLayer) -> list[LayerReport]:
     """Quantize the layers of one input group together and put the result into the live block."""
-    settings, (objective, tokens), layers = sources.recipe.quantize, gathered, dict(linears(step.block))
+    settings, objective = sources.recipe.quantize, group.objective
     start = time.perf_counter()
     target, hessian, strength = objective.solve(settings.strength)
-    dtype = _weight(layers[group[0]]).dtype
-    solved, loss = gptq(target, hessian, settings.grid, act_order=settings.act_order, scale_dtype=dtype)
+    solved, loss = gptq(target, hessian, settings.grid, act_order=settings.act_order, scale_dtype=group.dtype)
     merge_loss = hessian_loss(objective.anchor - target, hessian)
-    seconds = (time.perf_counter() - start) / len(group)
-    rows = [as_matrix(layers[name], _weight(layers[name])).shape[0] for name in group]
+    seconds = (time.perf_counter() - start) / len(group.names)
     reports = []
-    for name, quantized, lost, off in zip(group, solved.split(rows), loss.split(rows), merge_loss.split(rows)):
-        full = f"{step.name}.{name}"
-        set_tensor(step.block, f"{name}.weight", as_matrix(layers[name], quantized.dequantize()))
-        emit_layer(full, layers[name], quantized)
-        shape = list(quantized.codes.shape)
-        reports.append(
-            LayerReport(full, shape, group[0], float(lost.sum()), float(off.sum()), strength, tokens, seconds)
-        )
+    parts = zip(
+        group.names, group.modules, solved.split(group.rows), loss.split(group.rows), merge_loss.split(group.rows)
+    )
+    for name, module, quantized, lost, off in parts:
+        full, shape = f"{step.name}.{name}", list(quantized.codes.shape)
+        set_tensor(step.block, f"{name}.weight", as_matrix(module, quantized.dequantize()))
+        emit_layer(full, module, quantized)
+        losses = float(lost.sum()), float(off.sum())
+        reports.append(LayerReport(full, shape, group.names[0], *losses, strength, group.tokens, seconds))
     return reports
 
 
-def _adder(step: Step, moments: Moments) -> Callable[..., None]:
-    return lambda module, args: moments.add(args[0], step.mask(args[0]))
-
-
 def _stopper(calls: int) -> Callable[..., None]:
+    """A hook that ends the block's forward when the last layer of interest has been called for the last time."""
     seen = 0
 
     def stop(module: nn.Module, args: tuple) -> None:
@@ -243,36 +289,6 @@ def _stopper(calls: int) -> Callable[..., None]:
             raise _Enough
 
     return stop
-
-
-def _weight(linear: nn.Module) -> Tensor:
-    weight = linear.weight
-    assert isinstance(weight, Tensor)
-    return weight
-
-
-def _stacked(step: Step, group: list[str]) -> Tensor:
-    layers = dict(linears(step.block))
-    return torch.cat([as_matrix(layers[name], _weight(layers[name])) for name in group])
-
-
-def _stacked_expert(sources: Sources, step: Step, group: list[str], task: str) -> Tensor:
-    layers = dict(linears(step.block))
-    parts = [sources.expert_tensor(task, f"{step.name}.{name}.weight") for name in group]
-    weights = [as_matrix(layers[name], part) for name, part in zip(group, parts)]
-    return torch.cat(weights).to(_weight(layers[group[0]]).device)
-
-
-def _stacked_shift(sources: Sources, step: Step, group: list[str], task: str) -> Tensor | None:
-    """The experts' biases less the merged ones, stacked; zero rows for layers without a bias."""
-    parts, layers = [], dict(linears(step.block))
-    for name in group:
-        bias = layers[name].bias
-        if bias is None:
-            parts.append(torch.zeros(as_matrix(layers[name], _weight(layers[name])).shape[0]))
-        else:
-            parts.append(sources.expert_tensor(task, f"{step.name}.{name}.bias").float() - bias.detach().cpu().float())
-    return torch.cat(parts).to(_weight(layers[group[0]]).device)
 
 
 @contextmanager
@@ -288,7 +304,3 @@ def _blocks(model: nn.Module) -> Iterator[tuple[Stack, int, nn.Module]]:
     for stack in find_stacks(model):
         for index, block in enumerate(stack.blocks):
             yield stack, index, block
-
-
-def _block_names(sources: Sources, prefix: str) -> list[str]:
-    return [name for name in sources.names if name.startswith(prefix + ".")]

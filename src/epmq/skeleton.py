@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,11 @@ from epmq.checkpoint import Checkpoint
 _WHOLE = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 
+def has_task_head(architecture: str | None) -> bool:
+    """Whether an architecture is a shared model with a task head on top, such as `BertForSequenceClassification`."""
+    return architecture is not None and not architecture.endswith(("Model", *_WHOLE))
+
+
 def model_class(config: Any, architecture: str | None) -> Any:
     """The transformers class of the part that experts share.
 
@@ -25,7 +30,7 @@ def model_class(config: Any, architecture: str | None) -> Any:
     """
     import transformers
 
-    if architecture and architecture.endswith(("Model", *_WHOLE)):
+    if architecture and not has_task_head(architecture):
         found = getattr(transformers, architecture, None)
         if found is not None:
             return found
@@ -102,6 +107,12 @@ def set_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
         module._buffers[leaf] = tensor
 
 
+def load_block(model: nn.Module, names: Iterable[str], read: Callable[[str], Tensor], device: torch.device) -> None:
+    """Put real tensors in the place of the named ones."""
+    for name in names:
+        set_tensor(model, name, read(name).to(device))
+
+
 def drop_tensors(module: nn.Module) -> None:
     """Send a block's parameters back to the meta device, which frees their memory."""
     for child in module.modules():
@@ -111,9 +122,41 @@ def drop_tensors(module: nn.Module) -> None:
 
 
 def load_model(path: str | Path, config: dict[str, Any], **settings: Any) -> Any:
-    """`from_pretrained` with the class that the checkpoint's config names."""
+    """`from_pretrained` with the class that the checkpoint's config names.
+
+    Packed weights are unpacked first: transformers (5.23) cannot load packed models of which it converts tensors on
+    load, such as DINOv2, and the rest it would unpack in the first forward.
+    """
     import transformers
 
     architecture = (config.get("architectures") or ["AutoModel"])[0]
     kind = getattr(transformers, architecture, transformers.AutoModel)
-    return kind.from_pretrained(path, **settings).eval()
+    quantization = config.get("quantization_config") or {}
+    if quantization.get("format") != "pack-quantized":
+        return kind.from_pretrained(path, **settings).eval()
+    plain = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
+    del plain.quantization_config
+    state = _unpacked(Checkpoint(path), quantization)
+    return kind.from_pretrained(None, config=plain, state_dict=state, **settings).eval()
+
+
+def _unpacked(checkpoint: Checkpoint, quantization: dict[str, Any]) -> dict[str, Tensor]:
+    """All tensors of a pack-quantized checkpoint, with plain weights in place of the packed ones."""
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationScheme
+
+    (group,) = quantization["config_groups"].values()
+    scheme = QuantizationScheme.model_validate(group)
+    compressor = BaseCompressor.get_value_from_registry("pack-quantized")
+    layers = {name.removesuffix(".weight_packed") for name in checkpoint.names if name.endswith(".weight_packed")}
+    state: dict[str, Tensor] = {}
+    packed: dict[str, dict[str, Tensor]] = {layer: {} for layer in layers}
+    for name in checkpoint.names:
+        layer, _, leaf = name.rpartition(".")
+        if layer in layers and leaf.startswith("weight_"):
+            packed[layer][leaf] = checkpoint.tensor(name)
+        else:
+            state[name] = checkpoint.tensor(name)
+    for layer in layers:
+        state[f"{layer}.weight"] = compressor.decompress(packed.pop(layer), scheme)["weight"]
+    return state

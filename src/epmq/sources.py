@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from epmq.blocks import find_stacks
 from epmq.checkpoint import Checkpoint
 from epmq.merging import METHODS, ThresholdSearch
-from epmq.skeleton import build_skeleton, rename, tied_names
+from epmq.skeleton import build_skeleton, has_task_head, rename, tied_names
 from epmq.spec import Recipe
 
 
@@ -39,11 +42,15 @@ class Sources:
         self._expert_stored = {task: stored for task, (stored, _) in renamed.items()}
         self._expert_extra = {task: extra for task, (_, extra) in renamed.items()}
         tied = tied_names(self.model)
-        self.names = [name for name in self.model.state_dict() if name not in tied]
+        state = self.model.state_dict()
+        self.names = [name for name in state if name not in tied]
         self._thresholds: list[float] | None = None
         for name in self.names:
             if name not in self._stored:
                 raise ValueError(f"{self.base.path}: no tensor for {name!r} of {type(self.model).__name__}")
+            found, wanted = list(self.base.shape(self._stored[name])), list(state[name].shape)
+            if found != wanted:
+                raise ValueError(f"{self.base.path}: tensor {name!r} is {found}, but {wanted} by config.json")
         for task in self.experts:
             self._check_expert(task)
 
@@ -72,15 +79,24 @@ class Sources:
                     f"expert {task}: tensor {name!r} is {found}, but {list(wanted)} in the base ({expert.path})"
                 )
 
-    def check_finite(self) -> None:
-        """Look through all weights for NaN and Inf.
+        for stack in find_stacks(self.model):
+            block = re.compile(rf"(?:^|\.){re.escape(stack.name)}\.(\d+)\.")
+            for name in self._expert_extra[task]:
+                index = block.search(name)
+                if index and int(index[1]) >= len(stack.blocks) and name not in self.base:
+                    raise ValueError(f"expert {task}: tensor {name!r} has no counterpart in the base ({expert.path})")
+
+    def check_finite(self) -> Iterator[None]:
+        """Look through all weights for NaN and Inf, one checkpoint a step.
 
         Raises:
             ValueError: file and tensor are named.
         """
         self.base.check_finite(list(self._stored.values()))
+        yield
         for task, expert in self.experts.items():
             expert.check_finite(list(self._expert_stored[task].values()))
+            yield
 
     @property
     def dtype(self) -> torch.dtype:
@@ -88,6 +104,15 @@ class Sources:
         kinds = [self.base.dtype(self._stored[name]) for name in self.names]
         floats = [kind for kind in kinds if kind is not None]
         return max(set(floats), key=floats.count)
+
+    def block_names(self, block: str) -> list[str]:
+        """Names of the tensors of one block."""
+        return [name for name in self.names if name.startswith(block + ".")]
+
+    def outside_names(self) -> list[str]:
+        """Names of the tensors that lie in no block."""
+        prefixes = tuple(stack.name + "." for stack in find_stacks(self.model))
+        return [name for name in self.names if not name.startswith(prefixes)]
 
     def stored_name(self, name: str) -> str:
         """What the base calls a tensor on disk; outputs keep these names."""
@@ -104,6 +129,8 @@ class Sources:
 
     def head_tensors(self, task: str) -> dict[str, Tensor]:
         """Tensors of an expert that the shared model does not have: its own task head, with the names on disk."""
+        if not has_task_head((self.experts[task].config.get("architectures") or [None])[0]):
+            return {}
         return {name: self.experts[task].tensor(name) for name in self._expert_extra[task]}
 
     def merged(self, name: str) -> Tensor:

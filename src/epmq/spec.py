@@ -89,12 +89,12 @@ class Quantize(_Strict):
     group_size: int = Field(-1, description="weights that share a scale: -1 (a row), 32, 64 or 128")
     symmetric: bool = Field(True, description="without a zero point")
     act_order: bool = Field(True, description="take columns by falling Hessian diagonal (static groups)")
-    sequential: bool = Field(
-        True, description="within a block, solve one input group at a time, each seeing the ones before it quantized"
-    )
     damping: float = Field(0.01, gt=0, description="gptq: added to the Hessian's diagonal, over its mean")
     anchor_strength: float = Field(
         0.03, gt=0, description="expert_guided: pull towards the merged weight, over the mean Hessian diagonal"
+    )
+    expert_features: float = Field(
+        0.0, ge=0, le=1, description="expert_guided: share of the expert's own layer inputs in the targets"
     )
     task_weights: dict[str, float] | None = Field(
         None, description="expert_guided: weight of each task; equal if left out"

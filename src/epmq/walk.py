@@ -119,9 +119,9 @@ class Step:
         args, kwargs = self.calls[batch]
         return self.block(*args, **kwargs)
 
-    def finish(self) -> None:
-        """Run the block on all batches and keep what it returns for the next block."""
-        self.stack.outputs = [self.run(i) for i in range(len(self.calls))]
+    def finish(self, outputs: list[Any] | None = None) -> None:
+        """Keep the block's outputs on all batches for the next block; run it for them unless they are given."""
+        self.stack.outputs = [self.run(i) for i in range(len(self.calls))] if outputs is None else outputs
         self.finished = True
 
     def mask(self, inputs: Tensor) -> Tensor | None:

@@ -1,13 +1,10 @@
 """Parsers of the text8 sources, on tiny hand-made pieces of each format; and the suite's command."""
 
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[2]))  # benchmarks/ is not part of the installed package
 
 from benchmarks.suites import text8
 from benchmarks.suites.build import accuracy_table, build_suite, suite_dir

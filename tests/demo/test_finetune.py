@@ -11,7 +11,7 @@ import torch
 from epmq.data import Examples, encode, load_processor
 from epmq.demo import finetune
 from epmq.demo.build import build_pool
-from epmq.demo.finetune import accuracy, class_mean_head, train_expert
+from epmq.demo.finetune import accuracy, by_length, class_mean_head, train_expert, training_order
 from epmq.demo.texts import TextTask, write_task
 from epmq.heads import HEAD_FILE, load_head
 
@@ -109,6 +109,20 @@ def test_the_head_scores_by_nearest_class_mean(base: Path) -> None:
     directions = torch.nn.functional.normalize(means - means.mean(0), dim=-1)
     expected = 20 * (features - means.mean(0)) @ directions.T
     torch.testing.assert_close(head.logits(hidden, batch["attention_mask"]), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_batches_hold_every_text_once_and_little_padding() -> None:
+    rng = np.random.default_rng(0)
+    texts = ["x" * int(length) for length in rng.integers(1, 100, 203)]
+    examples = Examples("text", texts, np.arange(203))
+    order = training_order(examples, 8, np.random.default_rng(1))
+    assert sorted(order) == list(range(203))
+    lengths = np.array([len(texts[i]) for i in order])
+    spread = [np.ptp(lengths[start : start + 8]) for start in range(0, 200, 8)]
+    assert np.mean(spread) < 20
+    assert (order != training_order(examples, 8, np.random.default_rng(2))).any()
+    tidied = by_length(examples)
+    assert tidied.labels is not None and [texts[k] for k in tidied.labels] == tidied.inputs
 
 
 def test_an_expert_that_is_there_is_kept(base: Path) -> None:

@@ -22,16 +22,12 @@ SIZES = {"train": 40, "validation": 10, "test": 20}
 
 def numbered(count: int, per_group: int | None = None) -> TextTask:
     groups = None if per_group is None else [f"group {i // per_group}" for i in range(count)]
-    return TextTask(
-        [f"text {i}" for i in range(count)], [i % 2 for i in range(count)], ["a", "b"], {}, groups
-    )
+    return TextTask([f"text {i}" for i in range(count)], [i % 2 for i in range(count)], ["a", "b"], {}, groups)
 
 
 def test_tab_files_have_three_header_rows_and_quoted_fields(tmp_path: Path) -> None:
     path = tmp_path / "x.tab"
-    path.write_text(
-        'Author\tContent\nd\tstring\nclass\tmeta\n\nA\t"said ""no"" twice\nover two lines"\nB\tplain\n'
-    )
+    path.write_text('Author\tContent\nd\tstring\nclass\tmeta\n\nA\t"said ""no"" twice\nover two lines"\nB\tplain\n')
     assert read_tab(path) == [
         {"Author": "A", "Content": 'said "no" twice\nover two lines'},
         {"Author": "B", "Content": "plain"},
@@ -53,9 +49,7 @@ def test_a_text_is_kept_once_and_never_with_two_labels() -> None:
 
 
 def test_cap_and_fewest_bound_the_classes() -> None:
-    rows = [
-        (f"{name} {i}", name, f"g{i}") for name, count in [("a", 9), ("b", 4), ("c", 1)] for i in range(count)
-    ]
+    rows = [(f"{name} {i}", name, f"g{i}") for name, count in [("a", 9), ("b", 4), ("c", 1)] for i in range(count)]
     task = make_task(rows, {}, cap=5, fewest=2)
     assert task.classes == ["a", "b"]
     assert [task.labels.count(k) for k in range(2)] == [5, 4]

