@@ -172,7 +172,7 @@ def test_dare_is_pefts_under_the_same_masks(monkeypatch, combine):
     close(dare(base, experts, density=0.4, scaling=0.3, combine=combine), expected)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 @given(values=MAGNITUDES, density=DENSITIES)
 def test_the_threshold_is_the_kth_largest_magnitude(values, density):
     tensor = torch.tensor(values, dtype=torch.float32)
@@ -181,7 +181,7 @@ def test_the_threshold_is_the_kth_largest_magnitude(values, density):
     assert magnitude_threshold(tensor, density) == (ranked[keep - 1] if keep else math.inf)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 @given(values=MAGNITUDES, density=DENSITIES, cuts=st.lists(st.integers(0, 60), max_size=4))
 def test_the_search_over_pieces_is_exact(values, density, cuts):
     whole = torch.tensor(values, dtype=torch.float32)

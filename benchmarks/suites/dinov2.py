@@ -135,9 +135,7 @@ def difference(model: Any, count: int = 2, seed: int = 0) -> float:
     source.graph.output.append(onnx.helper.make_tensor_value_info(last, onnx.TensorProto.FLOAT, None))
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(
-        source.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
+    session = onnxruntime.InferenceSession(source.SerializeToString(), options, providers=["CPUExecutionProvider"])
     pixels = torch.randn(count, 3, 224, 224, generator=torch.Generator().manual_seed(seed))
     wanted = session.run([last], {source.graph.input[0].name: pixels.numpy()})[0]
     found = model.eval()(pixel_values=pixels).last_hidden_state.numpy()

@@ -164,9 +164,7 @@ def scripts(sizes: dict[str, int]) -> Prepared:
     pool = Pool([name.lower() for name in SCRIPTS])
     for target, name in enumerate(SCRIPTS):
         characters, family = _characters(name, 80), FONT_FAMILIES.get(name, name.title())
-        stems = [
-            f"Noto{style}{family}-{weight}" for style in ("Sans", "Serif") for weight in ("Regular", "Bold")
-        ]
+        stems = [f"Noto{style}{family}-{weight}" for style in ("Sans", "Serif") for weight in ("Regular", "Bold")]
         paths = [root / "usr" / "share" / "fonts" / "truetype" / "noto" / f"{stem}.ttf" for stem in stems]
         for path in paths:
             if path.exists():

@@ -78,7 +78,10 @@ def _recipe(path: Path, overrides: list[str] | None, output: Path | None = None,
             if not isinstance(place.get(parent), dict):
                 raise ValueError(f"--set {override}: unknown field {parent!r}")
             place = place[parent]
-        place[leaf] = yaml.safe_load(value)
+        try:
+            place[leaf] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ValueError(f"--set {override}: not a YAML value") from None
     if output is not None:
         content["output"] = str(output)
     if need_output and not content["output"]:
@@ -198,11 +201,12 @@ def main() -> None:
         if os.environ.get("EPMQ_DEBUG"):
             raise
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
-        print(f"epmq: {message}", file=sys.stderr)
+        print("epmq:", " ".join(str(message).split()), file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("epmq: stopped; nothing was written", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == 130:  # what typer makes of an interrupt
+            print("epmq: stopped; nothing was written", file=sys.stderr)
+        raise
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ class Grid:
             raise ValueError(f"group size {self.group_size} does not divide {columns} input columns")
         return self.group_size
 
-    def scales(self, weight: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    def scales(self, weight: Tensor, dtype: torch.dtype = torch.float32, shrink: float = 1.0) -> tuple[Tensor, Tensor]:
         """Min–max scales and zero points, as compressed-tensors defines them.
 
         Scales are rounded to the dtype they are stored in *here*, before any solver runs, so that what is stored is
@@ -56,6 +56,7 @@ class Grid:
         Args:
             weight: [out, in], any float dtype.
             dtype: dtype the scales are stored in.
+            shrink: factor on the range before it is divided into steps; below 1 the extremes are clipped.
 
         Returns:
             scale [out, groups] in `dtype` and zero point [out, groups] int8 (zeros on a symmetric grid).
@@ -67,9 +68,9 @@ class Grid:
         grouped = weight.float().reshape(rows, -1, self.width(columns))
         steps = self.highest - self.lowest
         if self.symmetric:
-            scale = _not_zero((grouped.abs().amax(-1) / (steps / 2)).to(dtype))
+            scale = _not_zero((grouped.abs().amax(-1) * shrink / (steps / 2)).to(dtype))
             return scale, torch.zeros(scale.shape, dtype=torch.int8, device=weight.device)
-        low, high = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
+        low, high = grouped.amin(-1).clamp(max=0) * shrink, grouped.amax(-1).clamp(min=0) * shrink
         scale = _not_zero(((high - low) / steps).to(dtype))
         zero = (self.lowest - low / scale.float()).round().clamp(self.lowest, self.highest)
         return scale, zero.to(torch.int8)

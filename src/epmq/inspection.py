@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from epmq.checkpoint import Checkpoint, resolve
+from epmq.checkpoint import Checkpoint, _read_json, resolve
 from epmq.multitask import HEADS
 
 _BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
@@ -38,7 +37,7 @@ def contents(path: str | Path) -> dict[str, Any]:
         "tensors": tensors,
         "quantization": weights,
         "tasks": sorted(file.stem for file in (checkpoint.path / HEADS).glob("*.safetensors")),
-        "report": json.loads(report.read_text(encoding="utf-8")) if report.exists() else None,
+        "report": _read_json(report) if report.exists() else None,
     }
 
 

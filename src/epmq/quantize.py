@@ -16,18 +16,13 @@ from epmq.grid import QuantizedTensor
 from epmq.moments import Moments
 from epmq.objective import Objective
 from epmq.skeleton import drop_tensors, load_block, set_tensor
-from epmq.solvers import gptq, hessian_loss, rtn
+from epmq.solvers import gptq, hessian_loss, rtn, search_scales
 from epmq.sources import Sources
 from epmq.streams import Calibration, ExpertStream, uses_features
 from epmq.walk import Step, Walk
 
 Emit = Callable[[str, Tensor], None]
 EmitLayer = Callable[[str, nn.Module, QuantizedTensor], None]
-
-
-import os
-
-SHIFT = os.environ.get("SHIFT", "1") == "1"
 
 
 @dataclass
@@ -104,7 +99,9 @@ def quantize_nearest(sources: Sources, emit: Emit, emit_layer: EmitLayer) -> Ite
                 continue
             weight = as_matrix(layers[local], sources.merged(name))
             start = time.perf_counter()
-            quantized = rtn(weight, sources.recipe.quantize.grid, weight.dtype)
+            settings = sources.recipe.quantize
+            scales = search_scales(weight, settings.grid, weight.dtype) if settings.scales == "search" else None
+            quantized = rtn(weight, settings.grid, weight.dtype, scales)
             seconds = time.perf_counter() - start
             reports.append(LayerReport(f"{prefix}.{local}", list(weight.shape), local, seconds=seconds))
             emit_layer(f"{prefix}.{local}", layers[local], quantized)
@@ -239,7 +236,7 @@ def _gather(
             stream.leave()
         for group, m in zip(groups, moments):
             expert = group.expert(sources, step.name, part.task) if guided else None
-            shift = group.shift(sources, step.name, part.task) if guided and SHIFT else None
+            shift = group.shift(sources, step.name, part.task) if guided else None
             with _naming(f"{step.name}.{group.names[0]}, task {part.task}"):
                 group.objective.add(m, sources.recipe.task_weight(part.task), expert, shift, settings.expert_features)
             group.tokens += m.count
@@ -262,7 +259,14 @@ def _solve(sources: Sources, step: Step, group: LayerGroup, emit_layer: EmitLaye
     settings, objective = sources.recipe.quantize, group.objective
     start = time.perf_counter()
     target, hessian, strength = objective.solve(settings.strength)
-    solved, loss = gptq(target, hessian, settings.grid, act_order=settings.act_order, scale_dtype=group.dtype)
+    solved, loss = gptq(
+        target,
+        hessian,
+        settings.grid,
+        act_order=settings.act_order,
+        search=settings.scales == "search",
+        scale_dtype=group.dtype,
+    )
     merge_loss = hessian_loss(objective.anchor - target, hessian)
     seconds = (time.perf_counter() - start) / len(group.names)
     reports = []

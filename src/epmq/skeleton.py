@@ -130,7 +130,7 @@ def load_model(path: str | Path, config: dict[str, Any], **settings: Any) -> Any
     import transformers
 
     architecture = (config.get("architectures") or ["AutoModel"])[0]
-    kind = getattr(transformers, architecture, transformers.AutoModel)
+    kind: Any = getattr(transformers, architecture, transformers.AutoModel)
     quantization = config.get("quantization_config") or {}
     if quantization.get("format") != "pack-quantized":
         return kind.from_pretrained(path, **settings).eval()

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from epmq.grid import Grid, QuantizedTensor
 
+# Factors on the min–max range that `search_scales` tries.
+SHRINKS = tuple(1 - 0.05 * i for i in range(13))
+
 
 def hessian_loss(delta: Tensor, hessian: Tensor) -> Tensor:
     """tr(Δ H Δᵀ), a row at a time: [out] float32 for Δ [out, in] and H [in, in]."""
@@ -39,6 +42,41 @@ def rtn(
     return QuantizedTensor(codes, scale, zero, grid)
 
 
+def search_scales(
+    weight: Tensor, grid: Grid, scale_dtype: torch.dtype = torch.float32, importance: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Scales and zero points with the least squared rounding error among shrunken min–max ranges, a group at a time.
+
+    Args:
+        weight: [out, in], any float dtype.
+        grid: the grid.
+        scale_dtype: dtype the scales are stored in.
+        importance: [in] weight of each column's squared error; None weighs all alike.
+
+    Returns:
+        scale [out, groups] in `scale_dtype` and zero point [out, groups] int8.
+
+    Raises:
+        ValueError: the group size does not divide the columns.
+    """
+    best: tuple[Tensor, Tensor] | None = None
+    least = torch.empty(0)
+    for shrink in SHRINKS:
+        scale, zero = grid.scales(weight, scale_dtype, shrink)
+        squares = (rtn(weight, grid, scales=(scale, zero)).dequantize().float() - weight.float()).square_()
+        if importance is not None:
+            squares *= importance
+        error = squares.reshape(*scale.shape, -1).sum(-1)
+        if best is None:
+            best, least = (scale, zero), error
+            continue
+        better = error < least
+        best = torch.where(better, scale, best[0]), torch.where(better, zero, best[1])
+        least = torch.where(better, error, least)
+    assert best is not None
+    return best
+
+
 def unit_upper_factor(hessian: Tensor) -> tuple[Tensor, Tensor]:
     """H = U D Uᵀ with U unit upper triangular and D diagonal, by one Cholesky factor of H read backwards.
 
@@ -63,6 +101,7 @@ def gptq(
     grid: Grid,
     *,
     act_order: bool = True,
+    search: bool = False,
     scale_dtype: torch.dtype = torch.float32,
 ) -> tuple[QuantizedTensor, Tensor]:
     """GPTQ (Frantar et al., arXiv 2210.17323) in LDL form (Chee et al., arXiv 2307.13304, Theorem 6).
@@ -77,6 +116,8 @@ def gptq(
         grid: the grid.
         act_order: take columns by falling diag(H). Groups stay where they are in the weight (static groups), so
             that nothing but codes, scales and zero points has to be stored.
+        search: search the scales (`search_scales`), each column weighed by D_i, what its rounding error costs after
+            the feedback; otherwise they are min–max.
         scale_dtype: dtype the scales are stored in.
 
     Returns:
@@ -87,12 +128,14 @@ def gptq(
         ValueError: the group size does not divide the columns.
     """
     rows, columns = target.shape
-    scale, zero = grid.scales(target, scale_dtype)
     order = torch.arange(columns, device=target.device)
     if act_order:
         order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
         hessian = hessian[order][:, order]
     feedback, curvature = unit_upper_factor(hessian)
+    importance = torch.empty_like(curvature)
+    importance[order] = curvature
+    scale, zero = search_scales(target, grid, scale_dtype, importance) if search else grid.scales(target, scale_dtype)
     group = (order // grid.width(columns)).tolist()
     # Rows are columns of the weight from here on: contiguous in memory, one step of the loop each.
     weight = target.T[order].contiguous()

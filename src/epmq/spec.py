@@ -89,6 +89,9 @@ class Quantize(_Strict):
     group_size: int = Field(-1, description="weights that share a scale: -1 (a row), 32, 64 or 128")
     symmetric: bool = Field(True, description="without a zero point")
     act_order: bool = Field(True, description="take columns by falling Hessian diagonal (static groups)")
+    scales: Literal["search", "minmax"] = Field(
+        "search", description="least squared error among shrunken ranges, or the plain range of the weights"
+    )
     damping: float = Field(0.01, gt=0, description="gptq: added to the Hessian's diagonal, over its mean")
     anchor_strength: float = Field(
         0.03, gt=0, description="expert_guided: pull towards the merged weight, over the mean Hessian diagonal"
