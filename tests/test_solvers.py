@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from epmq.grid import BITS, Grid
-from epmq.solvers import gptq, hessian_loss, rtn, unit_upper_factor
+from epmq.solvers import gptq, hessian_loss, rtn, search_scales, unit_upper_factor
 
 
 def hessian_of(columns: int, seed: int, damping: float = 0.01) -> torch.Tensor:
@@ -76,6 +76,31 @@ def test_gptq_beats_rounding_under_the_hessian():
         _, loss = gptq(weight, hessian, grid)
         nearest = hessian_loss(rtn(weight, grid).dequantize() - weight, hessian)
         assert loss.sum() < nearest.sum()
+
+
+@settings(deadline=None, max_examples=20)
+@given(
+    bits=st.sampled_from(BITS), symmetric=st.booleans(), group_size=st.sampled_from([-1, 32]), seed=st.integers(0, 99)
+)
+def test_searched_scales_are_never_worse_than_min_max(bits, symmetric, group_size, seed):
+    generator = torch.Generator().manual_seed(seed)
+    weight, importance = torch.randn(6, 64, generator=generator), torch.rand(64, generator=generator)
+    grid = Grid(bits, group_size, symmetric)
+
+    def errors(scales):
+        delta = rtn(weight, grid, scales=scales).dequantize() - weight
+        return (delta.square() * importance).reshape(6, -1, grid.width(64)).sum(-1)
+
+    searched, plain = search_scales(weight, grid, importance=importance), grid.scales(weight)
+    assert (errors(searched) <= errors(plain)).all()
+    assert (searched[0] <= plain[0]).all()
+
+
+def test_searched_scales_help_under_the_hessian():
+    weight, hessian = torch.randn(64, 128), hessian_of(128, 11)
+    for grid in (Grid(4), Grid(2, 64, False)):
+        plain, searched = (gptq(weight, hessian, grid, search=search)[1].sum() for search in (False, True))
+        assert searched < plain
 
 
 def test_diagonal_hessian_means_rounding():

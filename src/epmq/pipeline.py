@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ from epmq.grid import QuantizedTensor
 from epmq.heads import HEAD_FILE, load_head
 from epmq.multitask import HEADS, MultiTaskModel, _to, load, load_any_head, save_native_head
 from epmq.quantize import check_grid, load_outside, quantize_calibrated, quantize_nearest, read_blocks
-from epmq.skeleton import load_model
+from epmq.skeleton import load_model, why_not_direct
 from epmq.sources import Sources
 from epmq.spec import Data, Expert, Recipe, load_recipe
 from epmq.streams import Calibration
@@ -126,7 +127,7 @@ def run(
             "seconds": seconds,
             "loss": sum(layer["loss"] or 0.0 for layer in layers),
             "layers": layers,
-            "notes": job.sources.notes + _raised(job.recipe, layers),
+            "notes": job.sources.notes + _raised(job.recipe, layers) + _unopened(job.recipe, work),
         }
         if job.evaluation:
             with _timed(seconds, "evaluate"):
@@ -291,6 +292,18 @@ def _evaluation(recipe: Recipe) -> dict[str, Examples]:
     if not found:
         raise ValueError("recipe: no expert has evaluation data")
     return found
+
+
+def _unopened(recipe: Recipe, folder: Path) -> list[str]:
+    """A note if transformers alone cannot read what was written."""
+    if recipe.quantize.method == "none" or recipe.format != "pack-quantized":
+        return []
+    reason = why_not_direct(folder, json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    if reason is None:
+        return []
+    return [
+        f"AutoModel.from_pretrained cannot open this packed model ({reason}): use epmq.load, or format: dequantized"
+    ]
 
 
 def _raised(recipe: Recipe, layers: list[dict[str, Any]]) -> list[str]:

@@ -140,6 +140,22 @@ def load_model(path: str | Path, config: dict[str, Any], **settings: Any) -> Any
     return kind.from_pretrained(None, config=plain, state_dict=state, **settings).eval()
 
 
+def why_not_direct(path: str | Path, config: dict[str, Any]) -> str | None:
+    """Why plain `from_pretrained` cannot open a checkpoint, or None if it can.
+
+    transformers 5.21 to 5.23 refuse every pack-quantized model of which they split a tensor on load (DINOv2 is one,
+    for the sake of its largest size); this is tried rather than listed, so that a mended version is noticed.
+    """
+    import transformers
+
+    kind: Any = getattr(transformers, (config.get("architectures") or ["AutoModel"])[0], transformers.AutoModel)
+    try:
+        kind.from_pretrained(path)
+    except (ValueError, AttributeError, KeyError, TypeError, RuntimeError) as error:
+        return f"{type(error).__name__} in transformers {transformers.__version__}"
+    return None
+
+
 def _unpacked(checkpoint: Checkpoint, quantization: dict[str, Any]) -> dict[str, Tensor]:
     """All tensors of a pack-quantized checkpoint, with plain weights in place of the packed ones."""
     from compressed_tensors.compressors import BaseCompressor

@@ -59,7 +59,8 @@ class ExpertStream:
         if self.step.name != block:
             raise RuntimeError(f"expert {self.task} is at block {self.step.name}, the merged model at {block}")
         load_block(self.model, self.sources.block_names(block), self._read, self.device)
-        self._layers, self._outputs = layers, []
+        self._layers = layers
+        self._outputs: list[Any] = []
 
     def run(self, batch: int) -> None:
         """Run the block on one batch and keep its output and what its layers saw."""
