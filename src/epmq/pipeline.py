@@ -16,14 +16,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from epmq import report as reporting
-from epmq.blocks import LINEAR, find_stacks
+from epmq.blocks import LINEAR, find_stacks, linears
 from epmq.checkpoint import CheckpointWriter, check_output, copy_processor, whole_directory, write_json
 from epmq.data import Examples, encode, load_processor, read_examples
 from epmq.evaluate import accuracy
 from epmq.export import FORMATS
 from epmq.grid import QuantizedTensor
-from epmq.heads import HEAD_FILE, load_head
-from epmq.multitask import HEADS, MultiTaskModel, _to, load, load_any_head, save_native_head
+from epmq.heads import HEAD_FILE, Head, load_head
+from epmq.multitask import HEADS, MultiTaskModel, NativeHead, _to, load, load_any_head, save_native_head
 from epmq.quantize import check_grid, load_outside, quantize_calibrated, quantize_nearest, read_blocks
 from epmq.skeleton import load_model, why_not_direct
 from epmq.sources import Sources
@@ -52,7 +52,10 @@ def prepare(recipe: Recipe, bar: Progress | None = None, *, evaluate: bool = Tru
         check_output(recipe.output)
     calibration, evaluation = {}, {}
     for expert in recipe.experts:
-        if recipe.quantize.calibrates and expert.calibration is not None:
+        if recipe.quantize.calibrates:
+            if expert.calibration is None:
+                method = recipe.quantize.method
+                raise ValueError(f"experts.{expert.name}.calibration: {method} needs calibration data")
             samples = expert.calibration.samples or recipe.samples
             calibration[expert.name] = _read(expert.calibration, expert, "calibration").draw(samples, recipe.seed)
         if evaluate and expert.evaluation is not None:
@@ -63,11 +66,9 @@ def prepare(recipe: Recipe, bar: Progress | None = None, *, evaluate: bool = Tru
     sources = Sources(recipe)
     if recipe.quantize.method != "none":
         check_grid(sources)
+        check_format(sources)
     for expert in recipe.experts:
-        if expert.name in evaluation and head_file(sources, expert) is None and not sources.head_tensors(expert.name):
-            raise ValueError(
-                f"experts.{expert.name}: evaluation needs a head, and neither {HEAD_FILE} nor a task head is there"
-            )
+        check_head(sources, expert, evaluation.get(expert.name))
     for _ in (bar or bars(False)).track(
         sources.check_finite(), total=1 + len(recipe.experts), description="check weights"
     ):
@@ -79,6 +80,42 @@ def prepare(recipe: Recipe, bar: Progress | None = None, *, evaluate: bool = Tru
         except ValueError as error:
             raise ValueError(f"experts.{name}: {error}") from None
     return Job(recipe, sources, processor, calibration, evaluation)
+
+
+def check_format(sources: Sources) -> None:
+    """Check before any compute that the format has a form for every layer that would be quantized.
+
+    Raises:
+        ValueError: a layer does not fit; it is named.
+    """
+    name = sources.recipe.format
+    for stack in find_stacks(sources.model) if FORMATS[name].NEEDS_LINEAR else []:
+        for index, block in enumerate(stack.blocks):
+            for layer, module in linears(block):
+                if not isinstance(module, nn.Linear):
+                    where = f"{stack.block_name(index)}.{layer}"
+                    raise ValueError(f"format: {name} cannot hold {where}, a {type(module).__name__}: use dequantized")
+
+
+def check_head(sources: Sources, expert: Expert, evaluation: Examples | None) -> None:
+    """Check before any compute that an expert's head can be read, and fits the model and the evaluation data.
+
+    Raises:
+        FileNotFoundError, ValueError: expert and file are named.
+    """
+    place, file = f"experts.{expert.name}", head_file(sources, expert)
+    if file is None:
+        if evaluation is not None and not sources.head_tensors(expert.name):
+            raise ValueError(f"{place}: evaluation needs a head, and neither {HEAD_FILE} nor a task head is there")
+        return
+    head = load_head(file)
+    features, width = head.weight.shape[1], getattr(sources.model.config, "hidden_size", None)
+    if width is not None and features != width * (2 if head.pooling == "cls_mean" else 1):
+        raise ValueError(f"{place}: {file} takes {features} features, but the model's hidden size is {width}")
+    labels = None if evaluation is None else evaluation.labels
+    if labels is not None and not 0 <= labels.min() <= labels.max() < len(head.weight):
+        wrong = labels.min() if labels.min() < 0 else labels.max()
+        raise ValueError(f"{place}.evaluation: label {wrong} but the head has {len(head.weight)} classes")
 
 
 def _read(data: Data, expert: Expert, field: str) -> Examples:
@@ -274,13 +311,21 @@ def evaluate_experts(
             checkpoint = sources.base if base else sources.experts[expert.name]
             config = {"architectures": [type(sources.model).__name__]}
             backbone = load_model(checkpoint.path, config).to(device(recipe))
-            file = head_file(sources, expert)
-            if file is None:
-                raise ValueError(f"experts.{expert.name}: no {HEAD_FILE}")
-            heads = {expert.name: load_any_head(file, backbone)}
+            heads = {expert.name: _expert_head(sources, expert, backbone)}
             model = MultiTaskModel(backbone, heads, load_processor(sources.base.path))
             scores |= evaluate_model(model, {expert.name: evaluation[expert.name]}, recipe, bar)
     return scores
+
+
+def _expert_head(sources: Sources, expert: Expert, backbone: nn.Module) -> Head | NativeHead:
+    file, tensors = head_file(sources, expert), sources.head_tensors(expert.name)
+    if file is not None:
+        return load_any_head(file, backbone)
+    if not tensors:
+        raise ValueError(f"experts.{expert.name}: neither {HEAD_FILE} nor a task head is there")
+    config, place = sources.experts[expert.name].config, next(backbone.parameters()).device
+    tensors = {name: tensor.to(place) for name, tensor in tensors.items()}
+    return NativeHead(backbone, config["architectures"][0], config, tensors)
 
 
 def _evaluation(recipe: Recipe) -> dict[str, Examples]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -18,7 +18,7 @@ from epmq.objective import Objective
 from epmq.skeleton import drop_tensors, load_block, set_tensor
 from epmq.solvers import gptq, hessian_loss, rtn, search_scales
 from epmq.sources import Sources
-from epmq.streams import Calibration, ExpertStream, uses_features
+from epmq.streams import Calibration, ExpertStream, expert_streams
 from epmq.walk import Step, Walk
 
 Emit = Callable[[str, Tensor], None]
@@ -133,13 +133,13 @@ def quantize_calibrated(
     Raises:
         ValueError: a layer saw no data or not finite data, or its Hessian cannot be factored; it is named.
     """
-    streams = {part.task: ExpertStream(sources, part, device) for part in calibration} if uses_features(sources) else {}
+    streams = expert_streams(sources, calibration, device)
     batches = [batch for part in calibration for batch in part.batches]
     for step in Walk(sources.model, batches):
         load_block(sources.model, sources.block_names(step.name), sources.merged, device)
         with _naming(step.name):
             groups = input_groups(step.block, lambda step=step: step.run(0))  # type: ignore[misc]
-        layers = [LayerGroup(step, group) for group in groups]
+        layers = [LayerGroup(sources, step, group) for group in groups]
         _gather(sources, step, layers, calibration, streams)
         reports: list[LayerReport] = []
         for group in layers:
@@ -172,25 +172,36 @@ class LayerGroup:
         modules: the layers.
         rows: their output sizes.
         calls: how often each is called in one forward of the block.
-        objective: collected task by task.
+        merged: their merged weights, stacked, [out, in] float32.
+        objective: collected task by task; its anchor is the merged weight, or further along the task vector.
         tokens: calibration tokens seen.
     """
 
-    def __init__(self, step: Step, group: InputGroup) -> None:
+    def __init__(self, sources: Sources, step: Step, group: InputGroup) -> None:
         layers = dict(linears(step.block))
         self.names, self.calls = group.names, group.calls
         self.modules = [layers[name] for name in group.names]
         weights = [as_matrix(module, module.weight.detach()) for module in self.modules]  # type: ignore[operator]
         self.rows = [len(weight) for weight in weights]
         self.dtype = weights[0].dtype
-        self.objective = Objective(torch.cat(weights))
+        self.merged = torch.cat(weights).float()
+        self.objective = Objective(self._anchor(sources, step.name))
         self.tokens = 0
+
+    def _anchor(self, sources: Sources, block: str) -> Tensor:
+        settings = sources.recipe.quantize
+        if settings.method != "expert_guided" or settings.anchor_scale == 1:
+            return self.merged
+        base = self._stack(sources.base_tensor(f"{block}.{name}.weight") for name in self.names).float()
+        return base + settings.anchor_scale * (self.merged - base)
+
+    def _stack(self, parts: Iterable[Tensor]) -> Tensor:
+        weights = [as_matrix(module, part) for module, part in zip(self.modules, parts)]
+        return torch.cat(weights).to(self.merged.device)
 
     def expert(self, sources: Sources, block: str, task: str) -> Tensor:
         """An expert's weights of these layers, stacked: [out, in]."""
-        parts = [sources.expert_tensor(task, f"{block}.{name}.weight") for name in self.names]
-        weights = [as_matrix(module, part) for module, part in zip(self.modules, parts)]
-        return torch.cat(weights).to(self.objective.anchor.device)
+        return self._stack(sources.expert_tensor(task, f"{block}.{name}.weight") for name in self.names)
 
     def shift(self, sources: Sources, block: str, task: str) -> Tensor:
         """An expert's biases less those the layers keep, stacked: [out] float32; zero for layers without one."""
@@ -267,7 +278,7 @@ def _solve(sources: Sources, step: Step, group: LayerGroup, emit_layer: EmitLaye
         search=settings.scales == "search",
         scale_dtype=group.dtype,
     )
-    merge_loss = hessian_loss(objective.anchor - target, hessian)
+    merge_loss = hessian_loss(group.merged - target, hessian)
     seconds = (time.perf_counter() - start) / len(group.names)
     reports = []
     parts = zip(

@@ -14,7 +14,7 @@ METHODS = ("none", "rtn", "gptq", "expert_guided")
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Data(_Strict):
@@ -58,6 +58,10 @@ class Merge(_Strict):
     def _fits(self) -> Merge:
         if self.method == "ties" and isinstance(self.scaling, list):
             raise ValueError("scaling: ties takes one number, not one an expert")
+        if self.method == "dare" and self.combine == "ties" and isinstance(self.scaling, list):
+            raise ValueError("scaling: dare with combine: ties takes one number, not one an expert")
+        if self.weights is not None and (min(self.weights, default=0) < 0 or sum(self.weights) <= 0):
+            raise ValueError("weights: must not be negative, nor all zero")
         unused = {
             "scaling": self.scaling is not None and self.method == "average",
             "weights": self.weights is not None and self.method != "average",
@@ -95,6 +99,9 @@ class Quantize(_Strict):
     damping: float = Field(0.01, gt=0, description="gptq: added to the Hessian's diagonal, over its mean")
     anchor_strength: float = Field(
         0.03, gt=0, description="expert_guided: pull towards the merged weight, over the mean Hessian diagonal"
+    )
+    anchor_scale: float = Field(
+        1.0, gt=0, description="expert_guided: the anchor lies at base + this × (merged − base)"
     )
     expert_features: float = Field(
         0.0, ge=0, le=1, description="expert_guided: share of the expert's own layer inputs in the targets"
@@ -165,12 +172,6 @@ class Recipe(_Strict):
                 raise ValueError(f"quantize.task_weights: needs exactly the tasks {', '.join(names)}")
             if min(weights.values()) < 0 or sum(weights.values()) <= 0:
                 raise ValueError("quantize.task_weights: must not be negative, nor all zero")
-        if self.quantize.calibrates:
-            for expert in self.experts:
-                if expert.calibration is None:
-                    raise ValueError(
-                        f"experts.{expert.name}.calibration: {self.quantize.method} needs calibration data"
-                    )
         return self
 
     def task_weight(self, name: str) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,10 +23,21 @@ class Calibration:
     batches: list[Batch]
 
 
-def uses_features(sources: Sources) -> bool:
-    """Whether the recipe wants the experts' own layer inputs."""
+def expert_streams(
+    sources: Sources, calibration: Sequence[Calibration], device: torch.device
+) -> dict[str, ExpertStream]:
+    """A stream for every expert, if the recipe wants the experts' own layer inputs.
+
+    An expert that is the merged model, bit for bit, has none: its targets are plain GPTQ's.
+    """
     settings = sources.recipe.quantize
-    return settings.method == "expert_guided" and settings.expert_features > 0
+    if settings.method != "expert_guided" or settings.expert_features == 0:
+        return {}
+    return {
+        part.task: ExpertStream(sources, part, device)
+        for part in calibration
+        if any(not torch.equal(sources.merged(name), sources.expert_tensor(part.task, name)) for name in sources.names)
+    }
 
 
 class ExpertStream:
