@@ -57,7 +57,7 @@ def record_inputs(sources, model, layers, calibration, inputs) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("method", ["gptq", "expert_guided"])
+@pytest.mark.parametrize("method", ["gptq", "e_pmq"])
 def test_reported_losses_are_those_of_the_finished_model(pool, method):
     """Recompute every layer's (W*, H) from the definition, on inputs recorded with the finished blocks before it."""
     sources, calibration, reports, _ = quantized(pool, method=method, bits=3, group_size=32, symmetric=False)
@@ -78,11 +78,11 @@ def test_reported_losses_are_those_of_the_finished_model(pool, method):
             rows = torch.cat(inputs[name][part.task])
             gram = rows.T @ rows / len(rows) / len(calibration)
             hessian = hessian + gram
-            if method == "expert_guided":
+            if method == "e_pmq":
                 expert = sources.expert_tensor(part.task, f"{name}.weight").double()
                 bias = sources.expert_tensor(part.task, f"{name}.bias").double() - layer.bias.double()
                 correction = correction + (expert - merged) @ gram + torch.outer(bias, rows.mean(0)) / len(calibration)
-        strength = 0.03 if method == "expert_guided" else 0.01
+        strength = 0.03 if method == "e_pmq" else 0.01
         hessian = hessian + strength * hessian.diagonal().mean() * torch.eye(len(hessian))
         target = merged + correction @ torch.linalg.inv(hessian)
         delta = layer.weight.double() - target
@@ -109,7 +109,8 @@ def test_experts_that_are_copies_of_the_merge_give_gptq(pool):
     recipe = recipe_for(pool, merge={"method": "average"})
     recipe["experts"] = [{**recipe["experts"][0], "name": name} for name in ("one", "two")]
     found = []
-    for settings in ({"method": "gptq"}, {"method": "expert_guided", "anchor_strength": 0.01}):
+    guided = [{"method": method, "anchor_strength": 0.01} for method in ("e_pmq", "expert_guided")]
+    for settings in ({"method": "gptq"}, *guided):
         job = prepare(load_recipe({**recipe, "quantize": settings}))
         from epmq.data import encode
 
@@ -122,6 +123,8 @@ def test_experts_that_are_copies_of_the_merge_give_gptq(pool):
         ):
             pass
         found.append(codes)
-    assert found[0].keys() == found[1].keys() and len(found[0]) == 12
-    for name, weight in found[0].items():
-        assert torch.equal(weight.codes, found[1][name].codes) and torch.equal(weight.scale, found[1][name].scale)
+    plain, *guided = found
+    for codes in guided:
+        assert plain.keys() == codes.keys() and len(plain) == 12
+        for name, weight in plain.items():
+            assert torch.equal(weight.codes, codes[name].codes) and torch.equal(weight.scale, codes[name].scale)

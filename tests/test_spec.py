@@ -148,7 +148,7 @@ def test_calibration_is_used_by_the_methods_that_look_at_data():
     calibrates = {
         method: load_recipe({**recipe, "quantize": {"method": method}}).quantize.calibrates for method in QUANTIZERS
     }
-    assert calibrates == {"none": False, "rtn": False, "gptq": True, "expert_guided": True}
+    assert calibrates == {"none": False, "rtn": False, "gptq": True, "e_pmq": True, "expert_guided": True}
     for expert in recipe["experts"]:
         del expert["calibration"]
     assert load_recipe({**recipe, "quantize": {"method": "rtn"}}).experts[0].calibration is None
@@ -171,9 +171,20 @@ def test_every_grid_can_be_asked_for(bits, group_size):
 
 
 def test_strength_is_what_the_method_calls_it():
-    settings = {"damping": 0.2, "anchor_strength": 0.5}
-    assert Quantize(method="gptq", **settings).strength == 0.2
-    assert Quantize(method="expert_guided", **settings).strength == 0.5
+    assert Quantize(method="gptq", damping=0.2).strength == 0.2
+    for method in ("expert_guided", "e_pmq"):
+        assert Quantize(method=method, damping=0.2, anchor_strength=0.5).strength == 0.5
+
+
+def test_each_guided_method_has_its_own_defaults():
+    paper, ours = Quantize(method="e_pmq"), Quantize(method="expert_guided")
+    assert (paper.anchor_scale, paper.expert_features) == (1, 0)
+    assert (ours.anchor_strength, ours.expert_features) == (0.03, 0.6)
+    for field in ("anchor_strength", "anchor_scale", "expert_features"):
+        with pytest.raises(ValidationError, match=f"{field}: gptq does not use it"):
+            Quantize(method="gptq", **{field: 0.5})
+    with pytest.raises(ValidationError, match="e_pmq has anchor_scale 1"):
+        Quantize(method="e_pmq", expert_features=0.5)
 
 
 @pytest.mark.parametrize(

@@ -47,12 +47,15 @@ merge:
   method: task_arithmetic       # average, task_arithmetic, ties, dare
   scaling: 0.3                  # factor on the task vectors, or a list with one an expert
 quantize:
-  method: expert_guided         # expert_guided, gptq, rtn, none
+  method: expert_guided         # expert_guided, e_pmq (the paper's form), gptq, rtn, none
   bits: 4                       # 2, 3, 4, 8
   group_size: -1                # weights that share a scale: -1 is a row; 32, 64, 128
   symmetric: true
   act_order: true
-  anchor_strength: 0.03         # expert_guided: pull towards the merged weight
+  scales: search                # search, or minmax
+  anchor_strength: 0.03         # pull towards the anchor; try 3 where experts are close to the base
+  anchor_scale: 1.0             # the anchor: base + this x (merged - base); try 3 with a strong pull
+  expert_features: 0.6          # share of the expert's own layer inputs in the targets
 format: pack-quantized          # pack-quantized (transformers, vLLM) or dequantized (plain safetensors)
 samples: 128                    # calibration examples a task
 batch_size: 32
@@ -67,7 +70,7 @@ def _recipe(path: Path, overrides: list[str] | None, output: Path | None = None,
 
     from epmq.spec import load_recipe
 
-    content = load_recipe(path).model_dump(mode="json")
+    content = load_recipe(path).model_dump(mode="json", exclude_unset=True)
     for override in overrides or []:
         field, equals, value = override.partition("=")
         if not equals:
@@ -75,7 +78,7 @@ def _recipe(path: Path, overrides: list[str] | None, output: Path | None = None,
         *parents, leaf = field.split(".")
         place = content
         for parent in parents:
-            if not isinstance(place.get(parent), dict):
+            if not isinstance(place.setdefault(parent, {}), dict):
                 raise ValueError(f"--set {override}: unknown field {parent!r}")
             place = place[parent]
         try:
@@ -84,7 +87,7 @@ def _recipe(path: Path, overrides: list[str] | None, output: Path | None = None,
             raise ValueError(f"--set {override}: not a YAML value") from None
     if output is not None:
         content["output"] = str(output)
-    if need_output and not content["output"]:
+    if need_output and not content.get("output"):
         raise ValueError(f"{path}: field 'output' is missing (or pass --output)")
     return load_recipe(content)
 
@@ -100,25 +103,28 @@ def _finish(report: dict[str, Any]) -> None:
 @app.command()
 def run(recipe: RecipeFile, output: Output = None, set_: Set = None, quiet: Quiet = False) -> None:
     """Do the whole job: merge, quantize with the experts as the guide, evaluate, write a checkpoint."""
+    wanted = _recipe(recipe, set_, output)
     from epmq.pipeline import run as run_recipe
 
-    _finish(run_recipe(_recipe(recipe, set_, output), progress=not quiet))
+    _finish(run_recipe(wanted, progress=not quiet))
 
 
 @app.command()
 def merge(recipe: RecipeFile, output: Output = None, set_: Set = None, quiet: Quiet = False) -> None:
     """Merge only, in full precision: no quantization, no calibration data."""
+    wanted = _recipe(recipe, set_, output)
     from epmq.pipeline import merge as merge_recipe
 
-    _finish(merge_recipe(_recipe(recipe, set_, output), progress=not quiet))
+    _finish(merge_recipe(wanted, progress=not quiet))
 
 
 @app.command()
 def quantize(recipe: RecipeFile, output: Output = None, set_: Set = None, quiet: Quiet = False) -> None:
     """Merge and quantize, without the evaluation at the end."""
+    wanted = _recipe(recipe, set_, output)
     from epmq.pipeline import run as run_recipe
 
-    _finish(run_recipe(_recipe(recipe, set_, output), progress=not quiet, evaluate=False))
+    _finish(run_recipe(wanted, progress=not quiet, evaluate=False))
 
 
 @app.command("eval")
@@ -134,9 +140,9 @@ def evaluate(
     from rich.console import Console
     from rich.table import Table
 
+    wanted = _recipe(recipe, set_, need_output=False)
     from epmq.pipeline import evaluate_checkpoint, evaluate_experts
 
-    wanted = _recipe(recipe, set_, need_output=False)
     columns = {str(checkpoint): evaluate_checkpoint(checkpoint, wanted, progress=not quiet)}
     if experts:
         columns["experts"] = evaluate_experts(wanted, progress=not quiet)

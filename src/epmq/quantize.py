@@ -189,11 +189,11 @@ class LayerGroup:
         self.tokens = 0
 
     def _anchor(self, sources: Sources, block: str) -> Tensor:
-        settings = sources.recipe.quantize
-        if settings.method != "expert_guided" or settings.anchor_scale == 1:
+        scale = sources.recipe.quantize.anchor_scale
+        if scale is None or scale == 1:
             return self.merged
         base = self._stack(sources.base_tensor(f"{block}.{name}.weight") for name in self.names).float()
-        return base + settings.anchor_scale * (self.merged - base)
+        return base + scale * (self.merged - base)
 
     def _stack(self, parts: Iterable[Tensor]) -> Tensor:
         weights = [as_matrix(module, part) for module, part in zip(self.modules, parts)]
@@ -228,8 +228,7 @@ def _gather(
     streams: dict[str, ExpertStream],
 ) -> None:
     """Collect the objectives of a block, one task at a time, so that one task's moments exist at any time."""
-    settings, batch = sources.recipe.quantize, 0
-    guided = settings.method == "expert_guided"
+    guided, features, batch = sources.recipe.quantize.guided, sources.recipe.quantize.expert_features or 0.0, 0
     for part in calibration:
         moments = [Moments(group.objective.anchor.shape[1], group.objective.anchor.device) for group in groups]
         stream = streams.get(part.task)
@@ -249,7 +248,7 @@ def _gather(
             expert = group.expert(sources, step.name, part.task) if guided else None
             shift = group.shift(sources, step.name, part.task) if guided else None
             with _naming(f"{step.name}.{group.names[0]}, task {part.task}"):
-                group.objective.add(m, sources.recipe.task_weight(part.task), expert, shift, settings.expert_features)
+                group.objective.add(m, sources.recipe.task_weight(part.task), expert, shift, features)
             group.tokens += m.count
 
 

@@ -10,7 +10,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from epmq.grid import BITS, GROUP_SIZES, Grid
 
-METHODS = ("none", "rtn", "gptq", "expert_guided")
+# What the two expert-guided methods take where the recipe does not say: e_pmq is the paper's form.
+GUIDED: dict[str, dict[str, float]] = {
+    "e_pmq": {"anchor_strength": 0.03, "anchor_scale": 1.0, "expert_features": 0.0},
+    "expert_guided": {"anchor_strength": 0.03, "anchor_scale": 1.0, "expert_features": 0.6},
+}
+METHODS = ("none", "rtn", "gptq", *GUIDED)
+GUIDED_DEFAULTS = "the default depends on the method"
 
 
 class _Strict(BaseModel):
@@ -88,7 +94,9 @@ class Merge(_Strict):
 class Quantize(_Strict):
     """How the merged model becomes a low-bit one."""
 
-    method: Literal["none", "rtn", "gptq", "expert_guided"] = "expert_guided"
+    method: Literal["none", "rtn", "gptq", "e_pmq", "expert_guided"] = Field(
+        "expert_guided", description="e_pmq is the paper's form, expert_guided ours"
+    )
     bits: int = Field(4, description="2, 3, 4 or 8")
     group_size: int = Field(-1, description="weights that share a scale: -1 (a row), 32, 64 or 128")
     symmetric: bool = Field(True, description="without a zero point")
@@ -97,14 +105,14 @@ class Quantize(_Strict):
         "search", description="least squared error among shrunken ranges, or the plain range of the weights"
     )
     damping: float = Field(0.01, gt=0, description="gptq: added to the Hessian's diagonal, over its mean")
-    anchor_strength: float = Field(
-        0.03, gt=0, description="expert_guided: pull towards the merged weight, over the mean Hessian diagonal"
+    anchor_strength: float | None = Field(
+        None, gt=0, description=f"pull towards the anchor, over the mean Hessian diagonal; {GUIDED_DEFAULTS}"
     )
-    anchor_scale: float = Field(
-        1.0, gt=0, description="expert_guided: the anchor lies at base + this × (merged − base)"
+    anchor_scale: float | None = Field(
+        None, gt=0, description=f"the anchor lies at base + this × (merged − base); {GUIDED_DEFAULTS}"
     )
-    expert_features: float = Field(
-        0.0, ge=0, le=1, description="expert_guided: share of the expert's own layer inputs in the targets"
+    expert_features: float | None = Field(
+        None, ge=0, le=1, description=f"share of the expert's own layer inputs in the targets; {GUIDED_DEFAULTS}"
     )
     task_weights: dict[str, float] | None = Field(
         None, description="expert_guided: weight of each task; equal if left out"
@@ -128,14 +136,32 @@ class Quantize(_Strict):
     def grid(self) -> Grid:
         return Grid(self.bits, self.group_size, self.symmetric)
 
+    @model_validator(mode="after")
+    def _guided(self) -> Quantize:
+        """Fill in the method's own defaults, and refuse settings that it does not use."""
+        defaults = GUIDED.get(self.method)
+        for field in GUIDED["e_pmq"]:
+            if defaults is None and getattr(self, field) is not None:
+                raise ValueError(f"{field}: {self.method} does not use it")
+            if defaults is not None and getattr(self, field) is None:
+                object.__setattr__(self, field, defaults[field])
+        if self.method == "e_pmq" and (self.anchor_scale != 1 or self.expert_features != 0):
+            raise ValueError("e_pmq has anchor_scale 1 and expert_features 0; take expert_guided to change them")
+        return self
+
+    @property
+    def guided(self) -> bool:
+        """Whether the experts set the targets."""
+        return self.method in GUIDED
+
     @property
     def strength(self) -> float:
         """λ̄ over the mean diagonal of the Gram matrix, whatever the method calls it."""
-        return self.anchor_strength if self.method == "expert_guided" else self.damping
+        return self.damping if self.anchor_strength is None else self.anchor_strength
 
     @property
     def calibrates(self) -> bool:
-        return self.method in ("gptq", "expert_guided")
+        return self.guided or self.method == "gptq"
 
 
 class Recipe(_Strict):
@@ -166,7 +192,7 @@ class Recipe(_Strict):
                 raise ValueError(f"merge.{field}: {len(values)} values for {len(names)} experts")
         weights = self.quantize.task_weights
         if weights is not None:
-            if self.quantize.method != "expert_guided":
+            if not self.quantize.guided:
                 raise ValueError(f"quantize.task_weights: {self.quantize.method} does not use them")
             if set(weights) != set(names):
                 raise ValueError(f"quantize.task_weights: needs exactly the tasks {', '.join(names)}")

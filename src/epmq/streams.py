@@ -30,8 +30,7 @@ def expert_streams(
 
     An expert that is the merged model, bit for bit, has none: its targets are plain GPTQ's.
     """
-    settings = sources.recipe.quantize
-    if settings.method != "expert_guided" or settings.expert_features == 0:
+    if not sources.recipe.quantize.expert_features:
         return {}
     return {
         part.task: ExpertStream(sources, part, device)
