@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-TITLES = {"none": "full precision", "rtn": "RTN", "gptq": "GPTQ", "expert_guided": "expert-guided"}
+TITLES = {"none": "full precision", "rtn": "RTN", "gptq": "GPTQ", "e_pmq": "E-PMQ", "expert_guided": "expert-guided"}
 
 
 def percent(value: float | None, digits: int = 1) -> str:
