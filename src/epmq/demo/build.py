@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from epmq.data import Examples, read_examples
+from epmq.demo.pool import split_file
 
 SPLITS = ("train", "validation", "test")
 Report = Callable[[str, float], None]
@@ -39,10 +40,7 @@ def whole_folder(target: Path) -> Iterator[Path | None]:
 
 def read_split(folder: Path, split: str) -> Examples:
     """One split of a task's data folder, be it `.jsonl` or `.npz`."""
-    for ending in (".jsonl", ".npz"):
-        if (folder / f"{split}{ending}").exists():
-            return read_examples(folder / f"{split}{ending}")
-    raise FileNotFoundError(f"{folder}: no {split}.jsonl and no {split}.npz")
+    return read_examples(split_file(folder, split))
 
 
 def build_pool(

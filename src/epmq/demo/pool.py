@@ -1,8 +1,7 @@
-"""Recipes over a pool as `epmq.demo.build` lays it out, and the comparison that the demo and the suites share."""
+"""Recipes over a pool of base, data and experts as `epmq.demo.build` lays it out."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,17 +9,16 @@ from typing import Any
 from epmq.spec import Recipe, load_recipe
 
 
-def data_file(root: Path, task: str, split: str) -> Path:
-    """The file of one split, `.jsonl` or `.npz`.
+def split_file(folder: Path, split: str) -> Path:
+    """The file of one split in a task's data folder, `.jsonl` or `.npz`.
 
     Raises:
         FileNotFoundError: there is neither.
     """
     for ending in (".jsonl", ".npz"):
-        path = root / "data" / task / f"{split}{ending}"
-        if path.exists():
-            return path
-    raise FileNotFoundError(f"{root / 'data' / task}: no {split}.jsonl and no {split}.npz")
+        if (folder / f"{split}{ending}").exists():
+            return folder / f"{split}{ending}"
+    raise FileNotFoundError(f"{folder}: no {split}.jsonl and no {split}.npz")
 
 
 def pool_recipe(
@@ -46,14 +44,9 @@ def pool_recipe(
         {
             "name": task,
             "model": str(root / "experts" / task),
-            "calibration": {"path": str(data_file(root, task, "train"))},
-            "evaluation": {"path": str(data_file(root, task, split)), "samples": test_samples},
+            "calibration": {"path": str(split_file(root / "data" / task, "train"))},
+            "evaluation": {"path": str(split_file(root / "data" / task, split)), "samples": test_samples},
         }
         for task in tasks
     ]
     return load_recipe({"base": str(root / "base"), "experts": experts, "max_length": max_length, **fields})
-
-
-def training_records(root: Path, tasks: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """What was recorded when each expert was trained."""
-    return {task: json.loads((root / "experts" / task / "training.json").read_text()) for task in tasks}

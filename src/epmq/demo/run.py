@@ -19,6 +19,8 @@ from epmq.demo.texts import BASE, DEMO_TASKS, MAX_LENGTH, ORANGE, VADER, prepare
 METHODS = ("none", "rtn", "gptq", "expert_guided")
 TITLES = {"none": "merged", "rtn": "RTN", "gptq": "GPTQ", "expert_guided": "expert-guided"}
 BITS = 4
+# Chosen on the validation splits of the text8 suite, which has the same base (see benchmarks/README.md).
+GUIDED = {"expert_features": 0.5, "anchor_scale": 3.0, "anchor_strength": 3.0}
 
 
 def fetch() -> None:
@@ -59,7 +61,7 @@ def run_demo(output: str | Path = "epmq-demo") -> dict[str, dict[str, Any]]:
         "experts": {"accuracy": evaluate_experts(recipe), "bytes": len(DEMO_TASKS) * weights.stat().st_size},
     }
     for method in METHODS:
-        settings = {"method": method, "bits": BITS}
+        settings = {"method": method, "bits": BITS, **(GUIDED if method == "expert_guided" else {})}
         report = run(
             pool_recipe(
                 root, DEMO_TASKS, max_length=MAX_LENGTH, quantize=settings, output=str(output / TITLES[method].lower())
