@@ -110,20 +110,30 @@ def add_gaps(rows: list[dict[str, Any]]) -> None:
         r["gap_recovered"] = None if gptq is None or experts is None else gap_recovered(r["mean"], gptq, experts)
 
 
-def compare(suite: ModuleType, tasks: list[str], quick: bool, fresh: bool, seed: int) -> list[dict[str, Any]]:
-    """Measure every row that is missing, saving after each."""
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a results file; none if there is no file."""
+    return json.loads(path.read_text()) if path.exists() else []
+
+
+def order(r: dict[str, Any]) -> tuple[int, int, int]:
+    """Where a row stands in the file: base, experts, merges; full precision first, then falling bits; by method."""
+    merge = ["base", "experts", *MERGES].index(r["merge"])
+    return merge, -(r["bits"] or 99), ("none", *METHODS).index(r["method"])
+
+
+def compare(suite: ModuleType, tasks: list[str], quick: bool, merges: list[str], seed: int) -> None:
+    """Measure every row that is missing, saving after each; another process may add rows at the same time."""
     console, name = Console(stderr=True), f"{suite.NAME}-quick" if quick else suite.NAME
     root, path = suite_dir(suite.NAME, quick), RESULTS / f"{name}.json"
-    rows: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() and not fresh else []
-    done = {tuple(r[k] for k in KEY) for r in rows}
+    done = {tuple(r[k] for k in KEY) for r in read_rows(path)}
     common: dict[str, Any] = {"test_samples": TEST_SAMPLES, "seed": seed}
 
     def keep(found: dict[str, Any]) -> None:
-        rows.append(found)
+        rows = sorted([*read_rows(path), found], key=order)
         add_gaps(rows)
         RESULTS.mkdir(exist_ok=True)
         write_json(path, rows)
-        gap = found.get("gap_recovered")
+        gap = next(r["gap_recovered"] for r in rows if all(r[k] == found[k] for k in KEY))
         text = f"{found['merge']:16} {found['method']:14} {found['bits'] or '':>2} {100 * found['mean']:6.2f}"
         console.print(text + (f"  gap {100 * gap:5.1f} %" if gap is not None else ""))
 
@@ -134,6 +144,8 @@ def compare(suite: ModuleType, tasks: list[str], quick: bool, fresh: bool, seed:
             scores = evaluate_experts(recipe, base=merge == "base")
             keep(row(name, merge, {"method": "none"}, scores, **nothing))
     for merge, quantize in settings(suite.NAME):
+        if merge not in merges:
+            continue
         grid = (None, None, None) if quantize["method"] == "none" else tuple(quantize[k] for k in KEY[3:6])
         if (name, merge, quantize["method"], *grid, seed) in done:
             continue
@@ -141,7 +153,6 @@ def compare(suite: ModuleType, tasks: list[str], quick: bool, fresh: bool, seed:
         seconds = round(sum(report["seconds"][phase] for phase in ("open", "merge and quantize")), 1)
         measured = {"seconds": seconds, "peak_memory_mb": report["peak_memory_mb"], "bytes": report["bytes"]}
         keep(row(name, merge, quantize, report["accuracy"], seed=seed, **measured))
-    return rows
 
 
 def main() -> None:
@@ -149,6 +160,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compare", description=__doc__)
     parser.add_argument("suite", choices=SUITES)
     parser.add_argument("--tasks", help="comma-separated names; all by default")
+    parser.add_argument("--merge", default=",".join(MERGES), help="comma-separated; all by default")
     parser.add_argument("--quick", action="store_true", help="the small form of the suite")
     parser.add_argument("--fresh", action="store_true", help="measure everything anew")
     parser.add_argument("--seed", type=int, default=0, help="of the calibration draw and the test draw")
@@ -156,7 +168,9 @@ def main() -> None:
     suite = importlib.import_module(f"benchmarks.suites.{arguments.suite}")
     tasks = arguments.tasks.split(",") if arguments.tasks else list(suite.TASKS)
     build_suite(suite, tasks, arguments.quick)
-    compare(suite, tasks, arguments.quick, arguments.fresh, arguments.seed)
+    if arguments.fresh:
+        (RESULTS / f"{suite.NAME}{'-quick' if arguments.quick else ''}.json").unlink(missing_ok=True)
+    compare(suite, tasks, arguments.quick, arguments.merge.split(","), arguments.seed)
 
 
 if __name__ == "__main__":
