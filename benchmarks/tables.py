@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+SUITES = ("vision8", "text8")
 HERE = Path(__file__).parent
 TITLES = {"none": "full precision", "rtn": "RTN", "gptq": "GPTQ", "e_pmq": "E-PMQ", "expert_guided": "expert-guided"}
 
@@ -51,6 +52,23 @@ def suite_section(path: Path) -> str:
     return f"{suite_table(rows)}\n\n{note}"
 
 
+def summary(paths: list[Path]) -> str:
+    """Markdown for the project's README: 4 bits, one scale a row, a line for each suite and merge."""
+    methods = ("none", "rtn", "gptq", "e_pmq", "expert_guided")
+    head = ["suite, merge", *("merged" if m == "none" else TITLES[m] for m in methods), "experts", "gap recovered"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for path in paths:
+        rows = json.loads(path.read_text())
+        experts = next(row["mean"] for row in rows if row["merge"] == "experts")
+        for merge in dict.fromkeys(row["merge"] for row in rows if row["method"] == "gptq"):
+            found = {row["method"]: row for row in rows if row["merge"] == merge and row["bits"] in (None, 4)}
+            if set(methods) <= found.keys():
+                means = [percent(found[method]["mean"]) for method in methods]
+                gap = f"{percent(found['expert_guided']['gap_recovered'], 0)} %"
+                lines.append("| " + " | ".join([f"{path.stem}, {merge}", *means, percent(experts), gap]) + " |")
+    return "\n".join(lines)
+
+
 def replace_section(text: str, name: str, content: str) -> str:
     """Put `content` between the markers of a section.
 
@@ -59,19 +77,24 @@ def replace_section(text: str, name: str, content: str) -> str:
     """
     pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
     if not pattern.search(text):
-        raise ValueError(f"benchmarks/README.md: no section '<!-- {name} -->'")
+        raise ValueError(f"README: no section '<!-- {name} -->'")
     return pattern.sub(lambda match: f"{match[1]}{content}\n{match[2]}", text)
 
 
 def main() -> None:
-    """Rewrite the README, or with --check say whether it is up to date."""
-    readme = HERE / "README.md"
-    text = readme.read_text()
-    for path in sorted((HERE / "results").glob("*8.json")):
-        text = replace_section(text, path.stem, suite_section(path))
+    """Rewrite both READMEs, or with --check say whether they are up to date."""
+    paths = [HERE / "results" / f"{suite}.json" for suite in SUITES]
+    paths = [path for path in paths if path.exists()]
+    texts = {HERE / "README.md": (HERE / "README.md").read_text()}
+    for path in paths:
+        texts[HERE / "README.md"] = replace_section(texts[HERE / "README.md"], path.stem, suite_section(path))
+    project = HERE.parent / "README.md"
+    texts[project] = replace_section(project.read_text(), "summary", summary(paths))
     if "--check" in sys.argv:
-        sys.exit(0 if text == readme.read_text() else "benchmarks/README.md is not what the results say: run it anew")
-    readme.write_text(text)
+        stale = [str(path) for path, text in texts.items() if text != path.read_text()]
+        sys.exit(f"not what the results say, run without --check: {', '.join(stale)}" if stale else 0)
+    for path, text in texts.items():
+        path.write_text(text)
 
 
 if __name__ == "__main__":

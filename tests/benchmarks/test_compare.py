@@ -55,3 +55,10 @@ def test_sections_are_replaced_and_missing_ones_named():
     assert tables.replace_section(text, "s", "new") == "a\n<!-- s -->\nnew\n<!-- end s -->\nb\n"
     with pytest.raises(ValueError, match="no section '<!-- t -->'"):
         tables.replace_section(text, "t", "new")
+
+
+def test_the_committed_tables_are_made_from_the_committed_results(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["tables", "--check"])
+    with pytest.raises(SystemExit) as ended:
+        tables.main()
+    assert ended.value.code == 0
