@@ -452,12 +452,13 @@ def test_experts_that_are_copies_of_one_model_give_gptq(pool, tmp_path, copies):
         expert["model"] = recipe["experts"][0]["model"]
     recipe["experts"] = recipe["experts"][:copies]
     found = {}
-    for method in ("gptq", "expert_guided"):
-        settings = {"method": method, "bits": 3, "group_size": 32, "damping": 0.02, "anchor_strength": 0.02}
+    for method, field in (("gptq", "damping"), ("e_pmq", "anchor_strength"), ("expert_guided", "anchor_strength")):
+        settings = {"method": method, "bits": 3, "group_size": 32, field: 0.02}
         report = run({**recipe, "quantize": settings, "output": str(tmp_path / method)}, **QUIET)
         found[method] = weights(tmp_path / method)
         assert all(layer["merge_loss"] < 1e-12 for layer in report["layers"])
-    assert all(torch.equal(found["gptq"][name], tensor) for name, tensor in found["expert_guided"].items())
+    for guided in ("e_pmq", "expert_guided"):
+        assert all(torch.equal(found["gptq"][name], tensor) for name, tensor in found[guided].items())
     rounded = {
         name: rtn(tensor, Grid(3, 32)).dequantize()
         for name, tensor in weights(pool / "experts/one").items()
