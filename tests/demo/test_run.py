@@ -18,6 +18,8 @@ def small_demo(pool, tmp_path, monkeypatch):
             folder = tmp_path / "pool" / "data" / task
             folder.mkdir(parents=True, exist_ok=True)
             write_texts(folder / f"{split}.jsonl", 16, 3, seed)
+        record = json.dumps({"base_test": 0.4, "test": 0.6})
+        (tmp_path / "pool" / "experts" / task / "training.json").write_text(record)
     monkeypatch.setattr(demo, "fetch", lambda: None)
     monkeypatch.setattr(demo, "_prepare", lambda console: tmp_path / "pool")
     monkeypatch.setattr(demo, "DEMO_TASKS", ("one", "two"))
@@ -27,6 +29,7 @@ def small_demo(pool, tmp_path, monkeypatch):
 def test_the_demo_compares_and_leaves_a_checkpoint(small_demo, capsys):
     columns = demo.run_demo(small_demo)
     assert list(columns) == ["base", "experts", "merged", "RTN", "GPTQ", "expert-guided"]
+    assert columns["base"]["accuracy"] == {"one": 0.4, "two": 0.4} and columns["experts"]["accuracy"]["one"] == 0.6
     assert all(set(column["accuracy"]) == {"one", "two"} for column in columns.values())
     assert columns["expert-guided"]["bytes"] < columns["merged"]["bytes"] < columns["experts"]["bytes"]
     printed = capsys.readouterr().out
