@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterable
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +152,8 @@ def why_not_direct(path: str | Path, config: dict[str, Any]) -> str | None:
 
     kind: Any = getattr(transformers, (config.get("architectures") or ["AutoModel"])[0], transformers.AutoModel)
     try:
-        kind.from_pretrained(path)
+        with redirect_stderr(io.StringIO()):  # the loader's own progress bars
+            kind.from_pretrained(path)
     except (ValueError, AttributeError, KeyError, TypeError, RuntimeError) as error:
         return f"{type(error).__name__} in transformers {transformers.__version__}"
     return None
