@@ -20,7 +20,6 @@ from epmq.demo.texts import BASE, DEMO_TASKS, MAX_LENGTH, ORANGE, VADER, prepare
 METHODS = ("none", "rtn", "gptq", "expert_guided")
 TITLES = {"none": "merged", "rtn": "RTN", "gptq": "GPTQ", "expert_guided": "expert-guided"}
 BITS = 4
-SAMPLES = 64  # calibration texts a task: half of the default, for the sake of the clock
 # Chosen on the validation splits of the text8 suite, which has the same base (see benchmarks/README.md).
 GUIDED = {"expert_features": 0.5, "anchor_scale": 3.0, "anchor_strength": 3.0}
 
@@ -73,7 +72,6 @@ def run_demo(output: str | Path = "epmq-demo") -> dict[str, dict[str, Any]]:
                 root,
                 DEMO_TASKS,
                 max_length=MAX_LENGTH,
-                samples=SAMPLES,
                 quantize=settings,
                 output=str(output / TITLES[method].lower()),
             )

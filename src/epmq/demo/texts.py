@@ -277,7 +277,7 @@ PIP_TASKS: dict[str, Callable[[], TextTask]] = {
 }
 
 DEMO_TASKS = ("newswire", "candidates", "movies", "genres")
-DEMO_SIZES = {"train": 400, "validation": 100, "test": 400}
+DEMO_SIZES = {"train": 640, "validation": 100, "test": 300}
 DEMO_SETTINGS: dict[str, Any] = {"epochs": 2, "learning_rate": 2e-4, "batch_size": 16}
 
 
