@@ -20,7 +20,14 @@ from epmq.report import hardware, now, versions
 
 CANDIDATES: list[dict[str, float]] = [
     {"expert_features": features, "anchor_scale": scale, "anchor_strength": strength}
-    for features, scale, strength in ((0.0, 1, 0.03), (0.3, 1, 0.03), (0.6, 1, 0.03), (0.6, 3, 0.3), (0.5, 3, 3))
+    for features, scale, strength in (
+        (0.0, 1, 0.03),
+        (0.3, 1, 0.03),
+        (0.6, 1, 0.03),
+        (1, 1, 0.1),
+        (0.6, 3, 0.3),
+        (0.5, 3, 3),
+    )
 ]
 
 

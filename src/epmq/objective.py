@@ -63,8 +63,9 @@ class Objective:
         self.correction.addmm_(expert.float() - self.anchor, gram, alpha=weight)
         if shift is not None:
             self.correction.addr_(shift.float(), moments.mean, alpha=weight)
-        if features and moments.drift is not None:
-            self.correction.addmm_(expert.float(), moments.drift, alpha=weight * features)
+        drift = moments.drift if features else None
+        if drift is not None:
+            self.correction.addmm_(expert.float(), drift, alpha=weight * features)
 
     def solve(self, strength: float) -> tuple[Tensor, Tensor, float]:
         """The continuous optimum and the Hessian.

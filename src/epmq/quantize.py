@@ -146,9 +146,9 @@ def quantize_calibrated(
             with _naming(f"{step.name}.{group.names[0]}"):
                 reports += _solve(sources, step, group, emit_layer)
         quantized = {f"{report.name}.weight" for report in reports}
-        for name in sources.block_names(step.name):
-            if name not in quantized:
-                emit(name, sources.model.state_dict()[name])
+        for name, tensor in step.block.state_dict(prefix=f"{step.name}.").items():
+            if name in sources.names and name not in quantized:
+                emit(name, tensor)
         step.finish()
         if not keep:
             drop_tensors(step.block)

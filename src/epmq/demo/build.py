@@ -7,13 +7,12 @@ Layout under the root: `base/`, `data/<task>/{train,validation,test}.jsonl` (or 
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from epmq.checkpoint import whole_directory
 from epmq.data import Examples, read_examples
 from epmq.demo.pool import split_file
 
@@ -27,15 +26,8 @@ def whole_folder(target: Path) -> Iterator[Path | None]:
     if target.exists():
         yield None
         return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    # mkdtemp makes it private to its owner, which a published folder need not be
-    work.chmod(0o755)
-    try:
+    with whole_directory(target) as work:
         yield work
-        work.rename(target)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def read_split(folder: Path, split: str) -> Examples:
@@ -120,8 +112,3 @@ def _check(folder: Path) -> None:
         examples = read_split(folder, split)
         if examples.labels is None or not 0 <= examples.labels.min() <= examples.labels.max() < len(labels):
             raise ValueError(f"{folder}, {split}: every example needs a label in 0 … {len(labels) - 1}")
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write one JSON file, readable and in UTF-8."""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
