@@ -41,8 +41,8 @@ def main() -> None:
     for method, candidate in [("gptq", {}), *(("expert_guided", candidate) for candidate in CANDIDATES)]:
         quantize = {"method": method, "bits": 4, **candidate}
         report = measure(suite, root, tasks, "task_arithmetic", quantize, split="validation")
-        rows.append({"method": method, **candidate, "validation": report["mean_accuracy"], "tasks": report["accuracy"]})
-        console.print(f"{method:14} {candidate} {100 * report['mean_accuracy']:.2f}")
+        rows.append({"method": method, **candidate, "validation": report["mean_score"], "tasks": report["scores"]})
+        console.print(f"{method:14} {candidate} {100 * report['mean_score']:.2f}")
         content = {"suite": suite.NAME, "rows": rows, "chosen": GUIDED[suite.NAME]}
         where = {"versions": versions(), "hardware": hardware(), "date": now()}
         write_json(RESULTS / f"choice-{suite.NAME}.json", {**content, **where})

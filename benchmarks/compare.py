@@ -141,7 +141,7 @@ def compare(suite: ModuleType, tasks: list[str], quick: bool, merges: list[str],
     recipe = pool_recipe(root, tasks, max_length=suite.MAX_LENGTH, **common)
     for merge in ("base", "experts"):
         if (name, merge, "none", None, None, None, seed) not in done:
-            scores = evaluate_experts(recipe, base=merge == "base")
+            scores = evaluate_experts(recipe, base=merge == "base")["scores"]
             keep(row(name, merge, {"method": "none"}, scores, **nothing))
     for merge, quantize in settings(suite.NAME):
         if merge not in merges:
@@ -152,7 +152,7 @@ def compare(suite: ModuleType, tasks: list[str], quick: bool, merges: list[str],
         report = measure(suite, root, tasks, merge, quantize, **common)
         seconds = round(sum(report["seconds"][phase] for phase in ("open", "merge and quantize")), 1)
         measured = {"seconds": seconds, "peak_memory_mb": report["peak_memory_mb"], "bytes": report["bytes"]}
-        keep(row(name, merge, quantize, report["accuracy"], seed=seed, **measured))
+        keep(row(name, merge, quantize, report["scores"], seed=seed, **measured))
 
 
 def main() -> None:

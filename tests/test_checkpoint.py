@@ -215,7 +215,7 @@ def tensor_not_in_its_shard(folder: Path) -> None:
         (config_not_text, ValueError, r"config\.json: not valid JSON"),
         (config_a_list, ValueError, r"config\.json: expected a JSON object"),
         (no_weights, FileNotFoundError, r"sharded: no model\.safetensors"),
-        (only_a_pickle, FileNotFoundError, r"pytorch_model\.bin is a pickle and is not opened"),
+        (only_a_pickle, FileNotFoundError, r"pytorch_model\.bin is a pickle: name that file"),
         (missing_shard, FileNotFoundError, r"model-00002-of-\d+\.safetensors: named in .* but missing"),
         (truncated_shard, ValueError, r"model-00002-of-\d+\.safetensors: not a readable safetensors file"),
         (shard_of_text, ValueError, r"model-00002-of-\d+\.safetensors: not a readable safetensors file"),

@@ -147,7 +147,7 @@ def test_run_does_the_whole_job(call, recipe, tmp_path):
     status, out, err = call("run", recipe, "--quiet")
     report = report_of(tmp_path / "out")
     assert status == 0 and err == ""
-    for text in ("one", "two", "mean", f"{100 * report['mean_accuracy']:.1f} %", "expert_guided", "4, group size -1"):
+    for text in ("one", "two", "mean", f"{100 * report['mean_score']:.1f} %", "expert_guided", "4, group size -1"):
         assert text in out
     assert epmq.load(tmp_path / "out").tasks == ["one", "two"]
 
@@ -160,7 +160,7 @@ def test_progress_goes_to_standard_error(call, recipe):
 def test_merge_only_merges(call, recipe, tmp_path):
     assert call("merge", recipe, "-q", "--output", tmp_path / "merged")[0] == 0
     report = report_of(tmp_path / "merged")
-    assert report["layers"] == [] and "accuracy" not in report and not (tmp_path / "out").exists()
+    assert report["layers"] == [] and "scores" not in report and not (tmp_path / "out").exists()
 
 
 def test_merge_needs_no_calibration_data(call, pool, tmp_path):
@@ -174,14 +174,14 @@ def test_merge_needs_no_calibration_data(call, pool, tmp_path):
 def test_quantize_does_not_evaluate(call, recipe, tmp_path):
     assert call("quantize", recipe, "-q")[0] == 0
     report = report_of(tmp_path / "out")
-    assert report["layers"] and "accuracy" not in report
+    assert report["layers"] and "scores" not in report
 
 
 def test_eval_measures_a_checkpoint(call, finished):
     out, recipe = finished / "out", finished / "recipe.yaml"
     scores = evaluate_checkpoint(out, recipe, progress=False)
     status, found, _ = call("eval", out, recipe, "-q")
-    assert status == 0 and f"{100 * sum(scores.values()) / 2:.1f} %" in found
+    assert status == 0 and f"{100 * scores['mean_score']:.1f} %" in found
     status, found, _ = call("eval", out, recipe, "-q", "--json", "--experts")
     assert status == 0
     assert json.loads(found) == {str(out): scores, "experts": evaluate_experts(recipe, progress=False)}

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import BitImageProcessorPil
 
-from epmq.data import Examples, encode, load_processor, read_examples
+from epmq.batches import encode, load_processor
+from epmq.data import Examples, read_examples
 
 
 def lines(path: Path, *rows: object) -> Path:
@@ -97,10 +98,10 @@ def test_no_examples(tmp_path):
             read_examples(tmp_path / name)
 
 
-@pytest.mark.parametrize("name", ["a.json", "a.csv", "a.npy", "a.parquet"])
+@pytest.mark.parametrize("name", ["a.json", "a.tsv", "a.npy", "a.xlsx"])
 def test_other_forms_are_refused(tmp_path, name):
     (tmp_path / name).write_text("{}")
-    with pytest.raises(ValueError, match=f"{name}: expected a .jsonl file, a .npz file or a folder"):
+    with pytest.raises(ValueError, match=f"{name}: expected a .jsonl, .csv, .parquet or .npz file, or a folder"):
         read_examples(tmp_path / name)
 
 

@@ -18,8 +18,8 @@ from transformers import (
 )
 
 import epmq
+from epmq.batches import load_processor
 from epmq.checkpoint import Checkpoint
-from epmq.data import load_processor
 from epmq.evaluate import accuracy, gap_recovered
 from epmq.heads import HEAD_FILE, load_head
 from epmq.multitask import HEADS, MultiTaskModel
@@ -143,15 +143,15 @@ def test_native_heads_can_be_evaluated(pool, native, tmp_path):
         path.write_text("\n".join(map(json.dumps, rows)))
         expert["evaluation"] = {"path": str(path)}
     report = run({**recipe, "output": str(tmp_path / "out")}, progress=False)
-    assert report["accuracy"] == evaluate_checkpoint(tmp_path / "out", recipe, progress=False)
+    assert report["scores"] == evaluate_checkpoint(tmp_path / "out", recipe, progress=False)["scores"]
     model = epmq.load(tmp_path / "out")
     for expert in recipe["experts"]:
         task = expert["name"]
         wanted = [LABELS[task][i % len(LABELS[task])] for i in range(9)]
         right = sum(a == b for a, b in zip(model.answer(task, TEXTS * 3), wanted, strict=True))
-        assert report["accuracy"][task] == right / 9
+        assert report["scores"][task] == right / 9
     # Each expert on its own task, with its own head: what one model for all tasks is measured against.
-    scores = evaluate_experts(recipe, progress=False)
+    scores = evaluate_experts(recipe, progress=False)["scores"]
     for expert in recipe["experts"]:
         reference = BertForSequenceClassification.from_pretrained(expert["model"]).eval()
         with torch.no_grad():

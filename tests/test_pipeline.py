@@ -15,7 +15,8 @@ from transformers import BertModel
 
 import epmq
 from epmq import pipeline
-from epmq.data import encode, load_processor, read_examples
+from epmq.batches import encode, load_processor
+from epmq.data import read_examples
 from epmq.grid import Grid
 from epmq.heads import HEAD_FILE, Head, save_head
 from epmq.merging import METHODS
@@ -228,7 +229,11 @@ def no_output(pool: Path, recipe: dict) -> None:
         (base_that_its_config_does_not_fit, ValueError, r"base.*'encoder\.layer\.0\.intermediate\.dense\.weight'.*96"),
         (base_of_an_unknown_type, ValueError, r"base/config\.json: transformers cannot open this model"),
         (base_with_remote_code, ValueError, r"base/config\.json: transformers cannot open this model"),
-        (base_without_a_tokenizer, ValueError, r"experts\.one: text examples need the base model's tokenizer"),
+        (
+            base_without_a_tokenizer,
+            ValueError,
+            r"experts\.one\.calibration: text examples need the base model's tokenizer",
+        ),
         (
             group_size_that_does_not_fit,
             ValueError,
@@ -295,11 +300,11 @@ def test_the_report_says_what_was_done(pool, tmp_path):
         assert layer["strength"] == report["recipe"]["quantize"]["anchor_strength"]
     assert report["loss"] == pytest.approx(sum(layer["loss"] for layer in report["layers"]))
 
-    assert report["accuracy"].keys() == {"one", "two"}
-    assert report["mean_accuracy"] == pytest.approx(sum(report["accuracy"].values()) / 2)
-    assert evaluate_checkpoint(tmp_path / "out", recipe, progress=False) == report["accuracy"]
+    assert report["scores"].keys() == {"one", "two"}
+    assert report["mean_score"] == pytest.approx(sum(report["scores"].values()) / 2)
+    assert evaluate_checkpoint(tmp_path / "out", recipe, progress=False)["scores"] == report["scores"]
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "task_arithmetic" in card and "4 bits" in card and f"{100 * report['accuracy']['one']:.1f} %" in card
+    assert "task_arithmetic" in card and "4 bits" in card and f"{100 * report['scores']['one']:.1f} %" in card
 
 
 def test_every_real_token_is_counted_and_no_padding(pool, tmp_path):
@@ -398,7 +403,7 @@ def test_merging_a_checkpoint_is_merging_its_tensors(pool, tmp_path, settings):
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-6, atol=1e-7, msg=name)
-    assert report["layers"] == [] and report["loss"] == 0 and "accuracy" not in report
+    assert report["layers"] == [] and report["loss"] == 0 and "scores" not in report
     assert report["recipe"]["quantize"]["method"] == "none"
     BertModel.from_pretrained(tmp_path / "out")
 
@@ -441,7 +446,7 @@ def test_rounding_needs_no_calibration_data(pool, tmp_path):
     for expert in recipe["experts"]:
         del expert["calibration"]
     report = run(recipe, progress=False)
-    assert {layer["loss"] for layer in report["layers"]} == {None} and report["accuracy"]
+    assert {layer["loss"] for layer in report["layers"]} == {None} and report["scores"]
 
 
 @pytest.mark.parametrize("copies", [1, 2])
@@ -492,7 +497,7 @@ def test_a_strong_anchor_is_rounding_of_the_merge(pool, tmp_path):
 
 def test_experts_are_measured_on_their_own_tasks(pool, tmp_path):
     recipe = recipe_for(pool)
-    scores, base = evaluate_experts(recipe, progress=False), evaluate_experts(recipe, base=True, progress=False)
+    scores, base = (evaluate_experts(recipe, base=base, progress=False)["scores"] for base in (False, True))
     for task in ("one", "two"):
         # An expert alone, merged with itself, is itself.
         alone = {
@@ -501,12 +506,12 @@ def test_experts_are_measured_on_their_own_tasks(pool, tmp_path):
             "merge": {"method": "average"},
         }
         report = merge({**alone, "output": str(tmp_path / task)}, progress=False, evaluate=True)
-        assert report["accuracy"] == {task: scores[task]}
+        assert report["scores"] == {task: scores[task]}
         report = run(
             {**alone, "merge": {"scaling": 0.0}, "quantize": {"method": "none"}, "output": str(tmp_path / f"{task}0")},
             progress=False,
         )
-        assert report["accuracy"] == {task: base[task]}
+        assert report["scores"] == {task: base[task]}
 
 
 def test_nothing_to_evaluate_on(pool):

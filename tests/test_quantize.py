@@ -16,7 +16,7 @@ from epmq.spec import load_recipe
 
 def quantized(pool: Path, **settings: Any) -> tuple[Sources, list[Calibration], list[Any], dict[str, Any]]:
     """Quantize the pool's merge in memory: sources with the live model, calibration, reports and codes."""
-    from epmq.data import encode
+    from epmq.batches import encode
 
     job = prepare(load_recipe(recipe_for(pool, quantize=settings)))
     calibration = [Calibration(task, list(encode(x, job.processor, 8, 16))) for task, x in job.calibration.items()]
@@ -112,7 +112,7 @@ def test_experts_that_are_copies_of_the_merge_give_gptq(pool):
     guided = [{"method": method, "anchor_strength": 0.01} for method in ("e_pmq", "expert_guided")]
     for settings in ({"method": "gptq"}, *guided):
         job = prepare(load_recipe({**recipe, "quantize": settings}))
-        from epmq.data import encode
+        from epmq.batches import encode
 
         calibration = [Calibration(task, list(encode(x, job.processor, 8, 16))) for task, x in job.calibration.items()]
         codes: dict[str, Any] = {}

@@ -10,7 +10,8 @@ import torch
 from transformers import AutoModel
 
 from benchmarks.suites import vision8
-from epmq.data import Examples, encode, load_processor
+from epmq.batches import encode, load_processor
+from epmq.data import Examples
 from epmq.demo import texts
 from epmq.demo.build import whole_folder
 from epmq.demo.fetch import cache_dir

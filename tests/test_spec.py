@@ -122,9 +122,7 @@ def test_dare_with_ties_takes_one_scaling():
         load_recipe(changed("merge", {"method": "dare", "combine": "ties", "scaling": [0.3, 0.3]}))
 
 
-@pytest.mark.parametrize(
-    "field", ["base", "experts", "experts.0.name", "experts.1.model", "experts.0.calibration.path"]
-)
+@pytest.mark.parametrize("field", ["base", "experts", "experts.0.name", "experts.1.model"])
 def test_a_missing_field_is_named(field):
     recipe = copy.deepcopy(smallest())
     *parents, leaf = field.split(".")

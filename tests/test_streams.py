@@ -1,8 +1,8 @@
 import torch
 from conftest import recipe_for
 
+from epmq.batches import encode
 from epmq.blocks import hooks, linears
-from epmq.data import encode
 from epmq.moments import Moments
 from epmq.pipeline import prepare
 from epmq.skeleton import load_model

@@ -62,9 +62,14 @@ def linears(module: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(name, child) for name, child in module.named_modules() if isinstance(child, LINEAR)]
 
 
+def is_transposed(linear: nn.Module) -> bool:
+    """Whether a linear layer stores its weight as [in, out], as GPT-2's `Conv1D` does."""
+    return isinstance(linear, Conv1D)
+
+
 def as_matrix(linear: nn.Module, weight: Tensor) -> Tensor:
-    """A linear layer's stored weight as [out, in]; GPT-2's `Conv1D` stores the transpose. Its own inverse."""
-    return weight.T if isinstance(linear, Conv1D) else weight
+    """A linear layer's stored weight as [out, in]. Its own inverse."""
+    return weight.T if is_transposed(linear) else weight
 
 
 @dataclass(frozen=True)

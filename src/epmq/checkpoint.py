@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -19,8 +20,10 @@ from torch import Tensor
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-# What is fetched from the Hub: never code, never pickles.
+# What is fetched from the Hub: never code, and pickles only where the user names one.
 PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+# Weights in pickles, which are opened only by name and only as tensors (`torch.load(weights_only=True)`).
+PICKLES = (".bin", ".bin.index.json")
 # Files beside the weights that belong to the tokenizer or the processor.
 PROCESSOR_FILES = (
     "tokenizer.json",
@@ -43,47 +46,89 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 def resolve(source: str | Path) -> Path:
     """The local directory of a model: `source` itself, or a snapshot of the Hub id `owner/name`.
 
+    Where `source` names a pickle (`directory/pytorch_model.bin` or `owner/name/pytorch_model.bin`, or the index of
+    several), the path of that file is returned.
+
     Raises:
         FileNotFoundError: there is no such directory and no such model on the Hub.
     """
     path = Path(source).expanduser()
-    if path.is_dir():
+    pickled = str(source).endswith(PICKLES)
+    if path.is_dir() or (pickled and path.is_file()):
         return path
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+    found = re.fullmatch(r"([\w.-]+/[\w.-]+)" + (r"/([\w.-]+)" if pickled else "()"), str(source))
+    if not found:
         raise FileNotFoundError(f"{source}: no such directory (and not a Hub id of the form owner/name)")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(source), allow_patterns=PATTERNS))
+        patterns = [*PATTERNS, "*.bin"] if pickled else PATTERNS
+        return Path(snapshot_download(found[1], allow_patterns=patterns)) / found[2]
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise FileNotFoundError(f"{source}: no such directory, and the Hub did not give it ({reason})") from None
+
+
+class _Pickled:
+    """Tensors of a pickle, behind the interface of `safe_open`."""
+
+    def __init__(self, path: Path) -> None:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+            raise ValueError("it holds something else than named tensors")
+        self._tensors: dict[str, Tensor] = content
+
+    def keys(self) -> list[str]:
+        return list(self._tensors)
+
+    def get_tensor(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    def get_slice(self, name: str) -> _Pickled._Header:
+        return self._Header(self._tensors[name])
+
+    class _Header:
+        def __init__(self, tensor: Tensor) -> None:
+            self._tensor = tensor
+
+        def get_shape(self) -> list[int]:
+            return list(self._tensor.shape)
+
+        def get_dtype(self) -> str:
+            kinds = {dtype: kind for kind, dtype in _DTYPES.items()}
+            return kinds.get(self._tensor.dtype, str(self._tensor.dtype).removeprefix("torch."))
 
 
 class Checkpoint:
     """A Hugging Face directory, read lazily: opening it reads headers only.
 
     Args:
-        source: directory or Hub id.
+        source: directory or Hub id; or, by name, a `pytorch_model.bin` (a pickle) or its index.
 
     Attributes:
         path: the local directory.
         config: content of `config.json`.
 
     Raises:
-        FileNotFoundError: no directory, no `config.json` or no safetensors weights; the path is named.
+        FileNotFoundError: no directory, no `config.json` or no weights; the path is named.
         ValueError: a file cannot be read as what it should be; it is named.
     """
 
-    def __init__(self, source: str | Path) -> None:
-        self.path = resolve(source)
-        self.config: dict[str, Any] = _read_json(self.path / "config.json")
-        self._files: dict[str, Any] = {}
-        self._shard: dict[str, str] = self._read_index()
+    CONFIG, SINGLE, INDEX = "config.json", SINGLE, INDEX
 
-    def _read_index(self) -> dict[str, str]:
-        index = self.path / INDEX
+    def __init__(self, source: str | Path) -> None:
+        path = resolve(source)
+        self.path = path.parent if str(source).endswith(PICKLES) else path
+        self.config: dict[str, Any] = _read_json(self.path / self.CONFIG)
+        self._files: dict[str, Any] = {}
+        named = path.name if path != self.path else None
+        self._shard: dict[str, str] = self._read_index(named)
+
+    def _read_index(self, named: str | None) -> dict[str, str]:
+        index = self.path / (named if named and named.endswith(".json") else self.INDEX)
+        if named and not named.endswith(".json"):
+            return dict.fromkeys(self._open(named).keys(), named)
         if index.exists():
             shards = _read_json(index).get("weight_map")
             if not isinstance(shards, dict):
@@ -91,26 +136,33 @@ class Checkpoint:
             for name, shard in shards.items():
                 if not isinstance(shard, str) or Path(shard).name != shard:
                     raise ValueError(f"{index}: tensor {name!r} lies in {shard!r}, which is not a plain file name")
+                if shard.endswith(PICKLES) and not named:
+                    raise ValueError(f"{index}: {shard} is a pickle")
                 if not (self.path / shard).exists():
-                    raise FileNotFoundError(f"{self.path / shard}: named in {INDEX} but missing")
+                    raise FileNotFoundError(f"{self.path / shard}: named in {index.name} but missing")
             listed = {name: file for file in sorted(set(shards.values())) for name in self._open(file).keys()}
             for name, shard in shards.items():
                 if listed.get(name) != shard:
                     raise ValueError(f"{index}: tensor {name!r} is not in {shard}")
             return shards
-        if (self.path / SINGLE).exists():
-            return dict.fromkeys(self._open(SINGLE).keys(), SINGLE)
-        hint = ""
-        if (self.path / "pytorch_model.bin").exists():
-            hint = " (pytorch_model.bin is a pickle and is not opened: convert it to safetensors)"
-        raise FileNotFoundError(f"{self.path}: no {SINGLE} and no {INDEX}{hint}")
+        if (self.path / self.SINGLE).exists():
+            return dict.fromkeys(self._open(self.SINGLE).keys(), self.SINGLE)
+        pickles = [file.name for file in sorted(self.path.glob("*.bin*")) if file.name.endswith(PICKLES)]
+        named_pickle = next((name for name in reversed(pickles) if "model" in name), None)
+        hint = f" ({named_pickle} is a pickle: name that file to have it opened)" if named_pickle else ""
+        raise FileNotFoundError(f"{self.path}: no {self.SINGLE} and no {self.INDEX}{hint}")
 
     def _open(self, shard: str) -> Any:
         if shard not in self._files:
             try:
-                self._files[shard] = safe_open(str(self.path / shard), framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise ValueError(f"{self.path / shard}: not a readable safetensors file ({error})") from None
+                if shard.endswith(PICKLES):
+                    self._files[shard] = _Pickled(self.path / shard)
+                else:
+                    self._files[shard] = safe_open(str(self.path / shard), framework="pt")
+            except (SafetensorError, OSError, ValueError, RuntimeError, UnpicklingError, EOFError) as error:
+                kind = "pickle of tensors" if shard.endswith(PICKLES) else "safetensors file"
+                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                raise ValueError(f"{self.path / shard}: not a readable {kind} ({reason})") from None
         return self._files[shard]
 
     @property
@@ -144,6 +196,9 @@ class Checkpoint:
         Raises:
             KeyError: there is no tensor of that name.
         """
+        return self._read(name)
+
+    def _read(self, name: str) -> Tensor:
         if name not in self._shard:
             raise KeyError(f"{self.path}: no tensor {name!r}")
         return self._open(self._shard[name]).get_tensor(name)
@@ -155,7 +210,7 @@ class Checkpoint:
             ValueError: a tensor has one; file and tensor are named.
         """
         for name in self.names if names is None else names:
-            tensor = self.tensor(name)
+            tensor = self._read(name)
             if (
                 torch.is_floating_point(tensor)
                 and tensor.numel()

@@ -136,7 +136,7 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of a table")] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Accuracy of a checkpoint on the evaluation data of a recipe."""
+    """Score a checkpoint on the evaluation data of a recipe: accuracy, exact match or perplexity."""
     from rich.console import Console
     from rich.table import Table
 
@@ -149,11 +149,14 @@ def evaluate(
     if as_json:
         print(json.dumps(columns, indent=2))
         return
-    table = Table("task", *columns)
-    for task in next(iter(columns.values())):
-        table.add_row(task, *(f"{100 * scores[task]:.1f} %" for scores in columns.values()))
-    table.add_section()
-    table.add_row("mean", *(f"{100 * sum(scores.values()) / len(scores):.1f} %" for scores in columns.values()))
+    from epmq.report import score_title, shown_scores
+
+    shown = [shown_scores(column) for column in columns.values()]
+    table = Table("task", *columns, title=score_title(next(iter(columns.values()))), title_justify="left")
+    for task in shown[0]:
+        if task == "mean":
+            table.add_section()
+        table.add_row(task, *(column[task] for column in shown))
     Console().print(table)
 
 

@@ -1,22 +1,30 @@
-"""Examples on disk and batches in memory: what calibration and evaluation feed to a model.
+"""Examples: what calibration and evaluation feed to a model, from files, from `datasets` or from Python objects.
 
-Three forms are read: `.jsonl` (one object a line with a text and, for evaluation, a label), `.npz` (arrays
-`images` [n, height, width, 3] uint8 and `labels` [n] integers; never unpickled) and a folder of images with one
-sub-folder a class.
+Tables are read row by row: `.jsonl` (one object a line), `.csv` (with a header), `.parquet`, a name or folder that
+`datasets` knows, or any iterable of dicts. What a row holds decides what it is: chat messages, an image (with a text:
+a pair for CLIP), a text with a target (for encoder–decoders), a text or a pair of texts. Two more forms hold images:
+`.npz` (arrays `images` [n, height, width, 3] uint8 and `labels` [n] integers; never unpickled) and a folder of images
+with one sub-folder a class.
 """
 
 from __future__ import annotations
 
+import csv
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
+from torch import Tensor
 
 IMAGE_ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+TABLES = (".jsonl", ".csv", ".parquet")
+# How a model takes its texts: as they are, as the beginning of a running text, or as source and target.
+USES = ("text", "causal", "seq2seq")
 
 
 @dataclass(frozen=True)
@@ -24,14 +32,19 @@ class Examples:
     """Inputs and labels of one split of one task.
 
     Attributes:
-        kind: `text` or `image`.
-        inputs: n strings, or n images: one uint8 array [n, height, width, 3] or a list of file paths.
+        kind: `text`, `image`, `image_text`, `seq2seq`, `causal` (documents for a language model), `chat`, `tokens`
+            (windows of token ids, see `epmq.batches.pack`) or `batches` (ready model inputs).
+        inputs: n of them: strings or pairs of strings; images (one uint8 array [n, height, width, 3], file paths or
+            pictures) or pairs of image and string; conversations (lists of messages); an int64 array [n, tokens];
+            dicts of tensors.
         labels: class index of each example, int64 [n], or None where the source has none.
+        targets: for `seq2seq`: n strings.
     """
 
     kind: str
     inputs: Any
-    labels: np.ndarray | None
+    labels: np.ndarray | None = None
+    targets: list[str] | None = None
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -42,7 +55,9 @@ class Examples:
             inputs: Any = self.inputs[index]
         else:
             inputs = [self.inputs[i] for i in index]
-        return Examples(self.kind, inputs, None if self.labels is None else self.labels[index])
+        labels = None if self.labels is None else self.labels[index]
+        targets = None if self.targets is None else [self.targets[i] for i in index]
+        return Examples(self.kind, inputs, labels, targets)
 
     def draw(self, count: int | None, seed: int) -> Examples:
         """A seeded draw of `count` examples without replacement; all of them, in order, if `count` is None."""
@@ -51,13 +66,37 @@ class Examples:
         order = np.random.default_rng(seed).permutation(len(self))
         return self.take(np.sort(order[:count]))
 
+    def by_length(self) -> Examples:
+        """Texts in order of their length, so that batches carry little padding; anything else as it is."""
+        if self.kind not in ("text", "seq2seq"):
+            return self
+        return self.take(np.argsort([sum(map(len, _parts(text))) for text in self.inputs], kind="stable"))
 
-def read_examples(path: str | Path, text: str = "text", label: str = "label") -> Examples:
-    """Read one split.
+
+def _parts(text: str | tuple[str, str]) -> tuple[str, ...]:
+    return (text,) if isinstance(text, str) else text
+
+
+@dataclass(frozen=True)
+class Fields:
+    """Names of a table's columns; two text columns make pairs."""
+
+    text: str | tuple[str, str] = "text"
+    label: str = "label"
+    target: str = "target"
+    image: str = "image"
+    messages: str = "messages"
+
+
+def read_examples(
+    path: str | Path, text: Any = "text", label: str = "label", use: str = "text", **names: str
+) -> Examples:
+    """Read one split from a file or a folder of images.
 
     Args:
-        path: a `.jsonl` file, a `.npz` file or a folder of images.
-        text, label: names of the fields in a `.jsonl` file.
+        path: a `.jsonl`, `.csv`, `.parquet` or `.npz` file, or a folder of images.
+        text, label, names: the columns' names, see `Fields`.
+        use: one of `USES`: what the model makes of texts.
 
     Raises:
         FileNotFoundError: there is nothing at `path`.
@@ -70,38 +109,200 @@ def read_examples(path: str | Path, text: str = "text", label: str = "label") ->
         examples = _read_image_folder(path)
     elif path.suffix == ".npz":
         examples = _read_npz(path)
-    elif path.suffix == ".jsonl":
-        examples = _read_jsonl(path, text, label)
+    elif path.suffix in TABLES:
+        rows = {".jsonl": _jsonl_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}[path.suffix](path)
+        examples = from_rows(rows, Fields(text, label, **names), use, f"{path}")
+        if examples.kind in ("image", "image_text"):
+            examples = _beside(examples, path.parent)
     else:
-        raise ValueError(f"{path}: expected a .jsonl file, a .npz file or a folder of images")
+        raise ValueError(f"{path}: expected a {', '.join(TABLES)} or .npz file, or a folder of images")
     if len(examples) == 0:
         raise ValueError(f"{path}: holds no examples")
     return examples
 
 
-def _read_jsonl(path: Path, text: str, label: str) -> Examples:
-    texts: list[str] = []
+def read_dataset(
+    name: str, subset: str | None, split: str, fields: Fields, use: str, count: int | None, seed: int
+) -> Examples:
+    """Read a split with the `datasets` library (extra `data`).
+
+    Args:
+        name: a Hub id or a local folder.
+        subset: name of one of its configurations.
+        split: such as `train`.
+        fields, use: see `read_examples`.
+        count: where given, only a seeded draw of that many rows (more for a language model) is read.
+        seed: of the draw.
+
+    Raises:
+        FileNotFoundError: `datasets` cannot open it.
+        ValueError: the library is missing, or the rows are not of a known form.
+    """
+    try:
+        import datasets
+    except ImportError:
+        raise ValueError(f"dataset {name}: needs the datasets library (pip install 'epmq[data]')") from None
+    place = f"dataset {'/'.join(part for part in (name, subset, split) if part)}"
+    try:
+        rows: Any = datasets.load_dataset(name, subset, split=split)
+    except Exception as error:  # whatever the library and its file systems raise
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise FileNotFoundError(f"{place}: datasets cannot open it ({reason})") from None
+    if count is not None:
+        wanted = count if use != "causal" else 20 * count
+        order = np.random.default_rng(seed).permutation(len(rows))[:wanted]
+        rows = rows.select(np.sort(order))
+    return from_rows(((f"row {i}", row) for i, row in enumerate(rows)), fields, use, place)
+
+
+def from_objects(items: Iterable[Any], fields: Fields, use: str, place: str) -> Examples:
+    """Examples from Python objects: rows as dicts, or ready batches (dicts with tensors), as from a data loader.
+
+    Raises:
+        ValueError: there are none, or they are neither; `place` is named.
+    """
+    found = list(items)
+    if found and all(isinstance(item, Mapping) and _has_tensor(item) for item in found):
+        return Examples("batches", [dict(item) for item in found])
+    examples = from_rows(((f"item {i}", row) for i, row in enumerate(found)), fields, use, place)
+    if len(examples) == 0:
+        raise ValueError(f"{place}: holds no examples")
+    return examples
+
+
+def from_rows(rows: Iterable[tuple[str, Any]], fields: Fields, use: str, place: str) -> Examples:
+    """Examples from rows, each with what to call it in an error.
+
+    Args:
+        rows: (such as `line 3`, the row) pairs.
+        fields, use: see `read_examples`.
+        place: where the rows come from.
+
+    Raises:
+        ValueError: a row lacks a field, or holds something else in it; it is named.
+    """
+    kind = ""
+    inputs: list[Any] = []
+    targets: list[str] = []
     labels: list[int] = []
+    for where, row in rows:
+        where = f"{place}, {where}"
+        if not isinstance(row, Mapping):
+            raise ValueError(f"{where}: no text field {fields.text!r} (not an object with named fields)")
+        kind = kind or _kind(row, fields, use)
+        inputs.append(_input(row, kind, fields, where))
+        if kind == "seq2seq":
+            targets.append(_string(row, fields.target, where, "target"))
+        if fields.label in row and kind in ("text", "image"):
+            labels.append(_label(row[fields.label], fields.label, where))
+    if labels and len(labels) != len(inputs):
+        raise ValueError(f"{place}: only {len(labels)} of {len(inputs)} lines have the field {fields.label!r}")
+    known = np.asarray(labels, dtype=np.int64) if labels else None
+    return Examples(kind or "text", inputs, known, targets if kind == "seq2seq" else None)
+
+
+def _kind(row: Mapping[str, Any], fields: Fields, use: str) -> str:
+    if fields.messages in row:
+        return "chat"
+    if fields.image in row:
+        return "image_text" if fields.text in row else "image"
+    return use
+
+
+def _input(row: Mapping[str, Any], kind: str, fields: Fields, where: str) -> Any:
+    if kind == "chat":
+        return _messages(row.get(fields.messages), fields.messages, where)
+    if kind in ("image", "image_text"):
+        if row.get(fields.image) is None:
+            raise ValueError(f"{where}: no image field {fields.image!r}")
+        image = row[fields.image]
+        return image if kind == "image" else (image, _string(row, str(fields.text), where, "text"))
+    if isinstance(fields.text, str):
+        return _string(row, fields.text, where, "text")
+    first, second = fields.text
+    return _string(row, first, where, "text"), _string(row, second, where, "text")
+
+
+def _string(row: Mapping[str, Any], field: str, where: str, what: str) -> str:
+    value = row.get(field)
+    if not isinstance(value, str):
+        raise ValueError(f"{where}: no {what} field {field!r}")
+    return value
+
+
+def _label(value: Any, field: str, where: str) -> int:
+    if isinstance(value, str) and value.strip().lstrip("-").isdigit():  # csv knows strings only
+        return int(value)
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise ValueError(f"{where}: field {field!r} must be a class index (an integer)")
+    return int(value)
+
+
+def _messages(value: Any, field: str, where: str) -> list[dict[str, str]]:
+    good = isinstance(value, (list, tuple, np.ndarray)) and len(value) > 0
+    if not good or not all(isinstance(m, Mapping) and {"role", "content"} <= m.keys() for m in value):
+        raise ValueError(f"{where}: field {field!r} must be a list of messages with 'role' and 'content'")
+    return [{"role": str(m["role"]), "content": str(m["content"])} for m in value]
+
+
+def _has_tensor(item: Mapping[str, Any]) -> bool:
+    return any(isinstance(value, Tensor) for value in item.values())
+
+
+def _beside(examples: Examples, folder: Path) -> Examples:
+    """Image paths in a file are relative to that file."""
+
+    def place(image: Any) -> Any:
+        if not isinstance(image, str):
+            return image
+        if not (folder / image).is_file():
+            raise ValueError(f"{folder / image}: no such image")
+        return folder / image
+
+    paired = examples.kind == "image_text"
+    inputs = [(place(x[0]), x[1]) if paired else place(x) for x in examples.inputs]
+    return replace(examples, inputs=inputs)
+
+
+def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line.decode("utf-8"))
+                yield f"line {number}", json.loads(line.decode("utf-8"))
             except UnicodeDecodeError as error:
                 raise ValueError(f"{path}, line {number}: not UTF-8 ({error.reason})") from None
             except json.JSONDecodeError as error:
                 raise ValueError(f"{path}, line {number}: not JSON ({error.msg})") from None
-            if not isinstance(row, dict) or not isinstance(row.get(text), str):
-                raise ValueError(f"{path}, line {number}: no text field {text!r}")
-            texts.append(row[text])
-            if label in row:
-                if not isinstance(row[label], int):
-                    raise ValueError(f"{path}, line {number}: field {label!r} must be a class index (an integer)")
-                labels.append(row[label])
-    if labels and len(labels) != len(texts):
-        raise ValueError(f"{path}: only {len(labels)} of {len(texts)} lines have the field {label!r}")
-    return Examples("text", texts, np.asarray(labels, dtype=np.int64) if labels else None)
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file, strict=True)
+        try:
+            for row in reader:
+                yield f"line {reader.line_num}", {name: value for name, value in row.items() if value != ""}
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: not UTF-8 ({error.reason})") from None
+        except csv.Error as error:
+            raise ValueError(f"{path}, line {reader.line_num}: not CSV ({error})") from None
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError:
+        raise ValueError(f"{path}: needs pyarrow (pip install 'epmq[data]')") from None
+    number = 0
+    try:
+        for batch in parquet.ParquetFile(path).iter_batches():
+            for row in batch.to_pylist():
+                yield f"row {number}", row
+                number += 1
+    except (ArrowException, OSError) as error:
+        raise ValueError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from None
 
 
 def _read_npz(path: Path) -> Examples:
@@ -130,58 +331,3 @@ def _read_image_folder(path: Path) -> Examples:
     pairs = [(file, k) for file, k in pairs if file.suffix.lower() in IMAGE_ENDINGS]
     labels = np.asarray([k for _, k in pairs], dtype=np.int64) if classes else None
     return Examples("image", [file for file, _ in pairs], labels)
-
-
-def load_processor(directory: str | Path) -> Any:
-    """The tokenizer or image processor that lies in a model directory, or None where there is neither."""
-    import warnings
-
-    from transformers import AutoImageProcessor, AutoTokenizer
-
-    directory = Path(directory)
-    if (directory / "preprocessor_config.json").exists():
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return AutoImageProcessor.from_pretrained(directory)
-    if any((directory / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt")):
-        return AutoTokenizer.from_pretrained(directory)
-    return None
-
-
-def encode(
-    examples: Examples, processor: Any, batch_size: int = 32, max_length: int | None = None
-) -> Iterator[dict[str, Any]]:
-    """Batches of model inputs, in the order of the examples.
-
-    Args:
-        examples: what to feed.
-        processor: a tokenizer for texts, an image processor for images (see `load_processor`).
-        batch_size: samples a batch.
-        max_length: texts are cut to this many tokens; None leaves it to the tokenizer.
-
-    Yields:
-        keyword arguments of the model's forward: `input_ids` and `attention_mask` [batch, tokens] int64, or
-        `pixel_values` [batch, 3, height, width] float32.
-
-    Raises:
-        ValueError: the processor does not fit the kind of data.
-    """
-    wanted = "tokenizer" if examples.kind == "text" else "image processor"
-    is_tokenizer = hasattr(processor, "convert_ids_to_tokens")
-    if processor is None or is_tokenizer != (examples.kind == "text"):
-        raise ValueError(f"{examples.kind} examples need the base model's {wanted}, found {type(processor).__name__}")
-    for start in range(0, len(examples), batch_size):
-        chunk = examples.inputs[start : start + batch_size]
-        if examples.kind == "text":
-            yield dict(processor(chunk, padding=True, truncation=True, max_length=max_length, return_tensors="pt"))
-        else:
-            yield {"pixel_values": processor([_image(x) for x in chunk], return_tensors="pt")["pixel_values"]}
-
-
-def _image(source: Any) -> Any:
-    if isinstance(source, np.ndarray):
-        return source
-    from PIL import Image
-
-    with Image.open(source) as image:
-        return image.convert("RGB")

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 
-from epmq.data import Examples, encode
-from epmq.multitask import MultiTaskModel, _to
+from epmq.batches import encode, to_device, tokenizer_of
+from epmq.data import Examples
+from epmq.multitask import MultiTaskModel
+
+Advance = Callable[[int], Any]
+
+
+def _silent(count: int) -> None:
+    """Tells nobody how many examples are done."""
 
 
 @torch.no_grad()
@@ -19,7 +26,7 @@ def accuracy(
     examples: Examples,
     batch_size: int = 32,
     max_length: int | None = None,
-    advance: Callable[[int], Any] = lambda count: None,
+    advance: Advance = _silent,
 ) -> float:
     """Share of examples whose best-scored class is the label.
 
@@ -27,7 +34,7 @@ def accuracy(
         model: backbone and heads.
         task: which head.
         examples: with labels.
-        batch_size, max_length: see `epmq.data.encode`.
+        batch_size, max_length: see `epmq.batches.encode`.
         advance: called with the number of examples done, batch by batch.
 
     Raises:
@@ -35,13 +42,11 @@ def accuracy(
     """
     if examples.labels is None:
         raise ValueError(f"task {task}: the evaluation data has no labels")
-    # Texts of like length share a batch: less padding, same answers.
-    order = np.argsort([len(x) for x in examples.inputs], kind="stable") if examples.kind == "text" else None
-    examples = examples if order is None else examples.take(order)
+    examples = examples.by_length()
     assert examples.labels is not None
     right, start = 0, 0
     for batch in encode(examples, model.processor, batch_size, max_length):
-        scores = model(task, **_to(batch, model.device))
+        scores = model(task, **to_device(batch, model.device))
         labels = examples.labels[start : start + len(scores)]
         wrong = labels[(labels < 0) | (labels >= scores.shape[1])]
         if len(wrong):
@@ -50,6 +55,85 @@ def accuracy(
         start += len(scores)
         advance(len(scores))
     return right / len(examples)
+
+
+@torch.no_grad()
+def log_perplexity(
+    model: MultiTaskModel,
+    task: str,
+    examples: Examples,
+    batch_size: int = 32,
+    max_length: int | None = None,
+    advance: Advance = _silent,
+) -> float:
+    """Mean negative log-likelihood of a token given those before it, in nats; its exponential is the perplexity.
+
+    The first token of a sequence is not predicted, padding does not count. Arguments as in `accuracy`; the examples
+    are windows of tokens or conversations.
+    """
+    total, count = 0.0, 0
+    for batch in encode(examples, model.processor, batch_size, max_length):
+        batch = to_device(batch, model.device)
+        logits = model.backbone(**batch).logits[:, :-1].float()
+        labels = batch["input_ids"][:, 1:].masked_fill(batch["attention_mask"][:, 1:] == 0, -100)
+        losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="sum")
+        total, count = total + float(losses), count + int((labels != -100).sum())
+        advance(len(labels))
+    return total / max(count, 1)
+
+
+@torch.no_grad()
+def exact_match(
+    model: MultiTaskModel,
+    task: str,
+    examples: Examples,
+    batch_size: int = 32,
+    max_length: int | None = None,
+    advance: Advance = _silent,
+) -> float:
+    """Share of examples whose greedily generated text is the target, but for space at its ends.
+
+    Arguments as in `accuracy`; the examples have targets.
+    """
+    examples, right, start = examples.by_length(), 0, 0
+    assert examples.targets is not None
+    tokenizer = tokenizer_of(model.processor)
+    longest = max(len(ids) for ids in tokenizer(text_target=examples.targets)["input_ids"])
+    for batch in encode(examples, model.processor, batch_size, max_length):
+        inputs = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
+        found = model.backbone.generate(**inputs, max_new_tokens=longest + 1, do_sample=False, num_beams=1)
+        texts = tokenizer.batch_decode(found, skip_special_tokens=True)
+        targets = examples.targets[start : start + len(texts)]
+        right += sum(text.strip() == target.strip() for text, target in zip(texts, targets))
+        start += len(texts)
+        advance(len(texts))
+    return right / len(examples)
+
+
+# How each kind of examples is scored.
+METRICS: dict[str, Callable[..., float]] = {
+    "text": accuracy,
+    "image": accuracy,
+    "seq2seq": exact_match,
+    "tokens": log_perplexity,
+    "chat": log_perplexity,
+}
+
+
+def metric_of(examples: Examples) -> str:
+    """Name of the metric that a kind of examples is scored by.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if examples.kind not in METRICS:
+        raise ValueError(f"{examples.kind} examples cannot be scored; only calibrated on")
+    return METRICS[examples.kind].__name__
+
+
+def show_score(metric: str, value: float) -> str:
+    """A score for people: shares in percent, log-perplexities as perplexities."""
+    return f"{math.exp(value):.2f}" if metric == "log_perplexity" else f"{100 * value:.1f} %"
 
 
 def gap_recovered(method: float, gptq: float, experts: float) -> float | None:

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from epmq.checkpoint import Checkpoint, _read_json, resolve
 from epmq.multitask import HEADS
+from epmq.report import score_title, shown_scores
 
 _BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
@@ -69,8 +70,9 @@ def _overview(path: str | Path, found: dict[str, Any]) -> Table:
         table.add_row("merge", recipe["merge"]["method"])
         table.add_row("quantize", recipe["quantize"]["method"])
         table.add_row("made", f"{report['date']} with epmq {report['versions']['epmq']}")
-        if "mean_accuracy" in report:
-            table.add_row("mean accuracy", f"{100 * report['mean_accuracy']:.1f} %")
+        mean = shown_scores(report).get("mean")
+        if mean:
+            table.add_row(f"mean {score_title(report)}", mean)
         for note in report["notes"]:
             table.add_row("note", note)
     return table

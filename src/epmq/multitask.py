@@ -11,8 +11,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from epmq.batches import encode, load_processor, to_device, tokenizer_of
 from epmq.checkpoint import resolve
-from epmq.data import load_processor
 from epmq.heads import Head, load_head
 from epmq.skeleton import load_model, rename, set_tensor
 
@@ -33,17 +33,24 @@ class NativeHead(nn.Module):
         settings = transformers.AutoConfig.for_model(**config)
         with init_empty_weights(include_buffers=False):
             model = kind._from_config(settings).eval()
-        setattr(model, kind.base_model_prefix, getattr(backbone, kind.base_model_prefix, backbone))
+        prefix = kind.base_model_prefix
+        setattr(model, prefix, getattr(backbone, prefix, backbone))
+        self.own: dict[str, Tensor] = {}
         for name, stored in rename(model, tensors)[0].items():
-            set_tensor(model, name, tensors[stored])
-        missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+            if name.startswith(f"{prefix}."):
+                # The backbone is every task's: a part of it that is this task's own, such as a pooler, is put in
+                # its place for the length of a call.
+                self.own[name] = tensors[stored]
+            else:
+                set_tensor(model, name, tensors[stored])
+        missing = [name for name, parameter in model.named_parameters() if parameter.is_meta and name not in self.own]
         if missing:
             raise ValueError(f"head of {architecture}: no tensor for {', '.join(missing)}")
         self.model = model
 
     def forward(self, **inputs: Any) -> Tensor:
         """Logits of the task class."""
-        return self.model(**inputs).logits
+        return torch.func.functional_call(self.model, self.own, (), inputs).logits
 
 
 def save_native_head(path: Path, architecture: str, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -63,7 +70,8 @@ class MultiTaskModel(nn.Module):
 
     def __init__(self, backbone: nn.Module, heads: dict[str, Head | NativeHead], processor: Any = None) -> None:
         super().__init__()
-        self.backbone, self.processor, self._heads = backbone, processor, heads
+        self.backbone: Any = backbone
+        self.processor, self._heads = processor, heads
 
     @property
     def tasks(self) -> list[str]:
@@ -97,25 +105,54 @@ class MultiTaskModel(nn.Module):
     @torch.no_grad()
     def answer(self, task: str, inputs: Any, max_length: int | None = None) -> list[str | int]:
         """The best class of each input (texts, or images as paths or uint8 arrays), by name where names are known."""
-        from epmq.data import Examples, encode
+        from epmq.data import Examples
 
-        kind = "text" if hasattr(self.processor, "convert_ids_to_tokens") else "image"
+        kind = "image" if tokenizer_of(self.processor) is None else "text"
         names, found = self.labels(task), []
-        for batch in encode(Examples(kind, list(inputs), None), self.processor, 32, max_length):
-            found += self(task, **_to(batch, self.device)).argmax(-1).tolist()
+        for batch in encode(Examples(kind, list(inputs)), self.processor, 32, max_length):
+            found += self(task, **to_device(batch, self.device)).argmax(-1).tolist()
         return [names[index] if names else index for index in found]
+
+    @torch.no_grad()
+    def generate(self, texts: list[str], max_new_tokens: int = 64, **settings: Any) -> list[str]:
+        """What a language model writes to each text: the continuation, or an encoder–decoder's answer.
+
+        Args:
+            texts: prompts.
+            max_new_tokens: at most so many tokens are written.
+            settings: further arguments of transformers' `generate`; greedy by default.
+
+        Raises:
+            ValueError: the model generates no text.
+        """
+        tokenizer = tokenizer_of(self.processor)
+        if tokenizer is None or not getattr(self.backbone, "can_generate", lambda: False)():
+            raise ValueError(f"{type(self.backbone).__name__} does not generate text")
+        written = []
+        for text in texts:
+            batch = to_device(dict(tokenizer(text, return_tensors="pt")), self.device)
+            batch.pop("token_type_ids", None)
+            found = self.backbone.generate(
+                **batch, **{"max_new_tokens": max_new_tokens, "do_sample": False, **settings}
+            )
+            start = 0 if self.backbone.config.is_encoder_decoder else batch["input_ids"].shape[1]
+            written.append(tokenizer.decode(found[0, start:], skip_special_tokens=True))
+        return written
 
     @property
     def device(self) -> torch.device:
         return next(self.backbone.parameters()).device
 
 
-def load(path: str | Path, device: str | torch.device = "cpu") -> MultiTaskModel:
+def load(
+    path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | str | None = None
+) -> MultiTaskModel:
     """Load a checkpoint written by epmq: the model and the head of every task.
 
     Args:
         path: directory or Hub id.
         device: where to.
+        dtype: to compute in; by default float32 on a CPU and the stored dtype elsewhere.
 
     Raises:
         FileNotFoundError: no such directory, or it holds no model.
@@ -124,7 +161,9 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> MultiTaskModel
     if not (path / "config.json").exists():
         raise FileNotFoundError(f"{path}: no config.json")
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    backbone = load_model(path, config).to(device)
+    if dtype is None:
+        dtype = torch.float32 if torch.device(device).type == "cpu" else "auto"
+    backbone = load_model(path, config, dtype=dtype).to(device)
     heads = {file.stem: load_any_head(file, backbone) for file in sorted((path / HEADS).glob("*.safetensors"))}
     return MultiTaskModel(backbone, heads, load_processor(path))
 
@@ -142,7 +181,3 @@ def load_any_head(path: Path, backbone: nn.Module) -> Head | NativeHead:
     device = next(backbone.parameters()).device
     tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
     return NativeHead(backbone, metadata["architecture"], json.loads(metadata["config"]), tensors)
-
-
-def _to(batch: dict[str, Any], device: torch.device | str) -> dict[str, Any]:
-    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}

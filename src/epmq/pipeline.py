@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,19 +16,23 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from epmq import report as reporting
+from epmq.batches import encode, load_processor, pack, to_device
 from epmq.blocks import LINEAR, find_stacks, linears
 from epmq.checkpoint import CheckpointWriter, check_output, copy_processor, whole_directory, write_json
-from epmq.data import Examples, encode, load_processor, read_examples
-from epmq.evaluate import accuracy
+from epmq.data import Examples, Fields, from_objects
+from epmq.evaluate import METRICS, metric_of
 from epmq.export import FORMATS
 from epmq.grid import QuantizedTensor
 from epmq.heads import HEAD_FILE, Head, load_head
-from epmq.multitask import HEADS, MultiTaskModel, NativeHead, _to, load, load_any_head, save_native_head
+from epmq.multitask import HEADS, MultiTaskModel, NativeHead, load, load_any_head, save_native_head
 from epmq.quantize import check_grid, load_outside, quantize_calibrated, quantize_nearest, read_blocks
-from epmq.skeleton import load_model, why_not_direct
+from epmq.skeleton import why_not_direct
 from epmq.sources import Sources
 from epmq.spec import Data, Expert, Recipe, load_recipe
 from epmq.streams import Calibration
+
+# Task name → rows (dicts), or ready batches (dicts of tensors), in place of the data that the recipe names.
+Objects = Mapping[str, Iterable[Any]]
 
 
 @dataclass
@@ -42,7 +46,14 @@ class Job:
     evaluation: dict[str, Examples]
 
 
-def prepare(recipe: Recipe, bar: Progress | None = None, *, evaluate: bool = True) -> Job:
+def prepare(
+    recipe: Recipe,
+    bar: Progress | None = None,
+    *,
+    evaluate: bool = True,
+    calibration: Objects | None = None,
+    evaluation: Objects | None = None,
+) -> Job:
     """Open everything a run will need and check that it fits together.
 
     Raises:
@@ -50,36 +61,64 @@ def prepare(recipe: Recipe, bar: Progress | None = None, *, evaluate: bool = Tru
     """
     if recipe.output is not None:
         check_output(recipe.output)
-    calibration, evaluation = {}, {}
+    for name in {**(calibration or {}), **(evaluation or {})}:
+        if name not in [expert.name for expert in recipe.experts]:
+            raise ValueError(f"data for {name!r}, but the recipe has no expert of that name")
     for expert in recipe.experts:
-        if recipe.quantize.calibrates:
-            if expert.calibration is None:
-                method = recipe.quantize.method
-                raise ValueError(f"experts.{expert.name}.calibration: {method} needs calibration data")
-            samples = expert.calibration.samples or recipe.samples
-            calibration[expert.name] = _read(expert.calibration, expert, "calibration").draw(samples, recipe.seed)
-        if evaluate and expert.evaluation is not None:
-            examples = _read(expert.evaluation, expert, "evaluation")
-            evaluation[expert.name] = examples.draw(expert.evaluation.samples, recipe.seed)
-            if examples.labels is None:
-                raise ValueError(f"experts.{expert.name}.evaluation: {expert.evaluation.path} has no labels")
+        if recipe.quantize.calibrates and expert.calibration is None and expert.name not in (calibration or {}):
+            raise ValueError(f"experts.{expert.name}.calibration: {recipe.quantize.method} needs calibration data")
     sources = Sources(recipe)
     if recipe.quantize.method != "none":
         check_grid(sources)
         check_format(sources)
+    processor = load_processor(sources.base.path)
+    used, scored = {}, {}
     for expert in recipe.experts:
-        check_head(sources, expert, evaluation.get(expert.name))
+        if recipe.quantize.calibrates:
+            used[expert.name] = _examples(sources, expert, processor, "calibration", calibration)
+        if evaluate and (expert.evaluation is not None or expert.name in (evaluation or {})):
+            scored[expert.name] = _examples(sources, expert, processor, "evaluation", evaluation)
+        check_head(sources, expert, scored.get(expert.name))
     for _ in (bar or bars(False)).track(
         sources.check_finite(), total=1 + len(recipe.experts), description="check weights"
     ):
         pass
-    processor = load_processor(sources.base.path)
-    for name, examples in (calibration | evaluation).items():
-        try:
-            next(encode(examples, processor, 1, recipe.max_length))
-        except ValueError as error:
-            raise ValueError(f"experts.{name}: {error}") from None
-    return Job(recipe, sources, processor, calibration, evaluation)
+    return Job(recipe, sources, processor, used, scored)
+
+
+def text_use(sources: Sources, expert: Expert) -> str:
+    """How an expert takes texts (one of `epmq.data.USES`): with a head it classifies them, without it writes them."""
+    if head_file(sources, expert) is not None or sources.head_tensors(expert.name):
+        return "text"
+    if sources.model.config.is_encoder_decoder:
+        return "seq2seq"
+    return "causal" if sources.model.can_generate() else "text"
+
+
+def _examples(sources: Sources, expert: Expert, processor: Any, field: str, objects: Objects | None) -> Examples:
+    """An expert's calibration or evaluation examples, drawn, packed and tried on the processor."""
+    recipe, place = sources.recipe, f"experts.{expert.name}.{field}"
+    data: Data | None = getattr(expert, field)
+    use = text_use(sources, expert)
+    count = data.samples if data else None
+    if count is None and field == "calibration":
+        count = recipe.samples
+    try:
+        if objects and expert.name in objects:
+            examples = from_objects(objects[expert.name], data.fields if data else Fields(), use, "python objects")
+        else:
+            assert data is not None
+            examples = data.read(use, count, recipe.seed)
+        if examples.kind == "causal":
+            examples = pack(examples, processor, recipe.max_length, count, recipe.seed)
+        elif examples.kind != "batches":
+            examples = examples.draw(count, recipe.seed)
+        next(encode(examples, processor, 1, recipe.max_length))
+        if field == "evaluation" and metric_of(examples) == "accuracy" and examples.labels is None:
+            raise ValueError(f"{data.path or data.dataset if data else 'python objects'} has no labels")
+    except (ValueError, FileNotFoundError) as error:
+        raise type(error)(f"{place}: {error}") from None
+    return examples
 
 
 def check_format(sources: Sources) -> None:
@@ -105,7 +144,8 @@ def check_head(sources: Sources, expert: Expert, evaluation: Examples | None) ->
     """
     place, file = f"experts.{expert.name}", head_file(sources, expert)
     if file is None:
-        if evaluation is not None and not sources.head_tensors(expert.name):
+        scored = None if evaluation is None else metric_of(evaluation)
+        if scored == "accuracy" and not sources.head_tensors(expert.name):
             raise ValueError(f"{place}: evaluation needs a head, and neither {HEAD_FILE} nor a task head is there")
         return
     head = load_head(file)
@@ -118,22 +158,22 @@ def check_head(sources: Sources, expert: Expert, evaluation: Examples | None) ->
         raise ValueError(f"{place}.evaluation: label {wrong} but the head has {len(head.weight)} classes")
 
 
-def _read(data: Data, expert: Expert, field: str) -> Examples:
-    try:
-        return read_examples(data.path, data.text, data.label)
-    except (ValueError, FileNotFoundError) as error:
-        raise type(error)(f"experts.{expert.name}.{field}: {error}") from None
-
-
 def run(
-    recipe: str | Path | dict[str, Any] | Recipe, *, progress: bool = True, evaluate: bool = True
+    recipe: str | Path | dict[str, Any] | Recipe,
+    *,
+    progress: bool = True,
+    evaluate: bool = True,
+    calibration: Objects | None = None,
+    evaluation: Objects | None = None,
 ) -> dict[str, Any]:
     """Merge, quantize, evaluate and write a checkpoint.
 
     Args:
         recipe: a YAML file, a dict or a `Recipe`; its `output` must be set and must not exist.
         progress: show progress bars.
-        evaluate: measure accuracy on the recipe's evaluation data with the checkpoint as it is read back.
+        evaluate: score the checkpoint, as it is read back, on the recipe's evaluation data.
+        calibration, evaluation: task name → rows as dicts (any iterable of them, such as a `datasets.Dataset`), or
+            ready batches of tensors (such as a data loader's), instead of the data that the recipe names.
 
     Returns:
         the report, as written to `report.json`.
@@ -148,7 +188,7 @@ def run(
     seconds: dict[str, float] = {}
     with bars(progress) as bar, ExitStack() as stack:
         with _timed(seconds, "open"):
-            job = prepare(recipe, bar, evaluate=evaluate)
+            job = prepare(recipe, bar, evaluate=evaluate, calibration=calibration, evaluation=evaluation)
         work = stack.enter_context(whole_directory(recipe.output))
         with _timed(seconds, "merge and quantize"):
             layers, bytes_ = write_model(job, work, bar)
@@ -169,20 +209,28 @@ def run(
         if job.evaluation:
             with _timed(seconds, "evaluate"):
                 scores = evaluate_model(load(work, device(recipe)), job.evaluation, recipe, bar)
-            report |= {"accuracy": scores, "mean_accuracy": sum(scores.values()) / len(scores)}
+            report |= score_report(job.evaluation, scores)
         report["seconds"] = {phase: round(value, 2) for phase, value in seconds.items()}
         write_json(work / "report.json", report)
         (work / "README.md").write_text(reporting.model_card(report), encoding="utf-8")
     return report
 
 
-def merge(
-    recipe: str | Path | dict[str, Any] | Recipe, *, progress: bool = True, evaluate: bool = False
-) -> dict[str, Any]:
-    """Merge only: write the full-precision merged checkpoint. Arguments and result as in `run`."""
+def score_report(evaluation: dict[str, Examples], scores: dict[str, float]) -> dict[str, Any]:
+    """Scores as the report holds them: one metric with its mean, or without a mean where tasks differ in it."""
+    metrics = {task: metric_of(evaluation[task]) for task in scores}
+    if len(set(metrics.values())) > 1:
+        return {"metric": metrics, "scores": scores, "mean_score": None}
+    metric = next(iter(metrics.values()))
+    return {"metric": metric, "scores": scores, "mean_score": sum(scores.values()) / len(scores)}
+
+
+def merge(recipe: str | Path | dict[str, Any] | Recipe, *, progress: bool = True, **settings: Any) -> dict[str, Any]:
+    """Merge only: write the full-precision merged checkpoint; scored only if asked for. Else as `run`."""
     recipe = load_recipe(recipe)
-    settings = recipe.quantize.model_copy(update={"method": "none", "task_weights": None})
-    return run(recipe.model_copy(update={"quantize": settings}), progress=progress, evaluate=evaluate)
+    quantize = recipe.quantize.model_copy(update={"method": "none", "task_weights": None})
+    wanted = recipe.model_copy(update={"quantize": quantize})
+    return run(wanted, progress=progress, **{"evaluate": False, **settings})
 
 
 def write_model(job: Job, folder: Path, bar: Progress) -> tuple[list[dict[str, Any]], int]:
@@ -212,12 +260,10 @@ def write_model(job: Job, folder: Path, bar: Progress) -> tuple[list[dict[str, A
     elif recipe.quantize.method == "rtn":
         steps = quantize_nearest(sources, emit, emit_layer)
     else:
-        calibration = [
-            Calibration(
-                task, [_to(b, target) for b in encode(examples, job.processor, recipe.batch_size, recipe.max_length)]
-            )
-            for task, examples in job.calibration.items()
-        ]
+        calibration = []
+        for task, examples in job.calibration.items():
+            batches = encode(examples, job.processor, recipe.batch_size, recipe.max_length)
+            calibration.append(Calibration(task, [to_device(batch, target) for batch in batches]))
         steps = quantize_calibrated(sources, calibration, emit, emit_layer, target)
     layers = [layer.as_dict() for step in bar.track(steps, total=blocks, description=title) for layer in step]
     writer.finish()
@@ -230,7 +276,7 @@ def write_model(job: Job, folder: Path, bar: Progress) -> tuple[list[dict[str, A
 def _write_config(job: Job, folder: Path, quantized: list[str]) -> None:
     model = job.sources.model
     model.config.save_pretrained(folder)
-    config = {**job.sources.base.config, "architectures": [type(model).__name__]}
+    config = {**job.sources.config, "architectures": [type(model).__name__]}
     config.pop("quantization_config", None)
     if quantized:
         ignore = [
@@ -257,7 +303,8 @@ def _write_heads(job: Job, folder: Path) -> None:
             load_head(file)
             shutil.copyfile(file, target)
         elif tensors:
-            config = job.sources.experts[expert.name].config
+            config = job.sources.head_config(expert.name)
+            assert config is not None
             save_native_head(target, config["architectures"][0], config, tensors)
     if not any((folder / HEADS).iterdir()):
         (folder / HEADS).rmdir()
@@ -266,77 +313,88 @@ def _write_heads(job: Job, folder: Path) -> None:
 def evaluate_model(
     model: MultiTaskModel, evaluation: dict[str, Examples], recipe: Recipe, bar: Progress
 ) -> dict[str, float]:
-    """Accuracy on every task."""
+    """The score of every task, in the metric of its kind of examples (`epmq.evaluate.METRICS`)."""
     row = bar.add_task("evaluate", total=sum(len(examples) for examples in evaluation.values()))
     return {
-        task: accuracy(model, task, examples, recipe.batch_size, recipe.max_length, lambda n: bar.advance(row, n))
+        task: METRICS[examples.kind](
+            model, task, examples, recipe.batch_size, recipe.max_length, lambda n: bar.advance(row, n)
+        )
         for task, examples in evaluation.items()
     }
 
 
 def evaluate_checkpoint(
     path: str | Path, recipe: str | Path | dict[str, Any] | Recipe, *, progress: bool = True
-) -> dict[str, float]:
-    """Accuracy of a checkpoint on every task of a recipe that has evaluation data.
+) -> dict[str, Any]:
+    """Score a checkpoint on every task of a recipe that has evaluation data.
 
     Args:
         path: a checkpoint that epmq wrote.
         recipe: names the evaluation data.
+
+    Returns:
+        `metric`, `scores` by task and `mean_score`, as in a report.
 
     Raises:
         ValueError: the recipe has no evaluation data.
         KeyError: the checkpoint has no head for a task.
     """
     recipe = load_recipe(recipe)
-    evaluation = _evaluation(recipe)
+    _, evaluation = _evaluation(recipe)
     with bars(progress) as bar:
-        return evaluate_model(load(path, device(recipe)), evaluation, recipe, bar)
+        return score_report(evaluation, evaluate_model(load(path, device(recipe)), evaluation, recipe, bar))
 
 
 def evaluate_experts(
     recipe: str | Path | dict[str, Any] | Recipe, *, base: bool = False, progress: bool = True
-) -> dict[str, float]:
-    """Accuracy of each expert on its own task: what one model for all tasks is measured against.
+) -> dict[str, Any]:
+    """Score each expert on its own task: what one model for all tasks is measured against.
 
     Args:
         recipe: names experts and evaluation data.
         base: measure the base model under each expert's head instead.
+
+    Returns:
+        as `evaluate_checkpoint`.
     """
     recipe = load_recipe(recipe)
-    evaluation = _evaluation(recipe)
+    sources, evaluation = _evaluation(recipe)
     scores: dict[str, float] = {}
-    sources = Sources(recipe.model_copy(update={"experts": [e for e in recipe.experts if e.name in evaluation]}))
     with bars(progress) as bar:
-        for expert in sources.recipe.experts:
-            checkpoint = sources.base if base else sources.experts[expert.name]
-            config = {"architectures": [type(sources.model).__name__]}
-            backbone = load_model(checkpoint.path, config).to(device(recipe))
-            heads = {expert.name: _expert_head(sources, expert, backbone)}
+        for expert in recipe.experts:
+            if expert.name not in evaluation:
+                continue
+            backbone = sources.whole_model(None if base else expert.name, device(recipe))
+            head = _expert_head(sources, expert, backbone)
+            heads = {} if head is None else {expert.name: head}
             model = MultiTaskModel(backbone, heads, load_processor(sources.base.path))
             scores |= evaluate_model(model, {expert.name: evaluation[expert.name]}, recipe, bar)
-    return scores
+    return score_report(evaluation, scores)
 
 
-def _expert_head(sources: Sources, expert: Expert, backbone: nn.Module) -> Head | NativeHead:
+def _expert_head(sources: Sources, expert: Expert, backbone: nn.Module) -> Head | NativeHead | None:
     file, tensors = head_file(sources, expert), sources.head_tensors(expert.name)
     if file is not None:
         return load_any_head(file, backbone)
-    if not tensors:
-        raise ValueError(f"experts.{expert.name}: neither {HEAD_FILE} nor a task head is there")
-    config, place = sources.experts[expert.name].config, next(backbone.parameters()).device
+    config = sources.head_config(expert.name)
+    if config is None:
+        return None
+    place = next(backbone.parameters()).device
     tensors = {name: tensor.to(place) for name, tensor in tensors.items()}
     return NativeHead(backbone, config["architectures"][0], config, tensors)
 
 
-def _evaluation(recipe: Recipe) -> dict[str, Examples]:
-    found = {
-        expert.name: _read(expert.evaluation, expert, "evaluation").draw(expert.evaluation.samples, recipe.seed)
-        for expert in recipe.experts
-        if expert.evaluation is not None
-    }
-    if not found:
+def _evaluation(recipe: Recipe) -> tuple[Sources, dict[str, Examples]]:
+    if all(expert.evaluation is None for expert in recipe.experts):
         raise ValueError("recipe: no expert has evaluation data")
-    return found
+    sources = Sources(recipe)
+    processor = load_processor(sources.base.path)
+    found = {}
+    for expert in recipe.experts:
+        if expert.evaluation is not None:
+            found[expert.name] = _examples(sources, expert, processor, "evaluation", None)
+            check_head(sources, expert, found[expert.name])
+    return sources, found
 
 
 def _unopened(recipe: Recipe, folder: Path) -> list[str]:

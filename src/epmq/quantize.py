@@ -148,7 +148,7 @@ def quantize_calibrated(
         quantized = {f"{report.name}.weight" for report in reports}
         for name, tensor in step.block.state_dict(prefix=f"{step.name}.").items():
             if name in sources.names and name not in quantized:
-                emit(name, tensor)
+                emit(name, tensor.to(sources.stored_dtype(name) or tensor.dtype))
         step.finish()
         if not keep:
             drop_tensors(step.block)
@@ -160,7 +160,7 @@ def load_outside(sources: Sources, emit: Emit, device: torch.device) -> None:
     for name in sources.outside_names():
         tensor = sources.merged(name)
         emit(name, tensor)
-        set_tensor(sources.model, name, tensor.to(device))
+        load_block(sources.model, [name], lambda _, tensor=tensor: tensor, device)  # type: ignore[misc]
     sources.model.tie_weights()
 
 
@@ -183,7 +183,7 @@ class LayerGroup:
         self.modules = [layers[name] for name in group.names]
         weights = [as_matrix(module, module.weight.detach()) for module in self.modules]  # type: ignore[operator]
         self.rows = [len(weight) for weight in weights]
-        self.dtype = weights[0].dtype
+        self.dtype = sources.stored_dtype(f"{step.name}.{group.names[0]}.weight") or torch.float32
         self.merged = torch.cat(weights).float()
         self.objective = Objective(self._anchor(sources, step.name))
         self.tokens = 0
@@ -285,7 +285,7 @@ def _solve(sources: Sources, step: Step, group: LayerGroup, emit_layer: EmitLaye
     )
     for name, module, quantized, lost, off in parts:
         full, shape = f"{step.name}.{name}", list(quantized.codes.shape)
-        set_tensor(step.block, f"{name}.weight", as_matrix(module, quantized.dequantize()))
+        set_tensor(step.block, f"{name}.weight", as_matrix(module, quantized.dequantize().float()))
         emit_layer(full, module, quantized)
         losses = float(lost.sum()), float(off.sum())
         reports.append(LayerReport(full, shape, group.names[0], *losses, strength, group.tokens, seconds))

@@ -55,6 +55,24 @@ def peak_memory_mb() -> float:
         return round(peak * (1 if sys.platform == "darwin" else 1024) / 1e6, 1)
 
 
+def score_title(report: dict[str, Any]) -> str:
+    """What the scores of a report are, as a heading; log-perplexities are shown as perplexities."""
+    metric = report.get("metric")
+    names = {"accuracy": "accuracy", "log_perplexity": "perplexity", "exact_match": "exact match"}
+    return names[metric] if isinstance(metric, str) else "score"
+
+
+def shown_scores(report: dict[str, Any], name: str = "mean") -> dict[str, str]:
+    """The scores of a report as text, by task, and their mean under `name` (for perplexities the geometric one)."""
+    from epmq.evaluate import show_score
+
+    scores, metric = report.get("scores") or {}, report.get("metric")
+    if isinstance(metric, dict):
+        return {task: f"{show_score(metric[task], score)} {metric[task]}" for task, score in scores.items()}
+    shown = {task: show_score(str(metric), score) for task, score in scores.items()}
+    return {**shown, name: show_score(str(metric), report["mean_score"])} if scores else {}
+
+
 def model_card(report: dict[str, Any]) -> str:
     """A short model card in Markdown with the Hub's front matter."""
     recipe, lines = report["recipe"], []
@@ -66,10 +84,10 @@ def model_card(report: dict[str, Any]) -> str:
         group = "row" if quantize["group_size"] == -1 else f"group of {quantize['group_size']}"
         how += f" and quantized with `{quantize['method']}` to {quantize['bits']} bits, one scale a {group}"
     lines += [f"`{recipe['base']}` and its fine-tunes, {how} by epmq {report['versions']['epmq']}.", ""]
-    lines += ["| task | expert | accuracy |", "|---|---|---|"]
-    scores = report.get("accuracy") or {}
+    scores = shown_scores(report)
+    lines += [f"| task | expert | {score_title(report)} |", "|---|---|---|"]
     for expert in recipe["experts"]:
-        score = f"{100 * scores[expert['name']]:.1f} %" if expert["name"] in scores else "not evaluated"
+        score = scores.get(expert["name"], "not evaluated")
         lines.append(f"| {expert['name']} | `{expert['model']}` | {score} |")
     lines += ["", "```python", "import epmq", "", 'model = epmq.load("PATH")', ""]
     lines += [f'model.answer("{recipe["experts"][0]["name"]}", [...])', "```", ""]
@@ -84,13 +102,12 @@ def summary_table(report: dict[str, Any]) -> Any:
     recipe = report["recipe"]
     table = Table(title=f"{report['output'] or 'result'}", title_justify="left")
     table.add_column("task")
-    table.add_column("accuracy", justify="right")
-    scores = report.get("accuracy") or {}
-    for task, score in scores.items():
-        table.add_row(task, f"{100 * score:.1f} %")
-    if scores:
-        table.add_section()
-        table.add_row("mean", f"{100 * report['mean_accuracy']:.1f} %")
+    table.add_column(score_title(report), justify="right")
+    for task, score in shown_scores(report).items():
+        if task == "mean":
+            table.add_section()
+        table.add_row(task, score)
+    if report.get("scores"):
         table.add_section()
     quantize = recipe["quantize"]
     table.add_row("merge", recipe["merge"]["method"])

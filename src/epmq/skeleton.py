@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
@@ -39,22 +39,38 @@ def model_class(config: Any, architecture: str | None) -> Any:
     return transformers.MODEL_MAPPING[type(config)]
 
 
+def shared_checkpoint(base: Checkpoint, experts: Sequence[Checkpoint]) -> Checkpoint:
+    """The checkpoint whose `config.json` describes what base and experts share: the base.
+
+    The exception are experts that are one part of the base, such as `CLIPVisionModel`s of a `CLIPModel`: where they
+    all have the model type of one of the base's sub-configs, that part alone is merged.
+    """
+    types = {expert.config.get("model_type") for expert in experts}
+    parts = [part.get("model_type") for part in base.config.values() if isinstance(part, dict)]
+    apart = len(types) == 1 and types != {base.config.get("model_type")} and types <= set(parts)
+    return experts[0] if apart else base
+
+
 def build_skeleton(checkpoint: Checkpoint) -> Any:
-    """The model of a checkpoint with parameters on the meta device and real buffers, in eval mode.
+    """The model of a checkpoint with parameters on the meta device and real buffers, in eval mode, in float32.
 
     Raises:
-        ValueError: transformers does not know the model type, or knows it through remote code only.
+        ValueError: transformers does not know the model type, or knows it through remote code only; or the model is
+            quantized already.
     """
     from accelerate import init_empty_weights
     from transformers import AutoConfig
 
+    place = checkpoint.path / "config.json"
+    if checkpoint.config.get("quantization_config"):
+        raise ValueError(f"{place}: the model is quantized already; give the one it was quantized from")
     try:
         config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
         kind = model_class(config, (checkpoint.config.get("architectures") or [None])[0])
     except (ValueError, KeyError) as error:
-        raise ValueError(f"{checkpoint.path / 'config.json'}: transformers cannot open this model ({error})") from None
+        raise ValueError(f"{place}: transformers cannot open this model ({error})") from None
     with init_empty_weights(include_buffers=False):
-        return kind._from_config(config).eval()
+        return kind._from_config(config, dtype=torch.float32).eval()
 
 
 def rename(model: Any, stored: Iterable[str]) -> tuple[dict[str, str], list[str]]:
@@ -110,9 +126,28 @@ def set_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
 
 
 def load_block(model: nn.Module, names: Iterable[str], read: Callable[[str], Tensor], device: torch.device) -> None:
-    """Put real tensors in the place of the named ones."""
+    """Put real tensors in the place of the named ones; half precision is computed in float32."""
     for name in names:
+        tensor = read(name).to(device)
+        set_tensor(model, name, tensor.float() if torch.is_floating_point(tensor) else tensor)
+
+
+def load_embeddings(model: Any, names: Iterable[str], read: Callable[[str], Tensor], device: torch.device) -> list[str]:
+    """Put the weights of embeddings and of the output layer in place as they are on disk; returns the other names.
+
+    Read lazily (memory-mapped) and cast after the look-up, a large vocabulary costs an expert no memory, and its
+    output layer, which no calibration runs, costs nothing.
+    """
+    output, rest = model.get_output_embeddings(), []
+    for name in names:
+        module = model.get_submodule(name.rpartition(".")[0])
+        if type(module) is not nn.Embedding and (module is not output or output is None):
+            rest.append(name)
+            continue
         set_tensor(model, name, read(name).to(device))
+        if type(module) is nn.Embedding:
+            module.register_forward_hook(lambda module, args, rows: rows.float())
+    return rest
 
 
 def drop_tensors(module: nn.Module) -> None:
@@ -133,6 +168,7 @@ def load_model(path: str | Path, config: dict[str, Any], **settings: Any) -> Any
 
     architecture = (config.get("architectures") or ["AutoModel"])[0]
     kind: Any = getattr(transformers, architecture, transformers.AutoModel)
+    settings.setdefault("dtype", torch.float32)
     quantization = config.get("quantization_config") or {}
     if quantization.get("format") != "pack-quantized":
         return kind.from_pretrained(path, **settings).eval()

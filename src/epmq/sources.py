@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from epmq.blocks import find_stacks
+from epmq import adapters
+from epmq.adapters import Adapter, is_adapter
+from epmq.blocks import LINEAR, find_stacks, is_transposed
 from epmq.checkpoint import Checkpoint
 from epmq.merging import METHODS, ThresholdSearch
-from epmq.skeleton import build_skeleton, has_task_head, rename, tied_names
+from epmq.skeleton import build_skeleton, has_task_head, load_block, rename, set_tensor, shared_checkpoint, tied_names
 from epmq.spec import Recipe
 
 
@@ -21,9 +23,11 @@ class Sources:
 
     Attributes:
         base: the base checkpoint.
-        model: its skeleton.
-        experts: task name → the expert's checkpoint.
-        names: tensors of the model, as `state_dict` calls them, without tied copies.
+        config: content of the `config.json` of what base and experts share.
+        model: the skeleton of that.
+        experts: task name → the expert's checkpoint or adapter.
+        names: tensors of the model that the base has, as `state_dict` calls them, without tied copies.
+        absent: tensors of the model outside its blocks that the base lacks, such as a pooler; they are zero.
         notes: fallbacks taken, in words; they go into the report.
 
     Raises:
@@ -35,24 +39,30 @@ class Sources:
         self.recipe = recipe
         self.notes: list[str] = []
         self.base = Checkpoint(recipe.base)
-        self.model = build_skeleton(self.base)
-        self.experts = {expert.name: Checkpoint(expert.model) for expert in recipe.experts}
+        self.experts = {
+            expert.name: Adapter(expert.model) if is_adapter(expert.model) else Checkpoint(expert.model)
+            for expert in recipe.experts
+        }
+        full = [expert for expert in self.experts.values() if not isinstance(expert, Adapter)]
+        self._shared = shared_checkpoint(self.base, full)
+        self.config = self._shared.config
+        self.model = build_skeleton(self._shared)
         self._stored = self._rename(self.base)[0]
         renamed = {task: self._rename(expert) for task, expert in self.experts.items()}
         self._expert_stored = {task: stored for task, (stored, _) in renamed.items()}
         self._expert_extra = {task: extra for task, (_, extra) in renamed.items()}
-        tied = tied_names(self.model)
-        state = self.model.state_dict()
-        self.names = [name for name in state if name not in tied]
         self._thresholds: list[float] | None = None
-        for name in self.names:
-            if name not in self._stored:
-                raise ValueError(f"{self.base.path}: no tensor for {name!r} of {type(self.model).__name__}")
-            found, wanted = list(self.base.shape(self._stored[name])), list(state[name].shape)
-            if found != wanted:
-                raise ValueError(f"{self.base.path}: tensor {name!r} is {found}, but {wanted} by config.json")
-        for task in self.experts:
-            self._check_expert(task)
+        tied, state = tied_names(self.model), self.model.state_dict()
+        wanted = [name for name in state if name not in tied]
+        self.names = [name for name in wanted if name in self._stored]
+        self.absent = [name for name in wanted if name not in self._stored]
+        self._check_base(state)
+        for task, expert in self.experts.items():
+            if isinstance(expert, Adapter):
+                self._check_adapter(task, expert)
+            else:
+                self._check_expert(task)
+        self._fill_absent(self.model)
 
     def _rename(self, checkpoint: Checkpoint) -> tuple[dict[str, str], list[str]]:
         try:
@@ -60,24 +70,40 @@ class Sources:
         except ValueError as error:
             raise ValueError(f"{checkpoint.path}: {error}") from None
 
+    def _check_base(self, state: dict[str, Tensor]) -> None:
+        for name in self.names:
+            found, wanted = list(self.base.shape(self._stored[name])), list(state[name].shape)
+            if found != wanted:
+                raise ValueError(f"{self.base.path}: tensor {name!r} is {found}, but {wanted} by config.json")
+            if torch.is_floating_point(state[name]) and self.base.dtype(self._stored[name]) is None:
+                kind = self.base.kind(self._stored[name])
+                raise ValueError(f"{self.base.path}: tensor {name!r} is {kind}, not float64, 32, 16 or bfloat16")
+        inside = tuple(stack.name + "." for stack in find_stacks(self.model))
+        for name in self.absent:
+            if name.startswith(inside) or name.endswith(("embeddings.weight", "embed_tokens.weight")):
+                raise ValueError(f"{self.base.path}: no tensor for {name!r} of {type(self.model).__name__}")
+        if self.absent:
+            self.notes.append(f"not in the base, left out: {', '.join(self.absent)}")
+
     def _check_expert(self, task: str) -> None:
         expert, stored = self.experts[task], self._expert_stored[task]
-        ours, theirs = self.base.config.get("model_type"), expert.config.get("model_type")
+        ours, theirs = self.config.get("model_type"), expert.config.get("model_type")
         if ours != theirs:
             raise ValueError(f"expert {task}: model type {theirs!r}, but the base is {ours!r} ({expert.path})")
+        if expert.config.get("quantization_config"):
+            raise ValueError(f"expert {task}: quantized already; give the model it was quantized from ({expert.path})")
         if not stored:
             raise ValueError(f"expert {task}: shares no tensor with the base ({expert.path})")
         for name in self.names:
-            wanted = self.base.shape(self._stored[name])
             if name not in stored:
                 if any(part.isdigit() for part in name.split(".")):
                     raise ValueError(f"expert {task}: tensor {name!r} is missing in {expert.path}")
                 self.notes.append(f"expert {task} has no tensor {name}: the base's takes its place")
-            elif expert.shape(stored[name]) != wanted:
-                found = list(expert.shape(stored[name]))
-                raise ValueError(
-                    f"expert {task}: tensor {name!r} is {found}, but {list(wanted)} in the base ({expert.path})"
-                )
+                continue
+            self._check_shape(task, name, expert.shape(stored[name]))
+            if self.base.dtype(self._stored[name]) is not None and expert.dtype(stored[name]) is None:
+                kind = expert.kind(stored[name])
+                raise ValueError(f"expert {task}: tensor {name!r} is {kind}, not a float ({expert.path})")
 
         for stack in find_stacks(self.model):
             block = re.compile(rf"(?:^|\.){re.escape(stack.name)}\.(\d+)\.")
@@ -85,6 +111,50 @@ class Sources:
                 index = block.search(name)
                 if index and int(index[1]) >= len(stack.blocks) and name not in self.base:
                     raise ValueError(f"expert {task}: tensor {name!r} has no counterpart in the base ({expert.path})")
+
+    def _check_adapter(self, task: str, adapter: Adapter) -> None:
+        if not self._expert_stored[task]:
+            raise ValueError(f"expert {task}: the adapter changes no tensor of the base ({adapter.path})")
+        for name in self._expert_extra[task]:
+            if not adapter.replaces(name):
+                raise ValueError(f"expert {task}: the adapter changes {name!r}, which the base lacks ({adapter.path})")
+        for name, stored in self._expert_stored[task].items():
+            if name in self.absent:
+                continue
+            shape = adapter.shape(stored)
+            swapped = self._transposed(name) and not adapter.replaces(stored)
+            self._check_shape(task, name, tuple(reversed(shape)) if swapped else shape)
+
+    def _check_shape(self, task: str, name: str, found: tuple[int, ...]) -> None:
+        wanted = self.base.shape(self._stored[name])
+        if found != wanted:
+            place = self.experts[task].path
+            raise ValueError(
+                f"expert {task}: tensor {name!r} is {list(found)}, but {list(wanted)} in the base ({place})"
+            )
+
+    def _transposed(self, name: str) -> bool:
+        module = self.model.get_submodule(name.rpartition(".")[0])
+        return is_transposed(module) if isinstance(module, LINEAR) else isinstance(module, nn.Embedding)
+
+    def _fill_absent(self, model: nn.Module) -> None:
+        state = model.state_dict()
+        for name in self.absent:
+            set_tensor(model, name, torch.zeros(state[name].shape))
+
+    def skeleton(self) -> Any:
+        """Another copy of the model without its weights."""
+        model = build_skeleton(self._shared)
+        self._fill_absent(model)
+        return model
+
+    def whole_model(self, task: str | None, device: torch.device) -> Any:
+        """An expert, or the base if `task` is None, with all its weights, in float32 and eval mode."""
+        model = self.skeleton()
+        read = self.base_tensor if task is None else lambda name: self.expert_tensor(task, name)
+        load_block(model, self.names, read, device)
+        model.tie_weights()
+        return model.to(device)
 
     def check_finite(self) -> Iterator[None]:
         """Look through all weights for NaN and Inf, one checkpoint a step.
@@ -100,7 +170,7 @@ class Sources:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype most of the base's weights have on disk."""
+        """The dtype that most of the base's weights have on disk."""
         kinds = [self.base.dtype(self._stored[name]) for name in self.names]
         floats = [kind for kind in kinds if kind is not None]
         return max(set(floats), key=floats.count)
@@ -118,20 +188,42 @@ class Sources:
         """What the base calls a tensor on disk; outputs keep these names."""
         return self._stored[name]
 
+    def stored_dtype(self, name: str) -> torch.dtype | None:
+        """The dtype of one of the base's tensors on disk; None if it is not a float."""
+        return self.base.dtype(self._stored[name])
+
     def base_tensor(self, name: str) -> Tensor:
         """A tensor of the base, in the dtype on disk."""
         return self.base.tensor(self._stored[name])
 
     def expert_tensor(self, task: str, name: str) -> Tensor:
-        """A tensor of an expert, in the dtype on disk; the base's where the expert has none."""
-        stored = self._expert_stored[task]
-        return self.experts[task].tensor(stored[name]) if name in stored else self.base_tensor(name)
+        """A tensor of an expert, in the dtype on disk; the base's where the expert has none.
+
+        What an adapter changes is float32.
+        """
+        expert, stored = self.experts[task], self._expert_stored[task].get(name)
+        if stored is None:
+            return self.base_tensor(name)
+        if isinstance(expert, Adapter) and not expert.replaces(stored):
+            return adapters.apply(self.base_tensor(name), expert.tensor(stored), self._transposed(name))
+        return expert.tensor(stored)
 
     def head_tensors(self, task: str) -> dict[str, Tensor]:
-        """Tensors of an expert that the shared model does not have: its own task head, with the names on disk."""
-        if not has_task_head((self.experts[task].config.get("architectures") or [None])[0]):
+        """Tensors of an expert that the base does not have: its own task head, with the names on disk."""
+        expert, extra = self.experts[task], self._expert_extra[task]
+        if not isinstance(expert, Adapter) and not has_task_head(_architecture(expert.config)):
             return {}
-        return {name: self.experts[task].tensor(name) for name in self._expert_extra[task]}
+        if not extra:
+            return {}
+        names = extra + [stored for name, stored in self._expert_stored[task].items() if name in self.absent]
+        return {name: expert.tensor(name) for name in names}
+
+    def head_config(self, task: str) -> dict[str, Any] | None:
+        """Content of a `config.json` for an expert's own task head; None if it has none."""
+        expert = self.experts[task]
+        if isinstance(expert, Adapter):
+            return adapters.head_settings(expert, self.base.config, self.head_tensors(task))
+        return expert.config if self.head_tensors(task) else None
 
     def merged(self, name: str) -> Tensor:
         """A tensor of the merged model, in the base's dtype. Integer buffers are the base's."""
@@ -161,3 +253,7 @@ class Sources:
             if not last:
                 search.narrow()
         return search.threshold()
+
+
+def _architecture(config: dict[str, Any]) -> str | None:
+    return (config.get("architectures") or [None])[0]

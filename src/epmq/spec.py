@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from epmq.data import Examples, Fields, read_dataset, read_examples
 from epmq.grid import BITS, GROUP_SIZES, Grid
 
 # What the two expert-guided methods take where the recipe does not say: e_pmq is the paper's form.
@@ -24,21 +26,52 @@ class _Strict(BaseModel):
 
 
 class Data(_Strict):
-    """Examples of one task."""
+    """Examples of one task: a file or folder (`path`), or something that the datasets library opens (`dataset`)."""
 
-    path: str = Field(
-        description="a .jsonl file, a .npz file (images, labels) or a folder of images, one folder a class"
+    path: str | None = Field(
+        None, description="a .jsonl, .csv, .parquet or .npz file, or a folder of images, one folder a class"
     )
+    dataset: str | None = Field(None, description="a name or folder for the datasets library (epmq[data])")
+    subset: str | None = Field(None, description="configuration of the dataset")
+    split: str | None = Field(None, description="split of the dataset; train if left out")
     samples: int | None = Field(None, gt=0, description="how many examples to draw; all if left out")
-    text: str = Field("text", description="name of the text field in a .jsonl file")
-    label: str = Field("label", description="name of the label field (a class index) in a .jsonl file")
+    text: str | list[str] = Field("text", description="name of the text column, or of two for pairs")
+    target: str = Field("target", description="name of the target column, for encoder–decoders")
+    label: str = Field("label", description="name of the label column (a class index)")
+    image: str = Field("image", description="name of the image column (a path beside the file, or a picture)")
+    messages: str = Field("messages", description="name of the column with chat messages")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Data:
+        if (self.path is None) == (self.dataset is None):
+            raise ValueError("needs either a path or a dataset")
+        for field in ("split", "subset"):
+            if self.path is not None and getattr(self, field) is not None:
+                raise ValueError(f"{field}: only a dataset has one; a path is one split")
+        if isinstance(self.text, list) and len(self.text) != 2:
+            raise ValueError("text: one column, or two for pairs")
+        return self
+
+    @property
+    def fields(self) -> Fields:
+        text = self.text if isinstance(self.text, str) else (self.text[0], self.text[1])
+        return Fields(text, self.label, self.target, self.image, self.messages)
+
+    def read(self, use: str, count: int | None, seed: int) -> Examples:
+        """The examples; see `epmq.data.read_examples` and `read_dataset` for arguments and errors."""
+        if self.dataset is not None:
+            return read_dataset(self.dataset, self.subset, self.split or "train", self.fields, use, count, seed)
+        assert self.path is not None
+        return read_examples(self.path, use=use, **asdict(self.fields))
 
 
 class Expert(_Strict):
     """One fine-tune of the base."""
 
     name: str = Field(pattern=r"^[\w.-]+$", description="name of its task")
-    model: str = Field(description="Hugging Face directory or Hub id")
+    model: str = Field(
+        description="directory or Hub id of a full checkpoint or a LoRA adapter; a pickle only by its file name"
+    )
     head: str | None = Field(
         None, description="head file; by default head.safetensors beside the expert, if there is one"
     )
@@ -175,9 +208,11 @@ class Recipe(_Strict):
         "pack-quantized", description="pack-quantized (compressed-tensors) or dequantized (plain safetensors)"
     )
     output: str | None = Field(None, description="directory to write; it must not exist")
-    samples: int = Field(128, gt=0, description="calibration examples a task, where the data does not say")
+    samples: int = Field(128, gt=0, description="calibration examples (windows, for a language model) a task")
     batch_size: int = Field(32, gt=0, description="examples a batch")
-    max_length: int | None = Field(None, gt=0, description="tokens a text is cut to")
+    max_length: int | None = Field(
+        None, gt=0, description="tokens a text is cut to, or that a language model's windows have (512)"
+    )
     device: str = Field("auto", description="auto, cpu, cuda, mps")
     seed: int = Field(0, description="of the calibration draw and of dare")
 
@@ -251,7 +286,7 @@ def _anchor_paths(recipe: Recipe, folder: Path) -> Recipe:
         return str(folder / value) if value and (folder / value).exists() else value
 
     def fix_data(data: Data | None) -> Data | None:
-        return data and data.model_copy(update={"path": fix(data.path)})
+        return data and data.model_copy(update={"path": fix(data.path), "dataset": fix(data.dataset)})
 
     experts = [
         expert.model_copy(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from epmq.blocks import hooks
-from epmq.skeleton import build_skeleton, drop_tensors, load_block
+from epmq.skeleton import drop_tensors, load_block, load_embeddings
 from epmq.sources import Sources
 from epmq.walk import Batch, Walk
 
@@ -50,8 +50,9 @@ class ExpertStream:
 
     def __init__(self, sources: Sources, calibration: Calibration, device: torch.device) -> None:
         self.sources, self.task, self.device = sources, calibration.task, device
-        self.model = build_skeleton(sources.base)
-        load_block(self.model, sources.outside_names(), self._read, device)
+        self.model = sources.skeleton()
+        rest = load_embeddings(self.model, sources.outside_names(), self._read, device)
+        load_block(self.model, rest, self._read, device)
         self.model.tie_weights()
         self._steps = iter(Walk(self.model, calibration.batches))
         self.inputs: dict[str, list[Tensor]] = {}

@@ -8,6 +8,7 @@ block to block) is exactly what the model would have passed, for every batch, an
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -22,8 +23,8 @@ Batch = dict[str, Any]
 class _Reached(Exception):
     """The forward has come to a block that is not finished."""
 
-    def __init__(self, stack: Stack, index: int, args: tuple, kwargs: dict[str, Any]) -> None:
-        self.stack, self.index, self.args_, self.kwargs = stack, index, args, kwargs
+    def __init__(self, stack: Stack, index: int, args: tuple, kwargs: dict[str, Any], given: dict[str, Any]) -> None:
+        self.stack, self.index, self.args_, self.kwargs, self.given = stack, index, args, kwargs, given
 
 
 class Walk:
@@ -44,12 +45,14 @@ class Walk:
         self.stacks = find_stacks(model)
         self.length = sum(len(stack.blocks) for stack in self.stacks)
         self._batch = 0
+        self._arguments: dict[int, dict[str, Any]] = {}
 
     @torch.no_grad()
     def __iter__(self) -> Iterator[Step]:
         done: dict[int, int] = {id(stack): 0 for stack in self.stacks}
         original = {block: block.forward for stack in self.stacks for block in stack.blocks}
         configs = _caching_configs(self.model)
+        handles = [self._listen(stack) for stack in self.stacks]
         try:
             for config in configs:
                 config.use_cache = False
@@ -61,13 +64,15 @@ class Walk:
                 stack, index = reached[0].stack, reached[0].index
                 block = stack.blocks[index]
                 paused, block.forward = block.forward, original[block]  # type: ignore[method-assign]
-                step = Step(self, stack, index, [(r.args_, r.kwargs) for r in reached])
+                step = Step(stack, index, [(r.args_, r.kwargs) for r in reached], [r.given for r in reached])
                 yield step
                 if not step.finished:
                     raise RuntimeError(f"{step.name}: the loop went on without finish()")
                 block.forward = paused  # type: ignore[method-assign]
                 done[id(stack)] = index + 1
         finally:
+            for handle in handles:
+                handle.remove()
             for block in original:
                 block.__dict__.pop("forward", None)
             for config in configs:
@@ -77,9 +82,20 @@ class Walk:
         def forward(*args: Any, **kwargs: Any) -> Any:
             if index < done[id(stack)]:
                 return stack.outputs[self._batch]
-            raise _Reached(stack, index, args, kwargs)
+            raise _Reached(stack, index, args, kwargs, self._arguments[id(stack)])
 
         return forward
+
+    def _listen(self, stack: Stack) -> Any:
+        """Note what the stack's owner is called with: it is where padding masks are still what the user gave."""
+        owner = _owner(self.model, stack, self.stacks)
+        signature = inspect.signature(owner.forward)
+
+        def note(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            bound = signature.bind(*args, **kwargs).arguments
+            self._arguments[id(stack)] = bound | bound.get("kwargs", {})
+
+        return owner.register_forward_pre_hook(note, with_kwargs=True)
 
     def _drive(self, batch: int) -> _Reached:
         self._batch = batch
@@ -89,6 +105,17 @@ class Walk:
             return reached
         missing = ", ".join(stack.name for stack in self.stacks)
         raise ValueError(f"the forward of {type(self.model).__name__} ended before all blocks of {missing} were called")
+
+
+def _owner(model: nn.Module, stack: Stack, stacks: Sequence[Stack]) -> nn.Module:
+    """The outermost module that holds this stack and no other: T5's decoder, CLIP's text model, a whole BERT."""
+    others = [other.name for other in stacks if other is not stack]
+    parts = stack.name.split(".")
+    for depth in range(len(parts)):
+        name = ".".join(parts[:depth])
+        if not any(other.startswith(name + "." if name else "") for other in others):
+            return model.get_submodule(name)
+    raise ValueError(f"{stack.name} lies inside another stack")
 
 
 def _caching_configs(model: nn.Module) -> list[Any]:
@@ -104,11 +131,18 @@ class Step:
         name: the block's name in the model.
         block: the module.
         calls: (args, kwargs) that the model passes to the block, one entry a batch.
+        given: what the part of the model that holds the stack was called with, one entry a batch.
         batch: the batch that ran last, or runs.
     """
 
-    def __init__(self, walk: Walk, stack: Stack, index: int, calls: list[tuple[tuple, dict[str, Any]]]) -> None:
-        self.walk, self.stack, self.index, self.calls = walk, stack, index, calls
+    def __init__(
+        self,
+        stack: Stack,
+        index: int,
+        calls: list[tuple[tuple, dict[str, Any]]],
+        given: list[dict[str, Any]],
+    ) -> None:
+        self.stack, self.index, self.calls, self.given = stack, index, calls, given
         self.name, self.block = stack.block_name(index), stack.blocks[index]
         self.finished = False
         self.batch = 0
@@ -127,13 +161,15 @@ class Step:
     def mask(self, inputs: Tensor) -> Tensor | None:
         """Which tokens of a layer's inputs are real in the batch that runs: booleans [batch, tokens], or None if all.
 
-        The padding mask of that batch whose shape is that of the inputs' leading dimensions; flattened inputs
-        [batch·tokens, in] are recognised too.
+        The stack's own padding mask, or the encoder's where the inputs are the encoder's output (cross-attention).
+        Flattened inputs [batch·tokens, in] are recognised too.
         """
-        masks = [
-            value for name, value in self.walk.batches[self.batch].items() if "mask" in name and is_padding_mask(value)
-        ]
-        for mask in masks:
-            if tuple(mask.shape) == tuple(inputs.shape[:-1]) or (inputs.ndim == 2 and mask.numel() == len(inputs)):
-                return mask.bool()
+        given = self.given[self.batch]
+        states = given.get("encoder_hidden_states")
+        crossing = isinstance(states, Tensor) and states.data_ptr() == inputs.data_ptr()
+        mask = given.get("encoder_attention_mask" if crossing else "attention_mask")
+        if not isinstance(mask, Tensor) or not is_padding_mask(mask):
+            return None
+        if tuple(mask.shape) == tuple(inputs.shape[:-1]) or (inputs.ndim == 2 and mask.numel() == len(inputs)):
+            return mask.bool()
         return None

@@ -76,7 +76,7 @@ def run_demo(output: str | Path = "epmq-demo") -> dict[str, dict[str, Any]]:
                 output=str(output / TITLES[method].lower()),
             )
         )
-        columns[TITLES[method]] = {"accuracy": report["accuracy"], "bytes": report["bytes"]}
+        columns[TITLES[method]] = {"accuracy": report["scores"], "bytes": report["bytes"]}
     write_json(output / "demo.json", columns)
     console.print(comparison_table(columns))
     best = output / TITLES["expert_guided"].lower()

@@ -1,0 +1,163 @@
+"""From examples to model inputs: tokenizers, image processors, chat templates, packing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from epmq.data import Examples
+
+# Tokens of a window where neither the recipe nor the tokenizer asks for fewer.
+WINDOW = 512
+
+
+def load_processor(directory: str | Path) -> Any:
+    """What lies in a model directory: a tokenizer, an image processor, both in one (CLIP), or None."""
+    import warnings
+
+    from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
+
+    directory = Path(directory)
+    images = (directory / "preprocessor_config.json").exists() or (directory / "processor_config.json").exists()
+    texts = any(
+        (directory / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json")
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if images:
+            return (AutoProcessor if texts else AutoImageProcessor).from_pretrained(directory)
+    return AutoTokenizer.from_pretrained(directory) if texts else None
+
+
+def tokenizer_of(processor: Any) -> Any:
+    """The tokenizer in a processor; None if there is none."""
+    found = getattr(processor, "tokenizer", processor)
+    if not hasattr(found, "convert_ids_to_tokens"):
+        return None
+    if found.pad_token_id is None and found.eos_token_id is not None:
+        found.pad_token = found.eos_token  # decoders often come without; padding is masked out anyway
+    return found
+
+
+def image_processor_of(processor: Any) -> Any:
+    """The image processor in a processor; None if there is none."""
+    found = getattr(processor, "image_processor", processor)
+    return found if hasattr(found, "image_mean") or hasattr(found, "do_resize") else None
+
+
+def encode(
+    examples: Examples, processor: Any, batch_size: int = 32, max_length: int | None = None
+) -> Iterator[dict[str, Any]]:
+    """Model inputs, batch by batch, in the order of the examples.
+
+    Args:
+        examples: what to encode. Documents (`causal`) must be packed first, see `pack`.
+        processor: the tokenizer, the image processor or both in one.
+        batch_size: samples a batch.
+        max_length: texts are cut to this many tokens; None leaves it to the tokenizer.
+
+    Yields:
+        keyword arguments of the model's forward: `input_ids` and `attention_mask` [batch, tokens] int64,
+        `pixel_values` [batch, 3, height, width] float32, `labels` and `decoder_attention_mask` [batch, targets]
+        (teacher forcing: the decoder's inputs are the labels moved to the right, and so is its mask).
+
+    Raises:
+        ValueError: the processor does not fit the kind of data.
+    """
+    if examples.kind == "batches":
+        yield from examples.inputs
+        return
+    if examples.kind == "tokens":
+        for start in range(0, len(examples), batch_size):
+            ids = torch.from_numpy(examples.inputs[start : start + batch_size])
+            yield {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        return
+    if examples.kind == "causal":
+        raise ValueError("documents for a language model must be packed into windows first (epmq.batches.pack)")
+    tokenizer, images = tokenizer_of(processor), image_processor_of(processor)
+    needs_images, needs_texts = examples.kind.startswith("image"), examples.kind != "image"
+    if (needs_images and images is None) or (needs_texts and tokenizer is None):
+        wanted = "image processor" if needs_images and images is None else "tokenizer"
+        raise ValueError(f"{examples.kind} examples need the base model's {wanted}, found {type(processor).__name__}")
+    cut = {"padding": True, "truncation": True, "max_length": max_length, "return_tensors": "pt"}
+    for start in range(0, len(examples), batch_size):
+        chunk = examples.inputs[start : start + batch_size]
+        if examples.kind == "image":
+            yield _pixels(chunk, images)
+        elif examples.kind == "image_text":
+            yield {**_pixels([x[0] for x in chunk], images), **tokenizer([x[1] for x in chunk], **cut)}
+        elif examples.kind == "chat":
+            yield dict(tokenizer.apply_chat_template(list(chunk), tokenize=True, return_dict=True, **cut))
+        elif examples.kind == "seq2seq":
+            assert examples.targets is not None
+            targets = examples.targets[start : start + batch_size]
+            yield {**tokenizer(list(chunk), **cut), **_targets(targets, tokenizer, cut)}
+        else:
+            # Pairs go in as lists, which is what tokenizers take for a pair.
+            texts = [x if isinstance(x, str) else list(x) for x in chunk]
+            yield dict(tokenizer(texts, **cut))
+
+
+def _targets(targets: list[str], tokenizer: Any, cut: dict[str, Any]) -> dict[str, torch.Tensor]:
+    found = tokenizer(text_target=targets, **cut)
+    ids, mask = found["input_ids"], found["attention_mask"]
+    shifted = torch.cat([torch.ones_like(mask[:, :1]), mask[:, :-1]], dim=1)
+    return {"labels": ids.masked_fill(mask == 0, -100), "decoder_attention_mask": shifted}
+
+
+def _pixels(chunk: Any, processor: Any) -> dict[str, torch.Tensor]:
+    return {"pixel_values": processor([_image(x) for x in chunk], return_tensors="pt")["pixel_values"]}
+
+
+def _image(source: Any) -> Any:
+    if not isinstance(source, (str, Path)):
+        return source  # an array or a picture already
+    from PIL import Image
+
+    with Image.open(source) as image:
+        return image.convert("RGB")
+
+
+def pack(examples: Examples, processor: Any, length: int | None, count: int | None, seed: int) -> Examples:
+    """Put documents end to end, with the end-of-text token between them, and cut them into windows.
+
+    Args:
+        examples: documents, of kind `causal`.
+        processor: the tokenizer.
+        length: tokens a window; None means what the tokenizer allows, at most 512.
+        count: windows wanted, from documents in a seeded order; None makes all windows, in order.
+        seed: of that order.
+
+    Returns:
+        examples of kind `tokens`, [windows, length] int64; what is left at the end is dropped.
+
+    Raises:
+        ValueError: there is no tokenizer, or not enough text for one window.
+    """
+    tokenizer = tokenizer_of(processor)
+    if tokenizer is None:
+        raise ValueError(f"texts need the base model's tokenizer, found {type(processor).__name__}")
+    length = length or min(tokenizer.model_max_length, WINDOW)
+    order = np.arange(len(examples)) if count is None else np.random.default_rng(seed).permutation(len(examples))
+    end, parts, total = tokenizer.eos_token_id, [], 0
+    for start in range(0, len(order), 256):
+        if count is not None and total >= count * length:
+            break
+        for part in tokenizer([examples.inputs[i] for i in order[start : start + 256]])["input_ids"]:
+            parts.append(part if end is None or (part and part[-1] == end) else [*part, end])
+            total += len(parts[-1])
+    windows = total // length if count is None else min(count, total // length)
+    if windows == 0:
+        raise ValueError(f"the texts have {total} tokens in all, which is not one window of {length}")
+    ids = np.fromiter(chain.from_iterable(parts), dtype=np.int64, count=windows * length)
+    return Examples("tokens", ids.reshape(windows, length))
+
+
+def to_device(batch: dict[str, Any], device: torch.device | str) -> dict[str, Any]:
+    """A batch with its tensors on a device."""
+    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
