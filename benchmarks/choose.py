@@ -1,4 +1,4 @@
-"""`python -m benchmarks.choose text8|vision8`: choose the settings of expert_guided on the validation splits.
+"""`python -m benchmarks.choose SUITE`: choose the settings of expert_guided on the validation splits.
 
 Task Arithmetic at 4 bits, one scale a row; every candidate's mean validation accuracy goes to
 `benchmarks/results/choice-<suite>.json`. No test data is touched.
@@ -13,11 +13,13 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks.compare import GUIDED, RESULTS, measure
-from benchmarks.suites.__main__ import SUITES
-from benchmarks.suites.build import build_suite
+from benchmarks.suites.__main__ import SUITES, build
 from epmq.checkpoint import write_json
+from epmq.evaluate import show_score
 from epmq.report import hardware, now, versions
 
+# Validation examples a task.
+VALIDATION = 400
 CANDIDATES: list[dict[str, float]] = [
     {"expert_features": features, "anchor_scale": scale, "anchor_strength": strength}
     for features, scale, strength in (
@@ -36,13 +38,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.choose", description=__doc__)
     parser.add_argument("suite", choices=SUITES)
     suite = importlib.import_module(f"benchmarks.suites.{parser.parse_args().suite}")
-    root, tasks, console = build_suite(suite), list(suite.TASKS), Console(stderr=True)
+    root, tasks, console = build(suite), list(suite.TASKS), Console(stderr=True)
     rows: list[dict[str, Any]] = []
     for method, candidate in [("gptq", {}), *(("expert_guided", candidate) for candidate in CANDIDATES)]:
         quantize = {"method": method, "bits": 4, **candidate}
-        report = measure(suite, root, tasks, "task_arithmetic", quantize, split="validation")
+        report = measure(suite, root, tasks, "task_arithmetic", quantize, split="validation", test_samples=VALIDATION)
         rows.append({"method": method, **candidate, "validation": report["mean_score"], "tasks": report["scores"]})
-        console.print(f"{method:14} {candidate} {100 * report['mean_score']:.2f}")
+        console.print(f"{method:14} {candidate} {show_score(report['metric'], report['mean_score'])}")
         content = {"suite": suite.NAME, "rows": rows, "chosen": GUIDED[suite.NAME]}
         where = {"versions": versions(), "hardware": hardware(), "date": now()}
         write_json(RESULTS / f"choice-{suite.NAME}.json", {**content, **where})

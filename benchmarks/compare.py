@@ -1,4 +1,4 @@
-"""`python -m benchmarks.compare text8|vision8`: every method at every width on one suite, on test data.
+"""`python -m benchmarks.compare SUITE`: every method at every width on one suite, on test data.
 
 Writes `benchmarks/results/<suite>.json`, one row a model, after each row; rows that are there already are kept
 unless `--fresh` is given. `python -m benchmarks.tables` makes the table from it.
@@ -17,11 +17,11 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks.suites.__main__ import SUITES
-from benchmarks.suites.build import build_suite, suite_dir
+from benchmarks.suites.__main__ import SUITES, build
+from benchmarks.suites.build import suite_dir
 from epmq.checkpoint import write_json
 from epmq.demo.pool import pool_recipe
-from epmq.evaluate import gap_recovered
+from epmq.evaluate import gap_recovered, show_score
 from epmq.pipeline import evaluate_experts, run
 from epmq.report import hardware, now, versions
 
@@ -30,6 +30,8 @@ MERGES: dict[str, dict[str, Any]] = {
     "task_arithmetic": {"method": "task_arithmetic", "scaling": 0.3},
     "ties": {"method": "ties", "density": 0.2, "scaling": 1.0},
 }
+# Suites of language models are costly: one merge, and no 2 bits.
+LANGUAGE_MERGES = ("task_arithmetic",)
 # bits, group size, symmetric: one scale a row at 4 bits; a scale and a zero point a group of 64 below.
 GRIDS = ((4, -1, True), (3, 64, False), (2, 64, False))
 METHODS = ("rtn", "gptq", "e_pmq", "expert_guided")
@@ -37,23 +39,31 @@ METHODS = ("rtn", "gptq", "e_pmq", "expert_guided")
 GUIDED: dict[str, dict[str, float]] = {
     "vision8": {"expert_features": 0.6, "anchor_scale": 1.0, "anchor_strength": 0.03},
     "text8": {"expert_features": 0.5, "anchor_scale": 3.0, "anchor_strength": 3.0},
+    "text8lora": {"expert_features": 0.5, "anchor_scale": 3.0, "anchor_strength": 3.0},
+    "causal3": {"expert_features": 0.6, "anchor_scale": 1.0, "anchor_strength": 0.03},
+    "seq2seq": {"expert_features": 0.6, "anchor_scale": 1.0, "anchor_strength": 0.03},
 }
 # Calibration examples a task: about as many tokens in 256 images (17 tokens each) as in 128 texts.
-SAMPLES = {"vision8": 256, "text8": 128}
+SAMPLES = {"vision8": 256, "text8": 128, "text8lora": 128, "causal3": 128, "seq2seq": 256}
 KEY = ("suite", "merge", "method", "bits", "group_size", "symmetric", "seed")
 TEST_SAMPLES = 500
 
 
-def settings(suite: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def is_language(suite: ModuleType) -> bool:
+    """Whether a suite is one of language models."""
+    return hasattr(suite, "KIND")
+
+
+def settings(suite: ModuleType) -> Iterator[tuple[str, dict[str, Any]]]:
     """Merge name and quantization settings of every row that is not a base or an expert."""
-    for merge in MERGES:
+    for merge in LANGUAGE_MERGES if is_language(suite) else MERGES:
         yield merge, {"method": "none"}
-        for bits, group_size, symmetric in GRIDS:
+        for bits, group_size, symmetric in GRIDS[:2] if is_language(suite) else GRIDS:
             for method in METHODS:
                 # The paper's form is measured at its own width; ours and the plain quantizers at all.
                 if method == "e_pmq" and bits != 4:
                     continue
-                chosen = GUIDED[suite] if method == "expert_guided" else {}
+                chosen = GUIDED[suite.NAME] if method == "expert_guided" else {}
                 grid = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
                 yield merge, {"method": method, **grid, **chosen}
 
@@ -67,6 +77,7 @@ def measure(
             root,
             tasks,
             max_length=suite.MAX_LENGTH,
+            data=getattr(suite, "DATA", None),
             merge=MERGES[merge],
             samples=SAMPLES[suite.NAME],
             quantize=quantize,
@@ -76,8 +87,8 @@ def measure(
         return run(recipe)
 
 
-def row(suite: str, merge: str, quantize: dict[str, Any], scores: dict[str, float], **more: Any) -> dict[str, Any]:
-    """One line of the results file."""
+def row(suite: str, merge: str, quantize: dict[str, Any], found: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """One line of the results file; the scores of the tasks go under the name of their metric."""
     quantized = quantize["method"] in METHODS
     return {
         "suite": suite,
@@ -87,8 +98,9 @@ def row(suite: str, merge: str, quantize: dict[str, Any], scores: dict[str, floa
         "group_size": quantize["group_size"] if quantized else None,
         "symmetric": quantize["symmetric"] if quantized else None,
         "settings": {name: value for name, value in quantize.items() if name in GUIDED["text8"]},
-        "accuracy": scores,
-        "mean": sum(scores.values()) / len(scores),
+        "metric": found["metric"],
+        found["metric"]: found["scores"],
+        "mean": found["mean_score"],
         **more,
         "versions": versions(),
         "hardware": hardware(),
@@ -134,16 +146,17 @@ def compare(suite: ModuleType, tasks: list[str], quick: bool, merges: list[str],
         RESULTS.mkdir(exist_ok=True)
         write_json(path, rows)
         gap = next(r["gap_recovered"] for r in rows if all(r[k] == found[k] for k in KEY))
-        text = f"{found['merge']:16} {found['method']:14} {found['bits'] or '':>2} {100 * found['mean']:6.2f}"
+        shown = show_score(found["metric"], found["mean"])
+        text = f"{found['merge']:16} {found['method']:14} {found['bits'] or '':>2} {shown:>8}"
         console.print(text + (f"  gap {100 * gap:5.1f} %" if gap is not None else ""))
 
     nothing = {"seed": seed, "seconds": None, "peak_memory_mb": None, "bytes": None}
-    recipe = pool_recipe(root, tasks, max_length=suite.MAX_LENGTH, **common)
+    recipe = pool_recipe(root, tasks, max_length=suite.MAX_LENGTH, data=getattr(suite, "DATA", None), **common)
     for merge in ("base", "experts"):
         if (name, merge, "none", None, None, None, seed) not in done:
-            scores = evaluate_experts(recipe, base=merge == "base")["scores"]
+            scores = evaluate_experts(recipe, base=merge == "base")
             keep(row(name, merge, {"method": "none"}, scores, **nothing))
-    for merge, quantize in settings(suite.NAME):
+    for merge, quantize in settings(suite):
         if merge not in merges:
             continue
         grid = (None, None, None) if quantize["method"] == "none" else tuple(quantize[k] for k in KEY[3:6])
@@ -152,7 +165,7 @@ def compare(suite: ModuleType, tasks: list[str], quick: bool, merges: list[str],
         report = measure(suite, root, tasks, merge, quantize, **common)
         seconds = round(sum(report["seconds"][phase] for phase in ("open", "merge and quantize")), 1)
         measured = {"seconds": seconds, "peak_memory_mb": report["peak_memory_mb"], "bytes": report["bytes"]}
-        keep(row(name, merge, quantize, report["scores"], seed=seed, **measured))
+        keep(row(name, merge, quantize, report, seed=seed, **measured))
 
 
 def main() -> None:
@@ -167,7 +180,7 @@ def main() -> None:
     arguments = parser.parse_args()
     suite = importlib.import_module(f"benchmarks.suites.{arguments.suite}")
     tasks = arguments.tasks.split(",") if arguments.tasks else list(suite.TASKS)
-    build_suite(suite, tasks, arguments.quick)
+    build(suite, tasks, arguments.quick)
     if arguments.fresh:
         (RESULTS / f"{suite.NAME}{'-quick' if arguments.quick else ''}.json").unlink(missing_ok=True)
     compare(suite, tasks, arguments.quick, arguments.merge.split(","), arguments.seed)

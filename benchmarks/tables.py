@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from pathlib import Path
 from typing import Any
 
-SUITES = ("vision8", "text8")
+SUITES = ("vision8", "text8", "text8lora", "causal3", "seq2seq")
 HERE = Path(__file__).parent
+NAMES = {"accuracy": "mean accuracy", "exact_match": "mean exact match", "log_perplexity": "perplexity"}
 TITLES = {"none": "full precision", "rtn": "RTN", "gptq": "GPTQ", "e_pmq": "E-PMQ", "expert_guided": "expert-guided"}
+
+
+def metric(row: dict[str, Any]) -> str:
+    """What a row's scores are; the first results were all accuracies and do not say so."""
+    return row.get("metric", "accuracy")
+
+
+def score(row: dict[str, Any], value: float) -> str:
+    """A score as the tables show it: percent, or a perplexity."""
+    return f"{math.exp(value):.2f}" if metric(row) == "log_perplexity" else percent(value)
 
 
 def percent(value: float | None, digits: int = 1) -> str:
@@ -28,14 +40,14 @@ def grid(row: dict[str, Any]) -> str:
 
 def suite_table(rows: list[dict[str, Any]]) -> str:
     """Markdown: one line a model, mean and tasks across."""
-    tasks = list(rows[0]["accuracy"])
-    head = ["model", "weights", "mean", "gap recovered", *tasks, "MB", "s", "peak MB"]
+    tasks = list(rows[0][metric(rows[0])])
+    head = ["model", "weights", NAMES[metric(rows[0])], "gap recovered", *tasks, "MB", "s", "peak MB"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in rows:
         title = row["merge"] if row["merge"] in ("base", "experts") else f"{row['merge']}, {TITLES[row['method']]}"
         size = "–" if row["bytes"] is None else f"{row['bytes'] / 1e6:.1f}"
-        numbers = [percent(row["mean"]), percent(row["gap_recovered"], 0)]
-        numbers += [percent(row["accuracy"][task]) for task in tasks]
+        numbers = [score(row, row["mean"]), percent(row["gap_recovered"], 0)]
+        numbers += [score(row, row[metric(row)][task]) for task in tasks]
         cost = [size, "–" if row["seconds"] is None else f"{row['seconds']:.0f}"]
         cost.append("–" if row["peak_memory_mb"] is None else f"{row['peak_memory_mb']:.0f}")
         lines.append("| " + " | ".join([title, grid(row), *numbers, *cost]) + " |")
@@ -59,13 +71,19 @@ def summary(paths: list[Path]) -> str:
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for path in paths:
         rows = json.loads(path.read_text())
-        experts = next(row["mean"] for row in rows if row["merge"] == "experts")
+        experts = next(score(row, row["mean"]) for row in rows if row["merge"] == "experts")
         for merge in dict.fromkeys(row["merge"] for row in rows if row["method"] == "gptq"):
             found = {row["method"]: row for row in rows if row["merge"] == merge and row["bits"] in (None, 4)}
             if set(methods) <= found.keys():
-                means = [percent(found[method]["mean"]) for method in methods]
+                means = [score(found[method], found[method]["mean"]) for method in methods]
                 gap = f"{percent(found['expert_guided']['gap_recovered'], 0)} %"
-                lines.append("| " + " | ".join([f"{path.stem}, {merge}", *means, percent(experts), gap]) + " |")
+                lines.append(
+                    "| "
+                    + " | ".join(
+                        [f"{path.stem}, {merge}, {NAMES[metric(rows[0])].removeprefix('mean ')}", *means, experts, gap]
+                    )
+                    + " |"
+                )
     return "\n".join(lines)
 
 

@@ -56,7 +56,7 @@ def encode(
     """Model inputs, batch by batch, in the order of the examples.
 
     Args:
-        examples: what to encode. Documents (`causal`) must be packed first, see `pack`.
+        examples: what to encode. Documents (`causal`) are taken one by one, each cut; see `pack` for windows.
         processor: the tokenizer, the image processor or both in one.
         batch_size: samples a batch.
         max_length: texts are cut to this many tokens; None leaves it to the tokenizer.
@@ -77,8 +77,6 @@ def encode(
             ids = torch.from_numpy(examples.inputs[start : start + batch_size])
             yield {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         return
-    if examples.kind == "causal":
-        raise ValueError("documents for a language model must be packed into windows first (epmq.batches.pack)")
     tokenizer, images = tokenizer_of(processor), image_processor_of(processor)
     needs_images, needs_texts = examples.kind.startswith("image"), examples.kind != "image"
     if (needs_images and images is None) or (needs_texts and tokenizer is None):

@@ -34,8 +34,8 @@ TEMPLATE = """\
 base: path/or/hub-id            # the model that all experts were fine-tuned from
 experts:
   - name: sentiment             # name of the task
-    model: path/or/hub-id       # the fine-tuned checkpoint
-    calibration: {path: data/sentiment/train.jsonl}    # unlabelled examples: .jsonl with "text", .npz, image folder
+    model: path/or/hub-id       # the fine-tuned checkpoint, or a LoRA adapter of the base
+    calibration: {path: data/sentiment/train.jsonl}    # .jsonl, .csv, .parquet, .npz, image folder; labels not used
     evaluation: {path: data/sentiment/test.jsonl}      # labelled ones ("label" is a class index); may be left out
   - name: topic
     model: path/or/hub-id
@@ -59,7 +59,7 @@ quantize:
 format: pack-quantized          # pack-quantized (compressed-tensors) or dequantized (plain safetensors)
 samples: 128                    # calibration examples a task
 batch_size: 32
-# max_length: 128               # tokens a text is cut to
+# max_length: 128               # tokens a text is cut to, or of a window for a language model
 device: auto
 seed: 0
 """

@@ -68,7 +68,7 @@ class Examples:
 
     def by_length(self) -> Examples:
         """Texts in order of their length, so that batches carry little padding; anything else as it is."""
-        if self.kind not in ("text", "seq2seq"):
+        if self.kind not in ("text", "seq2seq", "causal"):
             return self
         return self.take(np.argsort([sum(map(len, _parts(text))) for text in self.inputs], kind="stable"))
 

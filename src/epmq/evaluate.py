@@ -69,9 +69,9 @@ def log_perplexity(
     """Mean negative log-likelihood of a token given those before it, in nats; its exponential is the perplexity.
 
     The first token of a sequence is not predicted, padding does not count. Arguments as in `accuracy`; the examples
-    are windows of tokens or conversations.
+    are windows of tokens, documents or conversations.
     """
-    total, count = 0.0, 0
+    total, count, examples = 0.0, 0, examples.by_length()
     for batch in encode(examples, model.processor, batch_size, max_length):
         batch = to_device(batch, model.device)
         logits = model.backbone(**batch).logits[:, :-1].float()
@@ -116,6 +116,7 @@ METRICS: dict[str, Callable[..., float]] = {
     "image": accuracy,
     "seq2seq": exact_match,
     "tokens": log_perplexity,
+    "causal": log_perplexity,
     "chat": log_perplexity,
 }
 

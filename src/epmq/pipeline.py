@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,7 @@ def prepare(
     if recipe.quantize.method != "none":
         check_grid(sources)
         check_format(sources)
+        sources.notes += _untouched(sources)
     processor = load_processor(sources.base.path)
     used, scored = {}, {}
     for expert in recipe.experts:
@@ -84,6 +86,26 @@ def prepare(
     ):
         pass
     return Job(recipe, sources, processor, used, scored)
+
+
+def _untouched(sources: Sources) -> list[str]:
+    """A note on large weights of the blocks that are in no linear layer, such as fused experts of a mixture."""
+    layers = {
+        f"{stack.block_name(i)}.{name}.weight"
+        for stack in find_stacks(sources.model)
+        for i, block in enumerate(stack.blocks)
+        for name, _ in linears(block)
+    }
+    outside = set(sources.outside_names())
+    left = {name: prod(sources.base_shape(name)) for name in sources.names if name not in layers | outside}
+    total = sum(left.values()) + sum(prod(sources.base_shape(name)) for name in layers)
+    if sum(left.values()) <= 0.05 * total:
+        return []
+    largest = max(left, key=lambda name: left[name])
+    share = 100 * sum(left.values()) / total
+    return [
+        f"{share:.0f} % of the blocks' weights lie in no linear layer and are not quantized; the largest: {largest}"
+    ]
 
 
 def text_use(sources: Sources, expert: Expert) -> str:
@@ -109,7 +131,7 @@ def _examples(sources: Sources, expert: Expert, processor: Any, field: str, obje
         else:
             assert data is not None
             examples = data.read(use, count, recipe.seed)
-        if examples.kind == "causal":
+        if examples.kind == "causal" and (data is None or data.pack):
             examples = pack(examples, processor, recipe.max_length, count, recipe.seed)
         elif examples.kind != "batches":
             examples = examples.draw(count, recipe.seed)

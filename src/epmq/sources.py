@@ -188,6 +188,10 @@ class Sources:
         """What the base calls a tensor on disk; outputs keep these names."""
         return self._stored[name]
 
+    def base_shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, from the base's header."""
+        return self.base.shape(self._stored[name])
+
     def stored_dtype(self, name: str) -> torch.dtype | None:
         """The dtype of one of the base's tensors on disk; None if it is not a float."""
         return self.base.dtype(self._stored[name])

@@ -40,6 +40,9 @@ class Data(_Strict):
     label: str = Field("label", description="name of the label column (a class index)")
     image: str = Field("image", description="name of the image column (a path beside the file, or a picture)")
     messages: str = Field("messages", description="name of the column with chat messages")
+    pack: bool = Field(
+        True, description="language models: put texts end to end and cut windows; if false, cut each text for itself"
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> Data:

@@ -32,10 +32,13 @@ def expert_streams(
     """
     if not sources.recipe.quantize.expert_features:
         return {}
+    outside = sources.outside_names()
+    # Blocks first: nearly every expert differs there, and a large embedding need not be merged to see it.
+    names = [*(name for name in sources.names if name not in outside), *outside]
     return {
         part.task: ExpertStream(sources, part, device)
         for part in calibration
-        if any(not torch.equal(sources.merged(name), sources.expert_tensor(part.task, name)) for name in sources.names)
+        if any(not torch.equal(sources.merged(name), sources.expert_tensor(part.task, name)) for name in names)
     }
 
 

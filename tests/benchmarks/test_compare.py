@@ -1,14 +1,18 @@
+import importlib
 import json
+import math
 
 import pytest
 
 from benchmarks import compare, tables
+from benchmarks.suites.__main__ import SUITES
 
 
 def made_row(merge, method, mean, bits=4):
     quantize = {"method": method, "bits": bits, "group_size": -1, "symmetric": True}
     cost = {"seed": 0, "seconds": 1.0, "peak_memory_mb": 100.0, "bytes": 1_000_000}
-    return compare.row("text8", merge, quantize, {"one": mean - 0.1, "two": mean + 0.1}, **cost)
+    found = {"metric": "accuracy", "scores": {"one": mean - 0.1, "two": mean + 0.1}, "mean_score": mean}
+    return compare.row("text8", merge, quantize, found, **cost)
 
 
 @pytest.fixture
@@ -39,15 +43,25 @@ def test_rows_have_every_field(rows):
 
 
 def test_every_row_of_the_comparison_is_asked_for_once():
-    for suite in compare.GUIDED:
-        asked = [json.dumps([merge, quantize], sort_keys=True) for merge, quantize in compare.settings(suite)]
-        assert len(asked) == len(set(asked)) == 2 * (1 + 3 * 3 + 1)
+    # Two merges at three widths; of language models, the first at two.
+    for suite, count in (("text8", 2 * (1 + 3 * 3 + 1)), ("vision8", 2 * (1 + 3 * 3 + 1)), ("causal3", 1 + 2 * 3 + 1)):
+        module = importlib.import_module(f"benchmarks.suites.{suite}")
+        asked = [json.dumps([merge, quantize], sort_keys=True) for merge, quantize in compare.settings(module)]
+        assert len(asked) == len(set(asked)) == count
+    assert set(compare.GUIDED) == set(compare.SAMPLES) == set(SUITES)
 
 
 def test_the_table_says_what_the_rows_say(rows):
     lines = tables.suite_table(rows).splitlines()
     assert len(lines) == 2 + len(rows)
     assert "| ties, expert-guided | 4 bits, a row | 80.0 | 75 | 70.0 | 90.0 | 1.0 | 1 | 100 |" in lines
+
+
+def test_perplexities_are_shown_as_such():
+    found = {"metric": "log_perplexity", "scores": {"one": 0.0, "two": math.log(4)}, "mean_score": math.log(2)}
+    row = compare.row("causal3", "experts", {"method": "none"}, found, seed=0, seconds=None, peak_memory_mb=None)
+    table = tables.suite_table([row | {"bytes": None, "gap_recovered": None}])
+    assert "| perplexity |" in table and "| experts | – | 2.00 | – | 1.00 | 4.00 |" in table
 
 
 def test_sections_are_replaced_and_missing_ones_named():

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from epmq.data import Examples, encode, load_processor
+from epmq.batches import encode, load_processor
+from epmq.data import Examples
 from epmq.demo import finetune
 from epmq.demo.build import build_pool
 from epmq.demo.finetune import accuracy, by_length, class_mean_head, train_expert, training_order
@@ -144,6 +145,41 @@ def test_an_interrupted_training_leaves_nothing_that_looks_whole(base: Path) -> 
         train(base, out, progress=stop)
     assert not out.exists()
     assert train(base, out)["examples"]["train"] == 96
+
+
+def lora() -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(r=4, lora_alpha=8, target_modules=r"encoder\.layer\.\d+\..*\.(query|key|value|dense)")
+
+
+def test_an_adapter_is_written_in_place_of_the_model_and_gives_what_was_measured(base: Path) -> None:
+    from peft import PeftModel
+    from safetensors.torch import load_file
+    from transformers import AutoModel
+
+    out, config = base.with_name("expert"), lora()
+    record = train(base, out, adapter=config, learning_rate=3e-2, epochs=4)
+    assert record["validation"] == max(record["validation_by_epoch"]) > 0.9
+    assert record["settings"]["adapter"] == "LORA"
+    assert not (out / "model.safetensors").exists() and not (out / "config.json").exists()
+    weights = load_file(out / "adapter_model.safetensors")
+    # two matrices for each of six layers in two blocks; the pooler's `dense` is not among them
+    assert len(weights) == 24 and all(".encoder.layer." in name for name in weights)
+    assert any(weights[name].any() for name in weights if "lora_B" in name)
+    assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == str(base)
+    assert config.base_model_name_or_path is None  # the caller's configuration serves the next expert too
+    head, processor = load_head(out / HEAD_FILE), load_processor(out)
+    model = PeftModel.from_pretrained(AutoModel.from_pretrained(base), str(out))
+    assert accuracy(model, head, processor, sentences(40, 2), 8) == record["test"]
+
+
+def test_an_adapter_has_the_head_of_a_whole_expert(base: Path) -> None:
+    train(base, base.with_name("whole"))
+    train(base, base.with_name("adapter"), adapter=lora())
+    whole, adapter = (load_head(base.with_name(name) / HEAD_FILE) for name in ("whole", "adapter"))
+    torch.testing.assert_close(adapter.weight, whole.weight, rtol=0, atol=0)
+    torch.testing.assert_close(adapter.bias, whole.bias, rtol=0, atol=0)
 
 
 def test_a_complete_pool_is_not_built_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ kept, so that the backbone alone is fine-tuned, merged and quantized.
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import time
@@ -16,7 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from epmq.data import Examples, encode
+from epmq.batches import encode
+from epmq.data import Examples
 from epmq.heads import HEAD_FILE, Head, save_head
 
 
@@ -116,9 +118,10 @@ def train_expert(
     batch_size: int = 32,
     scale: float = 20.0,
     seed: int = 0,
+    adapter: Any | None = None,
     progress: Callable[[float], None] = lambda share: None,
 ) -> dict[str, Any]:
-    """Fine-tune `base` on one task and write the expert to `out` (a Hugging Face directory and its head).
+    """Fine-tune `base` on one task and write the expert to `out` (a Hugging Face or PEFT directory and its head).
 
     An expert that is already there is kept; `out` appears by rename when it is whole. The epoch with the best
     validation accuracy is the one written.
@@ -131,6 +134,8 @@ def train_expert(
         pooling: how the head pools (see `epmq.heads.pool`).
         max_length: tokens a text is cut to.
         epochs, learning_rate, batch_size, scale, seed: of the training (AdamW, linear warm-up and decay).
+        adapter: a `peft` configuration, such as a `LoraConfig`: only the adapter is trained, and written in place
+            of the model; None trains every weight.
         progress: called with the share done, 0 to 1.
 
     Returns:
@@ -138,7 +143,7 @@ def train_expert(
     """
     from transformers import AutoModel
 
-    from epmq.data import load_processor
+    from epmq.batches import load_processor
 
     out = Path(out)
     if (out / "training.json").exists():
@@ -151,10 +156,16 @@ def train_expert(
         "base_validation": accuracy(model, head, processor, validation, max_length),
         "base_test": accuracy(model, head, processor, test, max_length),
     }
+    if adapter is not None:
+        from peft import get_peft_model
+
+        # a copy, for peft notes the path of the base in it; the head is made by now, of the bare base's features
+        model = get_peft_model(model, copy.deepcopy(adapter))
     work = out.with_name(f".{out.name}.partial")
     shutil.rmtree(work, ignore_errors=True)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     steps = epochs * -(-len(train) // batch_size)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / max(1, steps // 10), (steps - step) / max(1, steps))
     )
@@ -169,7 +180,7 @@ def train_expert(
             loss = torch.nn.functional.cross_entropy(logits, target[i * batch_size : (i + 1) * batch_size])
             optimizer.zero_grad()
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             schedule.step()
             step += 1
@@ -180,7 +191,12 @@ def train_expert(
             model.save_pretrained(work)
     processor.save_pretrained(work)
     save_head(head, work / HEAD_FILE)
-    model = AutoModel.from_pretrained(work, dtype=torch.float32)
+    # read back from disk: the best epoch need not be the last, and what is measured is what was written
+    model = AutoModel.from_pretrained(work if adapter is None else base, dtype=torch.float32)
+    if adapter is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, str(work))
     record |= {
         "validation": best,
         "test": accuracy(model, head, processor, test, max_length),
@@ -194,6 +210,7 @@ def train_expert(
             "batch_size": batch_size,
             "scale": scale,
             "seed": seed,
+            "adapter": None if adapter is None else str(adapter.peft_type.value),
         },
         "seconds": round(time.time() - start, 1),
     }

@@ -28,6 +28,7 @@ def pool_recipe(
     max_length: int | None,
     split: str = "test",
     test_samples: int | None = None,
+    data: dict[str, Any] | None = None,
     **fields: Any,
 ) -> Recipe:
     """A recipe for the experts of a pool: calibrated on training data, evaluated on `split`.
@@ -38,14 +39,19 @@ def pool_recipe(
         max_length: tokens a text is cut to.
         split: what to evaluate on.
         test_samples: examples a task to evaluate on; all if None.
+        data: further fields of calibration and evaluation data, such as `pack`.
         fields: further fields of the recipe, such as `merge`, `quantize`, `output`.
     """
     experts = [
         {
             "name": task,
             "model": str(root / "experts" / task),
-            "calibration": {"path": str(split_file(root / "data" / task, "train"))},
-            "evaluation": {"path": str(split_file(root / "data" / task, split)), "samples": test_samples},
+            "calibration": {"path": str(split_file(root / "data" / task, "train")), **(data or {})},
+            "evaluation": {
+                "path": str(split_file(root / "data" / task, split)),
+                "samples": test_samples,
+                **(data or {}),
+            },
         }
         for task in tasks
     ]
