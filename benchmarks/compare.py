@@ -22,6 +22,7 @@ from benchmarks.suites.build import suite_dir
 from epmq.checkpoint import write_json
 from epmq.demo.pool import pool_recipe
 from epmq.evaluate import gap_recovered, show_score
+from epmq.multitask import load
 from epmq.pipeline import evaluate_experts, run
 from epmq.report import hardware, now, versions
 
@@ -71,7 +72,7 @@ def settings(suite: ModuleType) -> Iterator[tuple[str, dict[str, Any]]]:
 def measure(
     suite: ModuleType, root: Path, tasks: list[str], merge: str, quantize: dict[str, Any], **fields: Any
 ) -> dict[str, Any]:
-    """Run one recipe into a temporary directory and return its report."""
+    """Run one recipe into a temporary directory; the report, with what a language model writes to the prompts."""
     with tempfile.TemporaryDirectory(dir=root) as folder:
         recipe = pool_recipe(
             root,
@@ -84,7 +85,12 @@ def measure(
             output=str(Path(folder) / "out"),
             **fields,
         )
-        return run(recipe)
+        report = run(recipe)
+        prompts: dict[str, str] = getattr(suite, "PROMPTS", {})
+        if prompts:
+            model = load(str(recipe.output))
+            report["written"] = {task: model.generate([text], 32)[0] for task, text in prompts.items()}
+        return report
 
 
 def row(suite: str, merge: str, quantize: dict[str, Any], found: dict[str, Any], **more: Any) -> dict[str, Any]:
@@ -165,6 +171,8 @@ def compare(suite: ModuleType, tasks: list[str], quick: bool, merges: list[str],
         report = measure(suite, root, tasks, merge, quantize, **common)
         seconds = round(sum(report["seconds"][phase] for phase in ("open", "merge and quantize")), 1)
         measured = {"seconds": seconds, "peak_memory_mb": report["peak_memory_mb"], "bytes": report["bytes"]}
+        if "written" in report:
+            measured["written"] = report["written"]
         keep(row(name, merge, quantize, report, seed=seed, **measured))
 
 

@@ -54,6 +54,16 @@ def suite_table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def written(rows: list[dict[str, Any]]) -> str:
+    """What the 4-bit checkpoints of a language model wrote when read back, greedily, a prompt a task."""
+    lines = []
+    for row in rows:
+        if row.get("written") and row["bits"] == 4 and row["method"] in ("gptq", "expert_guided"):
+            lines.append(f"\nWritten greedily by the reloaded {TITLES[row['method']]} checkpoint ({grid(row)}):\n")
+            lines += [f"* {task}: `{' ⏎ '.join(text.strip().splitlines())}`" for task, text in row["written"].items()]
+    return "\n".join(lines)
+
+
 def suite_section(path: Path) -> str:
     """A suite's table with a line on where and when it was measured."""
     rows = json.loads(path.read_text())
@@ -61,7 +71,7 @@ def suite_section(path: Path) -> str:
     where = f"{last['hardware']['machine']}, {last['hardware']['threads']} thread(s)"
     used = ", ".join(f"{name} {version}" for name, version in last["versions"].items())
     note = f"Measured {rows[0]['date'][:10]} to {last['date'][:10]} on {where}; seed {last['seed']}; {used}."
-    return f"{suite_table(rows)}\n\n{note}"
+    return f"{suite_table(rows)}\n{written(rows)}\n{note}"
 
 
 def summary(paths: list[Path]) -> str:

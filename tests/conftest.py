@@ -8,11 +8,24 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BertConfig, BertModel, BertTokenizerFast, Dinov2Config, Dinov2Model
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    BertConfig,
+    BertModel,
+    BertTokenizerFast,
+    Dinov2Config,
+    Dinov2Model,
+    PreTrainedTokenizerFast,
+)
 
 from epmq.heads import HEAD_FILE, Head, save_head
 
 WORDS = ["the", "a", "cat", "dog", "sat", "ran", "on", "under", "mat", "tree", "red", "blue", "big", "small"]
+CHAT_TEMPLATE = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }}</s>{% endfor %}"
+TEXTS = ["the cat sat on the mat", "a dog ran", "blue tree"]
 
 
 @pytest.fixture(autouse=True)
@@ -105,3 +118,14 @@ def recipe_for(pool: Path, **fields: Any) -> dict[str, Any]:
         for task in ("one", "two")
     ]
     return {"base": str(pool / "base"), "experts": experts, "batch_size": 8, "max_length": 16, **fields}
+
+
+def word_tokenizer(ends: bool = False, **settings: Any) -> PreTrainedTokenizerFast:
+    """A tokenizer of whole words with padding, end and unknown tokens 0, 2 and 3; `ends`: it writes the end itself."""
+    words = ["<pad>", "<s>", "</s>", "<unk>", "user", "assistant", *WORDS]
+    core = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    core.pre_tokenizer = Whitespace()
+    if ends:
+        core.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
+    names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", "model_max_length": 64}
+    return PreTrainedTokenizerFast(tokenizer_object=core, **{**names, **settings})

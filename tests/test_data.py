@@ -2,17 +2,19 @@ import json
 import pickle
 import zipfile
 from pathlib import Path
+from typing import Any
 
+import datasets
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from transformers import BitImageProcessorPil
 
-from epmq.batches import encode, load_processor
-from epmq.data import Examples, read_examples
+from epmq.data import Examples, Fields, from_objects, from_rows, read_dataset, read_examples
 
 
 def lines(path: Path, *rows: object) -> Path:
@@ -35,12 +37,6 @@ def folder(tmp_path: Path) -> Path:
         (tmp_path / "images" / name / "notes.txt").write_text("not an image")
     Image.fromarray(images(1)[0]).convert("L").save(tmp_path / "images" / "b_dog" / "deep" / "9.png")
     return tmp_path / "images"
-
-
-def processor(size: int = 14) -> BitImageProcessorPil:
-    return BitImageProcessorPil(
-        do_resize=False, do_center_crop=False, image_mean=[0.5, 0.5, 0.5], image_std=[0.5, 0.5, 0.5]
-    )
 
 
 def test_lines_of_text(tmp_path):
@@ -207,39 +203,267 @@ def test_draws_differ_with_the_seed_and_take_arrays_and_no_labels():
     assert not np.array_equal(first.inputs, second.inputs)
 
 
-def test_texts_become_padded_batches(pool):
-    tokenizer = load_processor(pool / "base")
-    texts = ["the cat sat", "a dog", "the big red tree and the small blue cat ran on"]
-    batches = list(encode(Examples("text", texts, None), tokenizer, batch_size=2, max_length=6))
-    assert [batch["input_ids"].shape for batch in batches] == [(2, 5), (1, 6)]
-    assert batches[0]["attention_mask"].tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 1, 0]]
-    assert batches[0]["input_ids"][0].tolist() == tokenizer("the cat sat")["input_ids"]
+# --- tables ------------------------------------------------------------------------------------------------------
 
 
-def test_images_become_pixels(folder):
-    batches = list(encode(read_examples(folder), processor(), batch_size=4))
-    assert [batch["pixel_values"].shape for batch in batches] == [(4, 3, 8, 8), (2, 3, 8, 8)]
-    # The grey image comes out in three equal channels.
-    grey = batches[1]["pixel_values"][-1]
-    assert torch.equal(grey[0], grey[1]) and torch.equal(grey[0], grey[2])
-    from_array = next(encode(Examples("image", images(1), None), processor()))["pixel_values"]
-    torch.testing.assert_close(from_array[0], torch.tensor(images(1)[0]).permute(2, 0, 1) / 127.5 - 1)
+def table(path: Path, rows: list[dict[str, Any]]) -> Path:
+    """The same rows in the form that the file's ending asks for."""
+    if path.suffix == ".jsonl":
+        return lines(path, *rows)
+    if path.suffix == ".csv":
+        frame = datasets.Dataset.from_list(rows).to_pandas()
+        frame.to_csv(path, index=False)
+    else:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=2)
+    return path
 
 
-def test_the_processor_must_fit_the_data(pool):
-    texts, pictures = Examples("text", ["a"], None), Examples("image", images(1), None)
-    tokenizer = load_processor(pool / "base")
-    with pytest.raises(ValueError, match=r"image examples need the base model's image processor, found \w*Tokenizer"):
-        next(encode(pictures, tokenizer))
-    with pytest.raises(ValueError, match=r"text examples need the base model's tokenizer, found \w*ImageProcessor"):
-        next(encode(texts, processor()))
-    for examples in (texts, pictures):
-        with pytest.raises(ValueError, match="found NoneType"):
-            next(encode(examples, None))
+ROWS = [
+    {"text": 'he said: "a, b"', "label": 2, "other": "x\ny", "target": "eins"},
+    {"text": "ä ü 漢", "label": 0, "other": "", "target": "zwei"},
+    {"text": "two\nlines", "label": 1, "other": "z", "target": "drei"},
+]
 
 
-def test_processors_are_found(pool, tmp_path):
-    assert hasattr(load_processor(pool / "base"), "convert_ids_to_tokens")
-    assert load_processor(tmp_path) is None
-    processor().save_pretrained(tmp_path)
-    assert hasattr(load_processor(tmp_path), "image_mean")
+@pytest.mark.parametrize("ending", [".jsonl", ".csv", ".parquet"])
+def test_a_table_is_the_same_in_every_form(tmp_path, ending):
+    path = table(tmp_path / f"a{ending}", ROWS)
+    examples = read_examples(path)
+    assert examples.kind == "text" and examples.targets is None
+    assert examples.inputs == [row["text"] for row in ROWS]
+    assert examples.labels.tolist() == [2, 0, 1] and examples.labels.dtype == np.int64
+    pairs = read_examples(path, ("target", "text"))
+    assert pairs.kind == "text" and pairs.inputs == [(row["target"], row["text"]) for row in ROWS]
+    translated = read_examples(path, use="seq2seq", target="target")
+    assert translated.kind == "seq2seq" and translated.labels is None
+    assert translated.inputs == examples.inputs and translated.targets == ["eins", "zwei", "drei"]
+    documents = read_examples(path, use="causal")
+    assert documents.kind == "causal" and documents.inputs == examples.inputs and documents.labels is None
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".parquet"])
+def test_chats_are_read(tmp_path, ending):
+    chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+    rows = [{"messages": chat, "text": "not this"}, {"messages": chat[:1], "text": ""}]
+    for use in ("text", "causal", "seq2seq"):
+        examples = read_examples(table(tmp_path / f"a{ending}", rows), use=use)
+        assert examples.kind == "chat" and examples.inputs == [chat, chat[:1]] and examples.labels is None
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".csv", ".parquet"])
+def test_images_lie_beside_their_table(folder, ending):
+    names = ["a_cat/0.webp", "b_dog/0.png"]
+    path = table(folder / f"a{ending}", [{"image": name, "label": i} for i, name in enumerate(names)])
+    examples = read_examples(path)
+    assert examples.kind == "image" and examples.labels.tolist() == [0, 1]
+    assert examples.inputs == [folder / name for name in names]
+    path = table(folder / f"b{ending}", [{"image": name, "text": name[0]} for name in names])
+    paired = read_examples(path)
+    assert paired.kind == "image_text" and paired.labels is None
+    assert paired.inputs == [(folder / name, name[0]) for name in names]
+    path = table(folder / f"c{ending}", [{"image": names[0]}, {"image": "a_cat/none.png"}])
+    with pytest.raises(ValueError, match=r"a_cat/none\.png: no such image"):
+        read_examples(path)
+
+
+@pytest.mark.parametrize(
+    ("row", "settings", "message"),
+    [
+        ({"text": "a"}, {"text": ("text", "other")}, "no text field 'other'"),
+        ({"text": "a"}, {"use": "seq2seq"}, "no target field 'target'"),
+        ({"text": "a", "target": 3}, {"use": "seq2seq"}, "no target field 'target'"),
+        ({"text": "a", "label": "²"}, {}, "field 'label' must be a class index"),
+        ({"text": "a", "label": "--1"}, {}, "field 'label' must be a class index"),
+        ({"text": "a", "label": True}, {}, "field 'label' must be a class index"),
+        ({"text": "a", "label": [1]}, {}, "field 'label' must be a class index"),
+        ({"messages": "hi"}, {}, "field 'messages' must be a list of messages with 'role' and 'content'"),
+        ({"messages": []}, {}, "field 'messages' must be a list of messages"),
+        ({"messages": [{"role": "user"}]}, {}, "field 'messages' must be a list of messages"),
+        ({"messages": ["hi"]}, {}, "field 'messages' must be a list of messages"),
+        ({"image": None, "label": 1}, {}, "no image field 'image'"),
+        ({"image": "a.png", "text": 5}, {}, "no text field 'text'"),
+    ],
+)
+def test_a_row_that_lacks_something_is_named(tmp_path, row, settings, message):
+    with pytest.raises(ValueError, match=rf"a\.jsonl, line 2: {message}"):
+        read_examples(lines(tmp_path / "a.jsonl", "", row), **settings)
+
+
+def test_every_row_must_be_of_the_first_ones_kind(tmp_path):
+    chat = {"messages": [{"role": "user", "content": "hi"}]}
+    for rows, message in (
+        ([chat, {"text": "a"}], r"line 2: field 'messages'"),
+        ([{"image": "b.png"}, {"text": "a"}], r"line 2: no image field"),
+        ([{"text": "a"}, chat], r"line 2: no text field"),
+    ):
+        with pytest.raises(ValueError, match=rf"a\.jsonl, {message}"):
+            read_examples(lines(tmp_path / "a.jsonl", *rows))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"text,label\na,1\nb,x\n", r"a\.csv, line 3: field 'label' must be a class index"),
+        (b"text,label\na,1\nhello, world,1\n", r"a\.csv, line 3: not CSV \(more values than the header has names"),
+        (b"text,label\na,1\nb\n", r"a\.csv, line 3: field 'label' must be a class index"),
+        (b"text,label\na,1\n,1\n", r"a\.csv, line 3: no text field 'text'"),
+        (b'text,label\n"a,1\n', r"a\.csv, line 1: not CSV \(unexpected end of data"),
+        (b"txt,label\na,1\n", r"a\.csv, line 2: no text field 'text'"),
+        (b"text,label\n", r"a\.csv: holds no examples"),
+        (b"", r"a\.csv: holds no examples"),
+        (b"text\na\nna\xefve\n", r"a\.csv: not UTF-8"),
+    ],
+)
+def test_a_bad_csv_is_named(tmp_path, content, message):
+    (tmp_path / "a.csv").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_examples(tmp_path / "a.csv")
+
+
+def test_a_csv_from_a_spreadsheet_is_read(tmp_path):
+    """With a byte order mark, and lines that end in CR LF."""
+    (tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbftext,label\r\na, 1 \r\nb,-1\r\n")
+    examples = read_examples(tmp_path / "a.csv")
+    assert examples.inputs == ["a", "b"] and examples.labels.tolist() == [1, -1]
+
+
+def test_a_long_text_fits_into_a_csv(tmp_path):
+    (tmp_path / "a.csv").write_text("text\n" + "a" * 300_000 + "\n")
+    assert len(read_examples(tmp_path / "a.csv").inputs[0]) == 300_000
+
+
+def test_a_bad_parquet_is_named(tmp_path):
+    whole = table(tmp_path / "good.parquet", ROWS).read_bytes()
+    for name, content in {"text": b"hello", "empty": b"", "cut": whole[:-9]}.items():
+        (tmp_path / f"{name}.parquet").write_bytes(content)
+        with pytest.raises(ValueError, match=rf"{name}\.parquet: not a readable parquet file"):
+            read_examples(tmp_path / f"{name}.parquet")
+    table(tmp_path / "a.parquet", [{"text": "a"}, {"text": None}])
+    with pytest.raises(ValueError, match=r"a\.parquet, row 1: no text field 'text'"):
+        read_examples(tmp_path / "a.parquet")
+
+
+# --- datasets ----------------------------------------------------------------------------------------------------
+
+
+def dataset(name: Path, count: int | None = None, use: str = "text", split: str = "train", **fields: Any) -> Examples:
+    return read_dataset(str(name), None, split, Fields(**fields), use, count, 0)
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "datasets")
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".csv", ".parquet"])
+def test_a_folder_of_tables_is_a_dataset(tmp_path, ending):
+    (tmp_path / "mine").mkdir()
+    table(tmp_path / "mine" / f"train{ending}", ROWS)
+    table(tmp_path / "mine" / f"test{ending}", ROWS[:1])
+    examples = dataset(tmp_path / "mine")
+    assert examples.inputs == [row["text"] for row in ROWS] and examples.labels.tolist() == [2, 0, 1]
+    assert len(dataset(tmp_path / "mine", split="test")) == 1
+    with pytest.raises(FileNotFoundError, match=r"mine/other: datasets cannot open it \(Unknown split"):
+        dataset(tmp_path / "mine", split="other")
+    with pytest.raises(ValueError, match=r"mine/train, row 0: no text field 'sentence'"):
+        dataset(tmp_path / "mine", text="sentence")
+
+
+def test_a_draw_of_a_dataset_is_that_of_a_file(tmp_path):
+    (tmp_path / "mine").mkdir()
+    path = lines(tmp_path / "mine" / "train.jsonl", *({"text": f"t{i}", "label": i} for i in range(50)))
+    drawn, whole = dataset(tmp_path / "mine", 7), read_examples(path).draw(7, 0)
+    assert drawn.inputs == whole.inputs and drawn.labels.tolist() == whole.labels.tolist()
+    assert len(dataset(tmp_path / "mine", 2, use="causal")) == 40
+
+
+def test_pictures_and_class_names_of_a_dataset(tmp_path):
+    names = datasets.ClassLabel(names=["cat", "dog"])
+    features = datasets.Features(image=datasets.Image(), label=names)
+    pictures = [Image.fromarray(array) for array in images(4)]
+    made = datasets.Dataset.from_dict({"image": pictures, "label": [0, 1, 1, 0]}, features=features)
+    (tmp_path / "mine").mkdir()
+    made.to_parquet(tmp_path / "mine" / "train.parquet")
+    # Opened by the library, given as an object, and read from its file without the library.
+    found = dataset(tmp_path / "mine"), from_objects(made, Fields(), "text", "here")
+    for examples in found:
+        assert examples.kind == "image" and examples.labels.tolist() == [0, 1, 1, 0]
+        assert all(np.array_equal(np.asarray(a), b) for a, b in zip(examples.inputs, images(4)))
+    raw = read_examples(tmp_path / "mine" / "train.parquet")
+    assert raw.kind == "image" and raw.labels.tolist() == [0, 1, 1, 0] and isinstance(raw.inputs[0]["bytes"], bytes)
+
+
+def test_a_dataset_that_is_not_there_is_named(tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match=r"dataset .*nowhere/train: datasets cannot open it \(Couldn't find"):
+        dataset(tmp_path / "nowhere")
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise ConnectionError("offline\nand more")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(FileNotFoundError, match=r"dataset owner/name/sub/test: datasets cannot open it \(offline\)$"):
+        read_dataset("owner/name", "sub", "test", Fields(), "text", None, 0)
+
+
+def test_a_dataset_without_rows_is_named(monkeypatch):
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: datasets.Dataset.from_dict({"text": []}))
+    with pytest.raises(ValueError, match=r"dataset owner/name/train: holds no examples"):
+        dataset(Path("owner/name"))
+
+
+def test_without_the_library_it_is_asked_for(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
+    with pytest.raises(
+        ValueError, match=r"dataset owner/name: needs the datasets library \(pip install 'epmq\[data\]'"
+    ):
+        dataset(Path("owner/name"))
+
+
+# --- Python objects ----------------------------------------------------------------------------------------------
+
+
+def test_objects_are_rows():
+    made = datasets.Dataset.from_list(ROWS)
+    for items in (ROWS, iter(ROWS), made, (dict(row) for row in ROWS)):
+        examples = from_objects(items, Fields(), "text", "python objects")
+        assert examples.kind == "text" and examples.inputs == [row["text"] for row in ROWS]
+        assert examples.labels.tolist() == [2, 0, 1]
+    numbers = from_objects([{"text": "a", "label": np.int32(4)}], Fields(), "text", "here").labels
+    assert numbers.tolist() == [4] and numbers.dtype == np.int64
+
+
+def test_objects_with_tensors_are_batches():
+    batches = [{"input_ids": torch.ones(2, 3).long(), "name": "x"}, {"input_ids": torch.ones(1, 4).long()}]
+    examples = from_objects(iter(batches), Fields(), "text", "here")
+    assert examples.kind == "batches" and examples.inputs == batches and len(examples) == 2
+    loader = torch.utils.data.DataLoader([{"pixel_values": torch.ones(3, 2, 2)} for _ in range(5)], batch_size=2)
+    examples = from_objects(loader, Fields(), "text", "here")
+    assert [len(batch["pixel_values"]) for batch in examples.inputs] == [2, 2, 1]
+
+
+def test_objects_of_another_form_are_named():
+    for items, message in (
+        ([], "here: holds no examples"),
+        (["just a text"], "here, item 0: no text field 'text' .not an object"),
+        ([{"text": "a"}, {"txt": "b"}], "here, item 1: no text field 'text'"),
+        ([{"input_ids": torch.ones(1)}, {"text": "b"}], "here, item 0: no text field"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            from_objects(items, Fields(), "text", "here")
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.lists(st.tuples(st.text(max_size=5), st.integers(-3, 9)), max_size=8))
+def test_rows_keep_their_order(rows):
+    found = from_rows(((f"row {i}", {"text": a, "label": b}) for i, (a, b) in enumerate(rows)), Fields(), "text", "x")
+    labels = [] if found.labels is None else found.labels.tolist()
+    assert list(zip(found.inputs, labels)) == rows
+
+
+def test_short_texts_come_first():
+    pairs = Examples("text", [("aaa", "b"), ("a", ""), ("aa", "aaaa")], np.arange(3))
+    assert pairs.by_length().labels.tolist() == [1, 0, 2]
+    translated = Examples("seq2seq", ["aa", "a"], targets=["x", "y"]).by_length()
+    assert translated.inputs == ["a", "aa"] and translated.targets == ["y", "x"]
+    chats = Examples("chat", [[{"role": "user", "content": "a"}]])
+    assert chats.by_length() is chats

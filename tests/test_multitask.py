@@ -3,29 +3,32 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from conftest import padded_batches, perturbed, recipe_for
+from conftest import TEXTS, padded_batches, perturbed, recipe_for, word_tokenizer
+from families import FAMILIES, clip
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
     BertModel,
+    CLIPImageProcessorPil,
+    CLIPProcessor,
+    CLIPVisionModel,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
 )
 
 import epmq
-from epmq.batches import load_processor
+from epmq.batches import encode, load_processor
 from epmq.checkpoint import Checkpoint
-from epmq.evaluate import accuracy, gap_recovered
-from epmq.heads import HEAD_FILE, load_head
+from epmq.data import read_examples
+from epmq.heads import HEAD_FILE, Head, load_head, save_head
 from epmq.multitask import HEADS, MultiTaskModel
 from epmq.pipeline import evaluate_checkpoint, evaluate_experts, merge, run
 
-TEXTS = ["the cat sat on the mat", "a dog ran", "blue tree"]
 LABELS = {"one": ["no", "yes"], "two": ["red", "green", "blue", "none"]}
 
 
@@ -177,36 +180,6 @@ def test_leftovers_of_an_old_layout_are_no_head(pool, tmp_path):
     assert epmq.load(tmp_path / "out").tasks == []
 
 
-def test_accuracy_is_the_share_of_right_answers(pool, merged):
-    from epmq.data import Examples
-
-    model = epmq.load(merged)
-    texts = [f"{a} {b}" for a in ("the", "a big", "small blue tree and") for b in ("cat", "dog", "mat sat on")]
-    answers = np.asarray(["xyz".index(name) for name in model.answer("one", texts)])
-    assert accuracy(model, "one", Examples("text", texts, answers), batch_size=4) == 1
-    assert accuracy(model, "one", Examples("text", texts, (answers + 1) % 3), batch_size=4) == 0
-    half = np.where(np.arange(9) < 3, answers, (answers + 1) % 3)
-    done = []
-    assert accuracy(model, "one", Examples("text", texts, half), batch_size=2, advance=done.append) == 3 / 9
-    assert done == [2, 2, 2, 2, 1]
-
-
-def test_labels_that_do_not_fit_the_head_are_refused(merged):
-    from epmq.data import Examples
-
-    model = epmq.load(merged)
-    with pytest.raises(ValueError, match="task one: the evaluation data has no labels"):
-        accuracy(model, "one", Examples("text", TEXTS, None))
-    for labels, wrong in (([0, 1, 3], 3), ([0, -1, 1], -1)):
-        with pytest.raises(ValueError, match=f"task one: label {wrong} but the head has 3 classes"):
-            accuracy(model, "one", Examples("text", TEXTS, np.asarray(labels)))
-
-
-def test_gap_recovered_by_hand():
-    assert gap_recovered(73.6, 65.0, 90.3) == pytest.approx(0.34, abs=0.001)
-    assert gap_recovered(1.0, 1.0, 2.0) == 0 and gap_recovered(0.5, 1.0, 1.0) is None
-
-
 @torch.no_grad()
 def test_a_native_head_sits_on_the_inner_model_of_a_decoder(tmp_path):
     """Base: a causal language model. Experts: sequence classifiers, whose head takes what the inner model returns."""
@@ -227,3 +200,114 @@ def test_a_native_head_sits_on_the_inner_model_of_a_decoder(tmp_path):
         reference = LlamaForSequenceClassification.from_pretrained(expert["model"]).eval()
         reference.model.load_state_dict(model.backbone.model.state_dict())
         assert torch.equal(model(expert["name"], **batch), reference(**batch).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, "auto"])
+@torch.no_grad()
+def test_heads_follow_the_dtype_that_is_asked_for(native, merged, tmp_path, dtype):
+    run({**native, "output": str(tmp_path / "out")}, progress=False, evaluate=False)
+    kind = torch.float32 if dtype == "auto" else dtype
+    for folder in (tmp_path / "out", merged):
+        model = epmq.load(folder, dtype=dtype)
+        assert model.backbone.dtype == kind
+        for task in model.tasks:
+            scores, exact = model(task, **inputs(folder)), epmq.load(folder)(task, **inputs(folder))
+            torch.testing.assert_close(scores.float(), exact, rtol=0, atol=0.1 if kind != torch.float32 else 0)
+
+
+@torch.no_grad()
+def test_a_head_in_half_precision_sits_on_a_backbone_in_float32(native, tmp_path):
+    recipe = json.loads(json.dumps(native))
+    for expert in recipe["experts"]:
+        model = BertForSequenceClassification.from_pretrained(expert["model"])
+        expert["model"] = str(tmp_path / expert["name"])
+        model.bfloat16().save_pretrained(expert["model"])
+    merge({**recipe, "output": str(tmp_path / "out")}, progress=False)
+    scores = epmq.load(tmp_path / "out")("one", **inputs(tmp_path / "out"))
+    assert scores.dtype == torch.float32 and torch.isfinite(scores).all()
+    kept = load_file(tmp_path / "out" / HEADS / "one.safetensors")
+    assert {tensor.dtype for tensor in kept.values()} == {torch.bfloat16}
+
+
+def test_a_vision_model_with_a_tokenizer_beside_it_answers_images(tmp_path):
+    """What CLIP's vision experts become: the base's processor has both."""
+    clip().save_pretrained(tmp_path / "base")
+    CLIPProcessor(CLIPImageProcessorPil(size=28, crop_size=28), word_tokenizer()).save_pretrained(tmp_path / "base")
+    CLIPVisionModel.from_pretrained(tmp_path / "base").save_pretrained(tmp_path / "one")
+    save_head(Head(torch.randn(3, 32), torch.randn(3), "cls", labels=["x", "y", "z"]), tmp_path / "one" / HEAD_FILE)
+    experts = [{"name": "one", "model": str(tmp_path / "one")}]
+    recipe = {"base": str(tmp_path / "base"), "experts": experts, "output": str(tmp_path / "out")}
+    images = torch.randint(0, 256, (4, 28, 28, 3), dtype=torch.uint8).numpy()
+    rows = [{"image": Image.fromarray(image), "label": 0} for image in images]
+    report = run(recipe, calibration={"one": rows}, evaluation={"one": rows}, progress=False)
+    model = epmq.load(tmp_path / "out")
+    answers = model.answer("one", images)
+    assert answers == model.answer("one", [Image.fromarray(image) for image in images])
+    assert report["scores"]["one"] == answers.count("x") / 4
+
+
+# --- text that is written ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
+@torch.no_grad()
+def test_generated_text_is_the_models_own(family):
+    model, tokenizer = FAMILIES[family].build(), word_tokenizer()
+    model.generation_config.eos_token_id = model.config.eos_token_id = 2
+    written = MultiTaskModel(model, {}, tokenizer).generate(TEXTS, max_new_tokens=5)
+    for text, found in zip(TEXTS, written, strict=True):
+        ids = tokenizer(text, return_tensors="pt")["input_ids"]
+        # Greedily by hand: the likeliest token, again and again.
+        own = torch.tensor([[0]]) if family == "t5" else ids
+        for _ in range(5):
+            logits = model(ids, decoder_input_ids=own).logits if family == "t5" else model(own).logits
+            own = torch.cat([own, logits[:, -1:].argmax(-1)], dim=1)
+            if own[0, -1] == 2:
+                break
+        start = 0 if family == "t5" else ids.shape[1]
+        assert found == tokenizer.decode(own[0, start:], skip_special_tokens=True)
+
+
+def test_what_does_not_write_says_so(merged):
+    with pytest.raises(ValueError, match="BertModel does not generate text"):
+        epmq.load(merged).generate(TEXTS)
+    with pytest.raises(ValueError, match="LlamaForCausalLM does not generate text"):
+        MultiTaskModel(FAMILIES["llama"].build(), {}).generate(TEXTS)
+
+
+def test_settings_of_generate_are_handed_on():
+    model = MultiTaskModel(FAMILIES["llama"].build(), {}, word_tokenizer())
+    allowed = [6, 7]
+    words = word_tokenizer().convert_ids_to_tokens(allowed)
+    (text,) = model.generate(
+        TEXTS[:1], 4, suppress_tokens=[i for i in range(32) if i not in allowed], repetition_penalty=1.1
+    )
+    assert len(text.split()) == 4 and set(text.split()) <= set(words)
+    assert model.generate([]) == []
+
+
+@torch.no_grad()
+def test_ready_batches_and_objects_stand_in_for_the_recipes_data(pool, tmp_path):
+    """The same rows from files, as objects and as batches give the same checkpoint and the same scores."""
+    recipe = recipe_for(pool)
+    rows = {
+        task: [json.loads(line) for line in (pool / "data" / f"{task}.jsonl").read_text().splitlines()]
+        for task in ("one", "two")
+    }
+    batches = {
+        task: list(encode(read_examples(pool / "data" / f"{task}.jsonl"), load_processor(pool / "base"), 8, 16))
+        for task in rows
+    }
+    reports = [
+        run({**recipe, "output": str(tmp_path / "files")}, progress=False),
+        run({**recipe, "output": str(tmp_path / "rows")}, progress=False, calibration=rows, evaluation=rows),
+        run({**recipe, "output": str(tmp_path / "batches")}, progress=False, calibration=batches),
+    ]
+    first, *others = (load_file(tmp_path / name / "model.safetensors") for name in ("files", "rows", "batches"))
+    for other in others:
+        assert all(torch.equal(other[name], tensor) for name, tensor in first.items())
+    assert reports[0]["scores"] == reports[1]["scores"] == reports[2]["scores"]
+    with pytest.raises(ValueError, match="data for 'three', but the recipe has no expert of that name"):
+        run({**recipe, "output": str(tmp_path / "x")}, progress=False, calibration={"three": rows["one"]})
+    with pytest.raises(ValueError, match=r"experts\.one\.evaluation: batches examples cannot be scored"):
+        run({**recipe, "output": str(tmp_path / "x")}, progress=False, evaluation=batches)

@@ -531,3 +531,14 @@ def test_the_output_stands_on_its_own(pool, tmp_path):
     assert {"config.json", "model.safetensors", "report.json", "README.md", "heads/one.safetensors"} <= set(names)
     assert not any(path.is_symlink() for path in (tmp_path / "moved").rglob("*"))
     assert epmq.load(tmp_path / "moved").answer("two", ["the cat"])[0] in "xyz"
+
+
+def test_what_cannot_be_scored_is_refused_before_any_compute(pool, tmp_path):
+    recipe = recipe_for(pool, output=str(tmp_path / "out"))
+    chat = [{"messages": [{"role": "user", "content": "the cat"}]}]
+    with pytest.raises(ValueError, match=r"experts\.one\.evaluation: "):
+        run(recipe, evaluation={"one": chat}, progress=False)
+    recipe["experts"][0]["evaluation"] = recipe["experts"][1]["evaluation"] = None
+    with pytest.raises(ValueError, match="data for 'three', but the recipe has no expert of that name"):
+        run(recipe, calibration={"three": chat}, progress=False)
+    assert not (tmp_path / "out").exists()

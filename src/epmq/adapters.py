@@ -29,6 +29,7 @@ _HARMLESS = {
     "layers_to_transform",
     "lora_alpha",
     "lora_dropout",
+    "megatron_core",
     "modules_to_save",
     "peft_type",
     "peft_version",
@@ -54,7 +55,8 @@ def is_adapter(path: str | Path) -> bool:
     """Whether a model directory holds an adapter and no weights of its own."""
     path = Path(path)
     folder = path.parent if path.name.startswith("adapter_model") else path
-    return (folder / CONFIG).is_file() and not (folder / Checkpoint.SINGLE).exists()
+    whole = any((folder / name).exists() for name in (Checkpoint.SINGLE, Checkpoint.INDEX))
+    return (folder / CONFIG).is_file() and not whole
 
 
 class Adapter(Checkpoint):
@@ -75,12 +77,14 @@ class Adapter(Checkpoint):
         self._check_config()
         self._parts: dict[str, dict[str, str]] = {}
         for name in self._shard:
+            if ".original_module." in name:
+                continue  # with bias="all", PEFT also writes what `modules_to_save` took the place of
             target, part = _parse(name)
             if part is None:
                 raise ValueError(f"{self.path}: tensor {name!r} is of no kind that is applied here")
             self._parts.setdefault(target, {})[part] = name
         for target, parts in self._parts.items():
-            if "full" not in parts and {"A", "B"} - parts.keys():
+            if len({"A", "B"} & parts.keys()) == 1:
                 raise ValueError(f"{self.path}: {target!r} has only one of its two LoRA factors")
             if any(len(self._stored_shape(stored)) != 2 for part, stored in parts.items() if part != "full"):
                 raise ValueError(f"{self.path}: {target!r} is not a linear layer or an embedding: not applied here")
@@ -105,24 +109,29 @@ class Adapter(Checkpoint):
         return name in self._parts
 
     def replaces(self, name: str) -> bool:
-        """Whether the adapter brings the tensor itself (`modules_to_save`, biases) and not a change to it."""
+        """Whether the adapter brings the tensor itself (`modules_to_save`, biases, embeddings beside their change)."""
         return "full" in self._parts[name]
 
+    def changes(self, name: str) -> bool:
+        """Whether the adapter adds s·B·A to the tensor."""
+        return "A" in self._parts[name]
+
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor that the adapter replaces, or of the change [out, in] it makes to one."""
+        """Shape of a tensor that the adapter replaces."""
+        return self._stored_shape(self._parts[name]["full"])
+
+    def change_shape(self, name: str) -> tuple[int, int]:
+        """Shape [out, in] of what the adapter adds to a tensor."""
         parts = self._parts[name]
-        if "full" in parts:
-            return self._stored_shape(parts["full"])
         return self._stored_shape(parts["B"])[0], self._stored_shape(parts["A"])[1]
 
     def tensor(self, name: str) -> Tensor:
-        """A tensor that the adapter replaces, as stored, or s·B·A in float32 with s the adapter's scaling.
+        """A tensor that the adapter replaces, as stored."""
+        return self._read(self._parts[name]["full"])
 
-        s is α/r, or α/√r with rslora (Kalajdzievski, arXiv 2312.03732).
-        """
+    def change(self, name: str) -> Tensor:
+        """s·B·A in float32, [out, in]; s is α/r, or α/√r with rslora (Kalajdzievski, arXiv 2312.03732)."""
         parts = self._parts[name]
-        if "full" in parts:
-            return self._read(parts["full"])
         down, up = self._read(parts["A"]).float(), self._read(parts["B"]).float()
         return self._scaling(name.rpartition(".")[0], len(down)) * (up @ down)
 
@@ -136,7 +145,7 @@ class Adapter(Checkpoint):
 
     def _scaling(self, module: str, rank: int) -> float:
         patterns: dict[str, float] = self.config.get("alpha_pattern") or {}
-        own = [value for key, value in patterns.items() if re.match(rf"(?:.*\.)?(?:{key.removeprefix('^')})$", module)]
+        own = [value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)]
         alpha = own[0] if own else self.config.get("lora_alpha", 8)
         return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
@@ -151,8 +160,10 @@ def _parse(name: str) -> tuple[str, str | None]:
     return name, None if ".lora_" in name else "full"
 
 
-def head_settings(adapter: Adapter, base_config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any] | None:
-    """The config of the task class whose head an adapter brings in `modules_to_save`; None if it brings none.
+def head_settings(
+    adapter: Adapter, base_config: dict[str, Any], tensors: dict[str, Tensor], absent: list[str]
+) -> dict[str, Any]:
+    """The config of the task class whose head an adapter brings in `modules_to_save`.
 
     An adapter does not say how many labels it has: every size that its tensors offer is tried.
 
@@ -160,23 +171,34 @@ def head_settings(adapter: Adapter, base_config: dict[str, Any], tensors: dict[s
         adapter: the adapter.
         base_config: content of the base's config.json.
         tensors: what the adapter brings that the base does not have.
+        absent: tensors of the shared model that the base does not have.
 
     Raises:
-        ValueError: no number of labels fits.
+        ValueError: the adapter names no task class, no number of labels fits, or a part of the head is missing.
     """
     import transformers
     from accelerate import init_empty_weights
 
-    table = _HEADS.get(str(adapter.config.get("task_type")))
-    if table is None or not tensors:
-        return None
     config = transformers.AutoConfig.for_model(**base_config)
-    kind: Any = getattr(transformers, table)[type(config)]
+    table = getattr(transformers, _HEADS.get(str(adapter.config.get("task_type")), ""), {})
+    # Without a task type, PEFT writes down the class that was trained.
+    trained = (adapter.config.get("auto_mapping") or {}).get("base_model_class") or ""
+    kind: Any = table[type(config)] if type(config) in table else getattr(transformers, trained, None)
+    if kind is None:
+        raise ValueError(f"{adapter.path}: {', '.join(tensors)} is not in the base, and no task class is named for it")
     for labels in sorted({len(tensor) for tensor in tensors.values()}):
         config.num_labels = labels
         with init_empty_weights():
             state = kind._from_config(config).state_dict()
         if all(name in state and state[name].shape == tensor.shape for name, tensor in tensors.items()):
+            prefix = f"{kind.base_model_prefix}."
+            known = {name for name in state if name.startswith(prefix) and name.removeprefix(prefix) not in absent}
+            missing = state.keys() - known - tensors.keys()
+            if missing:
+                raise ValueError(
+                    f"{adapter.path}: of the head of {kind.__name__}, {', '.join(sorted(missing))} is neither in the "
+                    "base nor in the adapter; name it in modules_to_save when training"
+                )
             return {**base_config, "architectures": [kind.__name__], **_labels(labels)}
     raise ValueError(f"{adapter.path}: its head ({', '.join(tensors)}) does not fit {kind.__name__}")
 

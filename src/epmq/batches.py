@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from io import BytesIO
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ def tokenizer_of(processor: Any) -> Any:
         return None
     if found.pad_token_id is None and found.eos_token_id is not None:
         found.pad_token = found.eos_token  # decoders often come without; padding is masked out anyway
+    found.padding_side = "right"  # whatever it was to generate with: positions count from the first token
     return found
 
 
@@ -113,10 +115,16 @@ def _pixels(chunk: Any, processor: Any) -> dict[str, torch.Tensor]:
 
 
 def _image(source: Any) -> Any:
-    if not isinstance(source, (str, Path)):
-        return source  # an array or a picture already
     from PIL import Image
 
+    if isinstance(source, Image.Image):
+        return source.convert("RGB")
+    if isinstance(source, Mapping):  # as parquet files of pictures hold them
+        source = source.get("path") if source.get("bytes") is None else source["bytes"]
+    if isinstance(source, bytes):
+        source = BytesIO(source)
+    if not isinstance(source, (str, Path, BytesIO)):
+        return source  # an array
     with Image.open(source) as image:
         return image.convert("RGB")
 

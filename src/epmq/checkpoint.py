@@ -10,8 +10,8 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -74,7 +74,11 @@ class _Pickled:
     """Tensors of a pickle, behind the interface of `safe_open`."""
 
     def __init__(self, path: Path) -> None:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        # The form before torch 1.6, which older models on the Hub still have, is no zip file and cannot be mapped.
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
+        except Exception as error:  # a damaged pickle can raise anything
+            raise ValueError(str(error) or type(error).__name__) from None
         if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
             raise ValueError("it holds something else than named tensors")
         self._tensors: dict[str, Tensor] = content
@@ -159,7 +163,7 @@ class Checkpoint:
                     self._files[shard] = _Pickled(self.path / shard)
                 else:
                     self._files[shard] = safe_open(str(self.path / shard), framework="pt")
-            except (SafetensorError, OSError, ValueError, RuntimeError, UnpicklingError, EOFError) as error:
+            except (SafetensorError, OSError, ValueError) as error:
                 kind = "pickle of tensors" if shard.endswith(PICKLES) else "safetensors file"
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 raise ValueError(f"{self.path / shard}: not a readable {kind} ({reason})") from None
@@ -201,7 +205,12 @@ class Checkpoint:
     def _read(self, name: str) -> Tensor:
         if name not in self._shard:
             raise KeyError(f"{self.path}: no tensor {name!r}")
-        return self._open(self._shard[name]).get_tensor(name)
+        shard = self._shard[name]
+        if shard.endswith(PICKLES):
+            return self._open(shard).get_tensor(name)
+        # A map for this tensor alone: pages that were read stay resident until their map is closed, and with one map
+        # for the file all weights would be in the end.
+        return safe_open(str(self.path / shard), framework="pt").get_tensor(name)
 
     def check_finite(self, names: list[str] | None = None) -> None:
         """Read all tensors once and look for NaN and Inf.
@@ -211,10 +220,11 @@ class Checkpoint:
         """
         for name in self.names if names is None else names:
             tensor = self._read(name)
+            # Smallest and largest entry show NaN and Inf without a copy of the tensor, which a sum in float64 takes.
             if (
                 torch.is_floating_point(tensor)
                 and tensor.numel()
-                and not torch.isfinite(tensor.sum(dtype=torch.float64))
+                and not torch.isfinite(torch.stack(tensor.aminmax())).all()
             ):
                 bad = int((~torch.isfinite(tensor)).sum())
                 raise ValueError(f"{self.path / self._shard[name]}: tensor {name!r} has {bad} NaN or Inf entries")

@@ -13,6 +13,7 @@ import csv
 import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -136,7 +137,7 @@ def read_dataset(
 
     Raises:
         FileNotFoundError: `datasets` cannot open it.
-        ValueError: the library is missing, or the rows are not of a known form.
+        ValueError: the library is missing, there are no rows, or they are not of a known form.
     """
     try:
         import datasets
@@ -152,6 +153,8 @@ def read_dataset(
         wanted = count if use != "causal" else 20 * count
         order = np.random.default_rng(seed).permutation(len(rows))[:wanted]
         rows = rows.select(np.sort(order))
+    if len(rows) == 0:
+        raise ValueError(f"{place}: holds no examples")
     return from_rows(((f"row {i}", row) for i, row in enumerate(rows)), fields, use, place)
 
 
@@ -231,8 +234,9 @@ def _string(row: Mapping[str, Any], field: str, where: str, what: str) -> str:
 
 
 def _label(value: Any, field: str, where: str) -> int:
-    if isinstance(value, str) and value.strip().lstrip("-").isdigit():  # csv knows strings only
-        return int(value)
+    if isinstance(value, str):  # csv knows nothing else
+        with suppress(ValueError):
+            value = int(value)
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise ValueError(f"{where}: field {field!r} must be a class index (an integer)")
     return int(value)
@@ -279,10 +283,12 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    with path.open(newline="", encoding="utf-8") as file:
+    with path.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file, strict=True)
         try:
             for row in reader:
+                if None in row:
+                    raise csv.Error("more values than the header has names")
                 yield f"line {reader.line_num}", {name: value for name, value in row.items() if value != ""}
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}: not UTF-8 ({error.reason})") from None

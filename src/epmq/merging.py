@@ -2,6 +2,8 @@
 
 Each takes the base tensor, one tensor an expert (all of one shape) and its settings, computes in float32 and
 returns the merged tensor in float32. To add a method, write such a function and give it a line in `METHODS`.
+
+All work piece by piece: K task vectors of a whole embedding matrix in float32 would be the peak of a run's memory.
 """
 
 from __future__ import annotations
@@ -12,6 +14,9 @@ import torch
 from torch import Tensor
 
 Scaling = float | Sequence[float]
+
+# Entries that are merged at once.
+PIECE = 1 << 20
 
 
 def task_vectors(base: Tensor, experts: Sequence[Tensor]) -> Tensor:
@@ -28,7 +33,12 @@ def average(base: Tensor, experts: Sequence[Tensor], *, weights: Sequence[float]
         weights: K weights, normalised to a sum of 1; None means equal ones.
     """
     share = _per_expert(1.0 if weights is None else weights, experts, "weights").to(base.device)
-    return torch.tensordot(share / share.sum(), torch.stack([expert.float() for expert in experts]), dims=1)
+    share /= share.sum()
+
+    def mean(_: Tensor, experts: Sequence[Tensor]) -> Tensor:
+        return torch.tensordot(share, torch.stack([expert.float() for expert in experts]), dims=1)
+
+    return _by_pieces(mean, base, experts)
 
 
 def task_arithmetic(base: Tensor, experts: Sequence[Tensor], *, scaling: Scaling = 0.3) -> Tensor:
@@ -40,7 +50,11 @@ def task_arithmetic(base: Tensor, experts: Sequence[Tensor], *, scaling: Scaling
         scaling: one s for all experts or one an expert.
     """
     share = _per_expert(scaling, experts, "scaling").to(base.device)
-    return base.float() + torch.tensordot(share, task_vectors(base, experts), dims=1)
+
+    def add(base: Tensor, experts: Sequence[Tensor]) -> Tensor:
+        return base.float() + torch.tensordot(share, task_vectors(base, experts), dims=1)
+
+    return _by_pieces(add, base, experts)
 
 
 def ties(
@@ -61,12 +75,16 @@ def ties(
         thresholds: K magnitudes; entries below them are trimmed. A whole-model trim passes them in; None trims
             each tensor by itself to `density`.
     """
-    tau = task_vectors(base, experts)
     if thresholds is None:
-        thresholds = [magnitude_threshold(vector, density) for vector in tau]
-    for vector, threshold in zip(tau, thresholds, strict=True):
-        vector[vector.abs() < threshold] = 0
-    return base.float() + scaling * disjoint_mean(tau)
+        thresholds = [magnitude_threshold(expert.float() - base.float(), density) for expert in experts]
+
+    def add(base: Tensor, experts: Sequence[Tensor]) -> Tensor:
+        tau = task_vectors(base, experts)
+        for vector, threshold in zip(tau, thresholds, strict=True):
+            vector[vector.abs() < threshold] = 0
+        return base.float() + scaling * disjoint_mean(tau)
+
+    return _by_pieces(add, base, experts)
 
 
 def dare(
@@ -89,17 +107,21 @@ def dare(
         seed: of the draw; with `name` (the tensor's) it fixes the mask whatever the order of tensors or the device.
         combine: `task_arithmetic` sums what is left, `ties` elects signs and averages what agrees.
     """
-    tau = task_vectors(base, experts)
-    for k, vector in enumerate(tau):
-        vector.mul_(_bernoulli(vector.shape, density, f"{seed}/{name}/{k}").to(vector.device)).div_(density)
-    if combine == "ties":
-        if not isinstance(scaling, (int, float)):
-            raise ValueError("merge.scaling: dare with combine: ties takes one scaling, not one an expert")
-        return base.float() + scaling * disjoint_mean(tau)
-    if combine != "task_arithmetic":
+    if combine not in ("task_arithmetic", "ties"):
         raise ValueError(f"merge.combine: {combine!r} is not 'task_arithmetic' or 'ties'")
+    if combine == "ties" and not isinstance(scaling, (int, float)):
+        raise ValueError("merge.scaling: dare with combine: ties takes one scaling, not one an expert")
     share = _per_expert(scaling, experts, "scaling").to(base.device)
-    return base.float() + torch.tensordot(share, tau, dims=1)
+    masks = [_bernoulli(base.shape, density, f"{seed}/{name}/{k}").to(base.device) for k in range(len(experts))]
+
+    def add(base: Tensor, parts: Sequence[Tensor]) -> Tensor:
+        tau = task_vectors(base, parts[: len(experts)])
+        for vector, mask in zip(tau, parts[len(experts) :]):
+            vector.mul_(mask).div_(density)
+        change = share[0] * disjoint_mean(tau) if combine == "ties" else torch.tensordot(share, tau, dims=1)
+        return base.float() + change
+
+    return _by_pieces(add, base, [*experts, *masks])
 
 
 def disjoint_mean(tau: Tensor) -> Tensor:
@@ -120,10 +142,11 @@ def disjoint_mean(tau: Tensor) -> Tensor:
 
 def magnitude_threshold(values: Tensor, density: float) -> float:
     """The magnitude of the ⌊density · n⌋-th largest of n entries; infinite if that keeps none."""
-    keep = int(density * values.numel())
-    if keep <= 0:
-        return float("inf")
-    return float(values.abs().flatten().kthvalue(values.numel() - keep + 1).values)
+    search = ThresholdSearch(density)
+    search.add(values)
+    search.narrow()
+    search.add(values)
+    return search.threshold()
 
 
 class ThresholdSearch:
@@ -143,13 +166,14 @@ class ThresholdSearch:
 
     def add(self, values: Tensor) -> None:
         """Count the magnitudes of one piece (any shape)."""
-        bits = values.float().abs().flatten().contiguous().view(torch.int32)
-        if self.bucket is None:
-            self.count += bits.numel()
-            found = bits >> 16
-        else:
-            found = bits[(bits >> 16) == self.bucket] & 0xFFFF
-        self._histogram += torch.bincount(found, minlength=1 << 16).cpu()
+        for piece in values.reshape(-1).split(PIECE):
+            bits = piece.float().abs().view(torch.int32)
+            if self.bucket is None:
+                self.count += bits.numel()
+                found = bits >> 16
+            else:
+                found = bits[(bits >> 16) == self.bucket] & 0xFFFF
+            self._histogram += torch.bincount(found, minlength=1 << 16).cpu()
 
     def narrow(self) -> None:
         """End of the first pass."""
@@ -171,6 +195,15 @@ class ThresholdSearch:
         return (1 << 16) - 1 - position, int(from_top[position - 1]) if position else 0
 
 
+def _by_pieces(merge: Callable[[Tensor, Sequence[Tensor]], Tensor], base: Tensor, parts: Sequence[Tensor]) -> Tensor:
+    """The merge of one entry depends on nothing but that entry of base and parts: take a slice of each at a time."""
+    merged = torch.empty(base.shape, device=base.device)
+    slices = [tensor.reshape(-1).split(PIECE) for tensor in (merged, base, *parts)]
+    for out, first, *rest in zip(*slices):
+        out.copy_(merge(first, rest))
+    return merged
+
+
 def _per_expert(value: Scaling, experts: Sequence[Tensor], field: str) -> Tensor:
     values = [float(value)] * len(experts) if isinstance(value, (int, float)) else [float(v) for v in value]
     if len(values) != len(experts):
@@ -182,7 +215,7 @@ def _bernoulli(shape: torch.Size, density: float, key: str) -> Tensor:
     import zlib
 
     generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
-    return (torch.rand(shape, generator=generator) < density).float()
+    return torch.rand(shape, generator=generator) < density
 
 
 METHODS: dict[str, Callable[..., Tensor]] = {

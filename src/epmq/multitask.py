@@ -31,6 +31,11 @@ class NativeHead(nn.Module):
 
         kind = getattr(transformers, architecture)
         settings = transformers.AutoConfig.for_model(**config)
+        place = next(backbone.parameters())
+        tensors = {
+            name: tensor.to(place.device, place.dtype if tensor.is_floating_point() else None)
+            for name, tensor in tensors.items()
+        }
         with init_empty_weights(include_buffers=False):
             model = kind._from_config(settings).eval()
         prefix = kind.base_model_prefix
@@ -107,7 +112,7 @@ class MultiTaskModel(nn.Module):
         """The best class of each input (texts, or images as paths or uint8 arrays), by name where names are known."""
         from epmq.data import Examples
 
-        kind = "image" if tokenizer_of(self.processor) is None else "text"
+        kind = "image" if self.backbone.main_input_name == "pixel_values" else "text"
         names, found = self.labels(task), []
         for batch in encode(Examples(kind, list(inputs)), self.processor, 32, max_length):
             found += self(task, **to_device(batch, self.device)).argmax(-1).tolist()
@@ -178,6 +183,4 @@ def load_any_head(path: Path, backbone: nn.Module) -> Head | NativeHead:
         raise ValueError(f"{path}: not a readable safetensors file ({error})") from None
     if "architecture" not in metadata:
         return load_head(path)
-    device = next(backbone.parameters()).device
-    tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
     return NativeHead(backbone, metadata["architecture"], json.loads(metadata["config"]), tensors)

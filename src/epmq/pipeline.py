@@ -36,6 +36,19 @@ from epmq.streams import Calibration
 Objects = Mapping[str, Iterable[Any]]
 
 
+def check_scored(sources: Sources, examples: Examples, data: Data | None) -> None:
+    """Check before any compute that examples can be scored with what they hold, on this model.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    metric, model = metric_of(examples), sources.model
+    if metric == "accuracy" and examples.labels is None:
+        raise ValueError(f"{data.path or data.dataset if data else 'python objects'} has no labels")
+    if metric == "log_perplexity" and (not model.can_generate() or model.config.is_encoder_decoder):
+        raise ValueError(f"{examples.kind} examples are scored by perplexity, which {type(model).__name__} does not give")
+
+
 @dataclass
 class Job:
     """A recipe whose every part has been opened and checked; nothing has been computed."""
@@ -136,8 +149,8 @@ def _examples(sources: Sources, expert: Expert, processor: Any, field: str, obje
         elif examples.kind != "batches":
             examples = examples.draw(count, recipe.seed)
         next(encode(examples, processor, 1, recipe.max_length))
-        if field == "evaluation" and metric_of(examples) == "accuracy" and examples.labels is None:
-            raise ValueError(f"{data.path or data.dataset if data else 'python objects'} has no labels")
+        if field == "evaluation":
+            check_scored(sources, examples, data)
     except (ValueError, FileNotFoundError) as error:
         raise type(error)(f"{place}: {error}") from None
     return examples
@@ -401,8 +414,6 @@ def _expert_head(sources: Sources, expert: Expert, backbone: nn.Module) -> Head 
     config = sources.head_config(expert.name)
     if config is None:
         return None
-    place = next(backbone.parameters()).device
-    tensors = {name: tensor.to(place) for name, tensor in tensors.items()}
     return NativeHead(backbone, config["architectures"][0], config, tensors)
 
 

@@ -77,11 +77,12 @@ def search_scales(
     return best
 
 
-def unit_upper_factor(hessian: Tensor) -> tuple[Tensor, Tensor]:
+def unit_upper_factor(hessian: Tensor, order: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """H = U D Uᵀ with U unit upper triangular and D diagonal, by one Cholesky factor of H read backwards.
 
     Args:
         hessian: [n, n] float, symmetric positive definite.
+        order: [n] int64, a permutation in which rows and columns of H are taken; None leaves them where they are.
 
     Returns:
         U [n, n] and the diagonal of D [n].
@@ -89,10 +90,13 @@ def unit_upper_factor(hessian: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         torch.linalg.LinAlgError: H is not positive definite.
     """
-    lower = torch.linalg.cholesky(hessian.flip(0, 1))
-    upper = lower.flip(0, 1)
+    if order is None:
+        order = torch.arange(len(hessian), device=hessian.device)
+    backwards = order.flip(0)
+    # No more names than needed, and one gather for both permutations: H is the largest thing in memory here.
+    upper = torch.linalg.cholesky(hessian[backwards[:, None], backwards]).flip(0, 1)
     diagonal = upper.diagonal().clone()
-    return upper / diagonal, diagonal.square()
+    return upper.div_(diagonal), diagonal.square()
 
 
 def gptq(
@@ -131,8 +135,7 @@ def gptq(
     order = torch.arange(columns, device=target.device)
     if act_order:
         order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-        hessian = hessian[order][:, order]
-    feedback, curvature = unit_upper_factor(hessian)
+    feedback, curvature = unit_upper_factor(hessian, order)
     importance = torch.empty_like(curvature)
     importance[order] = curvature
     scale, zero = search_scales(target, grid, scale_dtype, importance) if search else grid.scales(target, scale_dtype)

@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 
 from epmq import adapters
 from epmq.adapters import Adapter, is_adapter
 from epmq.blocks import LINEAR, find_stacks, is_transposed
-from epmq.checkpoint import Checkpoint
+from epmq.checkpoint import Checkpoint, resolve
 from epmq.merging import METHODS, ThresholdSearch
 from epmq.skeleton import build_skeleton, has_task_head, load_block, rename, set_tensor, shared_checkpoint, tied_names
 from epmq.spec import Recipe
@@ -40,20 +41,22 @@ class Sources:
         self.notes: list[str] = []
         self.base = Checkpoint(recipe.base)
         self.experts = {
-            expert.name: Adapter(expert.model) if is_adapter(expert.model) else Checkpoint(expert.model)
+            expert.name: Adapter(path) if is_adapter(path) else Checkpoint(path)
             for expert in recipe.experts
+            for path in [resolve(expert.model)]
         }
         full = [expert for expert in self.experts.values() if not isinstance(expert, Adapter)]
         self._shared = shared_checkpoint(self.base, full)
         self.config = self._shared.config
         self.model = build_skeleton(self._shared)
+        self._tied = tied_names(self.model)
         self._stored = self._rename(self.base)[0]
         renamed = {task: self._rename(expert) for task, expert in self.experts.items()}
         self._expert_stored = {task: stored for task, (stored, _) in renamed.items()}
         self._expert_extra = {task: extra for task, (_, extra) in renamed.items()}
         self._thresholds: list[float] | None = None
-        tied, state = tied_names(self.model), self.model.state_dict()
-        wanted = [name for name in state if name not in tied]
+        state = self.model.state_dict()
+        wanted = [name for name in state if name not in self._tied]
         self.names = [name for name in wanted if name in self._stored]
         self.absent = [name for name in wanted if name not in self._stored]
         self._check_base(state)
@@ -62,13 +65,20 @@ class Sources:
                 self._check_adapter(task, expert)
             else:
                 self._check_expert(task)
+            self._check_tied(task)
+        self._heads = {task: self._find_head(task) for task in self.experts}
         self._fill_absent(self.model)
 
     def _rename(self, checkpoint: Checkpoint) -> tuple[dict[str, str], list[str]]:
         try:
-            return rename(self.model, checkpoint.names)
+            found, extra = rename(self.model, checkpoint.names)
         except ValueError as error:
             raise ValueError(f"{checkpoint.path}: {error}") from None
+        if not isinstance(checkpoint, Adapter):
+            for name, leader in self._tied.items():
+                if name in found:  # some files hold a shared tensor under another of its names
+                    found.setdefault(leader, found[name])
+        return found, extra
 
     def _check_base(self, state: dict[str, Tensor]) -> None:
         for name in self.names:
@@ -78,6 +88,10 @@ class Sources:
             if torch.is_floating_point(state[name]) and self.base.dtype(self._stored[name]) is None:
                 kind = self.base.kind(self._stored[name])
                 raise ValueError(f"{self.base.path}: tensor {name!r} is {kind}, not float64, 32, 16 or bfloat16")
+        for name, leader in self._tied.items():
+            pair = {self._stored[key] for key in (name, leader) if key in self._stored}
+            if len(pair) == 2 and not torch.equal(*(self.base.tensor(stored) for stored in pair)):
+                raise ValueError(f"{self.base.path}: {name!r} differs from {leader!r}, its equal by config.json")
         inside = tuple(stack.name + "." for stack in find_stacks(self.model))
         for name in self.absent:
             if name.startswith(inside) or name.endswith(("embeddings.weight", "embed_tokens.weight")):
@@ -115,15 +129,30 @@ class Sources:
     def _check_adapter(self, task: str, adapter: Adapter) -> None:
         if not self._expert_stored[task]:
             raise ValueError(f"expert {task}: the adapter changes no tensor of the base ({adapter.path})")
-        for name in self._expert_extra[task]:
-            if not adapter.replaces(name):
+        stored = self._expert_stored[task]
+        for name in [*self._expert_extra[task], *(stored[name] for name in self.absent if name in stored)]:
+            if adapter.changes(name):
                 raise ValueError(f"expert {task}: the adapter changes {name!r}, which the base lacks ({adapter.path})")
-        for name, stored in self._expert_stored[task].items():
-            if name in self.absent:
-                continue
-            shape = adapter.shape(stored)
-            swapped = self._transposed(name) and not adapter.replaces(stored)
-            self._check_shape(task, name, tuple(reversed(shape)) if swapped else shape)
+        for name in self.names:
+            if name in stored and adapter.replaces(stored[name]):
+                self._check_shape(task, name, adapter.shape(stored[name]))
+            if name in stored and adapter.changes(stored[name]):
+                rows, columns = adapter.change_shape(stored[name])
+                self._check_shape(task, name, (columns, rows) if self._transposed(name) else (rows, columns))
+
+    def _check_tied(self, task: str) -> None:
+        """What is one tensor in the base must be one in the expert."""
+        adapter = self.experts[task] if isinstance(self.experts[task], Adapter) else None
+        for name, leader in self._tied.items():
+            if name in self._expert_stored[task]:
+                ours, theirs = self.expert_tensor(task, name), self.expert_tensor(task, leader)
+                if ours.shape != theirs.shape or not torch.allclose(ours.float(), theirs.float(), atol=1e-6):
+                    place = self.experts[task].path
+                    raise ValueError(
+                        f"expert {task}: {name!r} differs from {leader!r}, its equal in the base ({place})"
+                    )
+            elif adapter is not None and leader in self._expert_stored[task]:
+                self.notes.append(f"expert {task} was trained on {leader} alone; {name}, its equal, follows it")
 
     def _check_shape(self, task: str, name: str, found: tuple[int, ...]) -> None:
         wanted = self.base.shape(self._stored[name])
@@ -198,7 +227,7 @@ class Sources:
 
     def base_tensor(self, name: str) -> Tensor:
         """A tensor of the base, in the dtype on disk."""
-        return self.base.tensor(self._stored[name])
+        return self.base.tensor(self._stored[self._tied.get(name, name)])
 
     def expert_tensor(self, task: str, name: str) -> Tensor:
         """A tensor of an expert, in the dtype on disk; the base's where the expert has none.
@@ -208,26 +237,39 @@ class Sources:
         expert, stored = self.experts[task], self._expert_stored[task].get(name)
         if stored is None:
             return self.base_tensor(name)
-        if isinstance(expert, Adapter) and not expert.replaces(stored):
-            return adapters.apply(self.base_tensor(name), expert.tensor(stored), self._transposed(name))
-        return expert.tensor(stored)
+        if not isinstance(expert, Adapter):
+            return expert.tensor(stored)
+        start = expert.tensor(stored) if expert.replaces(stored) else self.base_tensor(name)
+        return adapters.apply(start, expert.change(stored), self._transposed(name)) if expert.changes(stored) else start
 
     def head_tensors(self, task: str) -> dict[str, Tensor]:
         """Tensors of an expert that the base does not have: its own task head, with the names on disk."""
-        expert, extra = self.experts[task], self._expert_extra[task]
-        if not isinstance(expert, Adapter) and not has_task_head(_architecture(expert.config)):
+        if self._heads[task] is None:
             return {}
-        if not extra:
-            return {}
-        names = extra + [stored for name, stored in self._expert_stored[task].items() if name in self.absent]
-        return {name: expert.tensor(name) for name in names}
+        return {name: self.experts[task].tensor(name) for name in self._head_names(task)}
 
     def head_config(self, task: str) -> dict[str, Any] | None:
         """Content of a `config.json` for an expert's own task head; None if it has none."""
+        return self._heads[task]
+
+    def _head_names(self, task: str) -> list[str]:
+        own = [stored for name, stored in self._expert_stored[task].items() if name in self.absent]
+        return self._expert_extra[task] + own
+
+    def _find_head(self, task: str) -> dict[str, Any] | None:
         expert = self.experts[task]
+        if not self._expert_extra[task]:
+            return None
         if isinstance(expert, Adapter):
-            return adapters.head_settings(expert, self.base.config, self.head_tensors(task))
-        return expert.config if self.head_tensors(task) else None
+            tensors = {name: expert.tensor(name) for name in self._head_names(task)}
+            return adapters.head_settings(expert, self.base.config, tensors, self.absent)
+        architecture = _architecture(expert.config)
+        if not has_task_head(architecture):
+            return None
+        if not hasattr(transformers, str(architecture)):
+            self.notes.append(f"expert {task}: transformers has no class {architecture}, its head is left out")
+            return None
+        return expert.config
 
     def merged(self, name: str) -> Tensor:
         """A tensor of the merged model, in the base's dtype. Integer buffers are the base's."""
