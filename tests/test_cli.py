@@ -1,9 +1,9 @@
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -103,10 +103,12 @@ def test_help_answers_at_once():
 
 
 def _timed_help() -> float:
-    start = time.perf_counter()
+    """Seconds of processor time: those on the wall are the machine's affair."""
+    start = resource.getrusage(resource.RUSAGE_CHILDREN)
     found = python("-m", "epmq.cli", "--help")
     assert found.returncode == 0 and "Usage" in found.stdout
-    return time.perf_counter() - start
+    end = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return end.ru_utime + end.ru_stime - start.ru_utime - start.ru_stime
 
 
 def test_importing_costs_nothing():

@@ -21,15 +21,16 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.suites.build import suite_dir
+from epmq.batches import encode
 from epmq.checkpoint import write_json
 from epmq.data import Examples
 from epmq.demo.build import SPLITS, whole_folder
 from epmq.demo.finetune import training_order
 from epmq.demo.texts import TextTask, split
+from epmq.evaluate import METRICS
+from epmq.multitask import MultiTaskModel
 
 IGNORED = -100
-TARGET_LENGTH = 16
-METRICS = {"causal": "log_perplexity", "seq2seq": "exact_match"}
 QUICK_SIZES = {"train": 64, "validation": 16, "test": 24}
 
 Row = dict[str, str]
@@ -72,20 +73,17 @@ def read_rows(folder: Path, name: str) -> list[Row]:
     return [json.loads(line) for line in lines if line]
 
 
+def examples_of(rows: Sequence[Row], kind: str) -> Examples:
+    """Rows as what epmq evaluates."""
+    targets = [row["target"] for row in rows] if kind == "seq2seq" else None
+    return Examples(kind, [row["text"] for row in rows], targets=targets)
+
+
 def make_batch(tokenizer: Any, rows: Sequence[Row], kind: str, max_length: int) -> Batch:
-    """Token ids, mask and labels of some rows; texts are cut to `max_length` tokens, padding has no label."""
-    batch = _tokens(tokenizer, [row["text"] for row in rows], max_length)
-    if kind == "causal":
-        wanted = batch
-    else:
-        wanted = _tokens(tokenizer, [row["target"] for row in rows], TARGET_LENGTH)
+    """Token ids, masks and labels of some rows; texts are cut to `max_length` tokens, padding has no label."""
+    batch = next(encode(examples_of(rows, kind), tokenizer, len(rows), max_length))
     # by mask and not by id: the padding token may be the end token, which is a token to learn
-    return batch | {"labels": wanted["input_ids"].masked_fill(wanted["attention_mask"] == 0, IGNORED)}
-
-
-def _tokens(tokenizer: Any, texts: list[str], max_length: int) -> Batch:
-    encoded = tokenizer(texts, truncation=True, max_length=max_length, padding=True, return_tensors="pt")
-    return {name: encoded[name] for name in ("input_ids", "attention_mask")}
+    return {"labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED), **batch}
 
 
 def shuffled_batches(
@@ -97,38 +95,10 @@ def shuffled_batches(
         yield make_batch(tokenizer, [rows[i] for i in order[start : start + batch_size]], kind, max_length)
 
 
-@torch.inference_mode()
-def log_perplexity(model: Any, tokenizer: Any, rows: Sequence[Row], max_length: int) -> float:
-    """Mean negative log-likelihood of a token (nats), over every token but the first of each text."""
-    model.eval()
-    total = count = 0.0
-    for start in range(0, len(rows), 16):
-        batch = make_batch(tokenizer, rows[start : start + 16], "causal", max_length)
-        tokens = int((batch["labels"][:, 1:] != IGNORED).sum())
-        total += float(model(**batch, use_cache=False).loss) * tokens
-        count += tokens
-    return total / count
-
-
-@torch.inference_mode()
-def exact_match(model: Any, tokenizer: Any, rows: Sequence[Row], max_length: int) -> float:
-    """Share of rows whose greedily generated text is the target."""
-    model.eval()
-    right = 0
-    rows = sorted(rows, key=lambda row: len(row["text"]))
-    for start in range(0, len(rows), 64):
-        part = rows[start : start + 64]
-        batch = _tokens(tokenizer, [row["text"] for row in part], max_length)
-        written = model.generate(**batch, max_new_tokens=TARGET_LENGTH, do_sample=False)
-        texts = tokenizer.batch_decode(written, skip_special_tokens=True)
-        right += sum(text.strip() == row["target"] for text, row in zip(texts, part))
-    return right / len(rows)
-
-
 def measure(model: Any, tokenizer: Any, rows: Sequence[Row], kind: str, max_length: int) -> float:
     """The metric of the kind: log-perplexity (lower is better) or exact match (higher is better)."""
-    metric = log_perplexity if kind == "causal" else exact_match
-    return metric(model, tokenizer, rows, max_length)
+    whole = MultiTaskModel(model.eval(), {}, tokenizer)
+    return METRICS[kind](whole, "", examples_of(rows, kind), 32, max_length)
 
 
 def train(
@@ -212,7 +182,7 @@ def train_expert(
     start = time.time()
     model, tokenizer = load(base, kind)
     sign = -1 if kind == "causal" else 1
-    record: dict[str, Any] = {"metric": METRICS[kind]}
+    record: dict[str, Any] = {"metric": METRICS[kind].__name__}
     for name in ("validation", "test"):
         record[f"base_{name}"] = measure(model, tokenizer, splits[name], kind, max_length)
     history: list[float] = []

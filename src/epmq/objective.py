@@ -63,6 +63,7 @@ class Objective:
         self.correction.addmm_(expert.float() - self.anchor, gram, alpha=weight)
         if shift is not None:
             self.correction.addr_(shift.float(), moments.mean, alpha=weight)
+        del gram  # a copy, and the drift is as large
         drift = moments.drift if features else None
         if drift is not None:
             self.correction.addmm_(expert.float(), drift, alpha=weight * features)

@@ -46,7 +46,9 @@ def check_scored(sources: Sources, examples: Examples, data: Data | None) -> Non
     if metric == "accuracy" and examples.labels is None:
         raise ValueError(f"{data.path or data.dataset if data else 'python objects'} has no labels")
     if metric == "log_perplexity" and (not model.can_generate() or model.config.is_encoder_decoder):
-        raise ValueError(f"{examples.kind} examples are scored by perplexity, which {type(model).__name__} does not give")
+        raise ValueError(
+            f"{examples.kind} examples are scored by perplexity, which {type(model).__name__} does not give"
+        )
 
 
 @dataclass

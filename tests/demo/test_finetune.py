@@ -12,7 +12,7 @@ from epmq.batches import encode, load_processor
 from epmq.data import Examples
 from epmq.demo import finetune
 from epmq.demo.build import build_pool
-from epmq.demo.finetune import accuracy, by_length, class_mean_head, train_expert, training_order
+from epmq.demo.finetune import accuracy, class_mean_head, train_expert, training_order
 from epmq.demo.texts import TextTask, write_task
 from epmq.heads import HEAD_FILE, load_head
 
@@ -122,7 +122,7 @@ def test_batches_hold_every_text_once_and_little_padding() -> None:
     spread = [np.ptp(lengths[start : start + 8]) for start in range(0, 200, 8)]
     assert np.mean(spread) < 20
     assert (order != training_order(examples, 8, np.random.default_rng(2))).any()
-    tidied = by_length(examples)
+    tidied = examples.by_length()
     assert tidied.labels is not None and [texts[k] for k in tidied.labels] == tidied.inputs
 
 

@@ -17,21 +17,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from epmq import evaluate
 from epmq.batches import encode
 from epmq.data import Examples
 from epmq.heads import HEAD_FILE, Head, save_head
+from epmq.multitask import MultiTaskModel
 
 
 def hidden_states(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Last hidden state of a backbone, [batch, tokens, features]."""
     return model(**batch).last_hidden_state
-
-
-def by_length(examples: Examples) -> Examples:
-    """Texts in order of their length, so that batches carry little padding; images as they are."""
-    if examples.kind != "text":
-        return examples
-    return examples.take(np.argsort([len(text) for text in examples.inputs], kind="stable"))
 
 
 def training_order(examples: Examples, batch_size: int, rng: np.random.Generator) -> np.ndarray:
@@ -77,7 +72,7 @@ def class_mean_head(
     """
     blank = Head(torch.zeros(1, 1), torch.zeros(1), pooling)
     model.eval()
-    train = by_length(train)
+    train = train.by_length()
     rows = [
         blank.features(hidden_states(model, batch), batch.get("attention_mask"))
         for batch in encode(train, processor, 64, max_length)
@@ -91,16 +86,10 @@ def class_mean_head(
     return Head(weight, -weight @ centre, pooling, True, labels)
 
 
-@torch.no_grad()
 def accuracy(model: Any, head: Head, processor: Any, examples: Examples, max_length: int | None) -> float:
     """Share of examples whose highest score is the label."""
-    model.eval()
-    examples = by_length(examples)
-    predicted = [
-        head.logits(hidden_states(model, batch), batch.get("attention_mask")).argmax(-1)
-        for batch in encode(examples, processor, 64, max_length)
-    ]
-    return float((torch.cat(predicted).numpy() == examples.labels).mean())
+    task = MultiTaskModel(model.eval(), {"task": head}, processor)
+    return evaluate.accuracy(task, "task", examples, 64, max_length)
 
 
 def train_expert(
