@@ -45,7 +45,7 @@ GUIDED: dict[str, dict[str, float]] = {
     "seq2seq": {"expert_features": 0.6, "anchor_scale": 1.0, "anchor_strength": 0.03},
 }
 # Calibration examples a task: about as many tokens in 256 images (17 tokens each) as in 128 texts.
-SAMPLES = {"vision8": 256, "text8": 128, "text8lora": 128, "causal3": 128, "seq2seq": 256}
+SAMPLES = {"vision8": 256, "text8": 128, "text8lora": 128, "causal3": 64, "seq2seq": 256}
 KEY = ("suite", "merge", "method", "bits", "group_size", "symmetric", "seed")
 TEST_SAMPLES = 500
 

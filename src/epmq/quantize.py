@@ -15,7 +15,7 @@ from epmq.blocks import InputGroup, Stack, as_matrix, find_stacks, hooks, input_
 from epmq.grid import QuantizedTensor
 from epmq.moments import Moments
 from epmq.objective import Objective
-from epmq.skeleton import drop_tensors, load_block, set_tensor
+from epmq.skeleton import drop_tensors, load_block, load_embeddings, set_tensor
 from epmq.solvers import gptq, hessian_loss, rtn, search_scales
 from epmq.sources import Sources
 from epmq.streams import Calibration, ExpertStream, expert_streams
@@ -142,9 +142,11 @@ def quantize_calibrated(
         layers = [LayerGroup(sources, step, group) for group in groups]
         _gather(sources, step, layers, calibration, streams)
         reports: list[LayerReport] = []
-        for group in layers:
+        while layers:  # each is freed when it is done
+            group = layers.pop(0)
             with _naming(f"{step.name}.{group.names[0]}"):
                 reports += _solve(sources, step, group, emit_layer)
+        del group
         quantized = {f"{report.name}.weight" for report in reports}
         for name, tensor in step.block.state_dict(prefix=f"{step.name}.").items():
             if name in sources.names and name not in quantized:
@@ -156,11 +158,18 @@ def quantize_calibrated(
 
 
 def load_outside(sources: Sources, emit: Emit, device: torch.device) -> None:
-    """Merge the tensors that lie outside the blocks (embeddings, norms, heads) into the skeleton, and emit them."""
-    for name in sources.outside_names():
+    """Merge the tensors that lie outside the blocks (embeddings, norms, heads) into the skeleton, and emit them.
+
+    Embeddings and the output layer keep the dtype on disk, and so share their memory with what is emitted.
+    """
+
+    def read(name: str) -> Tensor:
         tensor = sources.merged(name)
         emit(name, tensor)
-        load_block(sources.model, [name], lambda _, tensor=tensor: tensor, device)  # type: ignore[misc]
+        return tensor
+
+    rest = load_embeddings(sources.model, sources.outside_names(), read, device)
+    load_block(sources.model, rest, read, device)
     sources.model.tie_weights()
 
 

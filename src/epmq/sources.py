@@ -146,7 +146,10 @@ class Sources:
         for name, leader in self._tied.items():
             if name in self._expert_stored[task]:
                 ours, theirs = self.expert_tensor(task, name), self.expert_tensor(task, leader)
-                if ours.shape != theirs.shape or not torch.allclose(ours.float(), theirs.float(), atol=1e-6):
+                same = ours.shape == theirs.shape and (
+                    torch.equal(ours, theirs) or torch.allclose(ours.float(), theirs.float(), atol=1e-6)
+                )
+                if not same:
                     place = self.experts[task].path
                     raise ValueError(
                         f"expert {task}: {name!r} differs from {leader!r}, its equal in the base ({place})"
