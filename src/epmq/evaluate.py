@@ -74,10 +74,11 @@ def log_perplexity(
     total, count, examples = 0.0, 0, examples.by_length()
     for batch in encode(examples, model.processor, batch_size, max_length):
         batch = to_device(batch, model.device)
-        logits = model.backbone(**batch).logits[:, :-1].float()
         labels = batch["input_ids"][:, 1:].masked_fill(batch["attention_mask"][:, 1:] == 0, -100)
-        losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="sum")
-        total, count = total + float(losses), count + int((labels != -100).sum())
+        # One sequence at a time: the scores of a large vocabulary are not copied whole.
+        for scores, wanted in zip(model.backbone(**batch).logits, labels):
+            total += float(torch.nn.functional.cross_entropy(scores[:-1].float(), wanted, reduction="sum"))
+        count += int((labels != -100).sum())
         advance(len(labels))
     return total / max(count, 1)
 
