@@ -29,7 +29,7 @@ from rich.console import Console
 
 from benchmarks.compare import RESULTS, read_rows
 from epmq import pipeline, quantize
-from epmq.blocks import find_stacks, linears
+from epmq.blocks import block_linears
 from epmq.checkpoint import Checkpoint, CheckpointWriter, whole_directory, write_json
 from epmq.demo.fetch import cache_dir
 from epmq.moments import Moments
@@ -288,12 +288,7 @@ def check_output(shape: Shape, path: Path, reported: list[str]) -> None:
         ValueError: it does not; the tensor is named.
     """
     model, written = shape.skeleton(), Checkpoint(path)
-    layers = {
-        f"{stack.block_name(index)}.{layer}": module
-        for stack in find_stacks(model)
-        for index, block in enumerate(stack.blocks)
-        for layer, module in linears(block)
-    }
+    layers = [name for name, _ in block_linears(model)]
     if set(reported) != set(layers):
         raise ValueError(f"{path}: not in the report: {sorted(set(layers) ^ set(reported))}")
     tied = tied_names(model)

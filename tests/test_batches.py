@@ -160,7 +160,10 @@ def test_targets_are_what_the_model_would_make_of_the_labels(family):
         for i, text in enumerate(chunk):
             (alone,) = encode(Examples("seq2seq", [sources[start + i]], targets=[text]), tokenizer)
             length = alone["labels"].shape[1]
-            torch.testing.assert_close(losses[i, :length], model(**alone).logits.log_softmax(-1)[0], rtol=0, atol=1e-5)
+            # Scores are near 35 here, where one step of float32 is 4e-6: the order of sums depends on the threads.
+            torch.testing.assert_close(
+                losses[i, :length], model(**alone).logits.log_softmax(-1)[0], rtol=1e-6, atol=1e-5
+            )
 
 
 def test_sources_and_targets_are_cut():

@@ -27,6 +27,18 @@ def suite_dir(name: str, quick: bool = False) -> Path:
     return cache_dir() / "suites" / (f"{name}-quick" if quick else name)
 
 
+def chosen_tasks(suite: ModuleType, tasks: Sequence[str] | None) -> list[str]:
+    """The named tasks of a suite; all of them for None.
+
+    Raises:
+        ValueError: a task that the suite does not have.
+    """
+    unknown = [task for task in tasks or [] if task not in suite.TASKS]
+    if unknown:
+        raise ValueError(f"suite {suite.NAME}: no task {', '.join(unknown)}; it has {', '.join(suite.TASKS)}")
+    return list(suite.TASKS if tasks is None else tasks)
+
+
 def build_suite(suite: ModuleType, tasks: Sequence[str] | None = None, quick: bool = False) -> Path:
     """Build a suite, or the named tasks of it; parts that are already there are kept.
 
@@ -41,10 +53,7 @@ def build_suite(suite: ModuleType, tasks: Sequence[str] | None = None, quick: bo
     Raises:
         ValueError: a task that the suite does not have.
     """
-    tasks = list(suite.TASKS) if tasks is None else list(tasks)
-    unknown = [task for task in tasks if task not in suite.TASKS]
-    if unknown:
-        raise ValueError(f"suite {suite.NAME}: no task {', '.join(unknown)}; it has {', '.join(suite.TASKS)}")
+    tasks = chosen_tasks(suite, tasks)
     root, console = suite_dir(suite.NAME, quick), Console()
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:

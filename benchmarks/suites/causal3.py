@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.suites import language
 from benchmarks.suites.language import Prepared
-from benchmarks.suites.text8 import _debian_source as debian_source
+from benchmarks.suites.text8 import debian_source
 from epmq.demo import fetch
 
 NAME, KIND, MAX_LENGTH = "causal3", "causal", 64

@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.suites.build import suite_dir
+from benchmarks.suites.build import chosen_tasks, suite_dir
 from epmq.batches import encode
 from epmq.checkpoint import write_json
 from epmq.data import Examples
@@ -257,10 +257,7 @@ def build(suite: ModuleType, tasks: Sequence[str] | None = None, quick: bool = F
     Raises:
         ValueError: a task that the suite does not have.
     """
-    tasks = list(suite.TASKS) if tasks is None else list(tasks)
-    unknown = [task for task in tasks if task not in suite.TASKS]
-    if unknown:
-        raise ValueError(f"suite {suite.NAME}: no task {', '.join(unknown)}; it has {', '.join(suite.TASKS)}")
+    tasks = chosen_tasks(suite, tasks)
     root = suite_dir(suite.NAME, quick)
     for task in suite.TASKS:
         with whole_folder(root / "data" / task) as work:

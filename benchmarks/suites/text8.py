@@ -104,7 +104,8 @@ GCIDE_FIELDS = {
 }
 
 
-def _debian_source(package: str, licence: str, note: str) -> dict[str, str]:
+def debian_source(package: str, licence: str, note: str) -> dict[str, str]:
+    """Where a task's data comes from: a Debian package, with the version that apt offers."""
     shown = subprocess.run(
         ["apt-cache", "show", "--no-all-versions", package], capture_output=True, text=True, check=False
     ).stdout
@@ -120,7 +121,7 @@ def _debian_source(package: str, licence: str, note: str) -> dict[str, str]:
 def noun_files() -> TextTask:
     """WordNet: gloss of a noun → the lexicographer file that the noun lies in (24 classes)."""
     path = fetch.debian("wordnet-base") / "usr" / "share" / "wordnet" / "data.noun"
-    source = _debian_source("wordnet-base", "WordNet licence (permissive)", "gloss without usage examples")
+    source = debian_source("wordnet-base", "WordNet licence (permissive)", "gloss without usage examples")
     rows = read_glosses(path.read_text(encoding="utf-8").splitlines())
     return make_task(list(rows), source, cap=300, fewest=100)
 
@@ -141,7 +142,7 @@ def fields() -> TextTask:
     path = fetch.debian("dict-gcide") / "usr" / "share" / "dictd" / "gcide.dict.dz"
     # a .dz dictionary is a gzip file with an index in its header
     text = gzip.decompress(path.read_bytes()).decode("utf-8", errors="replace")
-    source = _debian_source(
+    source = debian_source(
         "dict-gcide", "GPL-3.0-or-later (GNU Collaborative International Dictionary)", "group: the headword"
     )
     return make_task(list(read_fields(text)), source, cap=400, fewest=100)

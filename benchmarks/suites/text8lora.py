@@ -14,10 +14,10 @@ from peft import LoraConfig
 
 from benchmarks.suites import text8
 from benchmarks.suites.build import suite_dir
-from benchmarks.suites.text8 import MAX_LENGTH, POOLING, TASKS
 from epmq.demo.build import whole_folder
 
 NAME = "text8lora"
+TASKS, POOLING, MAX_LENGTH = text8.TASKS, text8.POOLING, text8.MAX_LENGTH
 TRAIN = 2000
 
 ADAPTER = LoraConfig(
@@ -56,15 +56,3 @@ def prepare_task(name: str, folder: Path, quick: bool) -> None:
     # the splits are in random order, so the first ones are a random draw
     with (source / "train.jsonl").open(encoding="utf-8") as file:
         (folder / "train.jsonl").write_text("".join(islice(file, TRAIN)), encoding="utf-8")
-
-
-__all__ = [
-    "MAX_LENGTH",
-    "NAME",
-    "POOLING",
-    "QUICK_SETTINGS",
-    "SETTINGS",
-    "TASKS",
-    "prepare_base",
-    "prepare_task",
-]

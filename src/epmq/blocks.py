@@ -62,6 +62,14 @@ def linears(module: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(name, child) for name, child in module.named_modules() if isinstance(child, LINEAR)]
 
 
+def block_linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Full names and modules of the linear layers in the model's blocks: everything that is quantized."""
+    for stack in find_stacks(model):
+        for index, block in enumerate(stack.blocks):
+            for name, linear in linears(block):
+                yield f"{stack.block_name(index)}.{name}", linear
+
+
 def is_transposed(linear: nn.Module) -> bool:
     """Whether a linear layer stores its weight as [in, out], as GPT-2's `Conv1D` does."""
     return isinstance(linear, Conv1D)

@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -17,182 +15,21 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from epmq import report as reporting
-from epmq.batches import encode, load_processor, pack, to_device
-from epmq.blocks import LINEAR, find_stacks, linears
-from epmq.checkpoint import CheckpointWriter, check_output, copy_processor, whole_directory, write_json
-from epmq.data import Examples, Fields, from_objects
+from epmq.batches import encode, load_processor, to_device
+from epmq.blocks import LINEAR, find_stacks
+from epmq.checkpoint import CheckpointWriter, copy_processor, whole_directory, write_json
+from epmq.data import Examples
 from epmq.evaluate import METRICS, metric_of
 from epmq.export import FORMATS
 from epmq.grid import QuantizedTensor
-from epmq.heads import HEAD_FILE, Head, load_head
+from epmq.heads import Head, load_head
 from epmq.multitask import HEADS, MultiTaskModel, NativeHead, load, load_any_head, save_native_head
-from epmq.quantize import check_grid, load_outside, quantize_calibrated, quantize_nearest, read_blocks
+from epmq.prepare import Job, Objects, check_head, examples_of, head_file, prepare
+from epmq.quantize import load_outside, quantize_calibrated, quantize_nearest, read_blocks
 from epmq.skeleton import why_not_direct
 from epmq.sources import Sources
-from epmq.spec import Data, Expert, Recipe, load_recipe
+from epmq.spec import Expert, Recipe, load_recipe
 from epmq.streams import Calibration
-
-# Task name → rows (dicts), or ready batches (dicts of tensors), in place of the data that the recipe names.
-Objects = Mapping[str, Iterable[Any]]
-
-
-def check_scored(sources: Sources, examples: Examples, data: Data | None) -> None:
-    """Check before any compute that examples can be scored with what they hold, on this model.
-
-    Raises:
-        ValueError: they cannot.
-    """
-    metric, model = metric_of(examples), sources.model
-    if metric == "accuracy" and examples.labels is None:
-        raise ValueError(f"{data.path or data.dataset if data else 'python objects'} has no labels")
-    if metric == "log_perplexity" and (not model.can_generate() or model.config.is_encoder_decoder):
-        raise ValueError(
-            f"{examples.kind} examples are scored by perplexity, which {type(model).__name__} does not give"
-        )
-
-
-@dataclass
-class Job:
-    """A recipe whose every part has been opened and checked; nothing has been computed."""
-
-    recipe: Recipe
-    sources: Sources
-    processor: Any
-    calibration: dict[str, Examples]
-    evaluation: dict[str, Examples]
-
-
-def prepare(
-    recipe: Recipe,
-    bar: Progress | None = None,
-    *,
-    evaluate: bool = True,
-    calibration: Objects | None = None,
-    evaluation: Objects | None = None,
-) -> Job:
-    """Open everything a run will need and check that it fits together.
-
-    Raises:
-        FileNotFoundError, FileExistsError, ValueError: the field, file or tensor at fault is named.
-    """
-    if recipe.output is not None:
-        check_output(recipe.output)
-    for name in {**(calibration or {}), **(evaluation or {})}:
-        if name not in [expert.name for expert in recipe.experts]:
-            raise ValueError(f"data for {name!r}, but the recipe has no expert of that name")
-    for expert in recipe.experts:
-        if recipe.quantize.calibrates and expert.calibration is None and expert.name not in (calibration or {}):
-            raise ValueError(f"experts.{expert.name}.calibration: {recipe.quantize.method} needs calibration data")
-    sources = Sources(recipe)
-    if recipe.quantize.method != "none":
-        check_grid(sources)
-        check_format(sources)
-        sources.notes += _untouched(sources)
-    processor = load_processor(sources.base.path)
-    used, scored = {}, {}
-    for expert in recipe.experts:
-        if recipe.quantize.calibrates:
-            used[expert.name] = _examples(sources, expert, processor, "calibration", calibration)
-        if evaluate and (expert.evaluation is not None or expert.name in (evaluation or {})):
-            scored[expert.name] = _examples(sources, expert, processor, "evaluation", evaluation)
-        check_head(sources, expert, scored.get(expert.name))
-    for _ in (bar or bars(False)).track(
-        sources.check_finite(), total=1 + len(recipe.experts), description="check weights"
-    ):
-        pass
-    return Job(recipe, sources, processor, used, scored)
-
-
-def _untouched(sources: Sources) -> list[str]:
-    """A note on large weights of the blocks that are in no linear layer, such as fused experts of a mixture."""
-    layers = {
-        f"{stack.block_name(i)}.{name}.weight"
-        for stack in find_stacks(sources.model)
-        for i, block in enumerate(stack.blocks)
-        for name, _ in linears(block)
-    }
-    outside = set(sources.outside_names())
-    left = {name: prod(sources.base_shape(name)) for name in sources.names if name not in layers | outside}
-    total = sum(left.values()) + sum(prod(sources.base_shape(name)) for name in layers)
-    if sum(left.values()) <= 0.05 * total:
-        return []
-    largest = max(left, key=lambda name: left[name])
-    share = 100 * sum(left.values()) / total
-    return [
-        f"{share:.0f} % of the blocks' weights lie in no linear layer and are not quantized; the largest: {largest}"
-    ]
-
-
-def text_use(sources: Sources, expert: Expert) -> str:
-    """How an expert takes texts (one of `epmq.data.USES`): with a head it classifies them, without it writes them."""
-    if head_file(sources, expert) is not None or sources.head_tensors(expert.name):
-        return "text"
-    if sources.model.config.is_encoder_decoder:
-        return "seq2seq"
-    return "causal" if sources.model.can_generate() else "text"
-
-
-def _examples(sources: Sources, expert: Expert, processor: Any, field: str, objects: Objects | None) -> Examples:
-    """An expert's calibration or evaluation examples, drawn, packed and tried on the processor."""
-    recipe, place = sources.recipe, f"experts.{expert.name}.{field}"
-    data: Data | None = getattr(expert, field)
-    use = text_use(sources, expert)
-    count = data.samples if data else None
-    if count is None and field == "calibration":
-        count = recipe.samples
-    try:
-        if objects and expert.name in objects:
-            examples = from_objects(objects[expert.name], data.fields if data else Fields(), use, "python objects")
-        else:
-            assert data is not None
-            examples = data.read(use, count, recipe.seed)
-        if examples.kind == "causal" and (data is None or data.pack):
-            examples = pack(examples, processor, recipe.max_length, count, recipe.seed)
-        elif examples.kind != "batches":
-            examples = examples.draw(count, recipe.seed)
-        next(encode(examples, processor, 1, recipe.max_length))
-        if field == "evaluation":
-            check_scored(sources, examples, data)
-    except (ValueError, FileNotFoundError) as error:
-        raise type(error)(f"{place}: {error}") from None
-    return examples
-
-
-def check_format(sources: Sources) -> None:
-    """Check before any compute that the format has a form for every layer that would be quantized.
-
-    Raises:
-        ValueError: a layer does not fit; it is named.
-    """
-    name = sources.recipe.format
-    for stack in find_stacks(sources.model) if FORMATS[name].NEEDS_LINEAR else []:
-        for index, block in enumerate(stack.blocks):
-            for layer, module in linears(block):
-                if not isinstance(module, nn.Linear):
-                    where = f"{stack.block_name(index)}.{layer}"
-                    raise ValueError(f"format: {name} cannot hold {where}, a {type(module).__name__}: use dequantized")
-
-
-def check_head(sources: Sources, expert: Expert, evaluation: Examples | None) -> None:
-    """Check before any compute that an expert's head can be read, and fits the model and the evaluation data.
-
-    Raises:
-        FileNotFoundError, ValueError: expert and file are named.
-    """
-    place, file = f"experts.{expert.name}", head_file(sources, expert)
-    if file is None:
-        scored = None if evaluation is None else metric_of(evaluation)
-        if scored == "accuracy" and not sources.head_tensors(expert.name):
-            raise ValueError(f"{place}: evaluation needs a head, and neither {HEAD_FILE} nor a task head is there")
-        return
-    head = load_head(file)
-    features, width = head.weight.shape[1], getattr(sources.model.config, "hidden_size", None)
-    if width is not None and features != width * (2 if head.pooling == "cls_mean" else 1):
-        raise ValueError(f"{place}: {file} takes {features} features, but the model's hidden size is {width}")
-    labels = None if evaluation is None else evaluation.labels
-    if labels is not None and not 0 <= labels.min() <= labels.max() < len(head.weight):
-        wrong = labels.min() if labels.min() < 0 else labels.max()
-        raise ValueError(f"{place}.evaluation: label {wrong} but the head has {len(head.weight)} classes")
 
 
 def run(
@@ -325,12 +162,6 @@ def _write_config(job: Job, folder: Path, quantized: list[str]) -> None:
     write_json(folder / "config.json", config)
 
 
-def head_file(sources: Sources, expert: Expert) -> Path | None:
-    """The head file of an expert: the one its recipe names, or the one beside its weights."""
-    beside = sources.experts[expert.name].path / HEAD_FILE
-    return Path(expert.head) if expert.head else beside if beside.exists() else None
-
-
 def _write_heads(job: Job, folder: Path) -> None:
     (folder / HEADS).mkdir()
     for expert in job.recipe.experts:
@@ -427,7 +258,7 @@ def _evaluation(recipe: Recipe) -> tuple[Sources, dict[str, Examples]]:
     found = {}
     for expert in recipe.experts:
         if expert.evaluation is not None:
-            found[expert.name] = _examples(sources, expert, processor, "evaluation", None)
+            found[expert.name] = examples_of(sources, expert, processor, "evaluation", None)
             check_head(sources, expert, found[expert.name])
     return sources, found
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from epmq.blocks import InputGroup, Stack, as_matrix, find_stacks, hooks, input_groups, linears
+from epmq.blocks import InputGroup, Stack, as_matrix, block_linears, find_stacks, hooks, input_groups, linears
 from epmq.grid import QuantizedTensor
 from epmq.moments import Moments
 from epmq.objective import Objective
@@ -60,14 +60,12 @@ def check_grid(sources: Sources) -> None:
         ValueError: a layer does not fit; it is named.
     """
     grid = sources.recipe.quantize.grid
-    for stack in find_stacks(sources.model):
-        for index, block in enumerate(stack.blocks):
-            for name, linear in linears(block):
-                weight = as_matrix(linear, linear.weight)  # type: ignore[arg-type]
-                try:
-                    grid.width(weight.shape[1])
-                except ValueError as error:
-                    raise ValueError(f"quantize.group_size: {stack.block_name(index)}.{name}: {error}") from None
+    for name, linear in block_linears(sources.model):
+        weight = as_matrix(linear, linear.weight)  # type: ignore[arg-type]
+        try:
+            grid.width(weight.shape[1])
+        except ValueError as error:
+            raise ValueError(f"quantize.group_size: {name}: {error}") from None
 
 
 def read_blocks(sources: Sources, emit: Emit) -> Iterator[list[LayerReport]]:
