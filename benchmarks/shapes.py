@@ -108,6 +108,15 @@ class Shape:
                 found[-1]["labels"] = labels
         return found
 
+    def stored(self) -> dict[str, torch.Size]:
+        """Names and sizes of the tensors in a checkpoint: without the copies of shared ones."""
+        model = self.skeleton()
+        shared = tied_names(model)
+        if self.config.get("tie_word_embeddings") is False:
+            # transformers 5 calls every T5 tied; FLAN-T5's files hold an output layer of its own all the same.
+            shared = {name: leader for name, leader in shared.items() if name != "lm_head.weight"}
+        return {name: tensor.shape for name, tensor in model.state_dict().items() if name not in shared}
+
     @property
     def seen(self) -> int:
         """Tokens a task, targets among them."""
@@ -175,8 +184,7 @@ def tasks(shape: Shape) -> list[str]:
 def write_models(shape: Shape, root: Path) -> None:
     """Write base and experts under `root`, a tensor at a time; what is there already is kept."""
     model = shape.skeleton()
-    tied = tied_names(model)
-    sizes = {name: tensor.shape for name, tensor in model.state_dict().items() if name not in tied}
+    sizes = shape.stored()
     for source in ("base", *tasks(shape)):
         if (root / source).exists():
             continue
@@ -258,7 +266,7 @@ def measure(name: str, root: Path) -> dict[str, Any]:
     inputs = [file for source in ("base", *tasks(shape)) for file in (root / source).glob("*.safetensors")]
     return {
         "name": name,
-        "parameters": parameters(shape),
+        "parameters": sum(size.numel() for size in shape.stored().values()),
         "experts": shape.experts,
         "dtype": str(shape.dtype).removeprefix("torch."),
         "samples": shape.samples,
@@ -276,11 +284,6 @@ def measure(name: str, root: Path) -> dict[str, Any]:
     }
 
 
-def parameters(shape: Shape) -> int:
-    """Parameters of the model, shared ones once."""
-    return sum(parameter.numel() for parameter in shape.skeleton().parameters())
-
-
 def check_output(shape: Shape, path: Path, reported: list[str]) -> None:
     """Check that what was written has every tensor, at its size, and finite scales.
 
@@ -291,8 +294,7 @@ def check_output(shape: Shape, path: Path, reported: list[str]) -> None:
     layers = [name for name, _ in block_linears(model)]
     if set(reported) != set(layers):
         raise ValueError(f"{path}: not in the report: {sorted(set(layers) ^ set(reported))}")
-    tied = tied_names(model)
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
+    wanted = {name: tuple(size) for name, size in shape.stored().items()}
     for layer in layers:
         rows, columns = wanted.pop(f"{layer}.weight")
         wanted |= {f"{layer}.weight_packed": (rows, columns // 8), f"{layer}.weight_scale": (rows, 1)}
@@ -302,24 +304,6 @@ def check_output(shape: Shape, path: Path, reported: list[str]) -> None:
         if wanted.get(name) != found.get(name):
             raise ValueError(f"{path}: {name} is {found.get(name)}, not {wanted.get(name)}")
     written.check_finite([name for name in written.names if not name.endswith(("_packed", "_shape"))])
-
-
-def shapes_table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: one line a shape, then what it was measured with."""
-    phases = ("check", "merge", "forward", "moments", "targets", "solve", "write")
-    head = ["shape", "parameters", "experts", "samples, tokens a task", "GB in", "GB out", "minutes"]
-    head += [f"{phase} %" for phase in phases] + ["peak GB"]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for row in rows:
-        total = sum(row["seconds"].values())
-        size = [f"{row['parameters'] / 1e6:.0f} M", f"{row['experts']}", f"{row['samples']}, {row['tokens']}"]
-        size += [f"{row['input_bytes'] / 1e9:.1f}", f"{row['output_bytes'] / 1e9:.2f}", f"{total / 60:.1f}"]
-        shares = [f"{100 * row['seconds'].get(phase, 0) / total:.0f}" for phase in phases]
-        lines.append("| " + " | ".join([row["name"], *size, *shares, f"{row['peak_memory_mb'] / 1e3:.1f}"]) + " |")
-    last = max(rows, key=lambda row: row["date"])
-    used = ", ".join(f"{name} {version}" for name, version in last["versions"].items())
-    where = f"{last['hardware']['machine']}, {last['hardware']['threads']} thread(s)"
-    return "\n".join(lines) + f"\n\nMeasured {last['date'][:10]} on {where}; {used}."
 
 
 def measure_apart(name: str, keep: bool) -> dict[str, Any]:

@@ -74,6 +74,24 @@ def suite_section(path: Path) -> str:
     return f"{suite_table(rows)}\n{written(rows)}\n{note}"
 
 
+def shapes_table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: one line a shape, then what it was measured with."""
+    phases = ("check", "merge", "forward", "moments", "targets", "solve", "write")
+    head = ["shape", "parameters", "experts", "samples, tokens a task", "GB in", "GB out", "minutes"]
+    head += [f"{phase} %" for phase in phases] + ["peak GB"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for row in rows:
+        total = sum(row["seconds"].values())
+        size = [f"{row['parameters'] / 1e6:.0f} M", f"{row['experts']}", f"{row['samples']}, {row['tokens']}"]
+        size += [f"{row['input_bytes'] / 1e9:.1f}", f"{row['output_bytes'] / 1e9:.2f}", f"{total / 60:.1f}"]
+        shares = [f"{100 * row['seconds'].get(phase, 0) / total:.0f}" for phase in phases]
+        lines.append("| " + " | ".join([row["name"], *size, *shares, f"{row['peak_memory_mb'] / 1e3:.1f}"]) + " |")
+    last = max(rows, key=lambda row: row["date"])
+    used = ", ".join(f"{name} {version}" for name, version in last["versions"].items())
+    where = f"{last['hardware']['machine']}, {last['hardware']['threads']} thread(s)"
+    return "\n".join(lines) + f"\n\nMeasured {last['date'][:10]} on {where}; {used}."
+
+
 def summary(paths: list[Path]) -> str:
     """Markdown for the project's README: 4 bits, one scale a row, a line for each suite and merge."""
     methods = ("none", "rtn", "gptq", "e_pmq", "expert_guided")
@@ -116,6 +134,10 @@ def main() -> None:
     texts = {HERE / "README.md": (HERE / "README.md").read_text()}
     for path in paths:
         texts[HERE / "README.md"] = replace_section(texts[HERE / "README.md"], path.stem, suite_section(path))
+    shapes = HERE / "results" / "shapes.json"
+    if shapes.exists():
+        readme = texts[HERE / "README.md"]
+        texts[HERE / "README.md"] = replace_section(readme, "shapes", shapes_table(json.loads(shapes.read_text())))
     project = HERE.parent / "README.md"
     texts[project] = replace_section(project.read_text(), "summary", summary(paths))
     if "--check" in sys.argv:

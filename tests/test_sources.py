@@ -247,9 +247,19 @@ def test_a_shared_tensor_that_has_come_apart_is_refused(t5s):
     edit(t5s / "one", lm_head__weight=torch.randn(32, 32))
     with pytest.raises(ValueError, match=r"expert one: 'lm_head\.weight' differs from 'shared\.weight'"):
         sources_of(t5s, "one")
-    edit(t5s / "base", lm_head__weight=torch.randn(32, 32))
-    with pytest.raises(ValueError, match=r"base: 'lm_head\.weight' differs from 'shared\.weight'"):
-        sources_of(t5s, "one")
+
+
+def test_what_the_base_holds_apart_stays_apart(t5s):
+    """As in FLAN-T5: transformers 5 calls every T5 tied, and unties it when it sees an output layer in the file."""
+    heads = {which: torch.randn(32, 32) for which in ("base", "one")}
+    for which, head in heads.items():
+        edit(t5s / which, lm_head__weight=head)
+    sources = sources_of(t5s, "one")
+    assert torch.equal(sources.whole_model("one", torch.device("cpu")).lm_head.weight, heads["one"])
+    run(recipe_of(t5s, "one", **{**AVERAGE, "quantize": {"method": "rtn", "bits": 8}}), **QUIET)
+    written = epmq.load(t5s / "out").backbone
+    assert torch.equal(written.lm_head.weight, heads["one"])
+    assert torch.equal(written.shared.weight, weights(t5s / "one")["shared.weight"])
 
 
 # --- heads -------------------------------------------------------------------------------------------------------

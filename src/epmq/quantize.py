@@ -168,7 +168,7 @@ def load_outside(sources: Sources, emit: Emit, device: torch.device) -> None:
 
     rest = load_embeddings(sources.model, sources.outside_names(), read, device)
     load_block(sources.model, rest, read, device)
-    sources.model.tie_weights()
+    sources.tie(sources.model)
 
 
 class LayerGroup:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import redirect_stderr
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -188,11 +188,23 @@ def why_not_direct(path: str | Path, config: dict[str, Any]) -> str | None:
 
     kind: Any = getattr(transformers, (config.get("architectures") or ["AutoModel"])[0], transformers.AutoModel)
     try:
-        with redirect_stderr(io.StringIO()):  # the loader's own progress bars
+        with redirect_stderr(io.StringIO()), _quiet():  # the loader's progress bars, and what it has to say
             kind.from_pretrained(path)
     except (ValueError, AttributeError, KeyError, TypeError, RuntimeError) as error:
         return f"{type(error).__name__} in transformers {transformers.__version__}"
     return None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
 
 
 def _unpacked(checkpoint: Checkpoint, quantization: dict[str, Any]) -> dict[str, Tensor]:

@@ -51,6 +51,7 @@ class Sources:
         self.model = build_skeleton(self._shared)
         self._tied = tied_names(self.model)
         self._stored = self._rename(self.base)[0]
+        self._untie()
         renamed = {task: self._rename(expert) for task, expert in self.experts.items()}
         self._expert_stored = {task: stored for task, (stored, _) in renamed.items()}
         self._expert_extra = {task: extra for task, (_, extra) in renamed.items()}
@@ -80,6 +81,16 @@ class Sources:
                     found.setdefault(leader, found[name])
         return found, extra
 
+    def _untie(self) -> None:
+        """Let go of what the config ties but the base holds with different values, as `from_pretrained` does.
+
+        FLAN-T5 is such a model: transformers 5 ties every T5, whatever its config says.
+        """
+        for name, leader in list(self._tied.items()):
+            pair = {self._stored[key] for key in (name, leader) if key in self._stored}
+            if len(pair) == 2 and not torch.equal(*(self.base.tensor(stored) for stored in pair)):
+                del self._tied[name]
+
     def _check_base(self, state: dict[str, Tensor]) -> None:
         for name in self.names:
             found, wanted = list(self.base.shape(self._stored[name])), list(state[name].shape)
@@ -88,10 +99,6 @@ class Sources:
             if torch.is_floating_point(state[name]) and self.base.dtype(self._stored[name]) is None:
                 kind = self.base.kind(self._stored[name])
                 raise ValueError(f"{self.base.path}: tensor {name!r} is {kind}, not float64, 32, 16 or bfloat16")
-        for name, leader in self._tied.items():
-            pair = {self._stored[key] for key in (name, leader) if key in self._stored}
-            if len(pair) == 2 and not torch.equal(*(self.base.tensor(stored) for stored in pair)):
-                raise ValueError(f"{self.base.path}: {name!r} differs from {leader!r}, its equal by config.json")
         inside = tuple(stack.name + "." for stack in find_stacks(self.model))
         for name in self.absent:
             if name.startswith(inside) or name.endswith(("embeddings.weight", "embed_tokens.weight")):
@@ -185,8 +192,13 @@ class Sources:
         model = self.skeleton()
         read = self.base_tensor if task is None else lambda name: self.expert_tensor(task, name)
         load_block(model, self.names, read, device)
-        model.tie_weights()
+        self.tie(model)
         return model.to(device)
+
+    def tie(self, model: Any) -> None:
+        """Let the model's shared tensors share their storage again, once those they follow have been read."""
+        model.all_tied_weights_keys = dict(self._tied)
+        model.tie_weights(recompute_mapping=False)
 
     def check_finite(self) -> Iterator[None]:
         """Look through all weights for NaN and Inf, one checkpoint a step.

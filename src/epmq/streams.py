@@ -56,7 +56,7 @@ class ExpertStream:
         self.model = sources.skeleton()
         rest = load_embeddings(self.model, sources.outside_names(), self._read, device)
         load_block(self.model, rest, self._read, device)
-        self.model.tie_weights()
+        sources.tie(self.model)
         self._steps = iter(Walk(self.model, calibration.batches))
         self.inputs: dict[str, list[Tensor]] = {}
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import shapes
+from benchmarks import shapes, tables
 from epmq.checkpoint import Checkpoint
 
 TINY = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
@@ -27,7 +27,7 @@ def test_a_shape_goes_through_the_whole_pipeline(tiny, tmp_path):
     assert row["experts"] == 2 and row["tokens"] == 15 and row["layers"] == 14
     assert {"check", "merge", "forward", "moments", "targets", "solve", "write"} <= row["seconds"].keys()
     assert row["input_bytes"] > 3 * 2 * row["parameters"] and row["output_bytes"] < 2 * row["parameters"]
-    assert shapes.shapes_table([row]).splitlines()[2].startswith("| tiny | 0 M | 2 | 3, 15 | 0.0 | 0.00 | ")
+    assert tables.shapes_table([row]).splitlines()[2].startswith("| tiny | 0 M | 2 | 3, 15 | 0.0 | 0.00 | ")
 
 
 def test_an_output_that_lacks_something_is_named(tiny, tmp_path):
