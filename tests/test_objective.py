@@ -109,3 +109,18 @@ def test_moments_leave_padding_out():
     assert masked.count == 8
     torch.testing.assert_close(masked.gram, real.gram)
     torch.testing.assert_close(masked.mean, inputs[mask].mean(0))
+
+
+def test_a_move_is_added_to_what_the_layer_gives():
+    """min Σ ‖X Qᵀ − (X Wᵀ + Δ)‖²/n + λ̄ ‖Q − A‖², solved directly."""
+    inputs, move = torch.randn(50, 6), torch.randn(50, 3)
+    current, anchor = torch.randn(3, 6), torch.randn(3, 6)
+    for start in (current, anchor):
+        moments, objective = Moments(6), Objective(anchor)
+        moments.add(inputs, beside=move)
+        objective.add_move(moments, 1.0, start)
+        target, hessian, _ = objective.solve(0.1)
+        wanted = torch.linalg.solve(
+            hessian, (inputs.T @ (inputs @ start.T + move) / 50 + (hessian - inputs.T @ inputs / 50) @ anchor.T)
+        ).T
+        torch.testing.assert_close(target, wanted, rtol=1e-4, atol=1e-4)

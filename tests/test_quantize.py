@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import recipe_for
 
+from epmq.batches import encode
 from epmq.blocks import hooks, linears
 from epmq.pipeline import prepare
 from epmq.quantize import Calibration, load_outside, quantize_calibrated
@@ -112,8 +113,6 @@ def test_experts_that_are_copies_of_the_merge_give_gptq(pool):
     guided = [{"method": method, "anchor_strength": 0.01} for method in ("e_pmq", "expert_guided")]
     for settings in ({"method": "gptq"}, *guided):
         job = prepare(load_recipe({**recipe, "quantize": settings}))
-        from epmq.batches import encode
-
         calibration = [Calibration(task, list(encode(x, job.processor, 8, 16))) for task, x in job.calibration.items()]
         codes: dict[str, Any] = {}
         load_outside(job.sources, lambda *a: None, torch.device("cpu"))
@@ -128,3 +127,26 @@ def test_experts_that_are_copies_of_the_merge_give_gptq(pool):
         assert plain.keys() == codes.keys() and len(plain) == 12
         for name, weight in plain.items():
             assert torch.equal(weight.codes, codes[name].codes) and torch.equal(weight.scale, codes[name].scale)
+
+
+@torch.no_grad()
+def test_a_weak_anchor_and_a_fine_grid_bring_the_experts_stream_back(pool):
+    """One expert, merged by a third: even what the embeddings got wrong is undone where layers aim at its stream."""
+    recipe = recipe_for(pool, merge={"method": "task_arithmetic", "scaling": 0.3})
+    recipe["experts"] = recipe["experts"][:1]
+    off = {}
+    for stream in (False, True):
+        settings = {"method": "expert_guided", "bits": 8, "group_size": 32, "anchor_strength": 1e-3}
+        settings |= {"expert_features": 0.6, "expert_stream": stream}
+        job = prepare(load_recipe({**recipe, "quantize": settings}))
+        batches = list(encode(job.calibration["one"], job.processor, 8, 16))
+        load_outside(job.sources, lambda *a: None, torch.device("cpu"))
+        for _ in quantize_calibrated(
+            job.sources, [Calibration("one", batches)], lambda *a: None, lambda *a: None, torch.device("cpu"), keep=True
+        ):
+            pass
+        expert = job.sources.whole_model("one", torch.device("cpu"))
+        moved = [(job.sources.model(**b).last_hidden_state - expert(**b).last_hidden_state) for b in batches]
+        real = [batch["attention_mask"].bool() for batch in batches]
+        off[stream] = sum(float(rows[mask].square().sum()) for rows, mask in zip(moved, real))
+    assert off[True] < 0.01 * off[False]

@@ -1,17 +1,21 @@
+from contextlib import ExitStack
+
 import torch
 from conftest import recipe_for
 
 from epmq.batches import encode
-from epmq.blocks import hooks, linears
+from epmq.blocks import linears
 from epmq.moments import Moments
 from epmq.pipeline import prepare
+from epmq.residual import at
 from epmq.skeleton import load_model
 from epmq.spec import load_recipe
-from epmq.streams import Calibration, ExpertStream
+from epmq.streams import Calibration, ExpertStream, run_until
+from epmq.walk import Walk
 
 
 @torch.no_grad()
-def test_a_stream_sees_what_the_experts_own_layers_see(pool):
+def test_a_stream_sees_what_the_expert_itself_computes(pool):
     job = prepare(load_recipe(recipe_for(pool, quantize={"method": "expert_guided", "expert_features": 0.5})))
     batches = list(encode(job.calibration["two"], job.processor, 8, 16))
     stream = ExpertStream(job.sources, Calibration("two", batches), torch.device("cpu"))
@@ -19,22 +23,32 @@ def test_a_stream_sees_what_the_experts_own_layers_see(pool):
     for index in range(2):
         block = f"encoder.layer.{index}"
         names = [name for name, _ in linears(expert.get_submodule(block))]
-        stream.enter(block, names)
-        for i, batch in enumerate(batches):
-            seen: dict[str, torch.Tensor] = {}
+        places = {**dict.fromkeys(names, 1), "output.LayerNorm": 1, None: 1}
+        early, late = dict.fromkeys(names[:3], 1), dict.fromkeys(places, 1)
+        for last, wanted in ((False, early), (True, late)):  # a block may be entered more than once
+            stream.enter(block)
+            for i, batch in enumerate(batches):
+                with ExitStack() as stack:
+                    seen = {place: [] for place in wanted}
+                    for place in wanted:
+                        stack.enter_context(at(expert.get_submodule(block), place, seen[place].append))
+                    expert(**batch)
+                found = stream.run(i, wanted, last)
+                for place in wanted:
+                    assert torch.equal(found[place][0], seen[place][0]), f"{block}, {place}"
+            stream.leave()
+            assert all(parameter.is_meta for parameter in stream.step.block.parameters())
+        stream.advance()
 
-            def keep(name, seen=seen):
-                return lambda module, args: seen.__setitem__(name, args[0])
 
-            pairs = [(expert.get_submodule(f"{block}.{name}"), keep(name)) for name in names]
-            with hooks(pairs):
-                expert(**batch)
-            stream.run(i)
-            for name in names:
-                (inputs,) = stream.inputs[name]
-                assert torch.equal(inputs, seen[name]), f"{block}.{name}"
-        stream.leave()
-        assert all(parameter.is_meta for parameter in stream.step.block.parameters())
+def test_a_block_runs_no_further_than_asked(pool):
+    job = prepare(load_recipe(recipe_for(pool, quantize={"method": "gptq"})))
+    batch = next(encode(job.calibration["two"], job.processor, 8, 16))
+    model, seen = job.sources.whole_model("two", torch.device("cpu")), []
+    step = next(iter(Walk(model, [batch])))
+    with at(step.block, "attention.output.dense", seen.append), at(step.block, "intermediate.dense", seen.append):
+        run_until(step, 0, {"attention.self.query": 1, "attention.output.dense": 1})
+    assert len(seen) == 1
 
 
 def test_drift_is_the_mixed_moment():
@@ -42,8 +56,8 @@ def test_drift_is_the_mixed_moment():
     inputs, own = torch.randn(40, 8).double(), torch.randn(40, 8).double()
     merged, expert, alpha = torch.randn(3, 8).double(), torch.randn(3, 8).double(), 0.3
     moments = Moments(8)
-    moments.add(inputs, expert=own)
+    moments.add(inputs, beside=own - inputs)
     mixed = (1 - alpha) * inputs + alpha * own
     wanted = expert @ (mixed.T @ inputs) / 40 - merged @ (inputs.T @ inputs) / 40
-    found = (expert - merged).float() @ moments.gram + alpha * expert.float() @ moments.drift
+    found = (expert - merged).float() @ moments.gram + alpha * expert.float() @ moments.cross
     torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-5)

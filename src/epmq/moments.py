@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class Moments:
-    """Running Σ x xᵀ, Σ x and, if asked, Σ (x̃ − x) xᵀ over the real tokens of one input group and one task.
+    """Running Σ x xᵀ, Σ x and, if asked, Σ t xᵀ over the real tokens of one input group and one task.
 
     Attributes:
         count: tokens seen.
@@ -18,26 +18,27 @@ class Moments:
         self.count = 0
         self.total = torch.zeros(columns, device=device)
         self._gram = torch.zeros(columns, columns, device=device)
-        self._drift: Tensor | None = None
+        self._cross: Tensor | None = None
 
-    def add(self, inputs: Tensor, mask: Tensor | None = None, expert: Tensor | None = None) -> None:
+    def add(self, inputs: Tensor, mask: Tensor | None = None, beside: Tensor | None = None) -> None:
         """Add a batch of inputs.
 
         Args:
             inputs: [..., in], any float dtype.
             mask: which tokens are real, booleans of shape `inputs.shape[:-1]` (or that many entries in all); None
                 counts all of them. Padding must never enter a moment.
-            expert: x̃, the expert's own inputs to the layer on the same tokens, shaped like `inputs`; None leaves
-                the drift out.
+            beside: t, [..., anything], something else about the same tokens, such as how the expert's inputs differ;
+                None leaves Σ t xᵀ out.
         """
         rows = _real_rows(inputs, mask)
         self.count += len(rows)
         self.total += rows.sum(0)
         self._gram.addmm_(rows.T, rows)
-        if expert is not None:
-            if self._drift is None:
-                self._drift = torch.zeros_like(self._gram)
-            self._drift.addmm_((_real_rows(expert, mask) - rows).T, rows)
+        if beside is not None:
+            others = _real_rows(beside, mask)
+            if self._cross is None:
+                self._cross = torch.zeros(others.shape[1], rows.shape[1], device=rows.device)
+            self._cross.addmm_(others.T, rows)
 
     @property
     def gram(self) -> Tensor:
@@ -51,9 +52,9 @@ class Moments:
         return self._gram / self.count
 
     @property
-    def drift(self) -> Tensor | None:
-        """Σ (x̃ − x) xᵀ / n, [in, in] float32: how the experts' inputs differ; None if they were not given."""
-        return None if self._drift is None else self._drift / self.count
+    def cross(self) -> Tensor | None:
+        """Σ t xᵀ / n, [of t, in] float32; None if no t was given."""
+        return None if self._cross is None else self._cross / self.count
 
     @property
     def mean(self) -> Tensor:

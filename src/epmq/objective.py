@@ -9,6 +9,9 @@ the case W_k = A; RegMean (arXiv 2212.09849) is λ̄ = 0 without a grid.
 
 With a share α of the expert's own inputs X̃_k in the target, ((1 − α) X_k + α X̃_k) W_kᵀ, the correction gains
 α Σ ω_k W_k D_k, where D_k = (X̃_k − X_k)ᵀ X_k / n_k is the drift.
+
+A layer that is asked to move its present output X_k Wᵀ by a given Δ_k has the target X_k Wᵀ + Δ_k, and the correction
+Σ ω_k ((W − A) G_k + Δ_kᵀ X_k / n_k).
 """
 
 from __future__ import annotations
@@ -49,7 +52,7 @@ class Objective:
             weight: ω_k.
             expert: W_k [out, in] (stacked like the anchor); None for the merged target W_k = A.
             shift: b_k − b [out], the expert's bias less the one the layer keeps; None where layers have no bias.
-            features: α, the share of the expert's own inputs in the target; the moments must hold the drift for it.
+            features: α, the share of the expert's own inputs in the target; `moments.cross` must be the drift D_k.
 
         Raises:
             ValueError: no token was seen.
@@ -64,9 +67,29 @@ class Objective:
         if shift is not None:
             self.correction.addr_(shift.float(), moments.mean, alpha=weight)
         del gram  # a copy, and the drift is as large
-        drift = moments.drift if features else None
+        drift = moments.cross if features else None
         if drift is not None:
             self.correction.addmm_(expert.float(), drift, alpha=weight * features)
+
+    def add_move(self, moments: Moments, weight: float, current: Tensor) -> None:
+        """Fold in one task that asks the layers to move their output.
+
+        Args:
+            moments: of the layers' input on that task's calibration data; `cross` must be Δ_kᵀ X_k / n_k [out, in].
+            weight: ω_k.
+            current: W [out, in], the weights that the output to move was computed with.
+
+        Raises:
+            ValueError: no token was seen.
+        """
+        if self.correction is None:
+            self.correction = torch.zeros_like(self.anchor)
+        if current is not self.anchor:
+            self.correction.addmm_(current.float() - self.anchor, moments.gram, alpha=weight)
+        self.hessian.add_(moments.gram, alpha=weight)
+        move = moments.cross
+        assert move is not None
+        self.correction.add_(move, alpha=weight)
 
     def solve(self, strength: float) -> tuple[Tensor, Tensor, float]:
         """The continuous optimum and the Hessian.

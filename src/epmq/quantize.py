@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from epmq.blocks import InputGroup, Stack, as_matrix, block_linears, find_stacks, hooks, input_groups, linears
+from epmq.blocks import InputGroup, Stack, as_matrix, block_linears, find_stacks, input_groups, linears
 from epmq.grid import QuantizedTensor
 from epmq.moments import Moments
 from epmq.objective import Objective
+from epmq.residual import Place, Sum, at, find_sums
 from epmq.skeleton import drop_tensors, load_block, load_embeddings, set_tensor
 from epmq.solvers import gptq, hessian_loss, rtn, search_scales
 from epmq.sources import Sources
-from epmq.streams import Calibration, ExpertStream, expert_streams
+from epmq.streams import Calibration, ExpertStream, expert_streams, run_until
 from epmq.walk import Step, Walk
 
 Emit = Callable[[str, Tensor], None]
@@ -137,14 +138,18 @@ def quantize_calibrated(
         load_block(sources.model, sources.block_names(step.name), sources.merged, device)
         with _naming(step.name):
             groups = input_groups(step.block, lambda step=step: step.run(0))  # type: ignore[misc]
-        layers = [LayerGroup(sources, step, group) for group in groups]
-        _gather(sources, step, layers, calibration, streams)
+        passes = _passes(step, groups, apart=bool(streams and sources.recipe.quantize.expert_stream))
         reports: list[LayerReport] = []
-        while layers:  # each is freed when it is done
-            group = layers.pop(0)
-            with _naming(f"{step.name}.{group.names[0]}"):
-                reports += _solve(sources, step, group, emit_layer)
-        del group
+        for number, planned in enumerate(passes):
+            layers = [LayerGroup(sources, step, group, sum_) for group, sum_ in planned]
+            _gather(sources, step, layers, calibration, streams, last=number == len(passes) - 1)
+            while layers:  # each is freed when it is done
+                group = layers.pop(0)
+                with _naming(f"{step.name}.{group.names[0]}"):
+                    reports += _solve(sources, step, group, emit_layer)
+            del group
+        for stream in streams.values():
+            stream.advance()
         quantized = {f"{report.name}.weight" for report in reports}
         for name, tensor in step.block.state_dict(prefix=f"{step.name}.").items():
             if name in sources.names and name not in quantized:
@@ -153,6 +158,19 @@ def quantize_calibrated(
         if not keep:
             drop_tensors(step.block)
         yield reports
+
+
+def _passes(step: Step, groups: list[InputGroup], apart: bool) -> list[list[tuple[InputGroup, Sum | None]]]:
+    """The block's layers by the pass in which they are gathered and solved, with the sums that they aim at.
+
+    Where layers aim at the residual stream they go one after the other: each mends what is left when all before it
+    are quantized, and a weight that is fitted to inputs that then change does harm.
+    """
+    if not apart:
+        return [[(group, None) for group in groups]]
+    alone = [group.names[0] for group in groups if len(group.names) == 1]
+    sums = find_sums(step.block, alone, lambda: step.run(0))
+    return [[(group, sums.get(group.names[0]))] for group in groups]
 
 
 def load_outside(sources: Sources, emit: Emit, device: torch.device) -> None:
@@ -179,14 +197,15 @@ class LayerGroup:
         modules: the layers.
         rows: their output sizes.
         calls: how often each is called in one forward of the block.
+        sum: the sum in the residual stream that the layer writes to and whose value in the expert it aims at, if any.
         merged: their merged weights, stacked, [out, in] float32.
         objective: collected task by task; its anchor is the merged weight, or further along the task vector.
         tokens: calibration tokens seen.
     """
 
-    def __init__(self, sources: Sources, step: Step, group: InputGroup) -> None:
+    def __init__(self, sources: Sources, step: Step, group: InputGroup, sum_: Sum | None = None) -> None:
         layers = dict(linears(step.block))
-        self.names, self.calls = group.names, group.calls
+        self.names, self.calls, self.sum = group.names, group.calls, sum_
         self.modules = [layers[name] for name in group.names]
         weights = [as_matrix(module, module.weight.detach()) for module in self.modules]  # type: ignore[operator]
         self.rows = [len(weight) for weight in weights]
@@ -210,6 +229,23 @@ class LayerGroup:
         """An expert's weights of these layers, stacked: [out, in]."""
         return self._stack(sources.expert_tensor(task, f"{block}.{name}.weight") for name in self.names)
 
+    @property
+    def place(self) -> Place:
+        """Where the expert's own values for these layers are found: at their sum, or at their inputs."""
+        return self.names[0] if self.sum is None else self.sum.place
+
+    def fold(self, sources: Sources, block: str, task: str, moments: Moments, streamed: bool) -> None:
+        """Fold one task's moments into the objective."""
+        settings, weight = sources.recipe.quantize, sources.recipe.task_weight(task)
+        self.tokens += moments.count
+        if not settings.guided:
+            self.objective.add(moments, weight)
+        elif streamed and self.sum is not None:
+            self.objective.add_move(moments, weight, self.merged)
+        else:
+            expert, shift = self.expert(sources, block, task), self.shift(sources, block, task)
+            self.objective.add(moments, weight, expert, shift, settings.expert_features or 0.0)
+
     def shift(self, sources: Sources, block: str, task: str) -> Tensor:
         """An expert's biases less those the layers keep, stacked: [out] float32; zero for layers without one."""
         parts = []
@@ -223,52 +259,80 @@ class LayerGroup:
         return torch.cat(parts)
 
 
-class _Enough(Exception):
-    """All layers have seen their input: the rest of the block need not run."""
-
-
 def _gather(
     sources: Sources,
     step: Step,
     groups: list[LayerGroup],
     calibration: Sequence[Calibration],
     streams: dict[str, ExpertStream],
+    last: bool,
 ) -> None:
-    """Collect the objectives of a block, one task at a time, so that one task's moments exist at any time."""
-    guided, features, batch = sources.recipe.quantize.guided, sources.recipe.quantize.expert_features or 0.0, 0
+    """Collect the objectives of some layers of a block, one task at a time, so that one task's moments exist at a time.
+
+    Args:
+        groups: the layers.
+        last: whether these are the block's last, so that the experts are done with it.
+    """
+    batch = 0
     for part in calibration:
         moments = [Moments(group.objective.anchor.shape[1], group.objective.anchor.device) for group in groups]
         stream = streams.get(part.task)
+        taps = [Tap(step, group, m, stream is not None) for group, m in zip(groups, moments)]
+        places = {tap.place: tap.group.calls for tap in taps}
         if stream is not None:
-            stream.enter(step.name, [group.names[0] for group in groups])
-        taps = [Tap(step, group, m, stream) for group, m in zip(groups, moments)]
-        with hooks([(tap.module, tap) for tap in taps] + [(groups[-1].modules[0], _stopper(groups[-1].calls))]):
+            stream.enter(step.name)
+        with ExitStack() as stack:
+            for tap in taps:
+                stack.enter_context(tap.listening())
             for own in range(len(part.batches)):
                 if stream is not None:
-                    stream.run(own)
-                with suppress(_Enough):
-                    step.run(batch)
+                    theirs = stream.run(own, places, last)
+                    for tap in taps:
+                        tap.theirs = theirs[tap.place]
+                run_until(step, batch, places)
                 batch += 1
         if stream is not None:
             stream.leave()
         for group, m in zip(groups, moments):
-            expert = group.expert(sources, step.name, part.task) if guided else None
-            shift = group.shift(sources, step.name, part.task) if guided else None
             with _naming(f"{step.name}.{group.names[0]}, task {part.task}"):
-                group.objective.add(m, sources.recipe.task_weight(part.task), expert, shift, features)
-            group.tokens += m.count
+                group.fold(sources, step.name, part.task, m, stream is not None)
 
 
 class Tap:
-    """A hook that adds a layer's inputs to its moments, beside the expert's own inputs if there is a stream."""
+    """Adds a layer's inputs to its moments as they pass, beside what the expert has in their place.
 
-    def __init__(self, step: Step, group: LayerGroup, moments: Moments, stream: ExpertStream | None) -> None:
-        self.module, self.name = group.modules[0], group.names[0]
-        self.step, self.moments, self.stream = step, moments, stream
+    Attributes:
+        place: where the expert has it.
+        theirs: what the expert has there on the batch that runs, in the order of calls; empty without a stream.
+    """
 
-    def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        expert = None if self.stream is None else self.stream.inputs[self.name].pop(0)
-        self.moments.add(args[0], self.step.mask(args[0]), expert)
+    def __init__(self, step: Step, group: LayerGroup, moments: Moments, streamed: bool) -> None:
+        self.step, self.group, self.moments = step, group, moments
+        self.sum = group.sum if streamed else None
+        self.place = group.place if streamed else group.names[0]
+        self.theirs: list[Tensor] = []
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Listen for the length of a `with` block."""
+        with at(self.step.block, self.group.names[0], self._input):
+            if self.sum is None:
+                yield
+                return
+            with at(self.step.block, self.sum.place, self._written):
+                yield
+
+    def _input(self, inputs: Tensor) -> None:
+        if self.sum is not None:
+            self._waiting = inputs
+            return
+        drift = self.theirs.pop(0).float() - inputs.float() if self.theirs else None
+        self.moments.add(inputs, self.step.mask(inputs), drift)
+
+    def _written(self, stream: Tensor) -> None:
+        assert self.sum is not None
+        move = (self.theirs.pop(0).float() - stream.float()) / self.sum.scale
+        self.moments.add(self._waiting, self.step.mask(self._waiting), move)
 
 
 def _solve(sources: Sources, step: Step, group: LayerGroup, emit_layer: EmitLayer) -> list[LayerReport]:
@@ -297,19 +361,6 @@ def _solve(sources: Sources, step: Step, group: LayerGroup, emit_layer: EmitLaye
         losses = float(lost.sum()), float(off.sum())
         reports.append(LayerReport(full, shape, group.names[0], *losses, strength, group.tokens, seconds))
     return reports
-
-
-def _stopper(calls: int) -> Callable[..., None]:
-    """A hook that ends the block's forward when the last layer of interest has been called for the last time."""
-    seen = 0
-
-    def stop(module: nn.Module, args: tuple) -> None:
-        nonlocal seen
-        seen += 1
-        if seen % calls == 0:
-            raise _Enough
-
-    return stop
 
 
 @contextmanager

@@ -13,9 +13,9 @@ from epmq.data import Examples, Fields, read_dataset, read_examples
 from epmq.grid import BITS, GROUP_SIZES, Grid
 
 # What the two expert-guided methods take where the recipe does not say: e_pmq is the paper's form.
-GUIDED: dict[str, dict[str, float]] = {
-    "e_pmq": {"anchor_strength": 0.03, "anchor_scale": 1.0, "expert_features": 0.0},
-    "expert_guided": {"anchor_strength": 0.03, "anchor_scale": 1.0, "expert_features": 0.6},
+GUIDED: dict[str, dict[str, Any]] = {
+    "e_pmq": {"anchor_strength": 0.03, "anchor_scale": 1.0, "expert_features": 0.0, "expert_stream": False},
+    "expert_guided": {"anchor_strength": 0.03, "anchor_scale": 1.0, "expert_features": 0.6, "expert_stream": False},
 }
 METHODS = ("none", "rtn", "gptq", *GUIDED)
 GUIDED_DEFAULTS = "the default depends on the method"
@@ -150,6 +150,10 @@ class Quantize(_Strict):
     expert_features: float | None = Field(
         None, ge=0, le=1, description=f"share of the expert's own layer inputs in the targets; {GUIDED_DEFAULTS}"
     )
+    expert_stream: bool | None = Field(
+        None,
+        description=f"layers that add to the residual stream aim at the expert's own stream; {GUIDED_DEFAULTS}",
+    )
     task_weights: dict[str, float] | None = Field(
         None, description="expert_guided: weight of each task; equal if left out"
     )
@@ -181,8 +185,10 @@ class Quantize(_Strict):
                 raise ValueError(f"{field}: {self.method} does not use it")
             if defaults is not None and getattr(self, field) is None:
                 object.__setattr__(self, field, defaults[field])
-        if self.method == "e_pmq" and (self.anchor_scale != 1 or self.expert_features != 0):
-            raise ValueError("e_pmq has anchor_scale 1 and expert_features 0; take expert_guided to change them")
+        if self.method == "e_pmq" and (self.anchor_scale != 1 or self.expert_features != 0 or self.expert_stream):
+            raise ValueError(
+                "e_pmq has anchor_scale 1, expert_features 0 and no expert_stream; take expert_guided to change them"
+            )
         return self
 
     @property
