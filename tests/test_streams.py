@@ -61,3 +61,18 @@ def test_drift_is_the_mixed_moment():
     wanted = expert @ (mixed.T @ inputs) / 40 - merged @ (inputs.T @ inputs) / 40
     found = (expert - merged).float() @ moments.gram + alpha * expert.float() @ moments.cross
     torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_an_expert_holds_only_the_words_it_reads(pool):
+    job = prepare(load_recipe(recipe_for(pool, quantize={"method": "expert_guided"})))
+    batches = list(encode(job.calibration["two"], job.processor, 8, 16))
+    stream = ExpertStream(job.sources, Calibration("two", batches), torch.device("cpu"))
+    words = stream.model.get_input_embeddings()
+    expert = load_model(pool / "experts" / "two", {"architectures": ["BertModel"]})
+    seen: set[int] = set()
+    for batch in batches:
+        found, wanted = (model(batch["input_ids"]) for model in (words, expert.get_input_embeddings()))
+        assert torch.equal(found, wanted)
+        seen |= set(batch["input_ids"].flatten().tolist())
+        assert len(words.weight) == len(seen) < words.num_embeddings

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -145,6 +147,7 @@ def quantize_calibrated(
             _gather(sources, step, layers, calibration, streams, last=number == len(passes) - 1)
             while layers:  # each is freed when it is done
                 group = layers.pop(0)
+                return_freed_memory()
                 with _naming(f"{step.name}.{group.names[0]}"):
                     reports += _solve(sources, step, group, emit_layer)
             del group
@@ -158,6 +161,13 @@ def quantize_calibrated(
         if not keep:
             drop_tensors(step.block)
         yield reports
+
+
+def return_freed_memory() -> None:
+    """Ask the C library to give freed memory back to the system; glibc would keep gigabytes in holes of its heap."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def _passes(step: Step, groups: list[InputGroup], apart: bool) -> list[list[tuple[InputGroup, Sum | None]]]:

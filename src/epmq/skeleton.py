@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,56 @@ def load_embeddings(model: Any, names: Iterable[str], read: Callable[[str], Tens
         if type(module) is nn.Embedding:
             module.register_forward_hook(lambda module, args, rows: rows.float())
     return rest
+
+
+class UsedRows:
+    """Looks up the rows of an embedding that calibration uses, and holds no others, in float32.
+
+    A table that is mapped into memory would become resident piece by piece, one an expert.
+    """
+
+    def __init__(self, size: int, read: Callable[[], Tensor], device: torch.device) -> None:
+        self._read, self._rows = read, torch.empty(0)
+        self._place = torch.full((size,), -1, device=device)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """As a forward pre-hook: give the embedding the rows it needs, and their places instead of the ids."""
+        ids = args[0]
+        used = ids.unique()
+        new = used[self._place[used] < 0]
+        if len(new):
+            rows = self._read()[new.cpu()].float().to(new.device)
+            self._place[new] = torch.arange(len(self._rows), len(self._rows) + len(new), device=new.device)
+            self._rows = torch.cat([self._rows, rows]) if len(self._rows) else rows
+        module._parameters["weight"] = nn.Parameter(self._rows, requires_grad=False)
+        return self._place[ids], *args[1:]
+
+
+def hold_used_rows(model: Any, names: Iterable[str], read: Callable[[str], Tensor], device: torch.device) -> list[str]:
+    """Let the word embedding read the rows that it looks up when it does; returns the names that are left to load.
+
+    Other embeddings are small, and models take their weight by other ways than a look-up.
+    """
+    followers, rest = tied_names(model), []
+    try:
+        words = model.get_input_embeddings()
+    except NotImplementedError:  # a model of several parts, such as CLIP
+        return list(names)
+    for name in names:
+        module = _owner(model, name)
+        if isinstance(module, nn.Embedding) and module is words:
+            rows = UsedRows(module.num_embeddings, partial(read, name), device)
+            same = [module, *(_owner(model, other) for other, leader in followers.items() if leader == name)]
+            for embedding in same:
+                if isinstance(embedding, nn.Embedding):
+                    embedding.register_forward_pre_hook(rows)
+        else:
+            rest.append(name)
+    return rest
+
+
+def _owner(model: nn.Module, name: str) -> nn.Module:
+    return model.get_submodule(name.rpartition(".")[0])
 
 
 def drop_tensors(module: nn.Module) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from epmq.residual import Place, at
-from epmq.skeleton import drop_tensors, load_block, load_embeddings
+from epmq.skeleton import drop_tensors, hold_used_rows, load_block, load_embeddings
 from epmq.sources import Sources
 from epmq.walk import Batch, Step, Walk
 
@@ -54,7 +54,8 @@ class ExpertStream:
     def __init__(self, sources: Sources, calibration: Calibration, device: torch.device) -> None:
         self.sources, self.task, self.device = sources, calibration.task, device
         self.model = sources.skeleton()
-        rest = load_embeddings(self.model, sources.outside_names(), self._read, device)
+        rest = hold_used_rows(self.model, sources.outside_names(), self._read, device)
+        rest = load_embeddings(self.model, rest, self._read, device)
         load_block(self.model, rest, self._read, device)
         sources.tie(self.model)
         self._steps = iter(Walk(self.model, calibration.batches))
