@@ -1,7 +1,7 @@
 """`python -m benchmarks.compare SUITE`: every method at every width on one suite, on test data.
 
 Writes `benchmarks/results/<suite>.json`, one row a model, after each row; rows that are there already are kept
-unless `--fresh` is given. `python -m benchmarks.tables` makes the table from it.
+unless `--fresh` is given or their settings have changed. `python -m benchmarks.tables` makes the table from it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from rich.console import Console
 
 from benchmarks.suites.__main__ import SUITES, build
 from benchmarks.suites.build import suite_dir
+from epmq import spec
 from epmq.checkpoint import write_json
 from epmq.demo.pool import pool_recipe
 from epmq.evaluate import gap_recovered, show_score
@@ -37,7 +38,7 @@ LANGUAGE_MERGES = ("task_arithmetic",)
 GRIDS = ((4, -1, True), (3, 64, False), (2, 64, False))
 METHODS = ("rtn", "gptq", "e_pmq", "expert_guided")
 # Of expert_guided, chosen on the validation splits: see `python -m benchmarks.choose`.
-GUIDED: dict[str, dict[str, float]] = {
+GUIDED: dict[str, dict[str, Any]] = {
     "vision8": {"expert_features": 0.6, "anchor_scale": 1.0, "anchor_strength": 0.03},
     "text8": {"expert_features": 0.5, "anchor_scale": 3.0, "anchor_strength": 3.0},
     "text8lora": {"expert_features": 0.5, "anchor_scale": 3.0, "anchor_strength": 3.0},
@@ -103,7 +104,7 @@ def row(suite: str, merge: str, quantize: dict[str, Any], found: dict[str, Any],
         "bits": quantize["bits"] if quantized else None,
         "group_size": quantize["group_size"] if quantized else None,
         "symmetric": quantize["symmetric"] if quantized else None,
-        "settings": {name: value for name, value in quantize.items() if name in GUIDED["text8"]},
+        "settings": {name: value for name, value in quantize.items() if name in spec.GUIDED["expert_guided"]},
         "metric": found["metric"],
         found["metric"]: found["scores"],
         "mean": found["mean_score"],
@@ -133,6 +134,11 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return json.loads(path.read_text()) if path.exists() else []
 
 
+def identity(r: dict[str, Any]) -> tuple[Any, ...]:
+    """What tells rows apart: there is one for each, whatever its settings."""
+    return tuple(r[k] for k in KEY)
+
+
 def order(r: dict[str, Any]) -> tuple[int, int, int]:
     """Where a row stands in the file: base, experts, merges; full precision first, then falling bits; by method."""
     merge = ["base", "experts", *MERGES].index(r["merge"])
@@ -143,15 +149,15 @@ def compare(suite: ModuleType, tasks: list[str], quick: bool, merges: list[str],
     """Measure every row that is missing, saving after each; another process may add rows at the same time."""
     console, name = Console(stderr=True), f"{suite.NAME}-quick" if quick else suite.NAME
     root, path = suite_dir(suite.NAME, quick), RESULTS / f"{name}.json"
-    done = {tuple(r[k] for k in KEY) for r in read_rows(path)}
+    done = {identity(r): r["settings"] for r in read_rows(path)}
     common: dict[str, Any] = {"test_samples": TEST_SAMPLES, "seed": seed}
 
     def keep(found: dict[str, Any]) -> None:
-        rows = sorted([*read_rows(path), found], key=order)
+        rows = sorted([*(r for r in read_rows(path) if identity(r) != identity(found)), found], key=order)
         add_gaps(rows)
         RESULTS.mkdir(exist_ok=True)
         write_json(path, rows)
-        gap = next(r["gap_recovered"] for r in rows if all(r[k] == found[k] for k in KEY))
+        gap = next(r["gap_recovered"] for r in rows if identity(r) == identity(found))
         shown = show_score(found["metric"], found["mean"])
         text = f"{found['merge']:16} {found['method']:14} {found['bits'] or '':>2} {shown:>8}"
         console.print(text + (f"  gap {100 * gap:5.1f} %" if gap is not None else ""))
@@ -166,7 +172,8 @@ def compare(suite: ModuleType, tasks: list[str], quick: bool, merges: list[str],
         if merge not in merges:
             continue
         grid = (None, None, None) if quantize["method"] == "none" else tuple(quantize[k] for k in KEY[3:6])
-        if (name, merge, quantize["method"], *grid, seed) in done:
+        chosen = GUIDED[suite.NAME] if quantize["method"] == "expert_guided" else {}
+        if done.get((name, merge, quantize["method"], *grid, seed)) == chosen:
             continue
         report = measure(suite, root, tasks, merge, quantize, **common)
         seconds = round(sum(report["seconds"][phase] for phase in ("open", "merge and quantize")), 1)
