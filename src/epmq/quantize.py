@@ -5,8 +5,7 @@ from __future__ import annotations
 import ctypes
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,14 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from epmq.blocks import InputGroup, Stack, as_matrix, block_linears, find_stacks, input_groups, linears
+from epmq.gather import LayerGroup, gather, naming
 from epmq.grid import QuantizedTensor
-from epmq.moments import Moments
-from epmq.objective import Objective
-from epmq.residual import Place, Sum, at, find_sums
+from epmq.residual import Sum, find_sums
 from epmq.skeleton import drop_tensors, load_block, load_embeddings, set_tensor
 from epmq.solvers import gptq, hessian_loss, rtn, search_scales
 from epmq.sources import Sources
-from epmq.streams import Calibration, ExpertStream, expert_streams, run_until
+from epmq.streams import Calibration, expert_streams
 from epmq.walk import Step, Walk
 
 Emit = Callable[[str, Tensor], None]
@@ -138,17 +136,17 @@ def quantize_calibrated(
     batches = [batch for part in calibration for batch in part.batches]
     for step in Walk(sources.model, batches):
         load_block(sources.model, sources.block_names(step.name), sources.merged, device)
-        with _naming(step.name):
+        with naming(step.name):
             groups = input_groups(step.block, lambda step=step: step.run(0))  # type: ignore[misc]
         passes = _passes(step, groups, apart=bool(streams and sources.recipe.quantize.expert_stream))
         reports: list[LayerReport] = []
         for number, planned in enumerate(passes):
             layers = [LayerGroup(sources, step, group, sum_) for group, sum_ in planned]
-            _gather(sources, step, layers, calibration, streams, last=number == len(passes) - 1)
+            gather(sources, step, layers, calibration, streams, last=number == len(passes) - 1)
             while layers:  # each is freed when it is done
                 group = layers.pop(0)
                 return_freed_memory()
-                with _naming(f"{step.name}.{group.names[0]}"):
+                with naming(f"{step.name}.{group.names[0]}"):
                     reports += _solve(sources, step, group, emit_layer)
             del group
         for stream in streams.values():
@@ -199,152 +197,6 @@ def load_outside(sources: Sources, emit: Emit, device: torch.device) -> None:
     sources.tie(sources.model)
 
 
-class LayerGroup:
-    """The layers of a block that share an input, stacked, with what calibration gathers for them.
-
-    Attributes:
-        names: of the layers, within the block.
-        modules: the layers.
-        rows: their output sizes.
-        calls: how often each is called in one forward of the block.
-        sum: the sum in the residual stream that the layer writes to and whose value in the expert it aims at, if any.
-        merged: their merged weights, stacked, [out, in] float32.
-        objective: collected task by task; its anchor is the merged weight, or further along the task vector.
-        tokens: calibration tokens seen.
-    """
-
-    def __init__(self, sources: Sources, step: Step, group: InputGroup, sum_: Sum | None = None) -> None:
-        layers = dict(linears(step.block))
-        self.names, self.calls, self.sum = group.names, group.calls, sum_
-        self.modules = [layers[name] for name in group.names]
-        weights = [as_matrix(module, module.weight.detach()) for module in self.modules]  # type: ignore[operator]
-        self.rows = [len(weight) for weight in weights]
-        self.dtype = sources.stored_dtype(f"{step.name}.{group.names[0]}.weight") or torch.float32
-        self.merged = torch.cat(weights).float()
-        self.objective = Objective(self._anchor(sources, step.name))
-        self.tokens = 0
-
-    def _anchor(self, sources: Sources, block: str) -> Tensor:
-        scale = sources.recipe.quantize.anchor_scale
-        if scale is None or scale == 1:
-            return self.merged
-        base = self._stack(sources.base_tensor(f"{block}.{name}.weight") for name in self.names).float()
-        return base + scale * (self.merged - base)
-
-    def _stack(self, parts: Iterable[Tensor]) -> Tensor:
-        weights = [as_matrix(module, part) for module, part in zip(self.modules, parts)]
-        return torch.cat(weights).to(self.merged.device)
-
-    def expert(self, sources: Sources, block: str, task: str) -> Tensor:
-        """An expert's weights of these layers, stacked: [out, in]."""
-        return self._stack(sources.expert_tensor(task, f"{block}.{name}.weight") for name in self.names)
-
-    @property
-    def place(self) -> Place:
-        """Where the expert's own values for these layers are found: at their sum, or at their inputs."""
-        return self.names[0] if self.sum is None else self.sum.place
-
-    def fold(self, sources: Sources, block: str, task: str, moments: Moments, streamed: bool) -> None:
-        """Fold one task's moments into the objective."""
-        settings, weight = sources.recipe.quantize, sources.recipe.task_weight(task)
-        self.tokens += moments.count
-        if not settings.guided:
-            self.objective.add(moments, weight)
-        elif streamed and self.sum is not None:
-            self.objective.add_move(moments, weight, self.merged)
-        else:
-            expert, shift = self.expert(sources, block, task), self.shift(sources, block, task)
-            self.objective.add(moments, weight, expert, shift, settings.expert_features or 0.0)
-
-    def shift(self, sources: Sources, block: str, task: str) -> Tensor:
-        """An expert's biases less those the layers keep, stacked: [out] float32; zero for layers without one."""
-        parts = []
-        for name, module, rows in zip(self.names, self.modules, self.rows):
-            bias = module.bias
-            if isinstance(bias, Tensor):
-                theirs = sources.expert_tensor(task, f"{block}.{name}.bias").to(bias.device)
-                parts.append(theirs.float() - bias.detach().float())
-            else:
-                parts.append(torch.zeros(rows, device=self.objective.anchor.device))
-        return torch.cat(parts)
-
-
-def _gather(
-    sources: Sources,
-    step: Step,
-    groups: list[LayerGroup],
-    calibration: Sequence[Calibration],
-    streams: dict[str, ExpertStream],
-    last: bool,
-) -> None:
-    """Collect the objectives of some layers of a block, one task at a time, so that one task's moments exist at a time.
-
-    Args:
-        groups: the layers.
-        last: whether these are the block's last, so that the experts are done with it.
-    """
-    batch = 0
-    for part in calibration:
-        moments = [Moments(group.objective.anchor.shape[1], group.objective.anchor.device) for group in groups]
-        stream = streams.get(part.task)
-        taps = [Tap(step, group, m, stream is not None) for group, m in zip(groups, moments)]
-        places = {tap.place: tap.group.calls for tap in taps}
-        if stream is not None:
-            stream.enter(step.name)
-        with ExitStack() as stack:
-            for tap in taps:
-                stack.enter_context(tap.listening())
-            for own in range(len(part.batches)):
-                if stream is not None:
-                    theirs = stream.run(own, places, last)
-                    for tap in taps:
-                        tap.theirs = theirs[tap.place]
-                run_until(step, batch, places)
-                batch += 1
-        if stream is not None:
-            stream.leave()
-        for group, m in zip(groups, moments):
-            with _naming(f"{step.name}.{group.names[0]}, task {part.task}"):
-                group.fold(sources, step.name, part.task, m, stream is not None)
-
-
-class Tap:
-    """Adds a layer's inputs to its moments as they pass, beside what the expert has in their place.
-
-    Attributes:
-        place: where the expert has it.
-        theirs: what the expert has there on the batch that runs, in the order of calls; empty without a stream.
-    """
-
-    def __init__(self, step: Step, group: LayerGroup, moments: Moments, streamed: bool) -> None:
-        self.step, self.group, self.moments = step, group, moments
-        self.sum = group.sum if streamed else None
-        self.place = group.place if streamed else group.names[0]
-        self.theirs: list[Tensor] = []
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Listen for the length of a `with` block."""
-        with at(self.step.block, self.group.names[0], self._input):
-            if self.sum is None:
-                yield
-                return
-            with at(self.step.block, self.sum.place, self._written):
-                yield
-
-    def _input(self, inputs: Tensor) -> None:
-        if self.sum is not None:
-            self._waiting = inputs
-            return
-        drift = self.theirs.pop(0).float() - inputs.float() if self.theirs else None
-        self.moments.add(inputs, self.step.mask(inputs), drift)
-
-    def _written(self, stream: Tensor) -> None:
-        assert self.sum is not None
-        move = (self.theirs.pop(0).float() - stream.float()) / self.sum.scale
-        self.moments.add(self._waiting, self.step.mask(self._waiting), move)
-
-
 def _solve(sources: Sources, step: Step, group: LayerGroup, emit_layer: EmitLayer) -> list[LayerReport]:
     """Quantize the layers of one input group together and put the result into the live block."""
     settings, objective = sources.recipe.quantize, group.objective
@@ -371,15 +223,6 @@ def _solve(sources: Sources, step: Step, group: LayerGroup, emit_layer: EmitLaye
         losses = float(lost.sum()), float(off.sum())
         reports.append(LayerReport(full, shape, group.names[0], *losses, strength, group.tokens, seconds))
     return reports
-
-
-@contextmanager
-def _naming(place: str) -> Iterator[None]:
-    """Put the layer's name in front of an error's message."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{place}: {error}") from None
 
 
 def _blocks(model: nn.Module) -> Iterator[tuple[Stack, int, nn.Module]]:
