@@ -27,7 +27,9 @@ def score(row: dict[str, Any], value: float) -> str:
 
 def percent(value: float | None, digits: int = 1) -> str:
     """A share as a percentage; a dash where there is none."""
-    return "–" if value is None else f"{100 * value:.{digits}f}"
+    if value is None:
+        return "–"
+    return f"{round(100 * value, digits) + 0.0:.{digits}f}"  # + 0.0: no minus before a zero
 
 
 def grid(row: dict[str, Any]) -> str:
@@ -61,6 +63,8 @@ def written(rows: list[dict[str, Any]]) -> str:
         if row.get("written") and row["bits"] == 4 and row["method"] in ("gptq", "expert_guided"):
             lines.append(f"\nWritten greedily by the reloaded {TITLES[row['method']]} checkpoint ({grid(row)}):\n")
             lines += [f"* {task}: `{' ⏎ '.join(text.strip().splitlines())}`" for task, text in row["written"].items()]
+    if lines:
+        lines.append("")  # ends the list
     return "\n".join(lines)
 
 
@@ -71,7 +75,7 @@ def suite_section(path: Path) -> str:
     where = f"{last['hardware']['machine']}, {last['hardware']['threads']} thread(s)"
     used = ", ".join(f"{name} {version}" for name, version in last["versions"].items())
     note = f"Measured {rows[0]['date'][:10]} to {last['date'][:10]} on {where}; seed {last['seed']}; {used}."
-    return f"{suite_table(rows)}\n{written(rows)}\n{note}"
+    return "\n".join([suite_table(rows), written(rows), note])
 
 
 def shapes_table(rows: list[dict[str, Any]]) -> str:
