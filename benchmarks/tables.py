@@ -81,19 +81,19 @@ def suite_section(path: Path) -> str:
 def shapes_table(rows: list[dict[str, Any]]) -> str:
     """Markdown: one line a shape, then what it was measured with."""
     phases = ("check", "merge", "forward", "moments", "targets", "solve", "write")
-    head = ["shape", "parameters", "experts", "samples, tokens a task", "GB in", "GB out", "minutes"]
+    head = ["shape", "parameters", "experts", "samples, tokens a task", "GB in", "GB out", "threads", "minutes"]
     head += [f"{phase} %" for phase in phases] + ["peak GB"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in rows:
         total = sum(row["seconds"].values())
         size = [f"{row['parameters'] / 1e6:.0f} M", f"{row['experts']}", f"{row['samples']}, {row['tokens']}"]
-        size += [f"{row['input_bytes'] / 1e9:.1f}", f"{row['output_bytes'] / 1e9:.2f}", f"{total / 60:.1f}"]
+        size += [f"{row['input_bytes'] / 1e9:.1f}", f"{row['output_bytes'] / 1e9:.2f}"]
+        size += [f"{row['hardware']['threads']}", f"{total / 60:.1f}"]
         shares = [f"{100 * row['seconds'].get(phase, 0) / total:.0f}" for phase in phases]
         lines.append("| " + " | ".join([row["name"], *size, *shares, f"{row['peak_memory_mb'] / 1e3:.1f}"]) + " |")
     last = max(rows, key=lambda row: row["date"])
     used = ", ".join(f"{name} {version}" for name, version in last["versions"].items())
-    where = f"{last['hardware']['machine']}, {last['hardware']['threads']} thread(s)"
-    return "\n".join(lines) + f"\n\nMeasured {last['date'][:10]} on {where}; {used}."
+    return "\n".join(lines) + f"\n\nMeasured {last['date'][:10]} on {last['hardware']['machine']}; {used}."
 
 
 def summary(paths: list[Path]) -> str:
