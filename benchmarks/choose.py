@@ -27,12 +27,13 @@ VALIDATION = 400
 CANDIDATES: list[dict[str, Any]] = [
     {"expert_features": features, "expert_stream": stream, "anchor_scale": scale, "anchor_strength": strength}
     for features, stream, scale, strength in (
+        (0.0, True, 1.0, 0.03),
+        (0.6, True, 1.0, 0.03),
+        (0.0, True, 3.0, 3.0),
         (0.0, False, 1.0, 0.03),
         (0.6, False, 1.0, 0.03),
         (0.6, False, 3.0, 0.3),
         (0.5, False, 3.0, 3.0),
-        (0.6, True, 1.0, 0.03),
-        (0.5, True, 3.0, 3.0),
     )
 ]
 

@@ -43,7 +43,7 @@ GUIDED: dict[str, dict[str, Any]] = {
     "text8": {"expert_features": 0.5, "anchor_scale": 3.0, "anchor_strength": 3.0},
     "text8lora": {"expert_features": 0.5, "anchor_scale": 3.0, "anchor_strength": 3.0},
     "causal3": {"expert_features": 0.6, "anchor_scale": 1.0, "anchor_strength": 0.03},
-    "seq2seq": {"expert_features": 0.6, "anchor_scale": 1.0, "anchor_strength": 0.03},
+    "seq2seq": {"expert_features": 0.6, "expert_stream": True, "anchor_scale": 1.0, "anchor_strength": 0.03},
 }
 # Calibration examples a task: about as many tokens in 256 images (17 tokens each) as in 128 texts.
 SAMPLES = {"vision8": 256, "text8": 128, "text8lora": 128, "causal3": 64, "seq2seq": 256}

@@ -130,14 +130,15 @@ def test_experts_that_are_copies_of_the_merge_give_gptq(pool):
 
 
 @torch.no_grad()
-def test_a_weak_anchor_and_a_fine_grid_bring_the_experts_stream_back(pool):
+@pytest.mark.parametrize("features", [0.0, 0.6])
+def test_a_weak_anchor_and_a_fine_grid_bring_the_experts_stream_back(pool, features):
     """One expert, merged by a third: even what the embeddings got wrong is undone where layers aim at its stream."""
     recipe = recipe_for(pool, merge={"method": "task_arithmetic", "scaling": 0.3})
     recipe["experts"] = recipe["experts"][:1]
     off = {}
     for stream in (False, True):
         settings = {"method": "expert_guided", "bits": 8, "group_size": 32, "anchor_strength": 1e-3}
-        settings |= {"expert_features": 0.6, "expert_stream": stream}
+        settings |= {"expert_features": features, "expert_stream": stream}
         job = prepare(load_recipe({**recipe, "quantize": settings}))
         batches = list(encode(job.calibration["one"], job.processor, 8, 16))
         load_outside(job.sources, lambda *a: None, torch.device("cpu"))

@@ -101,26 +101,27 @@ def gather(
         groups: the layers.
         last: whether these are the block's last, so that the experts are done with it.
     """
-    batch = 0
+    batch, features = 0, sources.recipe.quantize.expert_features or 0.0
     for part in calibration:
         moments = [Moments(group.objective.anchor.shape[1], group.objective.anchor.device) for group in groups]
         stream = streams.get(part.task)
         taps = [Tap(step, group, m, stream is not None) for group, m in zip(groups, moments)]
-        places = {tap.place: tap.group.calls for tap in taps}
-        if stream is not None:
-            stream.enter(step.name)
+        asking = [tap for tap in taps if stream is not None and (tap.sum is not None or features)]
+        followed = stream if asking or last else None  # an expert need not run where nobody asks for what it computes
+        if followed is not None:
+            followed.enter(step.name)
         with ExitStack() as stack:
             for tap in taps:
                 stack.enter_context(tap.listening())
             for own in range(len(part.batches)):
-                if stream is not None:
-                    theirs = stream.run(own, places, last)
-                    for tap in taps:
+                if followed is not None:
+                    theirs = followed.run(own, {tap.place: tap.group.calls for tap in asking}, last)
+                    for tap in asking:
                         tap.theirs = theirs[tap.place]
-                run_until(step, batch, places)
+                run_until(step, batch, {tap.place: tap.group.calls for tap in taps})
                 batch += 1
-        if stream is not None:
-            stream.leave()
+        if followed is not None:
+            followed.leave()
         for group, m in zip(groups, moments):
             with naming(f"{step.name}.{group.names[0]}, task {part.task}"):
                 group.fold(sources, step.name, part.task, m, stream is not None)
