@@ -82,10 +82,12 @@ def real_tokens(batches: list[dict[str, torch.Tensor]], stack: str, crossing: bo
     return total
 
 
+@pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_merge_quantize_export_and_reload(family, tmp_path):
+def test_merge_quantize_export_and_reload(family, stream, tmp_path):
     form = "dequantized" if family == "gpt2" else "pack-quantized"
     recipe = recipe_of(family, tmp_path, format=form, output=str(tmp_path / "out"))
+    recipe["quantize"] = {**recipe.get("quantize", {}), "expert_stream": stream}
     calibration = batches_of(family)
     report = run(recipe, calibration=calibration, **QUIET)
 
