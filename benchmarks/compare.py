@@ -41,7 +41,7 @@ METHODS = ("rtn", "gptq", "e_pmq", "expert_guided")
 GUIDED: dict[str, dict[str, Any]] = {
     "vision8": {"expert_features": 0.6, "anchor_scale": 1.0, "anchor_strength": 0.03},
     "text8": {"expert_features": 0.0, "expert_stream": True, "anchor_scale": 3.0, "anchor_strength": 3.0},
-    "text8lora": {"expert_features": 0.5, "anchor_scale": 3.0, "anchor_strength": 3.0},
+    "text8lora": {"expert_features": 0.0, "expert_stream": True, "anchor_scale": 3.0, "anchor_strength": 3.0},
     "causal3": {"expert_features": 0.6, "anchor_scale": 1.0, "anchor_strength": 0.03},
     "seq2seq": {"expert_features": 0.6, "expert_stream": True, "anchor_scale": 1.0, "anchor_strength": 0.03},
 }
