@@ -32,6 +32,7 @@ CANDIDATES: list[dict[str, Any]] = [
         (0.0, True, 3.0, 3.0),
         (0.0, False, 1.0, 0.03),
         (0.6, False, 1.0, 0.03),
+        (1.0, False, 1.0, 0.1),
         (0.6, False, 3.0, 0.3),
         (0.5, False, 3.0, 3.0),
     )

@@ -94,6 +94,11 @@ def measure(
         return report
 
 
+def guided_settings(quantize: dict[str, Any]) -> dict[str, Any]:
+    """The settings of expert_guided among those of a quantization."""
+    return {name: value for name, value in quantize.items() if name in spec.GUIDED["expert_guided"]}
+
+
 def row(suite: str, merge: str, quantize: dict[str, Any], found: dict[str, Any], **more: Any) -> dict[str, Any]:
     """One line of the results file; the scores of the tasks go under the name of their metric."""
     quantized = quantize["method"] in METHODS
@@ -104,7 +109,7 @@ def row(suite: str, merge: str, quantize: dict[str, Any], found: dict[str, Any],
         "bits": quantize["bits"] if quantized else None,
         "group_size": quantize["group_size"] if quantized else None,
         "symmetric": quantize["symmetric"] if quantized else None,
-        "settings": {name: value for name, value in quantize.items() if name in spec.GUIDED["expert_guided"]},
+        "settings": guided_settings(quantize),
         "metric": found["metric"],
         found["metric"]: found["scores"],
         "mean": found["mean_score"],
@@ -172,8 +177,7 @@ def compare(suite: ModuleType, tasks: list[str], quick: bool, merges: list[str],
         if merge not in merges:
             continue
         grid = (None, None, None) if quantize["method"] == "none" else tuple(quantize[k] for k in KEY[3:6])
-        chosen = GUIDED[suite.NAME] if quantize["method"] == "expert_guided" else {}
-        if done.get((name, merge, quantize["method"], *grid, seed)) == chosen:
+        if done.get((name, merge, quantize["method"], *grid, seed)) == guided_settings(quantize):
             continue
         report = measure(suite, root, tasks, merge, quantize, **common)
         seconds = round(sum(report["seconds"][phase] for phase in ("open", "merge and quantize")), 1)

@@ -90,6 +90,8 @@ def test_merge_quantize_export_and_reload(family, stream, tmp_path):
     recipe["quantize"] = {**recipe.get("quantize", {}), "expert_stream": stream}
     calibration = batches_of(family)
     report = run(recipe, calibration=calibration, **QUIET)
+    without = any("no layer adds to the residual stream" in note for note in report["notes"])
+    assert without == (stream and family == "gemma3")
 
     # Every linear layer of every block was calibrated, on every real token and on no padding.
     model = FAMILIES[family].build()

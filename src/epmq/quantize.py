@@ -134,11 +134,13 @@ def quantize_calibrated(
     """
     streams = expert_streams(sources, calibration, device)
     batches = [batch for part in calibration for batch in part.batches]
+    apart, writers = bool(streams and sources.recipe.quantize.expert_stream), 0
     for step in Walk(sources.model, batches):
         load_block(sources.model, sources.block_names(step.name), sources.merged, device)
         with naming(step.name):
             groups = input_groups(step.block, lambda step=step: step.run(0))  # type: ignore[misc]
-        passes = _passes(step, groups, apart=bool(streams and sources.recipe.quantize.expert_stream))
+        passes = _passes(step, groups, apart)
+        writers += sum(aim is not None for planned in passes for _, aim in planned)
         reports: list[LayerReport] = []
         for number, planned in enumerate(passes):
             layers = [LayerGroup(sources, step, group, sum_) for group, sum_ in planned]
@@ -159,6 +161,8 @@ def quantize_calibrated(
         if not keep:
             drop_tensors(step.block)
         yield reports
+    if apart and not writers:
+        sources.notes.append("no layer adds to the residual stream directly: expert_stream changed no target")
 
 
 def return_freed_memory() -> None:

@@ -174,12 +174,21 @@ class UsedRows:
         return self._place[ids], *args[1:]
 
 
-def hold_used_rows(model: Any, names: Iterable[str], read: Callable[[str], Tensor], device: torch.device) -> list[str]:
+def hold_used_rows(
+    model: Any, names: Iterable[str], tied: dict[str, str], read: Callable[[str], Tensor], device: torch.device
+) -> list[str]:
     """Let the word embedding read the rows that it looks up when it does; returns the names that are left to load.
 
     Other embeddings are small, and models take their weight by other ways than a look-up.
+
+    Args:
+        model: a skeleton.
+        names: tensors to load, without tied copies.
+        tied: tied copy → the name it follows; embeddings among them look up the same rows.
+        read: gives the tensor of a name.
+        device: of the rows.
     """
-    followers, rest = tied_names(model), []
+    rest = []
     try:
         words = model.get_input_embeddings()
     except NotImplementedError:  # a model of several parts, such as CLIP
@@ -188,7 +197,7 @@ def hold_used_rows(model: Any, names: Iterable[str], read: Callable[[str], Tenso
         module = _owner(model, name)
         if isinstance(module, nn.Embedding) and module is words:
             rows = UsedRows(module.num_embeddings, partial(read, name), device)
-            same = [module, *(_owner(model, other) for other, leader in followers.items() if leader == name)]
+            same = [module, *(_owner(model, other) for other, leader in tied.items() if leader == name)]
             for embedding in same:
                 if isinstance(embedding, nn.Embedding):
                     embedding.register_forward_pre_hook(rows)

@@ -28,6 +28,7 @@ class Sources:
         model: the skeleton of that.
         experts: task name → the expert's checkpoint or adapter.
         names: tensors of the model that the base has, as `state_dict` calls them, without tied copies.
+        tied: tensors that share another one's storage in the base: name → the name it follows.
         absent: tensors of the model outside its blocks that the base lacks, such as a pooler; they are zero.
         notes: fallbacks taken, in words; they go into the report.
 
@@ -49,7 +50,7 @@ class Sources:
         self._shared = shared_checkpoint(self.base, full)
         self.config = self._shared.config
         self.model = build_skeleton(self._shared)
-        self._tied = tied_names(self.model)
+        self.tied = tied_names(self.model)
         self._stored = self._rename(self.base)[0]
         self._untie()
         renamed = {task: self._rename(expert) for task, expert in self.experts.items()}
@@ -57,7 +58,7 @@ class Sources:
         self._expert_extra = {task: extra for task, (_, extra) in renamed.items()}
         self._thresholds: list[float] | None = None
         state = self.model.state_dict()
-        wanted = [name for name in state if name not in self._tied]
+        wanted = [name for name in state if name not in self.tied]
         self.names = [name for name in wanted if name in self._stored]
         self.absent = [name for name in wanted if name not in self._stored]
         self._check_base(state)
@@ -76,7 +77,7 @@ class Sources:
         except ValueError as error:
             raise ValueError(f"{checkpoint.path}: {error}") from None
         if not isinstance(checkpoint, Adapter):
-            for name, leader in self._tied.items():
+            for name, leader in self.tied.items():
                 if name in found:  # some files hold a shared tensor under another of its names
                     found.setdefault(leader, found[name])
         return found, extra
@@ -86,10 +87,10 @@ class Sources:
 
         FLAN-T5 is such a model: transformers 5 ties every T5, whatever its config says.
         """
-        for name, leader in list(self._tied.items()):
+        for name, leader in list(self.tied.items()):
             pair = {self._stored[key] for key in (name, leader) if key in self._stored}
             if len(pair) == 2 and not torch.equal(*(self.base.tensor(stored) for stored in pair)):
-                del self._tied[name]
+                del self.tied[name]
 
     def _check_base(self, state: dict[str, Tensor]) -> None:
         for name in self.names:
@@ -150,7 +151,7 @@ class Sources:
     def _check_tied(self, task: str) -> None:
         """What is one tensor in the base must be one in the expert."""
         adapter = self.experts[task] if isinstance(self.experts[task], Adapter) else None
-        for name, leader in self._tied.items():
+        for name, leader in self.tied.items():
             if name in self._expert_stored[task]:
                 ours, theirs = self.expert_tensor(task, name), self.expert_tensor(task, leader)
                 same = ours.shape == theirs.shape and (
@@ -197,7 +198,7 @@ class Sources:
 
     def tie(self, model: Any) -> None:
         """Let the model's shared tensors share their storage again, once those they follow have been read."""
-        model.all_tied_weights_keys = dict(self._tied)
+        model.all_tied_weights_keys = dict(self.tied)
         model.tie_weights(recompute_mapping=False)
 
     def check_finite(self) -> Iterator[None]:
@@ -242,7 +243,7 @@ class Sources:
 
     def base_tensor(self, name: str) -> Tensor:
         """A tensor of the base, in the dtype on disk."""
-        return self.base.tensor(self._stored[self._tied.get(name, name)])
+        return self.base.tensor(self._stored[self.tied.get(name, name)])
 
     def expert_tensor(self, task: str, name: str) -> Tensor:
         """A tensor of an expert, in the dtype on disk; the base's where the expert has none.

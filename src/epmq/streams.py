@@ -54,7 +54,7 @@ class ExpertStream:
     def __init__(self, sources: Sources, calibration: Calibration, device: torch.device) -> None:
         self.sources, self.task, self.device = sources, calibration.task, device
         self.model = sources.skeleton()
-        rest = hold_used_rows(self.model, sources.outside_names(), self._read, device)
+        rest = hold_used_rows(self.model, sources.outside_names(), sources.tied, self._read, device)
         rest = load_embeddings(self.model, rest, self._read, device)
         load_block(self.model, rest, self._read, device)
         sources.tie(self.model)
