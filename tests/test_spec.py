@@ -7,8 +7,8 @@ from pydantic import ValidationError
 
 from epmq.grid import BITS, GROUP_SIZES, Grid
 from epmq.merging import METHODS
+from epmq.spec import GUIDED, Merge, Quantize, Recipe, load_recipe
 from epmq.spec import METHODS as QUANTIZERS
-from epmq.spec import Merge, Quantize, Recipe, load_recipe
 
 
 def smallest(**fields):
@@ -177,12 +177,21 @@ def test_strength_is_what_the_method_calls_it():
 def test_each_guided_method_has_its_own_defaults():
     paper, ours = Quantize(method="e_pmq"), Quantize(method="expert_guided")
     assert (paper.anchor_scale, paper.expert_features) == (1, 0)
-    assert (ours.anchor_strength, ours.expert_features) == (0.03, 0.6)
-    for field in ("anchor_strength", "anchor_scale", "expert_features"):
+    assert (ours.anchor_strength, ours.expert_stream, ours.sensitivity, ours.adapt_heads) == (0.03, True, True, True)
+    assert (paper.expert_stream, paper.sensitivity, paper.adapt_heads) == (False, False, False)
+    assert Quantize(method="gptq", adapt_heads=True).adapt_heads
+    for field in set(GUIDED["e_pmq"]) - {"adapt_heads"}:
         with pytest.raises(ValidationError, match=f"{field}: gptq does not use it"):
-            Quantize(method="gptq", **{field: 0.5})
-    with pytest.raises(ValidationError, match="e_pmq has anchor_scale 1"):
-        Quantize(method="e_pmq", expert_features=0.5)
+            Quantize(method="gptq", **{field: type(GUIDED["e_pmq"][field])(0.5)})
+    for field in ("anchor_scale", "expert_features", "expert_stream", "sensitivity", "adapt_heads"):
+        with pytest.raises(ValidationError, match=f"{field}: e_pmq, the paper's form, has none"):
+            Quantize(method="e_pmq", **{field: type(GUIDED["e_pmq"][field])(0.5)})
+
+
+def test_sensitivity_follows_the_stream_it_needs():
+    assert not Quantize(expert_stream=False).sensitivity
+    with pytest.raises(ValidationError, match="set expert_stream"):
+        Quantize(expert_stream=False, sensitivity=True)
 
 
 @pytest.mark.parametrize(

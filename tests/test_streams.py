@@ -1,10 +1,12 @@
 from contextlib import ExitStack
 
+import pytest
 import torch
 from conftest import recipe_for
 
 from epmq.batches import encode
 from epmq.blocks import linears
+from epmq.heads import Head
 from epmq.moments import Moments
 from epmq.pipeline import prepare
 from epmq.residual import at
@@ -23,22 +25,37 @@ def test_a_stream_sees_what_the_expert_itself_computes(pool):
     for index in range(2):
         block = f"encoder.layer.{index}"
         names = [name for name, _ in linears(expert.get_submodule(block))]
-        places = {**dict.fromkeys(names, 1), "output.LayerNorm": 1, None: 1}
-        early, late = dict.fromkeys(names[:3], 1), dict.fromkeys(places, 1)
-        for last, wanted in ((False, early), (True, late)):  # a block may be entered more than once
-            stream.enter(block)
-            for i, batch in enumerate(batches):
-                with ExitStack() as stack:
-                    seen = {place: [] for place in wanted}
-                    for place in wanted:
-                        stack.enter_context(at(expert.get_submodule(block), place, seen[place].append))
-                    expert(**batch)
-                found = stream.run(i, wanted, last)
-                for place in wanted:
-                    assert torch.equal(found[place][0], seen[place][0]), f"{block}, {place}"
-            stream.leave()
-            assert all(parameter.is_meta for parameter in stream.step.block.parameters())
+        places = [*names, "output.LayerNorm", None]
+        stream.run(block, places)
+        assert all(parameter.is_meta for parameter in stream.step.block.parameters())
+        for i, batch in enumerate(batches):
+            with ExitStack() as stack:
+                seen = {place: [] for place in places}
+                for place in places:
+                    stack.enter_context(at(expert.get_submodule(block), place, seen[place].append))
+                expert(**batch)
+            for place in places:
+                for _ in range(2):  # it may be asked again
+                    assert torch.equal(stream.seen(i, place)[0], seen[place][0]), f"{block}, {place}"
+        stream.forget()
         stream.advance()
+    with pytest.raises(RuntimeError, match="two is at its end"):
+        stream.run("encoder.layer.2", [])
+
+
+@torch.no_grad()
+def test_an_expert_scores_its_batches_when_it_is_done(pool):
+    job = prepare(load_recipe(recipe_for(pool)))
+    batches, head = list(encode(job.calibration["two"], job.processor, 8, 16)), Head(torch.randn(3, 64), torch.randn(3))
+    stream = ExpertStream(job.sources, Calibration("two", batches, lambda model: head), torch.device("cpu"))
+    stream.run("encoder.layer.0", [])
+    stream.advance()
+    stream.run("encoder.layer.1", [])
+    stream.advance()
+    expert = load_model(pool / "experts" / "two", {"architectures": ["BertModel"]})
+    wanted = [head.logits(expert(**batch).last_hidden_state, batch["attention_mask"]) for batch in batches]
+    for _ in range(2):
+        torch.testing.assert_close(stream.scores(), torch.cat(wanted))
 
 
 def test_a_block_runs_no_further_than_asked(pool):

@@ -55,8 +55,10 @@ quantize:
   scales: search                # search, or minmax
   anchor_strength: 0.03         # pull towards the anchor; try 3 where experts are close to the base
   anchor_scale: 1.0             # the anchor: base + this x (merged - base); try 3 with a strong pull
-  expert_features: 0.6          # share of the expert's own layer inputs in the targets
-  expert_stream: false          # aim layers that write to the residual stream at the expert's own: slower, often better
+  expert_stream: true           # aim layers that write to the residual stream at the expert's own stream
+  sensitivity: true             # their errors count by how much the expert's answers depend on them
+  adapt_heads: true             # fit the last layer of each task's head to the new model's features
+  expert_features: 0.0          # share of the expert's own layer inputs in the other targets
 format: pack-quantized          # pack-quantized (compressed-tensors) or dequantized (plain safetensors)
 samples: 128                    # calibration examples a task
 batch_size: 32

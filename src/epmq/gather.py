@@ -57,19 +57,16 @@ class LayerGroup:
         """An expert's weights of these layers, stacked: [out, in]."""
         return self._stack(sources.expert_tensor(task, f"{block}.{name}.weight") for name in self.names)
 
-    @property
-    def place(self) -> Place:
-        """Where the expert's own values for these layers are found: at their sum, or at their inputs."""
-        return self.names[0] if self.sum is None else self.sum.place
-
-    def fold(self, sources: Sources, block: str, task: str, moments: Moments, streamed: bool) -> None:
+    def fold(self, sources: Sources, block: str, task: str, moments: Moments, stream: ExpertStream | None) -> None:
         """Fold one task's moments into the objective."""
         settings, weight = sources.recipe.quantize, sources.recipe.task_weight(task)
         self.tokens += moments.count
         if not settings.guided:
             self.objective.add(moments, weight)
-        elif streamed and self.sum is not None:
-            self.objective.add_move(moments, weight, self.merged)
+        elif stream is not None and self.sum is not None:
+            self.objective.add_move(
+                moments, weight, self.merged, stream.sensitivities.pop(f"{block}.{self.names[0]}", None)
+            )
         else:
             expert, shift = self.expert(sources, block, task), self.shift(sources, block, task)
             self.objective.add(moments, weight, expert, shift, settings.expert_features or 0.0)
@@ -87,44 +84,49 @@ class LayerGroup:
         return torch.cat(parts)
 
 
+def place_of(names: Sequence[str], sum_: Sum | None) -> Place:
+    """Where an expert's own values for a group of layers are found: at the sum they aim at, or at their input."""
+    return names[0] if sum_ is None else sum_.place
+
+
 def gather(
     sources: Sources,
     step: Step,
     groups: list[LayerGroup],
     calibration: Sequence[Calibration],
     streams: dict[str, ExpertStream],
+    places: Iterable[Place],
     last: bool,
 ) -> None:
     """Collect the objectives of some layers of a block, one task at a time, so that one task's moments exist at a time.
 
     Args:
         groups: the layers.
-        last: whether these are the block's last, so that the experts are done with it.
+        places: where the experts' own values are wanted for all layers of the block; an expert runs through the block
+            when it is first asked.
+        last: whether these are the block's last.
     """
-    batch, features = 0, sources.recipe.quantize.expert_features or 0.0
+    batch, features = 0, sources.recipe.quantize.expert_features
     for part in calibration:
         moments = [Moments(group.objective.anchor.shape[1], group.objective.anchor.device) for group in groups]
         stream = streams.get(part.task)
+        if stream is not None and stream.step is None:
+            stream.run(step.name, places)
         taps = [Tap(step, group, m, stream is not None) for group, m in zip(groups, moments)]
-        asking = [tap for tap in taps if stream is not None and (tap.sum is not None or features)]
-        followed = stream if asking or last else None  # an expert need not run where nobody asks for what it computes
-        if followed is not None:
-            followed.enter(step.name)
         with ExitStack() as stack:
             for tap in taps:
                 stack.enter_context(tap.listening())
             for own in range(len(part.batches)):
-                if followed is not None:
-                    theirs = followed.run(own, {tap.place: tap.group.calls for tap in asking}, last)
-                    for tap in asking:
-                        tap.theirs = theirs[tap.place]
+                for tap in taps:
+                    if stream is not None and (tap.sum is not None or features):
+                        tap.theirs = stream.seen(own, tap.place)
                 run_until(step, batch, {tap.place: tap.group.calls for tap in taps})
                 batch += 1
-        if followed is not None:
-            followed.leave()
         for group, m in zip(groups, moments):
             with naming(f"{step.name}.{group.names[0]}, task {part.task}"):
-                group.fold(sources, step.name, part.task, m, stream is not None)
+                group.fold(sources, step.name, part.task, m, stream)
+        if stream is not None and last:
+            stream.forget()
 
 
 class Tap:
@@ -138,7 +140,7 @@ class Tap:
     def __init__(self, step: Step, group: LayerGroup, moments: Moments, streamed: bool) -> None:
         self.step, self.group, self.moments = step, group, moments
         self.sum = group.sum if streamed else None
-        self.place = group.place if streamed else group.names[0]
+        self.place = place_of(group.names, self.sum)
         self.theirs: list[Tensor] = []
 
     @contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,13 +75,17 @@ def save_head(head: Head, path: str | Path) -> None:
     """Write a head as one safetensors file; its settings go into the file's metadata."""
     from safetensors.torch import save_file
 
-    metadata = {
-        "pooling": head.pooling,
-        "normalize": json.dumps(head.normalize),
-        "labels": json.dumps(head.labels),
-    }
+    # One entry: safetensors writes several in an order that changes from run to run.
+    metadata = {"head": json.dumps({"pooling": head.pooling, "normalize": head.normalize, "labels": head.labels})}
     tensors = {"weight": head.weight.float().contiguous(), "bias": head.bias.float().contiguous()}
     save_file(tensors, str(path), metadata=metadata)
+
+
+def head_settings(metadata: dict[str, str]) -> dict[str, Any]:
+    """The settings in the metadata of a head file; each may also have an entry of its own."""
+    if "head" in metadata:
+        return json.loads(metadata["head"])
+    return {name: json.loads(value) if name in ("normalize", "labels") else value for name, value in metadata.items()}
 
 
 def load_head(path: str | Path) -> Head:
@@ -105,13 +110,14 @@ def load_head(path: str | Path) -> Head:
         raise ValueError(
             f"{path}: weight {list(weight.shape)} and bias {list(bias.shape)} must be [classes, features] and [classes]"
         )
-    pooling = metadata.get("pooling", "cls")
-    if pooling not in POOLINGS:
-        raise ValueError(f"{path}: pooling {pooling!r} is not one of {', '.join(POOLINGS)}")
     try:
-        normalize, labels = (json.loads(metadata.get(*x)) for x in (("normalize", "true"), ("labels", "[]")))
+        settings = head_settings(metadata)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: the settings in its metadata are not JSON ({error})") from None
+    pooling = settings.get("pooling", "cls")
+    if pooling not in POOLINGS:
+        raise ValueError(f"{path}: pooling {pooling!r} is not one of {', '.join(POOLINGS)}")
+    normalize, labels = settings.get("normalize", True), settings.get("labels", [])
     if labels and len(labels) != len(weight):
         raise ValueError(f"{path}: {len(labels)} labels for {len(weight)} classes")
     return Head(weight=weight, bias=bias, pooling=pooling, normalize=normalize, labels=labels)

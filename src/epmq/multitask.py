@@ -13,14 +13,20 @@ from torch import Tensor, nn
 
 from epmq.batches import encode, load_processor, to_device, tokenizer_of
 from epmq.checkpoint import resolve
-from epmq.heads import Head, load_head
+from epmq.heads import Head, head_settings, load_head
 from epmq.skeleton import load_model, rename, set_tensor
 
 HEADS = "heads"
 
 
 class NativeHead(nn.Module):
-    """A task head in transformers' own form, such as `BertForSequenceClassification` around a shared backbone."""
+    """A task head in transformers' own form, such as `BertForSequenceClassification` around a shared backbone.
+
+    Attributes:
+        model: the task class.
+        stored: name of a tensor of the head in that class → its name on disk.
+        own: tensors that take the place of the backbone's for the length of a call, such as a pooler.
+    """
 
     def __init__(
         self, backbone: nn.Module, architecture: str, config: dict[str, Any], tensors: dict[str, Tensor]
@@ -31,7 +37,8 @@ class NativeHead(nn.Module):
 
         kind = getattr(transformers, architecture)
         settings = transformers.AutoConfig.for_model(**config)
-        place = next(backbone.parameters())
+        # While a model is being built its blocks are empty, and embeddings keep the dtype on disk.
+        place = [parameter for parameter in backbone.parameters() if not parameter.is_meta][-1]
         tensors = {
             name: tensor.to(place.device, place.dtype if tensor.is_floating_point() else None)
             for name, tensor in tensors.items()
@@ -41,17 +48,38 @@ class NativeHead(nn.Module):
         prefix = kind.base_model_prefix
         setattr(model, prefix, getattr(backbone, prefix, backbone))
         self.own: dict[str, Tensor] = {}
-        for name, stored in rename(model, tensors)[0].items():
+        self.stored = rename(model, tensors)[0]
+        for name, stored in self.stored.items():
             if name.startswith(f"{prefix}."):
                 # The backbone is every task's: a part of it that is this task's own, such as a pooler, is put in
                 # its place for the length of a call.
                 self.own[name] = tensors[stored]
             else:
                 set_tensor(model, name, tensors[stored])
-        missing = [name for name, parameter in model.named_parameters() if parameter.is_meta and name not in self.own]
+        missing = [
+            name
+            for name, parameter in model.named_parameters()
+            if parameter.is_meta and not name.startswith(f"{prefix}.")
+        ]
         if missing:
             raise ValueError(f"head of {architecture}: no tensor for {', '.join(missing)}")
         self.model = model
+
+    @property
+    def scoring(self) -> nn.Linear | None:
+        """The last linear layer that is the head's own: the one that gives the scores, where one does."""
+        found = None
+        for name, module in self.model.named_modules():
+            if isinstance(module, nn.Linear) and f"{name}.weight" in self.stored and f"{name}.weight" not in self.own:
+                found = module
+        return found
+
+    def moved(self, tensors: dict[str, Tensor], weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
+        """The head's tensors as they are on disk, with another weight and bias in the layer that gives the scores."""
+        place = next(name for name, module in self.model.named_modules() if module is self.scoring)
+        new = {f"{place}.weight": weight, f"{place}.bias": bias}
+        changed = {self.stored[name]: tensor for name, tensor in new.items() if tensor is not None}
+        return {**tensors, **{name: tensor.to(tensors[name].dtype) for name, tensor in changed.items()}}
 
     def forward(self, **inputs: Any) -> Tensor:
         """Logits of the task class."""
@@ -60,7 +88,7 @@ class NativeHead(nn.Module):
 
 def save_native_head(path: Path, architecture: str, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """Write the head tensors of a transformers task class, with what is needed to build it again."""
-    metadata = {"architecture": architecture, "config": json.dumps(config)}
+    metadata = {"head": json.dumps({"architecture": architecture, "config": config})}
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, str(path), metadata=metadata)
 
 
@@ -181,6 +209,10 @@ def load_any_head(path: Path, backbone: nn.Module) -> Head | NativeHead:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except SafetensorError as error:
         raise ValueError(f"{path}: not a readable safetensors file ({error})") from None
-    if "architecture" not in metadata:
+    try:
+        settings = head_settings(metadata)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: the settings in its metadata are not JSON ({error})") from None
+    if "architecture" not in settings:
         return load_head(path)
-    return NativeHead(backbone, metadata["architecture"], json.loads(metadata["config"]), tensors)
+    return NativeHead(backbone, settings["architecture"], settings["config"], tensors)

@@ -12,30 +12,67 @@ With a share α of the expert's own inputs X̃_k in the target, ((1 − α) X_k 
 
 A layer that is asked to move its present output X_k Wᵀ by a given Δ_k has the target X_k Wᵀ + Δ_k, and the correction
 Σ ω_k ((W − A) G_k + Δ_kᵀ X_k / n_k).
+
+Where each task brings a metric S_k [out, out] in which its errors count (`epmq.sensitivity`), the loss becomes
+Σ_k ω_k tr(S_k (Q − W_k*) H_k (Q − W_k*)ᵀ) with H_k = G_k + λ̄ I, and W* = A + D solves Σ_k ω_k S_k D H_k = Σ_k S_k C_k
+for the corrections C_k of the tasks. Two steps of conjugate gradients, preconditioned by (Σ ω_k S_k) ⊗ H, come close
+enough: more change no score.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from epmq.moments import Moments
 
+# Share of the identity in every metric: nothing that a layer writes is quite free.
+FLOOR = 0.02
+# Of conjugate gradients.
+STEPS = 2
+
+
+@dataclass
+class Share:
+    """What one task with a metric of its own asks of a layer.
+
+    Attributes:
+        weight: ω_k.
+        rows: R [rows, out] with S_k = (1 − FLOOR) Rᵀ R + FLOOR I.
+        gram: ω_k G_k [in, in].
+        correction: ω_k C_k [out, in].
+    """
+
+    weight: float
+    rows: Tensor
+    gram: Tensor
+    correction: Tensor
+
+    def measured(self, matrix: Tensor) -> Tensor:
+        """S_k M, for M [out, in]."""
+        return (1 - FLOOR) * (self.rows.T @ (self.rows @ matrix)) + FLOOR * matrix
+
 
 class Objective:
     """The objective of all layers that share one input, collected one task at a time.
 
-    Only one task's Gram matrix exists at any time: it is folded into H and into the layers' corrections at once.
+    Only one task's Gram matrix exists at any time, unless tasks have metrics: it is folded into H and into the layers'
+    corrections at once.
 
     Attributes:
         hessian: Σ ω_k G_k so far, [in, in] float32, without the anchor.
         correction: Σ ω_k (W_k − A) G_k so far, [out, in] float32 (stacked layers), or None while it is zero.
+        shares: of the tasks that have a metric.
     """
 
     def __init__(self, anchor: Tensor) -> None:
         self.anchor = anchor.float()
         self.hessian = torch.zeros(anchor.shape[1], anchor.shape[1], device=anchor.device)
         self.correction: Tensor | None = None
+        self.shares: list[Share] = []
 
     def add(
         self,
@@ -71,25 +108,27 @@ class Objective:
         if drift is not None:
             self.correction.addmm_(expert.float(), drift, alpha=weight * features)
 
-    def add_move(self, moments: Moments, weight: float, current: Tensor) -> None:
+    def add_move(self, moments: Moments, weight: float, current: Tensor, metric: Tensor | None = None) -> None:
         """Fold in one task that asks the layers to move their output.
 
         Args:
             moments: of the layers' input on that task's calibration data; `cross` must be Δ_kᵀ X_k / n_k [out, in].
             weight: ω_k.
             current: W [out, in], the weights that the output to move was computed with.
+            metric: R [rows, out], how the task's errors count (`epmq.sensitivity`); None if all directions do alike.
 
         Raises:
             ValueError: no token was seen.
         """
-        if self.correction is None:
-            self.correction = torch.zeros_like(self.anchor)
-        if current is not self.anchor:
-            self.correction.addmm_(current.float() - self.anchor, moments.gram, alpha=weight)
-        self.hessian.add_(moments.gram, alpha=weight)
-        move = moments.cross
+        gram, move = moments.gram.mul_(weight), moments.cross
         assert move is not None
-        self.correction.add_(move, alpha=weight)
+        move.mul_(weight)
+        if current is not self.anchor:
+            move.addmm_(current.float() - self.anchor, gram)
+        self.hessian.add_(gram)
+        self.correction = move.clone() if self.correction is None else self.correction.add_(move)
+        if metric is not None:
+            self.shares.append(Share(weight, metric, gram, move))
 
     def solve(self, strength: float) -> tuple[Tensor, Tensor, float]:
         """The continuous optimum and the Hessian.
@@ -120,4 +159,59 @@ class Objective:
             raise ValueError(f"the Hessian is not positive definite, even with an anchor strength of {strength:g}")
         if self.correction is None:
             return self.anchor, hessian, strength
+        if self.shares:
+            return self.anchor + self._measured(strength * mean, factor), hessian, strength
         return self.anchor + torch.cholesky_solve(self.correction.T, factor).T, hessian, strength
+
+    def _measured(self, anchor: float, factor: Tensor) -> Tensor:
+        """D of Σ ω_k S_k D H_k = Σ S_k C_k; tasks without a metric count all directions alike.
+
+        Args:
+            anchor: λ̄.
+            factor: Cholesky factor of H.
+        """
+        assert self.correction is not None
+        plain = 1 - sum(share.weight for share in self.shares)
+        rest = self.hessian - sum(share.gram for share in self.shares)
+        metric = plain * torch.eye(len(self.anchor), device=self.anchor.device)
+        wanted = self.correction - sum(share.correction for share in self.shares)
+        for share in self.shares:
+            metric += share.weight * share.measured(torch.eye(len(metric), device=metric.device))
+            wanted += share.measured(share.correction)
+        outer = torch.linalg.cholesky(metric)
+
+        def apply(matrix: Tensor) -> Tensor:
+            found = matrix @ rest + anchor * plain * matrix
+            for share in self.shares:
+                found += share.measured(matrix @ share.gram + anchor * share.weight * matrix)
+            return found
+
+        def precondition(matrix: Tensor) -> Tensor:
+            return torch.cholesky_solve(torch.cholesky_solve(matrix, outer).T, factor).T
+
+        return conjugate_gradients(apply, precondition, wanted, STEPS)
+
+
+def conjugate_gradients(
+    apply: Callable[[Tensor], Tensor], precondition: Callable[[Tensor], Tensor], wanted: Tensor, steps: int
+) -> Tensor:
+    """D with apply(D) ≈ wanted, for a linear map that is symmetric and positive definite (Hestenes & Stiefel 1952).
+
+    Args:
+        apply, precondition: the map, and something near its inverse.
+        wanted: the right-hand side, of any shape.
+        steps: at most so many; fewer if nothing is left.
+    """
+    found, left = torch.zeros_like(wanted), wanted
+    ready = precondition(left)
+    direction, size = ready, (left * ready).sum()
+    for _ in range(steps):
+        if size <= 0:
+            break
+        moved = apply(direction)
+        length = size / (direction * moved).sum()
+        found, left = found + length * direction, left - length * moved
+        ready = precondition(left)
+        before, size = size, (left * ready).sum()
+        direction = ready + size / before * direction
+    return found

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from epmq import report as reporting
+from epmq.answers import Fit
 from epmq.batches import encode, load_processor, to_device
 from epmq.blocks import LINEAR, find_stacks
 from epmq.checkpoint import CheckpointWriter, copy_processor, whole_directory, write_json
@@ -22,7 +23,7 @@ from epmq.data import Examples
 from epmq.evaluate import METRICS, metric_of
 from epmq.export import FORMATS
 from epmq.grid import QuantizedTensor
-from epmq.heads import Head, load_head
+from epmq.heads import Head, load_head, save_head
 from epmq.multitask import HEADS, MultiTaskModel, NativeHead, load, load_any_head, save_native_head
 from epmq.prepare import Job, Objects, check_head, examples_of, head_file, prepare
 from epmq.quantize import load_outside, quantize_calibrated, quantize_nearest, read_blocks
@@ -30,6 +31,9 @@ from epmq.skeleton import why_not_direct
 from epmq.sources import Sources
 from epmq.spec import Expert, Recipe, load_recipe
 from epmq.streams import Calibration
+
+# What the report says about a head that follows the model.
+FIT = ("strength", "before", "after")
 
 
 def run(
@@ -65,7 +69,7 @@ def run(
             job = prepare(recipe, bar, evaluate=evaluate, calibration=calibration, evaluation=evaluation)
         work = stack.enter_context(whole_directory(recipe.output))
         with _timed(seconds, "merge and quantize"):
-            layers, bytes_ = write_model(job, work, bar)
+            layers, heads, bytes_ = write_model(job, work, bar)
         peak = reporting.peak_memory_mb()
         report: dict[str, Any] = {
             "date": reporting.now(),
@@ -78,6 +82,7 @@ def run(
             "seconds": seconds,
             "loss": sum(layer["loss"] or 0.0 for layer in layers),
             "layers": layers,
+            "heads": heads,
             "notes": job.sources.notes + _raised(job.recipe, layers) + _unopened(job.recipe, work),
         }
         if job.evaluation:
@@ -107,11 +112,11 @@ def merge(recipe: str | Path | dict[str, Any] | Recipe, *, progress: bool = True
     return run(wanted, progress=progress, **{"evaluate": False, **settings})
 
 
-def write_model(job: Job, folder: Path, bar: Progress) -> tuple[list[dict[str, Any]], int]:
+def write_model(job: Job, folder: Path, bar: Progress) -> tuple[list[dict[str, Any]], dict[str, dict[str, float]], int]:
     """Merge and quantize into `folder`: weights, config, heads, processor.
 
     Returns:
-        one report a quantized layer, and the bytes of all weights.
+        one report a quantized layer, one a head that follows the model, and the bytes of all weights.
     """
     recipe, sources = job.recipe, job.sources
     writer, pack, target = CheckpointWriter(folder), FORMATS[recipe.format], device(recipe)
@@ -126,6 +131,11 @@ def write_model(job: Job, folder: Path, bar: Progress) -> tuple[list[dict[str, A
         for stored, tensor in pack.tensors(prefix, layer, weight).items():
             writer.add(stored, tensor)
 
+    fits: dict[str, tuple[Head | NativeHead, Fit]] = {}
+
+    def emit_head(task: str, head: Head | NativeHead, found: Fit) -> None:
+        fits[task] = head, found
+
     load_outside(sources, emit, target)
     blocks = sum(len(stack.blocks) for stack in find_stacks(sources.model))
     title = "merge" if recipe.quantize.method == "none" else f"{recipe.merge.method} + {recipe.quantize.method}"
@@ -135,16 +145,18 @@ def write_model(job: Job, folder: Path, bar: Progress) -> tuple[list[dict[str, A
         steps = quantize_nearest(sources, emit, emit_layer)
     else:
         calibration = []
-        for task, examples in job.calibration.items():
-            batches = encode(examples, job.processor, recipe.batch_size, recipe.max_length)
-            calibration.append(Calibration(task, [to_device(batch, target) for batch in batches]))
-        steps = quantize_calibrated(sources, calibration, emit, emit_layer, target)
+        for expert in recipe.experts:
+            batches = encode(job.calibration[expert.name], job.processor, recipe.batch_size, recipe.max_length)
+            head = partial(_guiding_head, sources, expert)
+            calibration.append(Calibration(expert.name, [to_device(batch, target) for batch in batches], head))
+        steps = quantize_calibrated(sources, calibration, emit, emit_layer, target, emit_head=emit_head)
     layers = [layer.as_dict() for step in bar.track(steps, total=blocks, description=title) for layer in step]
     writer.finish()
     _write_config(job, folder, quantized)
-    _write_heads(job, folder)
+    _write_heads(job, folder, fits)
     copy_processor(sources.base.path, folder)
-    return layers, sum(writer.sizes.values())
+    heads = {task: {name: getattr(fit, name) for name in FIT} for task, (_, fit) in fits.items()}
+    return layers, heads, sum(writer.sizes.values())
 
 
 def _write_config(job: Job, folder: Path, quantized: list[str]) -> None:
@@ -162,17 +174,20 @@ def _write_config(job: Job, folder: Path, quantized: list[str]) -> None:
     write_json(folder / "config.json", config)
 
 
-def _write_heads(job: Job, folder: Path) -> None:
+def _write_heads(job: Job, folder: Path, fits: dict[str, tuple[Head | NativeHead, Fit]]) -> None:
+    """Write every task's head: the expert's own, or what became of it where it follows the model."""
     (folder / HEADS).mkdir()
     for expert in job.recipe.experts:
         target, file = folder / HEADS / f"{expert.name}.safetensors", head_file(job.sources, expert)
-        tensors = job.sources.head_tensors(expert.name)
+        tensors, fitted = job.sources.head_tensors(expert.name), fits.get(expert.name)
         if file is not None:
-            load_head(file)
-            shutil.copyfile(file, target)
+            head = load_head(file)
+            save_head(head if fitted is None else fitted[1].moved(head), target)
         elif tensors:
             config = job.sources.head_config(expert.name)
             assert config is not None
+            if fitted is not None and isinstance(fitted[0], NativeHead):
+                tensors = fitted[0].moved(tensors, fitted[1].weight, fitted[1].bias)
             save_native_head(target, config["architectures"][0], config, tensors)
     if not any((folder / HEADS).iterdir()):
         (folder / HEADS).rmdir()
@@ -248,6 +263,17 @@ def _expert_head(sources: Sources, expert: Expert, backbone: nn.Module) -> Head 
     if config is None:
         return None
     return NativeHead(backbone, config["architectures"][0], config, tensors)
+
+
+def _guiding_head(sources: Sources, expert: Expert, backbone: nn.Module) -> Head | NativeHead | None:
+    """An expert's head, if it can be built: one that cannot is carried over as it is, and guides nothing."""
+    try:
+        return _expert_head(sources, expert, backbone)
+    except ValueError as error:
+        note = f"expert {expert.name}: its scores cannot guide ({error})"
+        if note not in sources.notes:
+            sources.notes.append(note)
+        return None
 
 
 def _evaluation(recipe: Recipe) -> tuple[Sources, dict[str, Examples]]:

@@ -12,10 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from epmq.answers import Fit, Followers
 from epmq.blocks import InputGroup, Stack, as_matrix, block_linears, find_stacks, input_groups, linears
-from epmq.gather import LayerGroup, gather, naming
+from epmq.gather import LayerGroup, gather, naming, place_of
 from epmq.grid import QuantizedTensor
+from epmq.heads import Head
+from epmq.multitask import NativeHead
 from epmq.residual import Sum, find_sums
+from epmq.sensitivity import sensitivities
 from epmq.skeleton import drop_tensors, load_block, load_embeddings, set_tensor
 from epmq.solvers import gptq, hessian_loss, rtn, search_scales
 from epmq.sources import Sources
@@ -24,6 +28,7 @@ from epmq.walk import Step, Walk
 
 Emit = Callable[[str, Tensor], None]
 EmitLayer = Callable[[str, nn.Module, QuantizedTensor], None]
+EmitHead = Callable[[str, Head | NativeHead, Fit], None]
 
 
 @dataclass
@@ -114,6 +119,7 @@ def quantize_calibrated(
     emit_layer: EmitLayer,
     device: torch.device,
     keep: bool = False,
+    emit_head: EmitHead = lambda task, head, fit: None,
 ) -> Iterator[list[LayerReport]]:
     """Quantize with `gptq` or `expert_guided`, a block at a time.
 
@@ -125,6 +131,7 @@ def quantize_calibrated(
         emit, emit_layer: as in `quantize_nearest`.
         device: where blocks and moments live.
         keep: leave the quantized weights in `sources.model`; otherwise a block is freed when it is done.
+        emit_head: takes each task whose head follows the model, with the head as it was and what it becomes.
 
     Yields:
         reports of one block's layers.
@@ -133,18 +140,25 @@ def quantize_calibrated(
         ValueError: a layer saw no data or not finite data, or its Hessian cannot be factored; it is named.
     """
     streams = expert_streams(sources, calibration, device)
+    if sources.recipe.quantize.sensitivity:
+        for part in calibration:
+            if part.task in streams:
+                streams[part.task].sensitivities = sensitivities(sources, part, device)
     batches = [batch for part in calibration for batch in part.batches]
     apart, writers = bool(streams and sources.recipe.quantize.expert_stream), 0
-    for step in Walk(sources.model, batches):
+    heads = Followers(sources, calibration, streams) if sources.recipe.quantize.adapt_heads else None
+    for step in Walk(sources.model, batches, heads.conclude if heads else None):
         load_block(sources.model, sources.block_names(step.name), sources.merged, device)
         with naming(step.name):
             groups = input_groups(step.block, lambda step=step: step.run(0))  # type: ignore[misc]
         passes = _passes(step, groups, apart)
         writers += sum(aim is not None for planned in passes for _, aim in planned)
+        features = sources.recipe.quantize.expert_features
+        places = [place_of(group.names, aim) for planned in passes for group, aim in planned if aim or features]
         reports: list[LayerReport] = []
         for number, planned in enumerate(passes):
             layers = [LayerGroup(sources, step, group, sum_) for group, sum_ in planned]
-            gather(sources, step, layers, calibration, streams, last=number == len(passes) - 1)
+            gather(sources, step, layers, calibration, streams, places, last=number == len(passes) - 1)
             while layers:  # each is freed when it is done
                 group = layers.pop(0)
                 return_freed_memory()
@@ -161,6 +175,8 @@ def quantize_calibrated(
         if not keep:
             drop_tensors(step.block)
         yield reports
+    for task, head, found in heads.fits() if heads else ():
+        emit_head(task, head, found)
     if apart and not writers:
         sources.notes.append("no layer adds to the residual stream directly: expert_stream changed no target")
 

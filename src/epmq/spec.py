@@ -14,9 +14,25 @@ from epmq.grid import BITS, GROUP_SIZES, Grid
 
 # What the two expert-guided methods take where the recipe does not say: e_pmq is the paper's form.
 GUIDED: dict[str, dict[str, Any]] = {
-    "e_pmq": {"anchor_strength": 0.03, "anchor_scale": 1.0, "expert_features": 0.0, "expert_stream": False},
-    "expert_guided": {"anchor_strength": 0.03, "anchor_scale": 1.0, "expert_features": 0.6, "expert_stream": False},
+    "e_pmq": {
+        "anchor_strength": 0.03,
+        "anchor_scale": 1.0,
+        "expert_features": 0.0,
+        "expert_stream": False,
+        "sensitivity": False,
+        "adapt_heads": False,
+    },
+    "expert_guided": {
+        "anchor_strength": 0.03,
+        "anchor_scale": 1.0,
+        "expert_features": 0.0,
+        "expert_stream": True,
+        "sensitivity": True,
+        "adapt_heads": True,
+    },
 }
+# The one piece of expert_guided that may be put on plain GPTQ, to see what it does alone.
+HEADS_ALONE = ("gptq", "adapt_heads")
 METHODS = ("none", "rtn", "gptq", *GUIDED)
 GUIDED_DEFAULTS = "the default depends on the method"
 
@@ -154,6 +170,16 @@ class Quantize(_Strict):
         None,
         description=f"layers that add to the residual stream aim at the expert's own stream; {GUIDED_DEFAULTS}",
     )
+    sensitivity: bool | None = Field(
+        None,
+        description="such layers' errors count by how much the expert's answers depend on them; "
+        "the default is expert_stream's",
+    )
+    adapt_heads: bool | None = Field(
+        None,
+        description="fit the last linear layer of each task's head so that it gives the expert's scores on the new "
+        f"model's features; {GUIDED_DEFAULTS}",
+    )
     task_weights: dict[str, float] | None = Field(
         None, description="expert_guided: weight of each task; equal if left out"
     )
@@ -181,14 +207,18 @@ class Quantize(_Strict):
         """Fill in the method's own defaults, and refuse settings that it does not use."""
         defaults = GUIDED.get(self.method)
         for field in GUIDED["e_pmq"]:
-            if defaults is None and getattr(self, field) is not None:
+            if defaults is None and getattr(self, field) is not None and (self.method, field) != HEADS_ALONE:
                 raise ValueError(f"{field}: {self.method} does not use it")
             if defaults is not None and getattr(self, field) is None:
-                object.__setattr__(self, field, defaults[field])
-        if self.method == "e_pmq" and (self.anchor_scale != 1 or self.expert_features != 0 or self.expert_stream):
-            raise ValueError(
-                "e_pmq has anchor_scale 1, expert_features 0 and no expert_stream; take expert_guided to change them"
-            )
+                # Without the stream there is no layer whose errors could be weighed.
+                value = self.expert_stream if field == "sensitivity" else defaults[field]
+                object.__setattr__(self, field, value)
+        if self.method == "e_pmq":
+            for field in ("anchor_scale", "expert_features", "expert_stream", "sensitivity", "adapt_heads"):
+                if getattr(self, field) != GUIDED["e_pmq"][field]:
+                    raise ValueError(f"{field}: e_pmq, the paper's form, has none; take expert_guided")
+        if self.sensitivity and not self.expert_stream:
+            raise ValueError("sensitivity: only layers that aim at the stream have one; set expert_stream")
         return self
 
     @property

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from epmq.heads import Head
+from epmq.multitask import MultiTaskModel, NativeHead
 from epmq.residual import Place, at
 from epmq.skeleton import drop_tensors, hold_used_rows, load_block, load_embeddings
 from epmq.sources import Sources
@@ -18,10 +19,17 @@ from epmq.walk import Batch, Step, Walk
 
 @dataclass
 class Calibration:
-    """One task's calibration batches."""
+    """One task's calibration batches.
+
+    Attributes:
+        task: name of the task.
+        batches: model inputs.
+        head: puts the expert's head on a backbone; None where it has none.
+    """
 
     task: str
     batches: list[Batch]
+    head: Callable[[nn.Module], Head | NativeHead | None] = lambda backbone: None
 
 
 def expert_streams(
@@ -32,7 +40,7 @@ def expert_streams(
     An expert that is the merged model, bit for bit, has none: its targets are plain GPTQ's.
     """
     settings = sources.recipe.quantize
-    if not (settings.expert_features or settings.expert_stream):
+    if not (settings.expert_features or settings.expert_stream or settings.adapt_heads):
         return {}
     outside = sources.outside_names()
     # Blocks first: nearly every expert differs there, and a large embedding need not be merged to see it.
@@ -47,68 +55,81 @@ def expert_streams(
 class ExpertStream:
     """An expert on its own calibration batches, in lock-step with the walk of the merged model.
 
-    Only the tensors outside its blocks stay in memory; a block is there between `enter` and `leave`. A block may be
-    entered more than once before `advance` ends it.
+    Only the tensors outside its blocks stay in memory. It runs through each block once, with the block's weights in
+    memory for just that long, and keeps what it was asked to.
+
+    Attributes:
+        sensitivities: layer name → how the expert's errors count there (`epmq.sensitivity`); may be empty.
     """
 
     def __init__(self, sources: Sources, calibration: Calibration, device: torch.device) -> None:
         self.sources, self.task, self.device = sources, calibration.task, device
+        self.sensitivities: dict[str, Tensor] = {}
         self.model = sources.skeleton()
         rest = hold_used_rows(self.model, sources.outside_names(), sources.tied, self._read, device)
         rest = load_embeddings(self.model, rest, self._read, device)
         load_block(self.model, rest, self._read, device)
         sources.tie(self.model)
-        self._steps = iter(Walk(self.model, calibration.batches))
+        self._calibration, self._scores = calibration, list[Tensor]()
+        self._steps = iter(Walk(self.model, calibration.batches, self._conclude))
         self.step: Step | None = None
+        self._seen: list[dict[Place, list[Tensor]]] = []
 
     def _read(self, name: str) -> Tensor:
         return self.sources.expert_tensor(self.task, name)
 
-    def enter(self, block: str) -> None:
-        """Load the block that the merged model is at.
+    def run(self, block: str, places: Iterable[Place]) -> None:
+        """Run the block that the merged model is at on all batches, and keep what passes at some places.
 
         Raises:
             RuntimeError: the expert's next block is another one.
         """
-        if self.step is None:
-            self.step = next(self._steps)
-            self._outputs: list[Any] = []
-        if self.step.name != block:
-            raise RuntimeError(f"expert {self.task} is at block {self.step.name}, the merged model at {block}")
+        step = self.step = next(self._steps, None)
+        if step is None:
+            raise RuntimeError(f"expert {self.task} is at its end, the merged model at {block}")
+        if step.name != block:
+            raise RuntimeError(f"expert {self.task} is at block {step.name}, the merged model at {block}")
         load_block(self.model, self.sources.block_names(block), self._read, self.device)
+        outputs = []
+        for batch in range(len(step.calls)):
+            seen: dict[Place, list[Tensor]] = {place: [] for place in places}
+            with ExitStack() as stack:
+                for place, found in seen.items():
+                    stack.enter_context(at(step.block, place, found.append))
+                outputs.append(step.run(batch))
+            self._seen.append(seen)
+        drop_tensors(step.block)
+        step.finish(outputs)
 
-    def run(self, batch: int, places: dict[Place, int], last: bool) -> dict[Place, list[Tensor]]:
-        """Run the block on one batch: to its end if this is the last run, and else as far as is asked for.
+    def seen(self, batch: int, place: Place) -> list[Tensor]:
+        """The tensors that passed at a place, in order, on a batch (its number among the expert's own)."""
+        return list(self._seen[batch][place])
 
-        Args:
-            batch: its number among the expert's own.
-            places: where to listen, and how many tensors pass there.
-            last: whether the block's output is to be kept for the next block.
-
-        Returns:
-            for each place the tensors that passed, in order.
-        """
-        assert self.step is not None
-        seen: dict[Place, list[Tensor]] = {place: [] for place in places}
-        with ExitStack() as stack:
-            for place, found in seen.items():
-                stack.enter_context(at(self.step.block, place, found.append))
-            if last:
-                self._outputs.append(self.step.run(batch))
-            else:
-                run_until(self.step, batch, places)
-        return seen
-
-    def leave(self) -> None:
-        """Free the block's weights."""
-        assert self.step is not None
-        drop_tensors(self.step.block)
+    def forget(self) -> None:
+        """Let go of what was seen in the block."""
+        self._seen = []
 
     def advance(self) -> None:
-        """End the block: its outputs go to the next one."""
-        assert self.step is not None
-        self.step.finish(self._outputs)
+        """End the block."""
         self.step = None
+
+    def scores(self) -> Tensor:
+        """What the expert's head says to all its batches, once, after the last block: [examples, classes].
+
+        Raises:
+            RuntimeError: there are blocks left.
+        """
+        left = next(self._steps, None)
+        if left is not None:
+            raise RuntimeError(f"expert {self.task} is at block {left.name}, not at its end")
+        return torch.cat(self._scores)
+
+    def _conclude(self, batch: int) -> None:
+        if batch == 0:
+            self._head = self._calibration.head(self.model)
+        if self._head is not None:
+            model = MultiTaskModel(self.model, {self.task: self._head})
+            self._scores.append(model(self.task, **self._calibration.batches[batch]))
 
 
 class _Enough(Exception):

@@ -9,7 +9,8 @@ block to block) is exactly what the model would have passed, for every batch, an
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -34,14 +35,18 @@ class Walk:
         model: the model in eval mode. Parameters outside the blocks must be real; a block's own may be on the meta
             device until the loop body for it runs.
         batches: model inputs, one dict a batch.
+        conclude: called with the number of each batch when all blocks are finished: a forward of the model then costs
+            no more than what lies outside of its blocks.
 
     `for step in Walk(model, batches)` yields a `Step` a block, in the order of the model's forward. The body loads
     the block, calls `step.run(i)` for each batch as often as it likes, changes the block, and ends with
     `step.finish()`, which runs the block once more on every batch and keeps its outputs for the next one.
     """
 
-    def __init__(self, model: nn.Module, batches: Sequence[Batch]) -> None:
-        self.model, self.batches = model, batches
+    def __init__(
+        self, model: nn.Module, batches: Sequence[Batch], conclude: Callable[[int], None] | None = None
+    ) -> None:
+        self.model, self.batches, self.conclude = model, batches, conclude
         self.stacks = find_stacks(model)
         self.length = sum(len(stack.blocks) for stack in self.stacks)
         self._batch = 0
@@ -51,14 +56,13 @@ class Walk:
     def __iter__(self) -> Iterator[Step]:
         done: dict[int, int] = {id(stack): 0 for stack in self.stacks}
         original = {block: block.forward for stack in self.stacks for block in stack.blocks}
-        configs = _caching_configs(self.model)
-        handles = [self._listen(stack) for stack in self.stacks]
-        try:
-            for config in configs:
-                config.use_cache = False
+        with ExitStack() as undo:
+            undo.enter_context(uncached(self.model))
             for stack in self.stacks:
+                undo.callback(self._listen(stack).remove)
                 for index, block in enumerate(stack.blocks):
                     block.forward = self._pause(stack, index, done)  # type: ignore[method-assign]
+                    undo.callback(block.__dict__.pop, "forward", None)
             for _ in range(self.length):
                 reached = [self._drive(i) for i in range(len(self.batches))]
                 stack, index = reached[0].stack, reached[0].index
@@ -70,13 +74,10 @@ class Walk:
                     raise RuntimeError(f"{step.name}: the loop went on without finish()")
                 block.forward = paused  # type: ignore[method-assign]
                 done[id(stack)] = index + 1
-        finally:
-            for handle in handles:
-                handle.remove()
-            for block in original:
-                block.__dict__.pop("forward", None)
-            for config in configs:
-                config.use_cache = True
+            if self.conclude is not None:
+                for batch in range(len(self.batches)):
+                    self._batch = batch
+                    self.conclude(batch)
 
     def _pause(self, stack: Stack, index: int, done: dict[int, int]) -> Any:
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -118,10 +119,18 @@ def _owner(model: nn.Module, stack: Stack, stacks: Sequence[Stack]) -> nn.Module
     raise ValueError(f"{stack.name} lies inside another stack")
 
 
-def _caching_configs(model: nn.Module) -> list[Any]:
-    """Configs that ask for a key–value cache: one would grow each time that a block runs on the same batch."""
-    configs = [getattr(module, "config", None) for module in model.modules()]
-    return [config for config in configs if getattr(config, "use_cache", False)]
+@contextmanager
+def uncached(model: nn.Module) -> Iterator[None]:
+    """Ask for no key–value cache: one would grow each time that a block runs on the same batch."""
+    configs: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    asking = [config for config in configs if getattr(config, "use_cache", False)]
+    try:
+        for config in asking:
+            config.use_cache = False
+        yield
+    finally:
+        for config in asking:
+            config.use_cache = True
 
 
 class Step:

@@ -1,0 +1,170 @@
+"""Which directions of a layer's output an expert's answers depend on.
+
+An error e in what a layer writes moves the expert's scores by J e, with the Jacobian J of everything that follows. A
+task with ten classes reads few of the hundreds of directions; the others are free for the other tasks. The mean
+S = E[Jᵀ J] over tokens is the metric in which the task's errors count: the output factor of the Gauss–Newton matrix
+(Martens & Grosse 2015, arXiv 1503.05671). It is estimated from gradients of random contrasts of the scores on a few
+calibration examples; no label is used and nothing is trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from epmq.blocks import as_matrix, find_stacks, input_groups, is_padding_mask
+from epmq.multitask import MultiTaskModel
+from epmq.skeleton import drop_tensors, load_block
+from epmq.sources import Sources
+from epmq.streams import Calibration
+from epmq.walk import Batch, uncached
+
+# Examples a task, from its first batch; fewer where a language model would give more scores than this.
+EXAMPLES = 32
+SCORES = 2**26
+# Gradients of more tokens than this are sketched: as many random signed sums have the same second moment on average.
+ROWS = 256
+
+
+@torch.enable_grad()
+def sensitivities(sources: Sources, part: Calibration, device: torch.device) -> dict[str, Tensor]:
+    """S of the layers of an expert that may write to the residual stream.
+
+    These are those that alone have their input and that give as many features as their block takes. The expert's blocks
+    are in memory one at a time.
+
+    Args:
+        sources: merged model and experts.
+        part: the expert's calibration batches, and its head.
+        device: where the expert runs.
+
+    Returns:
+        layer name → R [rows, out] float32 with S = Rᵀ R, scaled to a mean diagonal of 1. Layers that do not reach the
+        scores have none.
+    """
+    read, found = partial(sources.expert_tensor, part.task), dict[str, Tensor]()
+    model = sources.skeleton()
+    load_block(model, sources.outside_names(), read, device)
+    sources.tie(model)
+    with uncached(model), ExitStack() as stack:
+        for chain in find_stacks(model):
+            for index, block in enumerate(chain.blocks):
+                name = chain.block_name(index)
+                load = partial(load_block, model, sources.block_names(name), read, device)
+                stack.enter_context(_followed(block, load, partial(_keep, found, name)))
+        _contrast(model, part).backward()
+    scaled = {name: rows / rows.square().sum(0).mean().sqrt() for name, rows in found.items()}
+    return {name: rows for name, rows in scaled.items() if torch.isfinite(rows).all()}
+
+
+def _keep(found: dict[str, Tensor], block: str, layer: str, gradient: Tensor) -> None:
+    rows, name = gradient.reshape(-1, gradient.shape[-1]).float(), f"{block}.{layer}"
+    if len(rows) > ROWS:
+        signs = torch.randint(0, 2, (ROWS, len(rows)), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
+        rows = signs.to(rows.device) @ rows / ROWS**0.5
+    found[name] = torch.cat([found[name], rows]) if name in found else rows
+
+
+@contextmanager
+def _followed(block: nn.Module, load: Callable[[], None], note: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Let a block load its weights when it runs, forwards or backwards; note the gradients of its layers' outputs."""
+    original, handles = block.forward, []
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        load()
+        try:
+            return original(*args, **kwargs)
+        finally:
+            drop_tensors(block)
+
+    def listen(layer: str, module: nn.Module, args: tuple, output: Tensor) -> None:
+        output.register_hook(partial(note, layer))
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        load()
+        for layer in _writers(block, args, kwargs, original):
+            handles.append(block.get_submodule(layer).register_forward_hook(partial(listen, layer)))
+        # Parameters take no gradient; the stream into the first block starts one.
+        args, kwargs = _with_stream(args, kwargs, lambda stream: stream if stream.requires_grad else _leaf(stream))
+        return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+    block.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        block.__dict__.pop("forward", None)
+        for handle in handles:
+            handle.remove()
+
+
+def _leaf(stream: Tensor) -> Tensor:
+    return stream.detach().requires_grad_()
+
+
+def _with_stream(
+    args: tuple, kwargs: dict[str, Any], change: Callable[[Tensor], Tensor]
+) -> tuple[tuple, dict[str, Any]]:
+    """A block's arguments with the residual stream, the first tensor among them, changed."""
+    if args and isinstance(args[0], Tensor):
+        return (change(args[0]), *args[1:]), kwargs
+    first = next(name for name, value in kwargs.items() if isinstance(value, Tensor))
+    return args, {**kwargs, first: change(kwargs[first])}
+
+
+@torch.no_grad()
+def _writers(block: nn.Module, args: tuple, kwargs: dict[str, Any], forward: Callable[..., Any]) -> list[str]:
+    widths: list[int] = []
+    _with_stream(args, kwargs, lambda stream: widths.append(stream.shape[-1]) or stream)  # type: ignore[func-returns-value]
+    alone = [group.names[0] for group in input_groups(block, lambda: forward(*args, **kwargs)) if len(group.names) == 1]
+    layers = {name: block.get_submodule(name) for name in alone}
+    return [name for name, layer in layers.items() if len(as_matrix(layer, layer.weight)) == widths[0]]  # type: ignore[arg-type]
+
+
+def _contrast(model: Any, part: Calibration) -> Tensor:
+    """A random contrast of the scores of some examples; the second moment of its gradient is the metric.
+
+    For classes it is a normal draw that sums to zero, for words the log-likelihood of words drawn from the model
+    itself, and for a model without scores a normal draw over its features.
+    """
+    head = part.head(model)
+    words = None if head is not None else getattr(model, "get_output_embeddings", lambda: None)()
+    batch = _some(part.batches[0], 0 if words is None else words.weight.shape[0])
+    generator = torch.Generator(next(iter(batch.values())).device).manual_seed(0)
+    if head is not None:
+        scores = MultiTaskModel(model, {part.task: head})(part.task, **batch)
+        draw = torch.randn(scores.shape, generator=generator, device=scores.device)
+        return (scores * (draw - draw.mean(-1, keepdim=True))).sum()
+    output = model(**batch)
+    if words is None:
+        features = output[0]
+        draw = torch.randn(features.shape, generator=generator, device=features.device)
+        real = _real(batch, features)
+        return (features * (draw if real is None else draw * real[..., None])).sum()
+    scores = output.logits.flatten(0, -2)
+    drawn = torch.multinomial(scores.detach().softmax(-1), 1, generator=generator)[:, 0]
+    real = _real(batch, output.logits)
+    return nn.functional.cross_entropy(scores, drawn if real is None else drawn.where(real.flatten(), -100))
+
+
+def _some(batch: Batch, vocabulary: int) -> Batch:
+    """The first examples of a batch, no more than their scores for all words of a vocabulary allow."""
+    written = next((batch[name] for name in ("labels", "decoder_input_ids", "input_ids") if name in batch), None)
+    tokens = written.shape[1] if vocabulary and isinstance(written, Tensor) else 0
+    count = min(EXAMPLES, max(1, SCORES // max(1, tokens * vocabulary)))
+    return {name: value[:count] if isinstance(value, Tensor) else value for name, value in batch.items()}
+
+
+def _real(batch: Batch, scores: Tensor) -> Tensor | None:
+    """Which tokens of the scores are real, booleans [batch, tokens]; None if nothing says."""
+    if "labels" in batch:
+        return batch["labels"] != -100
+    mask = batch.get("decoder_attention_mask" if "decoder_input_ids" in batch else "attention_mask")
+    if isinstance(mask, Tensor) and is_padding_mask(mask) and mask.shape == scores.shape[:-1]:
+        return mask.bool()
+    return None
