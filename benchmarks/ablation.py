@@ -1,7 +1,7 @@
 """`python -m benchmarks.ablation [SUITE …]`: what each step of the method adds, over three calibration draws.
 
-Task Arithmetic at 4 bits, one scale a row, on test data. Every run goes to `benchmarks/results/ablation.json` when it is
-done; runs that are there already are kept unless `--fresh` is given. `python -m benchmarks.tables` makes the table.
+Task Arithmetic at 4 bits, one scale a row, on test data. Every run goes to `benchmarks/results/ablation.json` when it
+is done; runs that are there already are kept unless `--fresh` is given. `python -m benchmarks.tables` makes the table.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""`python -m benchmarks.choose SUITE`: choose the settings of expert_guided on the validation splits.
+"""`python -m benchmarks.choose SUITE`: the default anchor of expert_guided is chosen on the validation splits.
 
 Task Arithmetic at 4 bits, one scale a row; every candidate's mean validation score goes to
 `benchmarks/results/choice-<suite>.json`, after each; candidates that are there already are kept unless `--fresh` is
-given. No test data is touched.
+given. No test data is touched. One choice is made for all suites: the candidate that keeps the largest share of the
+best one's gain over GPTQ on the suite where it keeps least (`best`).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+from collections.abc import Iterable
 from typing import Any
 
 from rich.console import Console
@@ -19,31 +21,46 @@ from benchmarks.suites.__main__ import SUITES, build
 from epmq.checkpoint import write_json
 from epmq.evaluate import show_score
 from epmq.report import hardware, now, versions
+from epmq.spec import GUIDED
 
 # Validation examples a task.
 VALIDATION = 400
-# How much of the experts' features, whether to aim at their stream, where the anchor lies and how strong it is: a weak
-# one at the merged weight, or a strong one near the full sum of the task vectors.
+# Where the anchor lies and how strong it is, from a weak one at the merged weight to a strong one near the full sum of
+# the task vectors.
 CANDIDATES: list[dict[str, Any]] = [
-    {"expert_features": features, "expert_stream": stream, "anchor_scale": scale, "anchor_strength": strength}
-    for features, stream, scale, strength in (
-        (0.0, True, 1.0, 0.03),
-        (0.6, True, 1.0, 0.03),
-        (0.0, True, 3.0, 3.0),
-        (0.0, False, 1.0, 0.03),
-        (0.6, False, 1.0, 0.03),
-        (1.0, False, 1.0, 0.1),
-        (0.6, False, 3.0, 0.3),
-        (0.5, False, 3.0, 3.0),
-    )
+    {**GUIDED["expert_guided"], "anchor_scale": scale, "anchor_strength": strength}
+    for scale, strength in ((1.0, 0.03), (2.0, 1.0), (3.0, 1.0), (3.0, 3.0))
 ]
 
 
 def key(row: dict[str, Any]) -> tuple[Any, ...]:
-    """What tells candidates apart; rows from before `expert_stream` do not have it."""
-    if row["method"] != "expert_guided":
-        return (row["method"],)
-    return tuple(row.get(name, False) for name in CANDIDATES[0])
+    """What tells candidates apart."""
+    return (row["method"], *(row.get(name) for name in CANDIDATES[0]))
+
+
+def best(choices: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """The candidate whose worst suite is best, by the share it keeps of the best candidate's gain over GPTQ.
+
+    Args:
+        choices: contents of the files `choice-<suite>.json`.
+
+    Raises:
+        ValueError: a suite lacks a candidate.
+    """
+    shares: dict[tuple[Any, ...], list[float]] = {}
+    for choice in choices:
+        sign = -1 if choice["metric"] == "log_perplexity" else 1
+        found = {key(row): sign * row["validation"] for row in choice["rows"]}
+        start = found.pop(key({"method": "gptq"}))
+        wanted = [key({"method": "expert_guided", **candidate}) for candidate in CANDIDATES]
+        missing = [name for name in wanted if name not in found]
+        if missing:
+            raise ValueError(f"{choice['suite']}: run python -m benchmarks.choose {choice['suite']}; missing {missing}")
+        most = max(found[name] for name in wanted) - start
+        for name in wanted:
+            shares.setdefault(name, []).append((found[name] - start) / most)
+    kept = [min(share) for share in shares.values()]
+    return CANDIDATES[kept.index(max(kept))]
 
 
 def main() -> None:

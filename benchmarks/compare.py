@@ -1,7 +1,8 @@
 """`python -m benchmarks.compare SUITE`: every method at every width on one suite, on test data.
 
 Writes `benchmarks/results/<suite>.json`, one row a model, after each row; rows that are there already are kept
-unless `--fresh` is given or their settings have changed. `python -m benchmarks.tables` makes the table from it.
+unless `--fresh` is given or their settings or number of
+calibration examples have changed. `python -m benchmarks.tables` makes the table from it.
 """
 
 from __future__ import annotations
@@ -37,14 +38,6 @@ LANGUAGE_MERGES = ("task_arithmetic",)
 # bits, group size, symmetric: one scale a row at 4 bits; a scale and a zero point a group of 64 below.
 GRIDS = ((4, -1, True), (3, 64, False), (2, 64, False))
 METHODS = ("rtn", "gptq", "e_pmq", "expert_guided")
-# Of expert_guided, chosen on the validation splits: see `python -m benchmarks.choose`.
-GUIDED: dict[str, dict[str, Any]] = {
-    "vision8": {"expert_features": 0.6, "anchor_scale": 1.0, "anchor_strength": 0.03},
-    "text8": {"expert_features": 0.0, "expert_stream": True, "anchor_scale": 3.0, "anchor_strength": 3.0},
-    "text8lora": {"expert_features": 0.0, "expert_stream": True, "anchor_scale": 3.0, "anchor_strength": 3.0},
-    "causal3": {"expert_features": 0.6, "anchor_scale": 1.0, "anchor_strength": 0.03},
-    "seq2seq": {"expert_features": 0.6, "expert_stream": True, "anchor_scale": 1.0, "anchor_strength": 0.03},
-}
 # Calibration examples a task: about as many tokens in 256 images (17 tokens each) as in 128 texts.
 SAMPLES = {"vision8": 256, "text8": 128, "text8lora": 128, "causal3": 64, "seq2seq": 256}
 KEY = ("suite", "merge", "method", "bits", "group_size", "symmetric", "seed")
@@ -65,7 +58,7 @@ def settings(suite: ModuleType) -> Iterator[tuple[str, dict[str, Any]]]:
                 # The paper's form is measured at its own width; ours and the plain quantizers at all.
                 if method == "e_pmq" and bits != 4:
                     continue
-                chosen = GUIDED[suite.NAME] if method == "expert_guided" else {}
+                chosen = spec.GUIDED["expert_guided"] if method == "expert_guided" else {}
                 grid = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
                 yield merge, {"method": method, **grid, **chosen}
 
@@ -99,6 +92,11 @@ def guided_settings(quantize: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in quantize.items() if name in spec.GUIDED["expert_guided"]}
 
 
+def samples_of(suite: str, method: str) -> int | None:
+    """Calibration examples a task; None for what sees no data."""
+    return SAMPLES[suite.removesuffix("-quick")] if method in METHODS[1:] else None
+
+
 def row(suite: str, merge: str, quantize: dict[str, Any], found: dict[str, Any], **more: Any) -> dict[str, Any]:
     """One line of the results file; the scores of the tasks go under the name of their metric."""
     quantized = quantize["method"] in METHODS
@@ -109,6 +107,7 @@ def row(suite: str, merge: str, quantize: dict[str, Any], found: dict[str, Any],
         "bits": quantize["bits"] if quantized else None,
         "group_size": quantize["group_size"] if quantized else None,
         "symmetric": quantize["symmetric"] if quantized else None,
+        "samples": samples_of(suite, quantize["method"]),
         "settings": guided_settings(quantize),
         "metric": found["metric"],
         found["metric"]: found["scores"],
@@ -154,7 +153,7 @@ def compare(suite: ModuleType, tasks: list[str], quick: bool, merges: list[str],
     """Measure every row that is missing, saving after each; another process may add rows at the same time."""
     console, name = Console(stderr=True), f"{suite.NAME}-quick" if quick else suite.NAME
     root, path = suite_dir(suite.NAME, quick), RESULTS / f"{name}.json"
-    done = {identity(r): r["settings"] for r in read_rows(path)}
+    done = {identity(r): (r["settings"], r["samples"]) for r in read_rows(path)}
     common: dict[str, Any] = {"test_samples": TEST_SAMPLES, "seed": seed}
 
     def keep(found: dict[str, Any]) -> None:
@@ -177,7 +176,8 @@ def compare(suite: ModuleType, tasks: list[str], quick: bool, merges: list[str],
         if merge not in merges:
             continue
         grid = (None, None, None) if quantize["method"] == "none" else tuple(quantize[k] for k in KEY[3:6])
-        if done.get((name, merge, quantize["method"], *grid, seed)) == guided_settings(quantize):
+        wanted = guided_settings(quantize), samples_of(name, quantize["method"])
+        if done.get((name, merge, quantize["method"], *grid, seed)) == wanted:
             continue
         report = measure(suite, root, tasks, merge, quantize, **common)
         seconds = round(sum(report["seconds"][phase] for phase in ("open", "merge and quantize")), 1)

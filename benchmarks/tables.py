@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import math
 import re
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
+
+from benchmarks.ablation import STEPS
 
 SUITES = ("vision8", "text8", "text8lora", "causal3", "seq2seq")
 HERE = Path(__file__).parent
@@ -96,6 +99,29 @@ def shapes_table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + f"\n\nMeasured {last['date'][:10]} on {last['hardware']['machine']}; {used}."
 
 
+def ablation_table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: suites down, steps across, mean ± standard deviation over the calibration draws."""
+    steps = list(dict.fromkeys(row["step"] for row in sorted(rows, key=lambda row: list(STEPS).index(row["step"]))))
+    lines = ["| " + " | ".join(["suite", "draws", *steps]) + " |", "|" + "---|" * (2 + len(steps))]
+    for suite in [suite for suite in SUITES if any(row["suite"] == suite for row in rows)]:
+        found = {step: [row for row in rows if (row["suite"], row["step"]) == (suite, step)] for step in steps}
+        draws = {str(len(runs)) for runs in found.values() if runs}
+        lines.append("| " + " | ".join([suite, " to ".join(sorted(draws)), *map(spread, found.values())]) + " |")
+    last = max(rows, key=lambda row: row["date"])
+    used = ", ".join(f"{name} {version}" for name, version in last["versions"].items())
+    return "\n".join(lines) + f"\n\nMeasured until {last['date'][:10]} on {last['hardware']['machine']}; {used}."
+
+
+def spread(runs: list[dict[str, Any]]) -> str:
+    """Mean and standard deviation of the scores of some runs."""
+    if not runs:
+        return "–"
+    values = [math.exp(run["mean"]) if metric(run) == "log_perplexity" else 100 * run["mean"] for run in runs]
+    digits = 2 if metric(runs[0]) == "log_perplexity" else 1
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
 def summary(paths: list[Path]) -> str:
     """Markdown for the project's README: 4 bits, one scale a row, a line for each suite and merge."""
     methods = ("none", "rtn", "gptq", "e_pmq", "expert_guided")
@@ -142,6 +168,10 @@ def main() -> None:
     if shapes.exists():
         readme = texts[HERE / "README.md"]
         texts[HERE / "README.md"] = replace_section(readme, "shapes", shapes_table(json.loads(shapes.read_text())))
+    ablation = HERE / "results" / "ablation.json"
+    if ablation.exists():
+        readme = texts[HERE / "README.md"]
+        texts[HERE / "README.md"] = replace_section(readme, "ablation", ablation_table(json.loads(ablation.read_text())))
     project = HERE.parent / "README.md"
     texts[project] = replace_section(project.read_text(), "summary", summary(paths))
     if "--check" in sys.argv:

@@ -1,14 +1,21 @@
+import copy
 from functools import partial
 
+import pytest
 import torch
-from conftest import recipe_for
+from conftest import perturbed, recipe_for
+from families import FAMILIES
 
 from epmq.batches import encode
+from epmq.blocks import input_groups
 from epmq.pipeline import _expert_head
 from epmq.prepare import prepare
-from epmq.sensitivity import sensitivities
+from epmq.residual import find_sums
+from epmq.sensitivity import EXAMPLES, _some, sensitivities
+from epmq.sources import Sources
 from epmq.spec import load_recipe
 from epmq.streams import Calibration
+from epmq.walk import Walk
 
 CPU = torch.device("cpu")
 
@@ -41,3 +48,31 @@ def test_the_metric_is_that_of_plain_autograd(pool):
         assert rows[batch["attention_mask"].flatten() == 0].abs().max() == 0, "padding reaches no score"
         wanted = rows.T @ rows
         torch.testing.assert_close(sketch.T @ sketch, wanted / wanted.diagonal().mean(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_layer_that_writes_to_the_stream_has_one(family, tmp_path):
+    """In every family: the layers that `find_sums` finds are among those whose gradients were noted."""
+    base = FAMILIES[family].build()
+    for seed, name in enumerate(("base", "one")):
+        perturbed(copy.deepcopy(base), seed, seed * 0.02).save_pretrained(tmp_path / name)
+    experts = [{"name": "one", "model": str(tmp_path / "one")}]
+    sources = Sources(load_recipe({"base": str(tmp_path / "base"), "experts": experts}))
+    batches = FAMILIES[family].batches()
+    found = sensitivities(sources, Calibration("one", batches), CPU)
+    for sketch in found.values():
+        assert sketch.square().sum(0).mean() == pytest.approx(1, rel=1e-4)
+    model = sources.whole_model("one", CPU)
+    for step in Walk(model, batches[:1]):
+        groups = input_groups(step.block, lambda step=step: step.run(0))
+        alone = [group.names[0] for group in groups if len(group.names) == 1]
+        for name in find_sums(step.block, alone, lambda step=step: step.run(0)):
+            assert f"{step.name}.{name}" in found
+        step.finish()
+
+
+def test_a_large_vocabulary_takes_fewer_examples():
+    batch = {"input_ids": torch.zeros(64, 100, dtype=torch.long), "attention_mask": torch.ones(64, 100)}
+    assert len(_some(batch, 0)["input_ids"]) == EXAMPLES
+    assert len(_some(batch, 2**26 // 500)["attention_mask"]) == 5
+    assert len(_some(batch, 2**30)["input_ids"]) == 1

@@ -1,15 +1,15 @@
 import json
-import math
 import sys
 
 import pytest
 
 from benchmarks import choose
-from benchmarks.compare import GUIDED, RESULTS
+from benchmarks.compare import RESULTS
+from epmq.spec import GUIDED
 
 
 def test_candidates_that_are_there_are_not_measured_again(tmp_path, monkeypatch):
-    old = {"expert_features": 0.6, "anchor_scale": 1, "anchor_strength": 0.03}  # from before there was a stream
+    old = choose.CANDIDATES[1]
     rows = [{"method": "gptq", "validation": 0.1}, {"method": "expert_guided", **old, "validation": 0.2}]
     (tmp_path / "choice-text8.json").write_text(json.dumps({"rows": rows}))
     asked = []
@@ -31,12 +31,22 @@ def test_candidates_that_are_there_are_not_measured_again(tmp_path, monkeypatch)
     assert len(asked) == len(choose.CANDIDATES) - 1
 
 
-@pytest.mark.parametrize("path", sorted(RESULTS.glob("choice-*.json")), ids=lambda path: path.stem)
-def test_what_is_compared_is_the_best_that_was_measured(path):
-    found = json.loads(path.read_text())
-    sign = -1 if found.get("metric") == "log_perplexity" else 1
-    guided = [row for row in found["rows"] if row["method"] == "expert_guided"]
-    best = max(guided, key=lambda row: sign * row["validation"])
-    assert math.isfinite(best["validation"])
-    chosen = {"method": "expert_guided", **GUIDED[found["suite"]]}
-    assert choose.key(chosen) == choose.key(best)
+def made(suite, gptq, scores, metric="accuracy"):
+    rows = [{"method": "expert_guided", **c, "validation": score} for c, score in zip(choose.CANDIDATES, scores)]
+    return {"suite": suite, "metric": metric, "rows": [{"method": "gptq", "validation": gptq}, *rows]}
+
+
+def test_the_choice_is_the_one_whose_worst_suite_is_best():
+    first = made("a", 0.5, [0.9, 0.8, 0.6, 0.5])
+    assert choose.best([first]) == choose.CANDIDATES[0]
+    assert choose.best([first, made("b", 0.5, [0.5, 0.7, 0.8, 0.9])]) == choose.CANDIDATES[1]
+    assert choose.best([made("c", 3.0, [2.9, 2.9, 2.0, 2.5], "log_perplexity")]) == choose.CANDIDATES[2]
+    first["rows"].pop()
+    with pytest.raises(ValueError, match=r"benchmarks\.choose a"):
+        choose.best([first])
+
+
+def test_the_default_is_the_best_that_was_measured():
+    choices = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("choice-*.json"))]
+    assert {choice["suite"] for choice in choices} == {"vision8", "text8", "seq2seq", "causal3"}
+    assert choose.best(choices) == GUIDED["expert_guided"]
