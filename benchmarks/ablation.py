@@ -17,11 +17,11 @@ from benchmarks.suites.__main__ import SUITES, build
 from epmq.checkpoint import write_json
 from epmq.evaluate import show_score
 from epmq.report import hardware, now, versions
-from epmq.spec import GUIDED
+from epmq.spec import ANCHORS, GUIDED
 
 PATH = RESULTS / "ablation.json"
 SEEDS = (0, 1, 2)
-_OURS = {"method": "expert_guided", **GUIDED["expert_guided"]}
+_OURS = {"method": "expert_guided", **GUIDED["expert_guided"], **ANCHORS[False]}
 # Each step has what the one before it has, but for heads on plain GPTQ, which shows what they do alone.
 STEPS: dict[str, dict[str, Any]] = {
     "GPTQ": {"method": "gptq"},
@@ -29,7 +29,7 @@ STEPS: dict[str, dict[str, Any]] = {
     "E-PMQ": {"method": "e_pmq"},
     "+ stream": {**_OURS, "sensitivity": False, "adapt_heads": False},
     "+ sensitivity": {**_OURS, "adapt_heads": False},
-    "+ heads": _OURS,
+    "+ heads": {**_OURS, **ANCHORS[True]},
 }
 
 

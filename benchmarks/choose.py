@@ -2,8 +2,8 @@
 
 Task Arithmetic at 4 bits, one scale a row; every candidate's mean validation score goes to
 `benchmarks/results/choice-<suite>.json`, after each; candidates that are there already are kept unless `--fresh` is
-given. No test data is touched. One choice is made for all suites: the candidate that keeps the largest share of the
-best one's gain over GPTQ on the suite where it keeps least (`best`).
+given. No test data is touched. One choice is made for all suites with heads, and one for language models: the candidate
+that keeps the largest share of the best one's gain over GPTQ on the suite where it keeps least (`best`).
 """
 
 from __future__ import annotations

@@ -49,6 +49,11 @@ def is_language(suite: ModuleType) -> bool:
     return hasattr(suite, "KIND")
 
 
+def default(suite: ModuleType) -> dict[str, Any]:
+    """The default recipe of expert_guided, spelled out, so that a row can be told from one with other defaults."""
+    return {**spec.GUIDED["expert_guided"], **spec.ANCHORS[not is_language(suite)]}
+
+
 def settings(suite: ModuleType) -> Iterator[tuple[str, dict[str, Any]]]:
     """Merge name and quantization settings of every row that is not a base or an expert."""
     for merge in LANGUAGE_MERGES if is_language(suite) else MERGES:
@@ -58,7 +63,7 @@ def settings(suite: ModuleType) -> Iterator[tuple[str, dict[str, Any]]]:
                 # The paper's form is measured at its own width; ours and the plain quantizers at all.
                 if method == "e_pmq" and bits != 4:
                     continue
-                chosen = spec.GUIDED["expert_guided"] if method == "expert_guided" else {}
+                chosen = default(suite) if method == "expert_guided" else {}
                 grid = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
                 yield merge, {"method": method, **grid, **chosen}
 

@@ -171,7 +171,9 @@ def main() -> None:
     ablation = HERE / "results" / "ablation.json"
     if ablation.exists():
         readme = texts[HERE / "README.md"]
-        texts[HERE / "README.md"] = replace_section(readme, "ablation", ablation_table(json.loads(ablation.read_text())))
+        texts[HERE / "README.md"] = replace_section(
+            readme, "ablation", ablation_table(json.loads(ablation.read_text()))
+        )
     project = HERE.parent / "README.md"
     texts[project] = replace_section(project.read_text(), "summary", summary(paths))
     if "--check" in sys.argv:

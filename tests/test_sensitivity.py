@@ -30,7 +30,7 @@ def test_the_metric_is_that_of_plain_autograd(pool):
     """Blocks that load for each call and run anew backwards give the gradients of a model in memory."""
     job = prepare(load_recipe(recipe_for(pool)))
     part = calibration(job, "two")
-    found = sensitivities(job.sources, part, CPU)
+    found = sensitivities(job.sources, [part], CPU)["two"]
     layers = ["attention.output.dense", "output.dense"]
     assert set(found) == {f"encoder.layer.{i}.{layer}" for i in range(2) for layer in layers}
 
@@ -59,7 +59,7 @@ def test_every_layer_that_writes_to_the_stream_has_one(family, tmp_path):
     experts = [{"name": "one", "model": str(tmp_path / "one")}]
     sources = Sources(load_recipe({"base": str(tmp_path / "base"), "experts": experts}))
     batches = FAMILIES[family].batches()
-    found = sensitivities(sources, Calibration("one", batches), CPU)
+    found = sensitivities(sources, [Calibration("one", batches)], CPU)["one"]
     for sketch in found.values():
         assert sketch.square().sum(0).mean() == pytest.approx(1, rel=1e-4)
     model = sources.whole_model("one", CPU)

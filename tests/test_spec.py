@@ -177,7 +177,7 @@ def test_strength_is_what_the_method_calls_it():
 def test_each_guided_method_has_its_own_defaults():
     paper, ours = Quantize(method="e_pmq"), Quantize(method="expert_guided")
     assert (paper.anchor_scale, paper.expert_features) == (1, 0)
-    assert (ours.anchor_strength, ours.expert_stream, ours.sensitivity, ours.adapt_heads) == (0.03, True, True, True)
+    assert (ours.anchor_strength, ours.expert_stream, ours.sensitivity, ours.adapt_heads) == (None, True, True, True)
     assert (paper.expert_stream, paper.sensitivity, paper.adapt_heads) == (False, False, False)
     assert Quantize(method="gptq", adapt_heads=True).adapt_heads
     for field in set(GUIDED["e_pmq"]) - {"adapt_heads"}:
@@ -186,6 +186,18 @@ def test_each_guided_method_has_its_own_defaults():
     for field in ("anchor_scale", "expert_features", "expert_stream", "sensitivity", "adapt_heads"):
         with pytest.raises(ValidationError, match=f"{field}: e_pmq, the paper's form, has none"):
             Quantize(method="e_pmq", **{field: type(GUIDED["e_pmq"][field])(0.5)})
+
+
+def test_the_anchor_is_settled_by_whether_there_are_heads_that_follow():
+    def anchor(heads, **settings):
+        settled = Quantize(**settings).settled(heads)
+        return settled.anchor_strength, settled.anchor_scale
+
+    assert anchor(True) == (3, 3) and anchor(False) == (0.03, 1)
+    assert anchor(True, adapt_heads=False) == (0.03, 1)
+    assert anchor(True, anchor_scale=2) == (3, 2) and anchor(False, anchor_strength=0.5) == (0.5, 1)
+    for method in ("e_pmq", "gptq"):
+        assert Quantize(method=method).settled(True) == Quantize(method=method)
 
 
 def test_sensitivity_follows_the_stream_it_needs():

@@ -53,8 +53,8 @@ quantize:
   symmetric: true
   act_order: true
   scales: search                # search, or minmax
-  anchor_strength: 0.03         # pull towards the anchor; try 3 where experts are close to the base
-  anchor_scale: 1.0             # the anchor: base + this x (merged - base); try 3 with a strong pull
+  # anchor_strength: 3          # pull towards the anchor; 3 where all experts have heads, else 0.03
+  # anchor_scale: 3             # the anchor: base + this x (merged - base); 3 where all experts have heads, else 1
   expert_stream: true           # aim layers that write to the residual stream at the expert's own stream
   sensitivity: true             # their errors count by how much the expert's answers depend on them
   adapt_heads: true             # fit the last layer of each task's head to the new model's features

@@ -73,7 +73,7 @@ def run(
         peak = reporting.peak_memory_mb()
         report: dict[str, Any] = {
             "date": reporting.now(),
-            "recipe": recipe.model_dump(mode="json"),
+            "recipe": job.recipe.model_dump(mode="json"),
             "versions": reporting.versions(),
             "hardware": reporting.hardware(),
             "output": recipe.output,

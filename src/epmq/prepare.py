@@ -59,6 +59,8 @@ def prepare(
         if recipe.quantize.calibrates and expert.calibration is None and expert.name not in (calibration or {}):
             raise ValueError(f"experts.{expert.name}.calibration: {recipe.quantize.method} needs calibration data")
     sources = Sources(recipe)
+    heads = [head_file(sources, e) is not None or sources.head_config(e.name) is not None for e in recipe.experts]
+    recipe = sources.recipe = recipe.model_copy(update={"quantize": recipe.quantize.settled(all(heads))})
     if recipe.quantize.method != "none":
         check_grid(sources)
         check_format(sources)

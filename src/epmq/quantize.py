@@ -141,9 +141,9 @@ def quantize_calibrated(
     """
     streams = expert_streams(sources, calibration, device)
     if sources.recipe.quantize.sensitivity:
-        for part in calibration:
-            if part.task in streams:
-                streams[part.task].sensitivities = sensitivities(sources, part, device)
+        asked = [part for part in calibration if part.task in streams]
+        for name, metrics in sensitivities(sources, asked, device).items():
+            streams[name].sensitivities = metrics
     batches = [batch for part in calibration for batch in part.batches]
     apart, writers = bool(streams and sources.recipe.quantize.expert_stream), 0
     heads = Followers(sources, calibration, streams) if sources.recipe.quantize.adapt_heads else None

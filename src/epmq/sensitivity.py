@@ -9,7 +9,7 @@ calibration examples; no label is used and nothing is trained.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -32,22 +32,31 @@ SCORES = 2**26
 ROWS = 256
 
 
-@torch.enable_grad()
-def sensitivities(sources: Sources, part: Calibration, device: torch.device) -> dict[str, Tensor]:
-    """S of the layers of an expert that may write to the residual stream.
+def sensitivities(
+    sources: Sources, calibration: Iterable[Calibration], device: torch.device
+) -> dict[str, dict[str, Tensor]]:
+    """S of the layers of each expert that may write to the residual stream.
 
-    These are those that alone have their input and that give as many features as their block takes. The expert's blocks
+    These are those that alone have their input and that give as many features as their block takes. The experts' blocks
     are in memory one at a time.
 
     Args:
         sources: merged model and experts.
-        part: the expert's calibration batches, and its head.
-        device: where the expert runs.
+        calibration: the experts' batches, and their heads.
+        device: where the experts run.
 
     Returns:
-        layer name → R [rows, out] float32 with S = Rᵀ R, scaled to a mean diagonal of 1. Layers that do not reach the
-        scores have none.
+        task → layer name → R [rows, out] float32 with S = Rᵀ R, scaled to a mean diagonal of 1. Layers that do not
+        reach the scores have none.
     """
+    writers: dict[str, list[str]] = {}  # of a block; the first expert finds them for all
+    return {part.task: _sensitivities(sources, part, device, writers) for part in calibration}
+
+
+@torch.enable_grad()
+def _sensitivities(
+    sources: Sources, part: Calibration, device: torch.device, writers: dict[str, list[str]]
+) -> dict[str, Tensor]:
     read, found = partial(sources.expert_tensor, part.task), dict[str, Tensor]()
     model = sources.skeleton()
     load_block(model, sources.outside_names(), read, device)
@@ -57,7 +66,8 @@ def sensitivities(sources: Sources, part: Calibration, device: torch.device) -> 
             for index, block in enumerate(chain.blocks):
                 name = chain.block_name(index)
                 load = partial(load_block, model, sources.block_names(name), read, device)
-                stack.enter_context(_followed(block, load, partial(_keep, found, name)))
+                find = partial(_writers, writers, name, block)
+                stack.enter_context(_followed(block, load, find, partial(_keep, found, name)))
         _contrast(model, part).backward()
     scaled = {name: rows / rows.square().sum(0).mean().sqrt() for name, rows in found.items()}
     return {name: rows for name, rows in scaled.items() if torch.isfinite(rows).all()}
@@ -72,8 +82,13 @@ def _keep(found: dict[str, Tensor], block: str, layer: str, gradient: Tensor) ->
 
 
 @contextmanager
-def _followed(block: nn.Module, load: Callable[[], None], note: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """Let a block load its weights when it runs, forwards or backwards; note the gradients of its layers' outputs."""
+def _followed(
+    block: nn.Module,
+    load: Callable[[], None],
+    find: Callable[..., list[str]],
+    note: Callable[[str, Tensor], None],
+) -> Iterator[None]:
+    """Let a block load its weights when it runs, forwards or backwards; note the gradients of its writers' outputs."""
     original, handles = block.forward, []
 
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -88,7 +103,7 @@ def _followed(block: nn.Module, load: Callable[[], None], note: Callable[[str, T
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         load()
-        for layer in _writers(block, args, kwargs, original):
+        for layer in find(original, args, kwargs):
             handles.append(block.get_submodule(layer).register_forward_hook(partial(listen, layer)))
         # Parameters take no gradient; the stream into the first block starts one.
         args, kwargs = _with_stream(args, kwargs, lambda stream: stream if stream.requires_grad else _leaf(stream))
@@ -118,12 +133,25 @@ def _with_stream(
 
 
 @torch.no_grad()
-def _writers(block: nn.Module, args: tuple, kwargs: dict[str, Any], forward: Callable[..., Any]) -> list[str]:
-    widths: list[int] = []
-    _with_stream(args, kwargs, lambda stream: widths.append(stream.shape[-1]) or stream)  # type: ignore[func-returns-value]
-    alone = [group.names[0] for group in input_groups(block, lambda: forward(*args, **kwargs)) if len(group.names) == 1]
-    layers = {name: block.get_submodule(name) for name in alone}
-    return [name for name, layer in layers.items() if len(as_matrix(layer, layer.weight)) == widths[0]]  # type: ignore[arg-type]
+def _writers(
+    known: dict[str, list[str]],
+    name: str,
+    block: nn.Module,
+    forward: Callable[..., Any],
+    args: tuple,
+    kwargs: dict[str, Any],
+) -> list[str]:
+    """The layers of a block that may write to the stream: they are looked for once."""
+    if name not in known:
+        stream = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        groups = input_groups(block, lambda: forward(*args, **kwargs))
+        alone = {group.names[0]: block.get_submodule(group.names[0]) for group in groups if len(group.names) == 1}
+        known[name] = [
+            layer
+            for layer, module in alone.items()
+            if len(as_matrix(module, module.weight)) == stream.shape[-1]  # type: ignore[arg-type]
+        ]
+    return known[name]
 
 
 def _contrast(model: Any, part: Calibration) -> Tensor:

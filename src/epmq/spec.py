@@ -23,18 +23,25 @@ GUIDED: dict[str, dict[str, Any]] = {
         "adapt_heads": False,
     },
     "expert_guided": {
-        "anchor_strength": 0.03,
-        "anchor_scale": 1.0,
+        "anchor_strength": None,
+        "anchor_scale": None,
         "expert_features": 0.0,
         "expert_stream": True,
         "sensitivity": True,
         "adapt_heads": True,
     },
 }
+# Where the anchor of expert_guided lies and how strong it is, by whether all experts have heads that follow the model:
+# heads take up what a strong anchor far along the task vectors leaves undone. Chosen by `python -m benchmarks.choose`.
+ANCHORS: dict[bool, dict[str, float]] = {
+    True: {"anchor_strength": 3.0, "anchor_scale": 3.0},
+    False: {"anchor_strength": 0.03, "anchor_scale": 1.0},
+}
 # The one piece of expert_guided that may be put on plain GPTQ, to see what it does alone.
 HEADS_ALONE = ("gptq", "adapt_heads")
 METHODS = ("none", "rtn", "gptq", *GUIDED)
 GUIDED_DEFAULTS = "the default depends on the method"
+ANCHOR_DEFAULTS = "expert_guided: by default 3 where all experts have heads that follow, else as in e_pmq"
 
 
 class _Strict(BaseModel):
@@ -158,10 +165,10 @@ class Quantize(_Strict):
     )
     damping: float = Field(0.01, gt=0, description="gptq: added to the Hessian's diagonal, over its mean")
     anchor_strength: float | None = Field(
-        None, gt=0, description=f"pull towards the anchor, over the mean Hessian diagonal; {GUIDED_DEFAULTS}"
+        None, gt=0, description=f"pull towards the anchor, over the mean Hessian diagonal; {ANCHOR_DEFAULTS}"
     )
     anchor_scale: float | None = Field(
-        None, gt=0, description=f"the anchor lies at base + this × (merged − base); {GUIDED_DEFAULTS}"
+        None, gt=0, description=f"the anchor lies at base + this × (merged − base); {ANCHOR_DEFAULTS}"
     )
     expert_features: float | None = Field(
         None, ge=0, le=1, description=f"share of the expert's own layer inputs in the targets; {GUIDED_DEFAULTS}"
@@ -220,6 +227,17 @@ class Quantize(_Strict):
         if self.sensitivity and not self.expert_stream:
             raise ValueError("sensitivity: only layers that aim at the stream have one; set expert_stream")
         return self
+
+    def settled(self, heads: bool) -> Quantize:
+        """The same with an anchor.
+
+        Args:
+            heads: whether all experts have a head.
+        """
+        if self.method != "expert_guided":
+            return self
+        anchor = ANCHORS[heads and bool(self.adapt_heads)]
+        return self.model_copy(update={name: getattr(self, name) or value for name, value in anchor.items()})
 
     @property
     def guided(self) -> bool:

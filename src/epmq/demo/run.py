@@ -20,8 +20,6 @@ from epmq.demo.texts import BASE, DEMO_TASKS, MAX_LENGTH, ORANGE, VADER, prepare
 METHODS = ("none", "rtn", "gptq", "expert_guided")
 TITLES = {"none": "merged", "rtn": "RTN", "gptq": "GPTQ", "expert_guided": "expert-guided"}
 BITS = 4
-# Chosen on the validation splits of the text8 suite, which has the same base (see benchmarks/README.md).
-GUIDED = {"expert_features": 0.5, "anchor_scale": 3.0, "anchor_strength": 3.0}
 
 
 def fetch() -> None:
@@ -66,7 +64,7 @@ def run_demo(output: str | Path = "epmq-demo") -> dict[str, dict[str, Any]]:
         },
     }
     for method in METHODS:
-        settings = {"method": method, "bits": BITS, **(GUIDED if method == "expert_guided" else {})}
+        settings = {"method": method, "bits": BITS}
         report = run(
             pool_recipe(
                 root,
