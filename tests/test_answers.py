@@ -1,3 +1,5 @@
+import shutil
+
 import pytest
 import torch
 from conftest import recipe_for
@@ -151,3 +153,15 @@ def test_a_head_file_is_the_same_each_time(tmp_path):
         save_head(head, tmp_path / f"{i}.safetensors")
     assert len({(tmp_path / f"{i}.safetensors").read_bytes() for i in range(8)}) == 1
     assert load_any_head(tmp_path / "0.safetensors", torch.nn.Identity()).labels == ["a", "b"]
+
+
+def test_the_anchor_is_strong_only_where_every_head_follows(pool, tmp_path):
+    def anchor(recipe):
+        settings = prepare(load_recipe(recipe), evaluate=False).recipe.quantize
+        return settings.anchor_strength, settings.anchor_scale
+
+    recipe = recipe_for(pool)
+    assert anchor(recipe) == (3, 3)
+    shutil.copytree(pool / "experts" / "two", tmp_path / "two", ignore=lambda *_: ["head.safetensors"])
+    recipe["experts"][1]["model"] = str(tmp_path / "two")
+    assert anchor(recipe) == (0.03, 1)
