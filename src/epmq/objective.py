@@ -203,15 +203,14 @@ def conjugate_gradients(
         steps: at most so many; fewer if nothing is left.
     """
     found, left = torch.zeros_like(wanted), wanted
-    ready = precondition(left)
-    direction, size = ready, (left * ready).sum()
+    direction, before = torch.zeros_like(wanted), wanted.new_tensor(torch.inf)
     for _ in range(steps):
+        ready = precondition(left)
+        size = (left * ready).sum()
         if size <= 0:
             break
+        direction = ready + size / before * direction
         moved = apply(direction)
         length = size / (direction * moved).sum()
-        found, left = found + length * direction, left - length * moved
-        ready = precondition(left)
-        before, size = size, (left * ready).sum()
-        direction = ready + size / before * direction
+        found, left, before = found + length * direction, left - length * moved, size
     return found

@@ -23,11 +23,13 @@ from epmq.sensitivity import sensitivities
 from epmq.skeleton import drop_tensors, load_block, load_embeddings, set_tensor
 from epmq.solvers import gptq, hessian_loss, rtn, search_scales
 from epmq.sources import Sources
-from epmq.streams import Calibration, expert_streams
+from epmq.streams import Calibration, ExpertStream, expert_streams
 from epmq.walk import Step, Walk
 
 Emit = Callable[[str, Tensor], None]
 EmitLayer = Callable[[str, nn.Module, QuantizedTensor], None]
+# Layers of a block that are gathered and solved together, with the sums that they aim at.
+Pass = list[tuple[InputGroup, Sum | None]]
 EmitHead = Callable[[str, Head | NativeHead, Fit], None]
 
 
@@ -145,28 +147,15 @@ def quantize_calibrated(
         for name, metrics in sensitivities(sources, asked, device).items():
             streams[name].sensitivities = metrics
     batches = [batch for part in calibration for batch in part.batches]
-    apart, writers = bool(streams and sources.recipe.quantize.expert_stream), 0
+    apart, aimed = bool(streams and sources.recipe.quantize.expert_stream), False
     heads = Followers(sources, calibration, streams) if sources.recipe.quantize.adapt_heads else None
     for step in Walk(sources.model, batches, heads.conclude if heads else None):
         load_block(sources.model, sources.block_names(step.name), sources.merged, device)
         with naming(step.name):
             groups = input_groups(step.block, lambda step=step: step.run(0))  # type: ignore[misc]
         passes = _passes(step, groups, apart)
-        writers += sum(aim is not None for planned in passes for _, aim in planned)
-        features = sources.recipe.quantize.expert_features
-        places = [place_of(group.names, aim) for planned in passes for group, aim in planned if aim or features]
-        reports: list[LayerReport] = []
-        for number, planned in enumerate(passes):
-            layers = [LayerGroup(sources, step, group, sum_) for group, sum_ in planned]
-            gather(sources, step, layers, calibration, streams, places, last=number == len(passes) - 1)
-            while layers:  # each is freed when it is done
-                group = layers.pop(0)
-                return_freed_memory()
-                with naming(f"{step.name}.{group.names[0]}"):
-                    reports += _solve(sources, step, group, emit_layer)
-            del group
-        for stream in streams.values():
-            stream.advance()
+        aimed |= any(sum_ is not None for planned in passes for _, sum_ in planned)
+        reports = _quantize_block(sources, step, passes, calibration, streams, emit_layer)
         quantized = {f"{report.name}.weight" for report in reports}
         for name, tensor in step.block.state_dict(prefix=f"{step.name}.").items():
             if name in sources.names and name not in quantized:
@@ -177,8 +166,34 @@ def quantize_calibrated(
         yield reports
     for task, head, found in heads.fits() if heads else ():
         emit_head(task, head, found)
-    if apart and not writers:
+    if apart and not aimed:
         sources.notes.append("no layer adds to the residual stream directly: expert_stream changed no target")
+
+
+def _quantize_block(
+    sources: Sources,
+    step: Step,
+    passes: list[Pass],
+    calibration: Sequence[Calibration],
+    streams: dict[str, ExpertStream],
+    emit_layer: EmitLayer,
+) -> list[LayerReport]:
+    """Gather and solve the layers of the block that the walk is at, pass by pass, and put them into it."""
+    features = sources.recipe.quantize.expert_features
+    places = [place_of(group.names, sum_) for planned in passes for group, sum_ in planned if sum_ or features]
+    reports: list[LayerReport] = []
+    for number, planned in enumerate(passes):
+        layers = [LayerGroup(sources, step, group, sum_) for group, sum_ in planned]
+        gather(sources, step, layers, calibration, streams, places, last=number == len(passes) - 1)
+        while layers:  # each is freed when it is done
+            group = layers.pop(0)
+            return_freed_memory()
+            with naming(f"{step.name}.{group.names[0]}"):
+                reports += _solve(sources, step, group, emit_layer)
+        del group
+    for stream in streams.values():
+        stream.advance()
+    return reports
 
 
 def return_freed_memory() -> None:
@@ -188,7 +203,7 @@ def return_freed_memory() -> None:
         trim(0)
 
 
-def _passes(step: Step, groups: list[InputGroup], apart: bool) -> list[list[tuple[InputGroup, Sum | None]]]:
+def _passes(step: Step, groups: list[InputGroup], apart: bool) -> list[Pass]:
     """The block's layers by the pass in which they are gathered and solved, with the sums that they aim at.
 
     Where layers aim at the residual stream they go one after the other: each mends what is left when all before it
