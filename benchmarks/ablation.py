@@ -17,19 +17,20 @@ from benchmarks.suites.__main__ import SUITES, build
 from epmq.checkpoint import write_json
 from epmq.evaluate import show_score
 from epmq.report import hardware, now, versions
-from epmq.spec import ANCHORS, GUIDED
+from epmq.spec import BY_HEADS
 
 PATH = RESULTS / "ablation.json"
 SEEDS = (0, 1, 2)
-_OURS = {"method": "expert_guided", **GUIDED["expert_guided"], **ANCHORS[False]}
+_OURS = {"method": "expert_guided", **BY_HEADS[True], "sensitivity": True, "adapt_heads": True}
+_WEAK = {"anchor_strength": 0.03, "anchor_scale": 1.0}
 # Each step has what the one before it has, but for heads on plain GPTQ, which shows what they do alone.
 STEPS: dict[str, dict[str, Any]] = {
     "GPTQ": {"method": "gptq"},
     "GPTQ + heads": {"method": "gptq", "adapt_heads": True},
     "E-PMQ": {"method": "e_pmq"},
-    "+ stream": {**_OURS, "sensitivity": False, "adapt_heads": False},
-    "+ sensitivity": {**_OURS, "adapt_heads": False},
-    "+ heads": {**_OURS, **ANCHORS[True]},
+    "+ stream": {**_OURS, **_WEAK, "sensitivity": False, "adapt_heads": False},
+    "+ sensitivity": {**_OURS, **_WEAK, "adapt_heads": False},
+    "+ heads": _OURS,
 }
 
 

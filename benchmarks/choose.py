@@ -21,14 +21,14 @@ from benchmarks.suites.__main__ import SUITES, build
 from epmq.checkpoint import write_json
 from epmq.evaluate import show_score
 from epmq.report import hardware, now, versions
-from epmq.spec import GUIDED
+from epmq.spec import BY_HEADS
 
 # Validation examples a task.
 VALIDATION = 400
 # Where the anchor lies and how strong it is, from a weak one at the merged weight to a strong one near the full sum of
 # the task vectors.
 CANDIDATES: list[dict[str, Any]] = [
-    {**GUIDED["expert_guided"], "anchor_scale": scale, "anchor_strength": strength}
+    {**BY_HEADS[True], "sensitivity": True, "adapt_heads": True, "anchor_scale": scale, "anchor_strength": strength}
     for scale, strength in ((1.0, 0.03), (2.0, 1.0), (3.0, 1.0), (3.0, 3.0))
 ]
 

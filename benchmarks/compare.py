@@ -51,7 +51,8 @@ def is_language(suite: ModuleType) -> bool:
 
 def default(suite: ModuleType) -> dict[str, Any]:
     """The default recipe of expert_guided, spelled out, so that a row can be told from one with other defaults."""
-    return {**spec.GUIDED["expert_guided"], **spec.ANCHORS[not is_language(suite)]}
+    settled = spec.Quantize(method="expert_guided").settled(not is_language(suite))
+    return {name: getattr(settled, name) for name in spec.GUIDED["expert_guided"]}
 
 
 def settings(suite: ModuleType) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -177,7 +177,7 @@ def test_strength_is_what_the_method_calls_it():
 def test_each_guided_method_has_its_own_defaults():
     paper, ours = Quantize(method="e_pmq"), Quantize(method="expert_guided")
     assert (paper.anchor_scale, paper.expert_features) == (1, 0)
-    assert (ours.anchor_strength, ours.expert_stream, ours.sensitivity, ours.adapt_heads) == (None, True, True, True)
+    assert (ours.anchor_strength, ours.expert_stream, ours.sensitivity, ours.adapt_heads) == (None, None, None, True)
     assert (paper.expert_stream, paper.sensitivity, paper.adapt_heads) == (False, False, False)
     assert Quantize(method="gptq", adapt_heads=True).adapt_heads
     for field in set(GUIDED["e_pmq"]) - {"adapt_heads"}:
@@ -201,7 +201,10 @@ def test_the_anchor_is_settled_by_whether_there_are_heads_that_follow():
 
 
 def test_sensitivity_follows_the_stream_it_needs():
-    assert not Quantize(expert_stream=False).sensitivity
+    assert not Quantize(expert_stream=False).settled(True).sensitivity
+    assert Quantize().settled(True).sensitivity and not Quantize().settled(False).sensitivity
+    assert Quantize(expert_stream=True).settled(False).sensitivity
+    assert not Quantize(sensitivity=False).settled(True).sensitivity
     with pytest.raises(ValidationError, match="set expert_stream"):
         Quantize(expert_stream=False, sensitivity=True)
 

@@ -25,23 +25,25 @@ GUIDED: dict[str, dict[str, Any]] = {
     "expert_guided": {
         "anchor_strength": None,
         "anchor_scale": None,
-        "expert_features": 0.0,
-        "expert_stream": True,
-        "sensitivity": True,
+        "expert_features": None,
+        "expert_stream": None,
+        "sensitivity": None,
         "adapt_heads": True,
     },
 }
-# Where the anchor of expert_guided lies and how strong it is, by whether all experts have heads that follow the model:
-# heads take up what a strong anchor far along the task vectors leaves undone. Chosen by `python -m benchmarks.choose`.
-ANCHORS: dict[bool, dict[str, float]] = {
-    True: {"anchor_strength": 3.0, "anchor_scale": 3.0},
-    False: {"anchor_strength": 0.03, "anchor_scale": 1.0},
+# What expert_guided takes by whether all experts have heads that follow the model: heads take up what a strong anchor
+# far along the task vectors leaves undone. Chosen by `python -m benchmarks.choose`. Without heads the stream is off:
+# with the sensitivity it makes a small T5 better and a decoder much worse (docs/method.md).
+BY_HEADS: dict[bool, dict[str, Any]] = {
+    True: {"anchor_strength": 3.0, "anchor_scale": 3.0, "expert_features": 0.0, "expert_stream": True},
+    False: {"anchor_strength": 0.03, "anchor_scale": 1.0, "expert_features": 0.6, "expert_stream": False},
 }
 # The one piece of expert_guided that may be put on plain GPTQ, to see what it does alone.
 HEADS_ALONE = ("gptq", "adapt_heads")
 METHODS = ("none", "rtn", "gptq", *GUIDED)
 GUIDED_DEFAULTS = "the default depends on the method"
 ANCHOR_DEFAULTS = "expert_guided: by default 3 where all experts have heads that follow, else as in e_pmq"
+STREAM_DEFAULTS = "expert_guided: by default where all experts have heads that follow"
 
 
 class _Strict(BaseModel):
@@ -171,11 +173,15 @@ class Quantize(_Strict):
         None, gt=0, description=f"the anchor lies at base + this × (merged − base); {ANCHOR_DEFAULTS}"
     )
     expert_features: float | None = Field(
-        None, ge=0, le=1, description=f"share of the expert's own layer inputs in the targets; {GUIDED_DEFAULTS}"
+        None,
+        ge=0,
+        le=1,
+        description="share of the expert's own layer inputs in the targets; expert_guided: by default 0 where all "
+        "experts have heads that follow, else 0.6",
     )
     expert_stream: bool | None = Field(
         None,
-        description=f"layers that add to the residual stream aim at the expert's own stream; {GUIDED_DEFAULTS}",
+        description=f"layers that add to the residual stream aim at the expert's own stream; {STREAM_DEFAULTS}",
     )
     sensitivity: bool | None = Field(
         None,
@@ -217,27 +223,29 @@ class Quantize(_Strict):
             if defaults is None and getattr(self, field) is not None and (self.method, field) != HEADS_ALONE:
                 raise ValueError(f"{field}: {self.method} does not use it")
             if defaults is not None and getattr(self, field) is None:
-                # Without the stream there is no layer whose errors could be weighed.
-                value = self.expert_stream if field == "sensitivity" else defaults[field]
-                object.__setattr__(self, field, value)
+                object.__setattr__(self, field, defaults[field])
         if self.method == "e_pmq":
             for field in ("anchor_scale", "expert_features", "expert_stream", "sensitivity", "adapt_heads"):
                 if getattr(self, field) != GUIDED["e_pmq"][field]:
                     raise ValueError(f"{field}: e_pmq, the paper's form, has none; take expert_guided")
-        if self.sensitivity and not self.expert_stream:
+        if self.sensitivity and self.expert_stream is False:
             raise ValueError("sensitivity: only layers that aim at the stream have one; set expert_stream")
         return self
 
     def settled(self, heads: bool) -> Quantize:
-        """The same with an anchor.
+        """The same with everything that depends on heads filled in.
 
         Args:
             heads: whether all experts have a head.
         """
         if self.method != "expert_guided":
             return self
-        anchor = ANCHORS[heads and bool(self.adapt_heads)]
-        return self.model_copy(update={name: getattr(self, name) or value for name, value in anchor.items()})
+        defaults = BY_HEADS[heads and bool(self.adapt_heads)]
+        found = {name: value for name, value in defaults.items() if getattr(self, name) is None}
+        settled = self.model_copy(update=found)
+        # Without the stream there is no layer whose errors could be weighed.
+        weighed = settled.expert_stream if self.sensitivity is None else self.sensitivity and settled.expert_stream
+        return settled.model_copy(update={"sensitivity": bool(weighed)})
 
     @property
     def guided(self) -> bool:
