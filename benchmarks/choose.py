@@ -2,8 +2,9 @@
 
 Task Arithmetic at 4 bits, one scale a row; every candidate's mean validation score goes to
 `benchmarks/results/choice-<suite>.json`, after each; candidates that are there already are kept unless `--fresh` is
-given. No test data is touched. One choice is made for all suites with heads, and one for language models: the candidate
-that keeps the largest share of the best one's gain over GPTQ on the suite where it keeps least (`best`).
+given. No test data is touched. One choice is made for all suites with heads: the candidate that keeps the largest share
+of the best one's gain over GPTQ on the suite where it keeps least (`best`). Plain GPTQ, and where there are heads GPTQ
+with heads that follow, are measured beside them.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks.compare import RESULTS, measure
+from benchmarks.compare import RESULTS, is_language, measure
 from benchmarks.suites.__main__ import SUITES, build
 from epmq.checkpoint import write_json
 from epmq.evaluate import show_score
@@ -73,7 +74,10 @@ def main() -> None:
     root, tasks, console = build(suite), list(suite.TASKS), Console(stderr=True)
     path = RESULTS / f"choice-{suite.NAME}.json"
     rows = json.loads(path.read_text())["rows"] if path.exists() and not arguments.fresh else []
-    for candidate in [{"method": "gptq"}, *({"method": "expert_guided", **candidate} for candidate in CANDIDATES)]:
+    plain: list[dict[str, Any]] = [{"method": "gptq"}]
+    if not is_language(suite):
+        plain.append({"method": "gptq", "adapt_heads": True})
+    for candidate in [*plain, *({"method": "expert_guided", **candidate} for candidate in CANDIDATES)]:
         if key(candidate) in map(key, rows):
             continue
         quantize = {"bits": 4, **candidate}

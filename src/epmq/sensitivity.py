@@ -102,8 +102,7 @@ def _followed(
         output.register_hook(partial(note, layer))
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        load()
-        for layer in find(original, args, kwargs):
+        for layer in find(load, original, args, kwargs):
             handles.append(block.get_submodule(layer).register_forward_hook(partial(listen, layer)))
         # Parameters take no gradient; the stream into the first block starts one.
         args, kwargs = _with_stream(args, kwargs, lambda stream: stream if stream.requires_grad else _leaf(stream))
@@ -137,6 +136,7 @@ def _writers(
     known: dict[str, list[str]],
     name: str,
     block: nn.Module,
+    load: Callable[[], None],
     forward: Callable[..., Any],
     args: tuple,
     kwargs: dict[str, Any],
@@ -144,6 +144,7 @@ def _writers(
     """The layers of a block that may write to the stream: they are looked for once."""
     if name not in known:
         stream = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        load()
         groups = input_groups(block, lambda: forward(*args, **kwargs))
         alone = {group.names[0]: block.get_submodule(group.names[0]) for group in groups if len(group.names) == 1}
         known[name] = [

@@ -32,8 +32,8 @@ GUIDED: dict[str, dict[str, Any]] = {
     },
 }
 # What expert_guided takes by whether all experts have heads that follow the model: heads take up what a strong anchor
-# far along the task vectors leaves undone. Chosen by `python -m benchmarks.choose`. Without heads the stream is off:
-# with the sensitivity it makes a small T5 better and a decoder much worse (docs/method.md).
+# far along the task vectors leaves undone; chosen by `python -m benchmarks.choose`. Without heads the stream is off:
+# with the sensitivity it made a small T5 better and a decoder much worse, on test data (docs/method.md).
 BY_HEADS: dict[bool, dict[str, Any]] = {
     True: {"anchor_strength": 3.0, "anchor_scale": 3.0, "expert_features": 0.0, "expert_stream": True},
     False: {"anchor_strength": 0.03, "anchor_scale": 1.0, "expert_features": 0.6, "expert_stream": False},

@@ -12,6 +12,7 @@ from epmq.spec import BY_HEADS
 def test_candidates_that_are_there_are_not_measured_again(tmp_path, monkeypatch):
     old = choose.CANDIDATES[1]
     rows = [{"method": "gptq", "validation": 0.1}, {"method": "expert_guided", **old, "validation": 0.2}]
+    rows.append({"method": "gptq", "adapt_heads": True, "validation": 0.1})
     (tmp_path / "choice-text8.json").write_text(json.dumps({"rows": rows}))
     asked = []
 
@@ -27,7 +28,7 @@ def test_candidates_that_are_there_are_not_measured_again(tmp_path, monkeypatch)
     choose.main()
     assert len(asked) == len(choose.CANDIDATES) - 1 and all(quantize["bits"] == 4 for quantize in asked)
     found = json.loads((tmp_path / "choice-text8.json").read_text())["rows"]
-    assert found[:2] == rows and len(found) == len(choose.CANDIDATES) + 1
+    assert found[:3] == rows and len(found) == len(choose.CANDIDATES) + 2
     choose.main()
     assert len(asked) == len(choose.CANDIDATES) - 1
 
