@@ -1,7 +1,10 @@
 """`python -m benchmarks.ablation [SUITE …]`: what each step of the method adds, over three calibration draws.
 
-Task Arithmetic at 4 bits, one scale a row, on test data. Every run goes to `benchmarks/results/ablation.json` when it
-is done; runs that are there already are kept unless `--fresh` is given. `python -m benchmarks.tables` makes the table.
+Task Arithmetic at 4 bits, one scale a row, on test data, with half of the calibration examples that
+`benchmarks.compare` takes, so that three draws of every step are affordable. Every run goes to
+`benchmarks/results/ablation.json` when it is done; runs that are there already are kept unless `--fresh` is given. The
+steps of a draw run one after the other, so their processor times (opening, merging and quantizing) compare.
+`python -m benchmarks.tables` makes the table.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks.compare import RESULTS, TEST_SAMPLES, is_language, measure, read_rows
+from benchmarks.compare import RESULTS, SAMPLES, TEST_SAMPLES, is_language, measure, read_rows
 from benchmarks.suites.__main__ import SUITES, build
 from epmq.checkpoint import write_json
 from epmq.evaluate import show_score
@@ -21,27 +24,31 @@ from epmq.spec import BY_HEADS
 
 PATH = RESULTS / "ablation.json"
 SEEDS = (0, 1, 2)
-_OURS = {"method": "expert_guided", **BY_HEADS[True], "sensitivity": True, "adapt_heads": True}
-_WEAK = {"anchor_strength": 0.03, "anchor_scale": 1.0}
-# Each step has what the one before it has, but for heads on plain GPTQ, which shows what they do alone.
-STEPS: dict[str, dict[str, Any]] = {
-    "GPTQ": {"method": "gptq"},
-    "GPTQ + heads": {"method": "gptq", "adapt_heads": True},
-    "E-PMQ": {"method": "e_pmq"},
-    "+ stream": {**_OURS, **_WEAK, "sensitivity": False, "adapt_heads": False},
-    "+ sensitivity": {**_OURS, **_WEAK, "adapt_heads": False},
-    "+ heads": _OURS,
+_PLAIN = {"anchor_strength": 0.03, "anchor_scale": 1.0, "expert_features": 0.0, "expert_stream": True}
+_STREAM = {"method": "expert_guided", **_PLAIN, "sensitivity": False, "adapt_heads": False}
+# By whether the suite has heads. From E-PMQ on each step has what the one before it has; the last is the default. Heads
+# on plain GPTQ show what they do alone.
+STEPS: dict[bool, dict[str, dict[str, Any]]] = {
+    True: {
+        "GPTQ": {"method": "gptq"},
+        "GPTQ + heads": {"method": "gptq", "adapt_heads": True},
+        "E-PMQ": {"method": "e_pmq"},
+        "+ stream": _STREAM,
+        "+ sensitivity": {**_STREAM, "sensitivity": True},
+        "+ heads, far anchor": {"method": "expert_guided", **BY_HEADS[True], "adapt_heads": True},
+    },
+    False: {
+        "GPTQ": {"method": "gptq"},
+        "E-PMQ": {"method": "e_pmq"},
+        "+ stream": _STREAM,
+        "+ features": {"method": "expert_guided", **BY_HEADS[False], "adapt_heads": False},
+    },
 }
 
 
 def identity(row: dict[str, Any]) -> tuple[Any, ...]:
     """What tells runs apart; a step whose settings have changed is another run."""
-    return row["suite"], row["step"], row["seed"], tuple(sorted(row["settings"].items()))
-
-
-def steps_of(suite: Any) -> dict[str, dict[str, Any]]:
-    """The steps of a suite: language models have no heads."""
-    return {name: step for name, step in STEPS.items() if "heads" not in name or not is_language(suite)}
+    return row["suite"], row["step"], row["seed"], row["samples"], tuple(sorted(row["settings"].items()))
 
 
 def main() -> None:
@@ -57,9 +64,9 @@ def main() -> None:
     suites = [importlib.import_module(f"benchmarks.suites.{name}") for name in arguments.suites]
     for seed in arguments.seeds:
         for suite in suites:
-            root = build(suite)
-            for name, step in steps_of(suite).items():
-                row = {"suite": suite.NAME, "step": name, "seed": seed, "settings": step}
+            root, samples = build(suite), SAMPLES[suite.NAME] // 2
+            for name, step in STEPS[not is_language(suite)].items():
+                row = {"suite": suite.NAME, "step": name, "seed": seed, "samples": samples, "settings": step}
                 if identity(row) in map(identity, read_rows(PATH)):
                     continue
                 found = measure(
@@ -68,11 +75,13 @@ def main() -> None:
                     list(suite.TASKS),
                     "task_arithmetic",
                     {"bits": 4, **step},
+                    samples=samples,
                     test_samples=TEST_SAMPLES,
                     seed=seed,
                 )
                 row |= {"metric": found["metric"], "mean": found["mean_score"], "tasks": found["scores"]}
-                row |= {"seconds": found["seconds"], "versions": versions(), "hardware": hardware(), "date": now()}
+                row |= {"seconds": found["seconds"], "cpu_seconds": found["cpu_seconds"]}
+                row |= {"versions": versions(), "hardware": hardware(), "date": now()}
                 others = [r for r in read_rows(PATH) if identity(r)[:3] != identity(row)[:3]]
                 write_json(PATH, [*others, row])
                 console.print(f"{suite.NAME} {name} {seed}: {show_score(found['metric'], found['mean_score'])}")

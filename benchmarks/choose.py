@@ -1,10 +1,10 @@
-"""`python -m benchmarks.choose SUITE`: the default anchor of expert_guided is chosen on the validation splits.
+"""`python -m benchmarks.choose SUITE`: the defaults of expert_guided are chosen on the validation splits.
 
 Task Arithmetic at 4 bits, one scale a row; every candidate's mean validation score goes to
 `benchmarks/results/choice-<suite>.json`, after each; candidates that are there already are kept unless `--fresh` is
-given. No test data is touched. One choice is made for all suites with heads: the candidate that keeps the largest share
-of the best one's gain over GPTQ on the suite where it keeps least (`best`). Plain GPTQ, and where there are heads GPTQ
-with heads that follow, are measured beside them.
+given. No test data is touched. One choice is made for all suites with heads, and one for all without: the candidate
+that keeps the largest share of the best one's gain over GPTQ on the suite where it keeps least (`best`). Plain GPTQ,
+and where there are heads GPTQ with heads that follow, are measured beside them.
 """
 
 from __future__ import annotations
@@ -22,28 +22,42 @@ from benchmarks.suites.__main__ import SUITES, build
 from epmq.checkpoint import write_json
 from epmq.evaluate import show_score
 from epmq.report import hardware, now, versions
-from epmq.spec import BY_HEADS
+from epmq.spec import GUIDED
 
 # Validation examples a task.
 VALIDATION = 400
-# Where the anchor lies and how strong it is, from a weak one at the merged weight to a strong one near the full sum of
-# the task vectors.
-CANDIDATES: list[dict[str, Any]] = [
-    {**BY_HEADS[True], "sensitivity": True, "adapt_heads": True, "anchor_scale": scale, "anchor_strength": strength}
-    for scale, strength in ((1.0, 0.03), (2.0, 1.0), (3.0, 1.0), (3.0, 3.0))
-]
+FIELDS = tuple(GUIDED["expert_guided"])
+# By whether the experts have heads that follow. With heads: where the anchor lies and how strong it is, from a weak one
+# at the merged weight to a strong one near the full sum of the task vectors. Without, the anchor is the weak one: from
+# the paper's form on, the share of the experts' own features, whether writers aim at the stream, and in which metric.
+CANDIDATES: dict[bool, list[dict[str, Any]]] = {
+    True: [
+        dict(zip(FIELDS, (strength, scale, 0.0, True, True, True)))
+        for scale, strength in ((1.0, 0.03), (2.0, 1.0), (3.0, 1.0), (3.0, 3.0))
+    ],
+    False: [
+        dict(zip(FIELDS, (0.03, 1.0, features, stream, sensitivity, True)))
+        for features, stream, sensitivity in (
+            (0.0, False, False),
+            (0.6, False, False),
+            (0.0, True, False),
+            (0.6, True, False),
+        )
+    ],
+}
 
 
 def key(row: dict[str, Any]) -> tuple[Any, ...]:
     """What tells candidates apart."""
-    return (row["method"], *(row.get(name) for name in CANDIDATES[0]))
+    return (row["method"], *(row.get(name) for name in FIELDS))
 
 
-def best(choices: Iterable[dict[str, Any]]) -> dict[str, Any]:
+def best(choices: Iterable[dict[str, Any]], heads: bool) -> dict[str, Any]:
     """The candidate whose worst suite is best, by the share it keeps of the best candidate's gain over GPTQ.
 
     Args:
         choices: contents of the files `choice-<suite>.json`.
+        heads: whether these suites have heads.
 
     Raises:
         ValueError: a suite lacks a candidate.
@@ -53,7 +67,7 @@ def best(choices: Iterable[dict[str, Any]]) -> dict[str, Any]:
         sign = -1 if choice["metric"] == "log_perplexity" else 1
         found = {key(row): sign * row["validation"] for row in choice["rows"]}
         start = found.pop(key({"method": "gptq"}))
-        wanted = [key({"method": "expert_guided", **candidate}) for candidate in CANDIDATES]
+        wanted = [key({"method": "expert_guided", **candidate}) for candidate in CANDIDATES[heads]]
         missing = [name for name in wanted if name not in found]
         if missing:
             raise ValueError(f"{choice['suite']}: run python -m benchmarks.choose {choice['suite']}; missing {missing}")
@@ -61,7 +75,7 @@ def best(choices: Iterable[dict[str, Any]]) -> dict[str, Any]:
         for name in wanted:
             shares.setdefault(name, []).append((found[name] - start) / most)
     kept = [min(share) for share in shares.values()]
-    return CANDIDATES[kept.index(max(kept))]
+    return CANDIDATES[heads][kept.index(max(kept))]
 
 
 def main() -> None:
@@ -75,9 +89,10 @@ def main() -> None:
     path = RESULTS / f"choice-{suite.NAME}.json"
     rows = json.loads(path.read_text())["rows"] if path.exists() and not arguments.fresh else []
     plain: list[dict[str, Any]] = [{"method": "gptq"}]
-    if not is_language(suite):
+    heads = not is_language(suite)
+    if heads:
         plain.append({"method": "gptq", "adapt_heads": True})
-    for candidate in [*plain, *({"method": "expert_guided", **candidate} for candidate in CANDIDATES)]:
+    for candidate in [*plain, *({"method": "expert_guided", **candidate} for candidate in CANDIDATES[heads])]:
         if key(candidate) in map(key, rows):
             continue
         quantize = {"bits": 4, **candidate}

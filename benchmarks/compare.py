@@ -1,8 +1,8 @@
 """`python -m benchmarks.compare SUITE`: every method at every width on one suite, on test data.
 
-Writes `benchmarks/results/<suite>.json`, one row a model, after each row; rows that are there already are kept
-unless `--fresh` is given or their settings or number of
-calibration examples have changed. `python -m benchmarks.tables` makes the table from it.
+Writes `benchmarks/results/<suite>.json`, one row a model, after each row; rows that are there already are kept unless
+`--fresh` is given (or `--again` for their method, when its code has changed) or their settings or number of calibration
+examples have changed. `python -m benchmarks.tables` makes the table from it.
 """
 
 from __future__ import annotations
@@ -73,6 +73,7 @@ def measure(
     suite: ModuleType, root: Path, tasks: list[str], merge: str, quantize: dict[str, Any], **fields: Any
 ) -> dict[str, Any]:
     """Run one recipe into a temporary directory; the report, with what a language model writes to the prompts."""
+    fields = {"samples": SAMPLES[suite.NAME], **fields}
     with tempfile.TemporaryDirectory(dir=root) as folder:
         recipe = pool_recipe(
             root,
@@ -80,7 +81,6 @@ def measure(
             max_length=suite.MAX_LENGTH,
             data=getattr(suite, "DATA", None),
             merge=MERGES[merge],
-            samples=SAMPLES[suite.NAME],
             quantize=quantize,
             output=str(Path(folder) / "out"),
             **fields,
@@ -155,8 +155,10 @@ def order(r: dict[str, Any]) -> tuple[int, int, int]:
     return merge, -(r["bits"] or 99), ("none", *METHODS).index(r["method"])
 
 
-def compare(suite: ModuleType, tasks: list[str], quick: bool, merges: list[str], seed: int) -> None:
-    """Measure every row that is missing, saving after each; another process may add rows at the same time."""
+def compare(
+    suite: ModuleType, tasks: list[str], quick: bool, merges: list[str], seed: int, again: str | None = None
+) -> None:
+    """Measure every row that is missing, and a method's rows again; another process may add rows at the same time."""
     console, name = Console(stderr=True), f"{suite.NAME}-quick" if quick else suite.NAME
     root, path = suite_dir(suite.NAME, quick), RESULTS / f"{name}.json"
     done = {identity(r): (r["settings"], r["samples"]) for r in read_rows(path)}
@@ -183,7 +185,7 @@ def compare(suite: ModuleType, tasks: list[str], quick: bool, merges: list[str],
             continue
         grid = (None, None, None) if quantize["method"] == "none" else tuple(quantize[k] for k in KEY[3:6])
         wanted = guided_settings(quantize), samples_of(name, quantize["method"])
-        if done.get((name, merge, quantize["method"], *grid, seed)) == wanted:
+        if done.get((name, merge, quantize["method"], *grid, seed)) == wanted and quantize["method"] != again:
             continue
         report = measure(suite, root, tasks, merge, quantize, **common)
         seconds = round(sum(report["seconds"][phase] for phase in ("open", "merge and quantize")), 1)
@@ -201,6 +203,7 @@ def main() -> None:
     parser.add_argument("--merge", default=",".join(MERGES), help="comma-separated; all by default")
     parser.add_argument("--quick", action="store_true", help="the small form of the suite")
     parser.add_argument("--fresh", action="store_true", help="measure everything anew")
+    parser.add_argument("--again", choices=METHODS, help="measure the rows of this method anew")
     parser.add_argument("--seed", type=int, default=0, help="of the calibration draw and the test draw")
     arguments = parser.parse_args()
     suite = importlib.import_module(f"benchmarks.suites.{arguments.suite}")
@@ -208,7 +211,7 @@ def main() -> None:
     build(suite, tasks, arguments.quick)
     if arguments.fresh:
         (RESULTS / f"{suite.NAME}{'-quick' if arguments.quick else ''}.json").unlink(missing_ok=True)
-    compare(suite, tasks, arguments.quick, arguments.merge.split(","), arguments.seed)
+    compare(suite, tasks, arguments.quick, arguments.merge.split(","), arguments.seed, arguments.again)
 
 
 if __name__ == "__main__":

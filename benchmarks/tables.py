@@ -101,12 +101,29 @@ def shapes_table(rows: list[dict[str, Any]]) -> str:
 
 def ablation_table(rows: list[dict[str, Any]]) -> str:
     """Markdown: suites down, steps across, mean ± standard deviation over the calibration draws."""
-    steps = list(dict.fromkeys(row["step"] for row in sorted(rows, key=lambda row: list(STEPS).index(row["step"]))))
+    steps = [step for step in STEPS[True] | STEPS[False] if any(row["step"] == step for row in rows)]
     lines = ["| " + " | ".join(["suite", "draws", *steps]) + " |", "|" + "---|" * (2 + len(steps))]
     for suite in [suite for suite in SUITES if any(row["suite"] == suite for row in rows)]:
         found = {step: [row for row in rows if (row["suite"], row["step"]) == (suite, step)] for step in steps}
         draws = {str(len(runs)) for runs in found.values() if runs}
         lines.append("| " + " | ".join([suite, " to ".join(sorted(draws)), *map(spread, found.values())]) + " |")
+        times = [cost(runs, found["GPTQ"]) for runs in found.values()]
+        lines.append("| " + " | ".join(["processor time", "", *times]) + " |")
+    last = max(rows, key=lambda row: row["date"])
+    used = ", ".join(f"{name} {version}" for name, version in last["versions"].items())
+    return "\n".join(lines) + f"\n\nMeasured until {last['date'][:10]} on {last['hardware']['machine']}; {used}."
+
+
+def limits_table(rows: list[dict[str, Any]], suite: list[dict[str, Any]]) -> str:
+    """Markdown: one line a run of `benchmarks.limits`; the gap is that to GPTQ at 4 bits in the suite's table."""
+    same = {"merge": "task_arithmetic", "method": "gptq", "bits": 4, "group_size": -1}
+    gptq = next(row["mean"] for row in suite if same.items() <= row.items())
+    experts = next(row["mean"] for row in suite if row["merge"] == "experts")
+    lines = ["| images a task | weights | mean accuracy | gap recovered | s, processor |", "|---|---|---|---|---|"]
+    for row in sorted(rows, key=lambda row: (row["samples"], row["bits"])):
+        gap, seconds = (row["mean"] - gptq) / (experts - gptq), row["cpu_seconds"]["merge and quantize"]
+        shown = [f"{row['samples']}", grid({**row, "symmetric": True}), percent(row["mean"]), percent(gap, 0)]
+        lines.append("| " + " | ".join([*shown, f"{seconds:.0f}"]) + " |")
     last = max(rows, key=lambda row: row["date"])
     used = ", ".join(f"{name} {version}" for name, version in last["versions"].items())
     return "\n".join(lines) + f"\n\nMeasured until {last['date'][:10]} on {last['hardware']['machine']}; {used}."
@@ -120,6 +137,17 @@ def spread(runs: list[dict[str, Any]]) -> str:
     digits = 2 if metric(runs[0]) == "log_perplexity" else 1
     mean = f"{statistics.mean(values):.{digits}f}"
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+def cost(runs: list[dict[str, Any]], plain: list[dict[str, Any]]) -> str:
+    """Processor time of some runs, over that of plain GPTQ on the same draws."""
+
+    def spent(run: dict[str, Any]) -> float:
+        return run["cpu_seconds"]["open"] + run["cpu_seconds"]["merge and quantize"]
+
+    base = {run["seed"]: spent(run) for run in plain}
+    ratios = [spent(run) / base[run["seed"]] for run in runs if run["seed"] in base]
+    return f"{statistics.mean(ratios):.1f}×" if ratios else "–"
 
 
 def summary(paths: list[Path]) -> str:
@@ -174,6 +202,10 @@ def main() -> None:
         texts[HERE / "README.md"] = replace_section(
             readme, "ablation", ablation_table(json.loads(ablation.read_text()))
         )
+    limits, vision8 = HERE / "results" / "limits.json", HERE / "results" / "vision8.json"
+    if limits.exists():
+        table = limits_table(json.loads(limits.read_text()), json.loads(vision8.read_text()))
+        texts[HERE / "README.md"] = replace_section(texts[HERE / "README.md"], "limits", table)
     project = HERE.parent / "README.md"
     texts[project] = replace_section(project.read_text(), "summary", summary(paths))
     if "--check" in sys.argv:

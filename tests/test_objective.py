@@ -3,7 +3,7 @@ import torch
 
 from epmq.grid import Grid
 from epmq.moments import Moments
-from epmq.objective import FLOOR, Objective
+from epmq.objective import FLOOR, Metric, Objective
 from epmq.solvers import gptq, rtn
 
 
@@ -126,14 +126,14 @@ def test_a_move_is_added_to_what_the_layer_gives():
         torch.testing.assert_close(target, wanted, rtol=1e-4, atol=1e-4)
 
 
-def measured(layer, rows, strength=0.1):
+def measured(layer, rows, strength=0.1, rest=0.0):
     """The optimum where each task has a metric, by conjugate gradients to their end."""
     merged, experts, inputs = layer
     objective = Objective(merged)
     for k, tokens in enumerate(inputs):
         moments = Moments(32)
         moments.add(tokens, beside=tokens @ (experts[k] - merged).T)
-        objective.add_move(moments, 0.5, merged, rows[k])
+        objective.add_move(moments, 0.5, merged, None if rows[k] is None else Metric(rows[k], rest))
     return objective.solve(strength)
 
 
@@ -150,13 +150,17 @@ def test_metrics_minimise_the_loss_they_define(layer, monkeypatch):
     merged, experts, inputs = layer
     for rows in ([torch.randn(3, 12), torch.randn(3, 12)], [torch.randn(3, 12), None]):
         monkeypatch.setattr("epmq.objective.STEPS", 400)
-        target, hessian, strength = measured(layer, rows)
+        target, hessian, strength = measured(layer, rows, rest=0.3)
         grams = [tokens.T @ tokens / len(tokens) for tokens in inputs]
         anchor = strength * sum(0.5 * gram for gram in grams).diagonal().mean()
         gradient = torch.zeros_like(merged)
         for k, gram in enumerate(grams):
             sketch = rows[k]
-            S = torch.eye(12) if sketch is None else (1 - FLOOR) * sketch.T @ sketch + FLOOR * torch.eye(12)
+            S = (
+                torch.eye(12)
+                if sketch is None
+                else (1 - FLOOR) * (sketch.T @ sketch + 0.3 * torch.eye(12)) + FLOOR * torch.eye(12)
+            )
             gradient += 0.5 * S @ ((target - experts[k]) @ gram + anchor * (target - merged))
         scale = sum((0.5 * (experts[k] - merged) @ gram).norm() for k, gram in enumerate(grams))
         assert gradient.norm() < 1e-3 * scale

@@ -11,7 +11,7 @@ from epmq.blocks import input_groups
 from epmq.pipeline import _expert_head
 from epmq.prepare import prepare
 from epmq.residual import find_sums
-from epmq.sensitivity import EXAMPLES, _some, sensitivities
+from epmq.sensitivity import EXAMPLES, _some, leading, sensitivities
 from epmq.sources import Sources
 from epmq.spec import load_recipe
 from epmq.streams import Calibration
@@ -43,11 +43,12 @@ def test_the_metric_is_that_of_plain_autograd(pool):
     scores = part.head(model).logits(model(**batch).last_hidden_state, batch["attention_mask"])
     draw = torch.randn(scores.shape, generator=torch.Generator().manual_seed(0))
     (scores * (draw - draw.mean(-1, keepdim=True))).sum().backward()
-    for name, sketch in found.items():
+    for name, metric in found.items():
         rows = kept[name].grad.flatten(0, 1)
         assert rows[batch["attention_mask"].flatten() == 0].abs().max() == 0, "padding reaches no score"
         wanted = rows.T @ rows
-        torch.testing.assert_close(sketch.T @ sketch, wanted / wanted.diagonal().mean(), rtol=1e-4, atol=1e-5)
+        assert metric.rest == 0
+        torch.testing.assert_close(metric.rows.T @ metric.rows, wanted / wanted.diagonal().mean(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -60,8 +61,8 @@ def test_every_layer_that_writes_to_the_stream_has_one(family, tmp_path):
     sources = Sources(load_recipe({"base": str(tmp_path / "base"), "experts": experts}))
     batches = FAMILIES[family].batches()
     found = sensitivities(sources, [Calibration("one", batches)], CPU)["one"]
-    for sketch in found.values():
-        assert sketch.square().sum(0).mean() == pytest.approx(1, rel=1e-4)
+    for metric in found.values():
+        assert metric.rows.square().sum(0).mean() == pytest.approx(1, rel=1e-4)
     model = sources.whole_model("one", CPU)
     for step in Walk(model, batches[:1]):
         groups = input_groups(step.block, lambda step=step: step.run(0))
@@ -69,6 +70,17 @@ def test_every_layer_that_writes_to_the_stream_has_one(family, tmp_path):
         for name in find_sums(step.block, alone, lambda step=step: step.run(0)):
             assert f"{step.name}.{name}" in found
         step.finish()
+
+
+def test_what_is_not_kept_of_a_metric_is_spread_over_the_rest():
+    turn = torch.linalg.qr(torch.randn(40, 40)).Q
+    values = torch.cat([torch.linspace(20, 4, 10), torch.linspace(0.3, 0.1, 30)])
+    metric = leading(turn * values @ turn.T, 10)
+    assert metric.rows.shape == (10, 40) and metric.rest == pytest.approx(0.2, rel=1e-2)
+    found = metric.rows.T @ metric.rows + metric.rest * torch.eye(40)
+    assert found.trace() == pytest.approx(float(values.sum()), rel=1e-4)
+    wanted = torch.cat([values[:10], torch.full((30,), 0.2)])
+    torch.testing.assert_close(found, turn * wanted @ turn.T, rtol=0, atol=0.05)
 
 
 def test_a_large_vocabulary_takes_fewer_examples():

@@ -200,10 +200,10 @@ def test_the_anchor_is_settled_by_whether_there_are_heads_that_follow():
         assert Quantize(method=method).settled(True) == Quantize(method=method)
 
 
-def test_sensitivity_follows_the_stream_it_needs():
+def test_sensitivity_is_for_heads_and_needs_the_stream():
     assert not Quantize(expert_stream=False).settled(True).sensitivity
     assert Quantize().settled(True).sensitivity and not Quantize().settled(False).sensitivity
-    assert Quantize(expert_stream=True).settled(False).sensitivity
+    assert Quantize(sensitivity=True).settled(False).sensitivity
     assert not Quantize(sensitivity=False).settled(True).sensitivity
     with pytest.raises(ValidationError, match="set expert_stream"):
         Quantize(expert_stream=False, sensitivity=True)

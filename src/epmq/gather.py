@@ -16,6 +16,9 @@ from epmq.sources import Sources
 from epmq.streams import Calibration, ExpertStream, run_until
 from epmq.walk import Step
 
+# Tokens smaller than this share of the batch's median count as if they were as large.
+SMALLEST = 0.01
+
 
 class LayerGroup:
     """The layers of a block that share an input, stacked, with what calibration gathers for them.
@@ -162,8 +165,13 @@ class Tap:
 
     def _written(self, stream: Tensor) -> None:
         assert self.sum is not None
-        move = (self.theirs.pop(0).float() - stream.float()) / self.sum.scale
-        self.moments.add(self._waiting, self.step.mask(self._waiting), move)
+        theirs = self.theirs.pop(0).float()
+        move = (theirs - stream.float()) / self.sum.scale
+        # What reads the stream normalises it, so an error counts by its share of the token's size; otherwise the few
+        # very large tokens of a decoder, such as the first, would decide everything.
+        size = theirs.square().mean(-1, keepdim=True).sqrt()
+        size = size.clamp(min=max(SMALLEST * float(size.median()), 1e-6))
+        self.moments.add(self._waiting.float() / size, self.step.mask(self._waiting), move / size)
 
 
 @contextmanager

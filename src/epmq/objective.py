@@ -35,25 +35,39 @@ FLOOR = 0.02
 STEPS = 2
 
 
-@dataclass
+@dataclass(frozen=True)
+class Metric:
+    """How a task's errors count in what a layer writes: S = (1 − FLOOR) (Rᵀ R + r I) + FLOOR I, of mean diagonal 1.
+
+    Attributes:
+        rows: R [rank, out] float32, the directions that count most.
+        rest: r, what any other direction counts.
+    """
+
+    rows: Tensor
+    rest: float = 0.0
+
+    def times(self, matrix: Tensor) -> Tensor:
+        """S M, for M [out, anything]."""
+        leading = self.rows.T @ (self.rows @ matrix)
+        return leading.mul_(1 - FLOOR).add_(matrix, alpha=(1 - FLOOR) * self.rest + FLOOR)
+
+
+@dataclass(frozen=True)
 class Share:
     """What one task with a metric of its own asks of a layer.
 
     Attributes:
         weight: ω_k.
-        rows: R [rows, out] with S_k = (1 − FLOOR) Rᵀ R + FLOOR I.
+        metric: S_k.
         gram: ω_k G_k [in, in].
         correction: ω_k C_k [out, in].
     """
 
     weight: float
-    rows: Tensor
+    metric: Metric
     gram: Tensor
     correction: Tensor
-
-    def measured(self, matrix: Tensor) -> Tensor:
-        """S_k M, for M [out, in]."""
-        return (1 - FLOOR) * (self.rows.T @ (self.rows @ matrix)) + FLOOR * matrix
 
 
 class Objective:
@@ -108,14 +122,14 @@ class Objective:
         if drift is not None:
             self.correction.addmm_(expert.float(), drift, alpha=weight * features)
 
-    def add_move(self, moments: Moments, weight: float, current: Tensor, metric: Tensor | None = None) -> None:
+    def add_move(self, moments: Moments, weight: float, current: Tensor, metric: Metric | None = None) -> None:
         """Fold in one task that asks the layers to move their output.
 
         Args:
             moments: of the layers' input on that task's calibration data; `cross` must be Δ_kᵀ X_k / n_k [out, in].
             weight: ω_k.
             current: W [out, in], the weights that the output to move was computed with.
-            metric: R [rows, out], how the task's errors count (`epmq.sensitivity`); None if all directions do alike.
+            metric: how the task's errors count (`epmq.sensitivity`); None if all directions do alike.
 
         Raises:
             ValueError: no token was seen.
@@ -176,14 +190,14 @@ class Objective:
         metric = plain * torch.eye(len(self.anchor), device=self.anchor.device)
         wanted = self.correction - sum(share.correction for share in self.shares)
         for share in self.shares:
-            metric += share.weight * share.measured(torch.eye(len(metric), device=metric.device))
-            wanted += share.measured(share.correction)
+            metric += share.weight * share.metric.times(torch.eye(len(metric), device=metric.device))
+            wanted += share.metric.times(share.correction)
         outer = torch.linalg.cholesky(metric)
 
         def apply(matrix: Tensor) -> Tensor:
             found = matrix @ rest + anchor * plain * matrix
             for share in self.shares:
-                found += share.measured(matrix @ share.gram + anchor * share.weight * matrix)
+                found += share.metric.times(matrix @ share.gram + anchor * share.weight * matrix)
             return found
 
         def precondition(matrix: Tensor) -> Tensor:

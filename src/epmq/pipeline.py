@@ -63,12 +63,12 @@ def run(
     if recipe.output is None:
         raise ValueError("recipe: field 'output' is missing")
     reporting.reset_peak_memory()
-    seconds: dict[str, float] = {}
+    clocks: dict[str, dict[str, float]] = {"seconds": {}, "cpu_seconds": {}}
     with bars(progress) as bar, ExitStack() as stack:
-        with _timed(seconds, "open"):
+        with _timed(clocks, "open"):
             job = prepare(recipe, bar, evaluate=evaluate, calibration=calibration, evaluation=evaluation)
         work = stack.enter_context(whole_directory(recipe.output))
-        with _timed(seconds, "merge and quantize"):
+        with _timed(clocks, "merge and quantize"):
             layers, heads, bytes_ = write_model(job, work, bar)
         peak = reporting.peak_memory_mb()
         report: dict[str, Any] = {
@@ -79,17 +79,16 @@ def run(
             "output": recipe.output,
             "bytes": bytes_,
             "peak_memory_mb": peak,
-            "seconds": seconds,
+            **clocks,
             "loss": sum(layer["loss"] or 0.0 for layer in layers),
             "layers": layers,
             "heads": heads,
             "notes": job.sources.notes + _raised(job.recipe, layers) + _unopened(job.recipe, work),
         }
         if job.evaluation:
-            with _timed(seconds, "evaluate"):
+            with _timed(clocks, "evaluate"):
                 scores = evaluate_model(load(work, device(recipe)), job.evaluation, recipe, bar)
             report |= score_report(job.evaluation, scores)
-        report["seconds"] = {phase: round(value, 2) for phase, value in seconds.items()}
         write_json(work / "report.json", report)
         (work / "README.md").write_text(reporting.model_card(report), encoding="utf-8")
     return report
@@ -332,7 +331,9 @@ def bars(show: bool) -> Progress:
 
 
 @contextmanager
-def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
-    start = time.perf_counter()
+def _timed(clocks: dict[str, dict[str, float]], phase: str) -> Iterator[None]:
+    """Note a phase's time by the wall's clock and by the processors'."""
+    wall, cpu = time.perf_counter(), time.process_time()
     yield
-    seconds[phase] = time.perf_counter() - start
+    clocks["seconds"][phase] = round(time.perf_counter() - wall, 2)
+    clocks["cpu_seconds"][phase] = round(time.process_time() - cpu, 2)

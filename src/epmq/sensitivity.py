@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from epmq.blocks import as_matrix, find_stacks, input_groups, is_padding_mask
 from epmq.multitask import MultiTaskModel
+from epmq.objective import Metric
 from epmq.skeleton import drop_tensors, load_block
 from epmq.sources import Sources
 from epmq.streams import Calibration
@@ -28,13 +29,15 @@ from epmq.walk import Batch, uncached
 # Examples a task, from its first batch; fewer where a language model would give more scores than this.
 EXAMPLES = 32
 SCORES = 2**26
-# Gradients of more tokens than this are sketched: as many random signed sums have the same second moment on average.
-ROWS = 256
+# Directions of S that are kept one by one; what is left of it is spread over all others alike. The scores of a few
+# classes need far fewer, those of a language model more. (A random sketch of so few rows is cheaper, but its noise sets
+# tasks apart that need the same.)
+RANK = 256
 
 
 def sensitivities(
     sources: Sources, calibration: Iterable[Calibration], device: torch.device
-) -> dict[str, dict[str, Tensor]]:
+) -> dict[str, dict[str, Metric]]:
     """S of the layers of each expert that may write to the residual stream.
 
     These are those that alone have their input and that give as many features as their block takes. The experts' blocks
@@ -46,8 +49,7 @@ def sensitivities(
         device: where the experts run.
 
     Returns:
-        task → layer name → R [rows, out] float32 with S = Rᵀ R, scaled to a mean diagonal of 1. Layers that do not
-        reach the scores have none.
+        task → layer name → S, scaled to a mean diagonal of 1. Layers that do not reach the scores have none.
     """
     writers: dict[str, list[str]] = {}  # of a block; the first expert finds them for all
     return {part.task: _sensitivities(sources, part, device, writers) for part in calibration}
@@ -56,8 +58,8 @@ def sensitivities(
 @torch.enable_grad()
 def _sensitivities(
     sources: Sources, part: Calibration, device: torch.device, writers: dict[str, list[str]]
-) -> dict[str, Tensor]:
-    read, found = partial(sources.expert_tensor, part.task), dict[str, Tensor]()
+) -> dict[str, Metric]:
+    read, found = partial(sources.expert_tensor, part.task), dict[str, Metric]()
     model = sources.skeleton()
     load_block(model, sources.outside_names(), read, device)
     sources.tie(model)
@@ -69,16 +71,38 @@ def _sensitivities(
                 find = partial(_writers, writers, name, block)
                 stack.enter_context(_followed(block, load, find, partial(_keep, found, name)))
         _contrast(model, part).backward()
-    scaled = {name: rows / rows.square().sum(0).mean().sqrt() for name, rows in found.items()}
-    return {name: rows for name, rows in scaled.items() if torch.isfinite(rows).all()}
+    return found
 
 
-def _keep(found: dict[str, Tensor], block: str, layer: str, gradient: Tensor) -> None:
+def _keep(found: dict[str, Metric], block: str, layer: str, gradient: Tensor) -> None:
+    """Note a layer's metric, from the gradient of its output; a layer that is called again aims at no sum anyway."""
     rows, name = gradient.reshape(-1, gradient.shape[-1]).float(), f"{block}.{layer}"
-    if len(rows) > ROWS:
-        signs = torch.randint(0, 2, (ROWS, len(rows)), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
-        rows = signs.to(rows.device) @ rows / ROWS**0.5
-    found[name] = torch.cat([found[name], rows]) if name in found else rows
+    second = rows.T @ rows
+    size = second.diagonal().mean()
+    if name not in found and torch.isfinite(second).all() and size > 0:
+        found[name] = leading(second / size, RANK)
+
+
+def leading(second: Tensor, rank: int) -> Metric:
+    """The leading directions of a second moment, and the mean of the others.
+
+    By three rounds of subspace iteration from a fixed random start, where there are more directions than wanted
+    (Halko, Martinsson & Tropp 2011, arXiv 0909.4061).
+
+    Args:
+        second: [out, out] float32, symmetric, without negative eigenvalues.
+        rank: how many directions to keep at most.
+    """
+    size = len(second)
+    if size <= rank:
+        values, vectors = torch.linalg.eigh(second)
+        return Metric(values.clamp(min=0).sqrt()[:, None] * vectors.T)
+    basis = torch.randn(size, rank, generator=torch.Generator().manual_seed(0)).to(second.device)
+    for _ in range(3):
+        basis = torch.linalg.qr(second @ basis).Q
+    values, turned = torch.linalg.eigh(basis.T @ second @ basis)
+    rest = max(0.0, float(second.diagonal().sum() - values.sum())) / (size - rank)
+    return Metric((values - rest).clamp(min=0).sqrt()[:, None] * (basis @ turned).T, rest)
 
 
 @contextmanager

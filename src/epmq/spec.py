@@ -31,19 +31,30 @@ GUIDED: dict[str, dict[str, Any]] = {
         "adapt_heads": True,
     },
 }
-# What expert_guided takes by whether all experts have heads that follow the model: heads take up what a strong anchor
-# far along the task vectors leaves undone; chosen by `python -m benchmarks.choose`. Without heads the stream is off:
-# with the sensitivity it made a small T5 better and a decoder much worse, on test data (docs/method.md).
+# What expert_guided takes by whether all experts have heads that follow the model, chosen by
+# `python -m benchmarks.choose`: heads take up what a strong anchor far along the task vectors leaves undone. Without
+# them the answers are words, which read the stream in all directions: a metric of the answers has nothing to give.
 BY_HEADS: dict[bool, dict[str, Any]] = {
-    True: {"anchor_strength": 3.0, "anchor_scale": 3.0, "expert_features": 0.0, "expert_stream": True},
-    False: {"anchor_strength": 0.03, "anchor_scale": 1.0, "expert_features": 0.6, "expert_stream": False},
+    True: {
+        "anchor_strength": 3.0,
+        "anchor_scale": 3.0,
+        "expert_features": 0.0,
+        "expert_stream": True,
+        "sensitivity": True,
+    },
+    False: {
+        "anchor_strength": 0.03,
+        "anchor_scale": 1.0,
+        "expert_features": 0.6,
+        "expert_stream": True,
+        "sensitivity": False,
+    },
 }
 # The one piece of expert_guided that may be put on plain GPTQ, to see what it does alone.
 HEADS_ALONE = ("gptq", "adapt_heads")
 METHODS = ("none", "rtn", "gptq", *GUIDED)
 GUIDED_DEFAULTS = "the default depends on the method"
 ANCHOR_DEFAULTS = "expert_guided: by default 3 where all experts have heads that follow, else as in e_pmq"
-STREAM_DEFAULTS = "expert_guided: by default where all experts have heads that follow"
 
 
 class _Strict(BaseModel):
@@ -181,12 +192,12 @@ class Quantize(_Strict):
     )
     expert_stream: bool | None = Field(
         None,
-        description=f"layers that add to the residual stream aim at the expert's own stream; {STREAM_DEFAULTS}",
+        description="layers that add to the residual stream aim at the expert's own stream; expert_guided: by default",
     )
     sensitivity: bool | None = Field(
         None,
-        description="such layers' errors count by how much the expert's answers depend on them; "
-        "the default is expert_stream's",
+        description="such layers' errors count by how much the expert's answers depend on them; expert_guided: by "
+        "default where all experts have heads that follow",
     )
     adapt_heads: bool | None = Field(
         None,
@@ -244,8 +255,7 @@ class Quantize(_Strict):
         found = {name: value for name, value in defaults.items() if getattr(self, name) is None}
         settled = self.model_copy(update=found)
         # Without the stream there is no layer whose errors could be weighed.
-        weighed = settled.expert_stream if self.sensitivity is None else self.sensitivity and settled.expert_stream
-        return settled.model_copy(update={"sensitivity": bool(weighed)})
+        return settled if settled.expert_stream else settled.model_copy(update={"sensitivity": False})
 
     @property
     def guided(self) -> bool:

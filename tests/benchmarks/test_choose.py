@@ -5,12 +5,13 @@ from importlib import import_module
 import pytest
 
 from benchmarks import choose
+from benchmarks.choose import CANDIDATES
 from benchmarks.compare import RESULTS, is_language
-from epmq.spec import BY_HEADS
+from epmq.spec import Quantize
 
 
 def test_candidates_that_are_there_are_not_measured_again(tmp_path, monkeypatch):
-    old = choose.CANDIDATES[1]
+    old = CANDIDATES[True][1]
     rows = [{"method": "gptq", "validation": 0.1}, {"method": "expert_guided", **old, "validation": 0.2}]
     rows.append({"method": "gptq", "adapt_heads": True, "validation": 0.1})
     (tmp_path / "choice-text8.json").write_text(json.dumps({"rows": rows}))
@@ -26,30 +27,32 @@ def test_candidates_that_are_there_are_not_measured_again(tmp_path, monkeypatch)
     monkeypatch.setattr(choose, "measure", measured)
     monkeypatch.setattr(sys, "argv", ["choose", "text8"])
     choose.main()
-    assert len(asked) == len(choose.CANDIDATES) - 1 and all(quantize["bits"] == 4 for quantize in asked)
+    assert len(asked) == len(CANDIDATES[True]) - 1 and all(quantize["bits"] == 4 for quantize in asked)
     found = json.loads((tmp_path / "choice-text8.json").read_text())["rows"]
-    assert found[:3] == rows and len(found) == len(choose.CANDIDATES) + 2
+    assert found[:3] == rows and len(found) == len(CANDIDATES[True]) + 2
     choose.main()
-    assert len(asked) == len(choose.CANDIDATES) - 1
+    assert len(asked) == len(CANDIDATES[True]) - 1
 
 
 def made(suite, gptq, scores, metric="accuracy"):
-    rows = [{"method": "expert_guided", **c, "validation": score} for c, score in zip(choose.CANDIDATES, scores)]
+    rows = [{"method": "expert_guided", **c, "validation": score} for c, score in zip(CANDIDATES[True], scores)]
     return {"suite": suite, "metric": metric, "rows": [{"method": "gptq", "validation": gptq}, *rows]}
 
 
 def test_the_choice_is_the_one_whose_worst_suite_is_best():
     first = made("a", 0.5, [0.9, 0.8, 0.6, 0.5])
-    assert choose.best([first]) == choose.CANDIDATES[0]
-    assert choose.best([first, made("b", 0.5, [0.5, 0.7, 0.8, 0.9])]) == choose.CANDIDATES[1]
-    assert choose.best([made("c", 3.0, [2.9, 2.9, 2.0, 2.5], "log_perplexity")]) == choose.CANDIDATES[2]
+    assert choose.best([first], True) == CANDIDATES[True][0]
+    assert choose.best([first, made("b", 0.5, [0.5, 0.7, 0.8, 0.9])], True) == CANDIDATES[True][1]
+    assert choose.best([made("c", 3.0, [2.9, 2.9, 2.0, 2.5], "log_perplexity")], True) == CANDIDATES[True][2]
     first["rows"].pop()
     with pytest.raises(ValueError, match=r"benchmarks\.choose a"):
-        choose.best([first])
+        choose.best([first], True)
 
 
-def test_the_default_is_the_best_that_was_measured():
+@pytest.mark.parametrize("heads", [True, False])
+def test_the_default_is_the_best_that_was_measured(heads):
     choices = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("choice-*.json"))]
     kinds = [not is_language(import_module(f"benchmarks.suites.{choice['suite']}")) for choice in choices]
-    found = choose.best([choice for choice, heads in zip(choices, kinds) if heads])
-    assert sum(kinds) == 2 and found.items() >= BY_HEADS[True].items()
+    found = choose.best([choice for choice, kind in zip(choices, kinds) if kind is heads], heads)
+    settled = Quantize(method="expert_guided").settled(heads)
+    assert kinds.count(heads) == 2 and found == {name: getattr(settled, name) for name in choose.FIELDS}

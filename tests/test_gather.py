@@ -1,0 +1,43 @@
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+
+from epmq.gather import Tap
+from epmq.moments import Moments
+from epmq.residual import Sum
+
+
+class Block(nn.Module):
+    """z = h + 2 (W x), read by a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.norm = nn.Linear(5, 5), nn.RMSNorm(5)
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        return self.norm(h + 2 * self.inner(torch.tanh(h)))
+
+
+@torch.no_grad()
+def test_errors_in_the_stream_count_by_their_share_of_the_experts_token():
+    torch.manual_seed(0)
+    block, rows, theirs = Block(), torch.randn(2, 4, 5), torch.randn(2, 4, 5)
+    theirs[:, 0] *= 1e3  # such as a decoder's first token
+    theirs[1, 3] = 0
+    mask = torch.ones(2, 4, dtype=torch.bool)
+    mask[0, 2] = False
+    step = SimpleNamespace(block=block, mask=lambda x: mask)
+    group = SimpleNamespace(names=("inner",), sum=Sum("norm", torch.full((5,), 2.0)))
+    tap = Tap(step, group, Moments(5), streamed=True)
+    tap.theirs = [theirs]
+    with tap.listening():
+        block(rows)
+
+    inputs, stream = torch.tanh(rows), rows + 2 * block.inner(torch.tanh(rows))
+    size = theirs.square().mean(-1).sqrt()
+    weights = (1 / size.clamp(min=0.01 * float(size.median())) ** 2)[mask]
+    x, move = inputs[mask].double(), ((theirs - stream) / 2)[mask].double()
+    assert tap.moments.count == 7
+    torch.testing.assert_close(tap.moments.gram.double(), (x.T * weights) @ x / 7, rtol=1e-4, atol=0)
+    torch.testing.assert_close(tap.moments.cross.double(), (move.T * weights) @ x / 7, rtol=1e-4, atol=0)
