@@ -151,3 +151,17 @@ def test_a_weak_anchor_and_a_fine_grid_bring_the_experts_stream_back(pool, featu
         real = [batch["attention_mask"].bool() for batch in batches]
         off[stream] = sum(float(rows[mask].square().sum()) for rows, mask in zip(moved, real))
     assert off[True] < 0.01 * off[False]
+
+
+@torch.no_grad()
+def test_parts_that_are_not_run_again_change_nothing(pool, monkeypatch):
+    """Each group is gathered on the same inputs, whether the finished part of a block runs anew for it or not."""
+    asked = []
+    monkeypatch.setattr("epmq.walk.Replay.settle", lambda self, layers: asked.append(layers))
+    _, _, _, anew = quantized(pool, bits=4)
+    monkeypatch.undo()
+    _, _, _, replayed = quantized(pool, bits=4)
+    assert len(asked) == 6 and anew.keys() == replayed.keys()
+    for name, found in anew.items():
+        parts = (found, replayed[name]) if isinstance(found, torch.Tensor) else (found.codes, replayed[name].codes)
+        assert torch.equal(*parts), name

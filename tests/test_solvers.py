@@ -117,11 +117,14 @@ def test_rows_are_independent():
         assert torch.equal(part.codes, gptq(rows, hessian, grid)[0].codes)
 
 
-def test_factor_rebuilds_the_hessian():
-    hessian = hessian_of(48, 7).double()
+@pytest.mark.parametrize("size", [48, 128, 300])
+def test_factor_rebuilds_the_hessian(size):
+    hessian, order = hessian_of(size, 7).double(), torch.randperm(size)
+    upper, diagonal = unit_upper_factor(hessian, order)
+    torch.testing.assert_close(upper.T @ torch.diag(diagonal) @ upper, hessian[order][:, order])
     upper, diagonal = unit_upper_factor(hessian)
-    torch.testing.assert_close(upper @ torch.diag(diagonal) @ upper.T, hessian)
-    assert torch.equal(upper, upper.triu()) and torch.allclose(upper.diagonal(), torch.ones(48).double())
+    torch.testing.assert_close(upper.T @ torch.diag(diagonal) @ upper, hessian)
+    assert torch.equal(upper, upper.triu()) and torch.allclose(upper.diagonal(), torch.ones(size).double())
 
 
 def test_indefinite_hessian_is_refused():

@@ -191,6 +191,8 @@ def _quantize_block(
             with naming(f"{step.name}.{group.names[0]}"):
                 reports += _solve(sources, step, group, emit_layer)
         del group
+        if number < len(passes) - 1:
+            step.settle({name for earlier in passes[: number + 1] for group, _ in earlier for name in group.names})
     for stream in streams.values():
         stream.advance()
     return reports

@@ -9,7 +9,7 @@ block to block) is exactly what the model would have passed, for every batch, an
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from epmq.blocks import Stack, find_stacks, is_padding_mask
+from epmq.replay import Replay
 
 Batch = dict[str, Any]
 
@@ -155,16 +156,23 @@ class Step:
         self.name, self.block = stack.block_name(index), stack.blocks[index]
         self.finished = False
         self.batch = 0
+        self._replay = Replay(self.block)
 
     def run(self, batch: int) -> Any:
         """The block's output on one batch."""
         self.batch = batch
+        self._replay.start(batch)
         args, kwargs = self.calls[batch]
         return self.block(*args, **kwargs)
+
+    def settle(self, layers: Set[str]) -> None:
+        """Say which layers of the block, by name, change no more before `finish`; see `epmq.replay`."""
+        self._replay.settle(layers)
 
     def finish(self, outputs: list[Any] | None = None) -> None:
         """Keep the block's outputs on all batches for the next block; run it for them unless they are given."""
         self.stack.outputs = [self.run(i) for i in range(len(self.calls))] if outputs is None else outputs
+        self._replay.close()
         self.finished = True
 
     def mask(self, inputs: Tensor) -> Tensor | None:
