@@ -85,3 +85,21 @@ def test_a_block_that_changes_what_is_kept_is_found_out():
     replay.start(0)
     with pytest.raises(RuntimeError, match="Attention gives in place"):
         block.attention(torch.randn(3, 4))
+
+
+class Telling(Attention):
+    """Attention that gives the weights of all pairs beside its output."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+        return super().forward(x), torch.zeros(len(x), 100, 100)
+
+
+@torch.no_grad()
+def test_what_is_much_larger_than_the_input_is_not_kept():
+    block = nn.ModuleDict({"attention": Telling()})
+    replay = Replay(block)
+    replay.settle({*READERS, "attention.out"})
+    for _ in range(3):
+        replay.start(0)
+        block["attention"](torch.ones(3, 4))
+    assert block["attention"].runs == 3

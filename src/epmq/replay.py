@@ -17,6 +17,8 @@ from epmq.blocks import linears
 
 # A module with fewer layers is hardly cheaper to keep than to run: one alone may give four times the stream.
 FEWEST = 2
+# Outputs of more than this many times the input are not kept: attention may give its weights for all pairs of tokens.
+LARGEST = 2
 
 
 class Replay:
@@ -57,7 +59,7 @@ class Replay:
                 )
             return output
         output = forward(*args, **kwargs)
-        if call == len(kept):
+        if call == len(kept) and _size(output) <= LARGEST * _size((*args, *kwargs.values())[:1]):
             kept.append((output, _versions(output)))
         for inner in module.modules():  # hardly anybody asks them again
             if inner is not module and inner in self._kept:
@@ -77,7 +79,16 @@ def _finished(module: nn.Module, layers: Set[str], prefix: str = "") -> Iterator
             yield from _finished(child, layers, f"{prefix}{name}.")
 
 
+def _tensors(output: Any) -> list[Tensor]:
+    parts = output if isinstance(output, (tuple, list)) else [output]
+    return [part for part in parts if isinstance(part, Tensor)]
+
+
+def _size(output: Any) -> int:
+    """How many numbers an output holds."""
+    return sum(tensor.numel() for tensor in _tensors(output))
+
+
 def _versions(output: Any) -> list[int]:
     """How often each tensor of an output has been changed in place."""
-    parts = output if isinstance(output, (tuple, list)) else [output]
-    return [part._version for part in parts if isinstance(part, Tensor)]
+    return [tensor._version for tensor in _tensors(output)]
