@@ -42,6 +42,7 @@ CANDIDATES: dict[bool, list[dict[str, Any]]] = {
             (0.6, False, False),
             (0.0, True, False),
             (0.6, True, False),
+            (0.0, True, True),
         )
     ],
 }
