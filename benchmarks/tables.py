@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.ablation import STEPS
+from epmq.evaluate import gap_recovered
 
 SUITES = ("vision8", "text8", "text8lora", "causal3", "seq2seq")
 HERE = Path(__file__).parent
@@ -76,9 +77,19 @@ def suite_section(path: Path) -> str:
     rows = json.loads(path.read_text())
     last = rows[-1]
     where = f"{last['hardware']['machine']}, {last['hardware']['threads']} thread(s)"
-    used = ", ".join(f"{name} {version}" for name, version in last["versions"].items())
-    note = f"Measured {rows[0]['date'][:10]} to {last['date'][:10]} on {where}; seed {last['seed']}; {used}."
+    note = f"Measured {rows[0]['date'][:10]} to {last['date'][:10]} on {where}; seed {last['seed']}; {used(last)}."
     return "\n".join([suite_table(rows), written(rows), note])
+
+
+def measured(rows: list[dict[str, Any]]) -> str:
+    """When the last of some rows was measured, and with what."""
+    last = max(rows, key=lambda row: row["date"])
+    return f"Measured until {last['date'][:10]} on {last['hardware']['machine']}; {used(last)}."
+
+
+def used(row: dict[str, Any]) -> str:
+    """The versions that a row was measured with."""
+    return ", ".join(f"{name} {version}" for name, version in row["versions"].items())
 
 
 def shapes_table(rows: list[dict[str, Any]]) -> str:
@@ -94,9 +105,7 @@ def shapes_table(rows: list[dict[str, Any]]) -> str:
         size += [f"{row['hardware']['threads']}", f"{total / 60:.1f}"]
         shares = [f"{100 * row['seconds'].get(phase, 0) / total:.0f}" for phase in phases]
         lines.append("| " + " | ".join([row["name"], *size, *shares, f"{row['peak_memory_mb'] / 1e3:.1f}"]) + " |")
-    last = max(rows, key=lambda row: row["date"])
-    used = ", ".join(f"{name} {version}" for name, version in last["versions"].items())
-    return "\n".join(lines) + f"\n\nMeasured {last['date'][:10]} on {last['hardware']['machine']}; {used}."
+    return "\n".join([*lines, "", measured(rows)])
 
 
 def ablation_table(rows: list[dict[str, Any]]) -> str:
@@ -109,9 +118,7 @@ def ablation_table(rows: list[dict[str, Any]]) -> str:
         lines.append("| " + " | ".join([suite, " to ".join(sorted(draws)), *map(spread, found.values())]) + " |")
         times = [cost(runs, found["GPTQ"]) for runs in found.values()]
         lines.append("| " + " | ".join(["processor time", "", *times]) + " |")
-    last = max(rows, key=lambda row: row["date"])
-    used = ", ".join(f"{name} {version}" for name, version in last["versions"].items())
-    return "\n".join(lines) + f"\n\nMeasured until {last['date'][:10]} on {last['hardware']['machine']}; {used}."
+    return "\n".join([*lines, "", measured(rows)])
 
 
 def limits_table(rows: list[dict[str, Any]], suite: list[dict[str, Any]]) -> str:
@@ -121,12 +128,10 @@ def limits_table(rows: list[dict[str, Any]], suite: list[dict[str, Any]]) -> str
     experts = next(row["mean"] for row in suite if row["merge"] == "experts")
     lines = ["| images a task | weights | mean accuracy | gap recovered | s, processor |", "|---|---|---|---|---|"]
     for row in sorted(rows, key=lambda row: (row["samples"], row["bits"])):
-        gap, seconds = (row["mean"] - gptq) / (experts - gptq), row["cpu_seconds"]["merge and quantize"]
+        gap, seconds = gap_recovered(row["mean"], gptq, experts), row["cpu_seconds"]["merge and quantize"]
         shown = [f"{row['samples']}", grid({**row, "symmetric": True}), percent(row["mean"]), percent(gap, 0)]
         lines.append("| " + " | ".join([*shown, f"{seconds:.0f}"]) + " |")
-    last = max(rows, key=lambda row: row["date"])
-    used = ", ".join(f"{name} {version}" for name, version in last["versions"].items())
-    return "\n".join(lines) + f"\n\nMeasured until {last['date'][:10]} on {last['hardware']['machine']}; {used}."
+    return "\n".join([*lines, "", measured(rows)])
 
 
 def spread(runs: list[dict[str, Any]]) -> str:

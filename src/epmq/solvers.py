@@ -15,9 +15,9 @@ from epmq.grid import Grid, QuantizedTensor
 
 # Factors on the min–max range that `search_scales` tries.
 SHRINKS = tuple(1 - 0.05 * i for i in range(13))
-# Rows of H that are factored at once on a CPU: LAPACK's own factor runs at a third of the speed of matrix products.
+# Rows of H that are factored at once on a CPU; what they mean for the others goes through matrix products.
 BLOCK = 128
-# Columns that are rounded one by one; what they mean for the others goes through matrix products.
+# Columns that are rounded one by one, likewise.
 PANEL = 16
 
 
@@ -103,7 +103,13 @@ def unit_upper_factor(hessian: Tensor, order: Tensor | None = None) -> tuple[Ten
 
 
 def cholesky_(matrix: Tensor, block: int) -> None:
-    """Put R with A = Rᵀ R in place of the upper half of A [n, n], `block` rows at a time; the lower half stays.
+    """Put R, A = Rᵀ R, in place of the upper half of A; what is below the diagonal is left as it was.
+
+    By block rows, left-looking (Golub & Van Loan, Matrix Computations, section 4.2).
+
+    Args:
+        matrix: A [n, n] float, symmetric positive definite; it is changed.
+        block: rows that are factored at once.
 
     Raises:
         torch.linalg.LinAlgError: A is not positive definite.
