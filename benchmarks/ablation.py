@@ -25,7 +25,7 @@ from epmq.spec import BY_HEADS
 PATH = RESULTS / "ablation.json"
 SEEDS = (0, 1, 2)
 _PLAIN = {"anchor_strength": 0.03, "anchor_scale": 1.0, "expert_features": 0.0, "expert_stream": True}
-_STREAM = {"method": "expert_guided", **_PLAIN, "sensitivity": False, "adapt_heads": False}
+_STREAM = {"method": "expert_guided", **_PLAIN, "adapt_heads": False}
 # By whether the suite has heads. From E-PMQ on each step has what the one before it has; the last is the default. Heads
 # on plain GPTQ show what they do alone.
 STEPS: dict[bool, dict[str, dict[str, Any]]] = {
@@ -34,7 +34,6 @@ STEPS: dict[bool, dict[str, dict[str, Any]]] = {
         "GPTQ + heads": {"method": "gptq", "adapt_heads": True},
         "E-PMQ": {"method": "e_pmq"},
         "+ stream": _STREAM,
-        "+ sensitivity": {**_STREAM, "sensitivity": True},
         "+ heads, far anchor": {"method": "expert_guided", **BY_HEADS[True], "adapt_heads": True},
     },
     False: {
@@ -59,7 +58,7 @@ def main() -> None:
     parser.add_argument("--fresh", action="store_true", help="measure everything anew")
     arguments = parser.parse_args()
     if arguments.fresh:
-        PATH.unlink(missing_ok=True)
+        write_json(PATH, [row for row in read_rows(PATH) if row["suite"] not in arguments.suites])
     console = Console(stderr=True)
     suites = [importlib.import_module(f"benchmarks.suites.{name}") for name in arguments.suites]
     for seed in arguments.seeds:

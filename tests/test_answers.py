@@ -161,7 +161,7 @@ def test_the_anchor_is_strong_only_where_every_head_follows(pool, tmp_path):
         return settings.anchor_strength, settings.anchor_scale
 
     recipe = recipe_for(pool)
-    assert anchor(recipe) == (3, 3)
+    assert anchor(recipe) == (30, 3)
     shutil.copytree(pool / "experts" / "two", tmp_path / "two", ignore=lambda *_: ["head.safetensors"])
     recipe["experts"][1]["model"] = str(tmp_path / "two")
     assert anchor(recipe) == (0.03, 1)

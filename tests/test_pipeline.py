@@ -299,6 +299,7 @@ def test_the_report_says_what_was_done(pool, tmp_path):
     for layer in report["layers"]:
         assert layer["loss"] >= 0 and layer["merge_loss"] >= 0 and layer["seconds"] >= 0
         assert layer["strength"] == report["recipe"]["quantize"]["anchor_strength"]
+        assert layer["damping"] == report["recipe"]["quantize"]["damping"] == 0.03
     assert report["loss"] == pytest.approx(sum(layer["loss"] for layer in report["layers"]))
 
     assert report["scores"].keys() == {"one", "two"}
@@ -458,10 +459,13 @@ def test_experts_that_are_copies_of_one_model_give_gptq(pool, tmp_path, copies):
         expert["model"] = recipe["experts"][0]["model"]
     recipe["experts"] = recipe["experts"][:copies]
     found = {}
-    for method, field in (("gptq", "damping"), ("e_pmq", "anchor_strength"), ("expert_guided", "anchor_strength")):
-        settings = {"method": method, "bits": 3, "group_size": 32, field: 0.02}
-        if method == "expert_guided":
-            settings["anchor_scale"] = 1.0
+    methods = {
+        "gptq": {"damping": 0.02},
+        "e_pmq": {"anchor_strength": 0.02},
+        "expert_guided": {"anchor_strength": 0.5, "anchor_scale": 1.0, "damping": 0.02},
+    }
+    for method, more in methods.items():
+        settings = {"method": method, "bits": 3, "group_size": 32, **more}
         report = run({**recipe, "quantize": settings, "output": str(tmp_path / method)}, **QUIET)
         found[method] = weights(tmp_path / method)
         assert all(layer["merge_loss"] < 1e-12 for layer in report["layers"])
@@ -491,7 +495,8 @@ def test_a_task_of_no_weight_has_no_say(pool, tmp_path):
 
 
 def test_a_strong_anchor_is_rounding_of_the_merge(pool, tmp_path):
-    strong = plain(pool, tmp_path / "strong", quantize={"anchor_strength": 1e6, "anchor_scale": 1, "scales": "minmax"})
+    paper = {"method": "e_pmq", "anchor_strength": 1e6, "scales": "minmax"}  # its anchor is in the Hessian too
+    strong = plain(pool, tmp_path / "strong", quantize=paper)
     nearest = plain(pool, tmp_path / "nearest", quantize={"method": "rtn", "scales": "minmax"})
     names = [name for name in nearest if is_quantized(name)]
     off = torch.cat([((strong[name] - nearest[name]).abs() / nearest[name].abs().amax()).flatten() for name in names])

@@ -110,8 +110,9 @@ def test_experts_that_are_copies_of_the_merge_give_gptq(pool):
     recipe = recipe_for(pool, merge={"method": "average"})
     recipe["experts"] = [{**recipe["experts"][0], "name": name} for name in ("one", "two")]
     found = []
-    guided = [{"method": method, "anchor_strength": 0.01, "anchor_scale": 1} for method in ("e_pmq", "expert_guided")]
-    for settings in ({"method": "gptq"}, *guided):
+    paper = {"method": "e_pmq", "anchor_strength": 0.01}
+    ours = {"method": "expert_guided", "anchor_strength": 0.5, "anchor_scale": 1, "damping": 0.01}
+    for settings in ({"method": "gptq"}, paper, ours):
         job = prepare(load_recipe({**recipe, "quantize": settings}))
         calibration = [Calibration(task, list(encode(x, job.processor, 8, 16))) for task, x in job.calibration.items()]
         codes: dict[str, Any] = {}

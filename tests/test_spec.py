@@ -168,22 +168,25 @@ def test_every_grid_can_be_asked_for(bits, group_size):
     assert Quantize(bits=bits, group_size=group_size, symmetric=False).grid == Grid(bits, group_size, False)
 
 
-def test_strength_is_what_the_method_calls_it():
-    assert Quantize(method="gptq", damping=0.2).strength == 0.2
-    for method in ("expert_guided", "e_pmq"):
-        assert Quantize(method=method, damping=0.2, anchor_strength=0.5).strength == 0.5
+def test_damping_is_for_methods_that_have_it_apart_from_the_anchor():
+    assert Quantize(method="gptq").damping == 0.01 and Quantize(method="gptq", damping=0.2).damping == 0.2
+    assert Quantize(method="expert_guided", anchor_strength=0.5).damping == 0.03
+    for method in ("none", "rtn", "e_pmq"):
+        assert Quantize(method=method).damping is None
+        with pytest.raises(ValidationError, match=f"damping: {method} does not use it"):
+            Quantize(method=method, damping=0.02)
 
 
 def test_each_guided_method_has_its_own_defaults():
     paper, ours = Quantize(method="e_pmq"), Quantize(method="expert_guided")
     assert (paper.anchor_scale, paper.expert_features) == (1, 0)
-    assert (ours.anchor_strength, ours.expert_stream, ours.sensitivity, ours.adapt_heads) == (None, None, None, True)
-    assert (paper.expert_stream, paper.sensitivity, paper.adapt_heads) == (False, False, False)
+    assert (ours.anchor_strength, ours.expert_stream, ours.adapt_heads) == (None, None, True)
+    assert (paper.expert_stream, paper.adapt_heads) == (False, False)
     assert Quantize(method="gptq", adapt_heads=True).adapt_heads
     for field in set(GUIDED["e_pmq"]) - {"adapt_heads"}:
         with pytest.raises(ValidationError, match=f"{field}: gptq does not use it"):
             Quantize(method="gptq", **{field: type(GUIDED["e_pmq"][field])(0.5)})
-    for field in ("anchor_scale", "expert_features", "expert_stream", "sensitivity", "adapt_heads"):
+    for field in ("anchor_scale", "expert_features", "expert_stream", "adapt_heads"):
         with pytest.raises(ValidationError, match=f"{field}: e_pmq, the paper's form, has none"):
             Quantize(method="e_pmq", **{field: type(GUIDED["e_pmq"][field])(0.5)})
 
@@ -193,20 +196,11 @@ def test_the_anchor_is_settled_by_whether_there_are_heads_that_follow():
         settled = Quantize(**settings).settled(heads)
         return settled.anchor_strength, settled.anchor_scale
 
-    assert anchor(True) == (3, 3) and anchor(False) == (0.03, 1)
+    assert anchor(True) == (30, 3) and anchor(False) == (0.03, 1)
     assert anchor(True, adapt_heads=False) == (0.03, 1)
-    assert anchor(True, anchor_scale=2) == (3, 2) and anchor(False, anchor_strength=0.5) == (0.5, 1)
+    assert anchor(True, anchor_scale=2) == (30, 2) and anchor(False, anchor_strength=0.5) == (0.5, 1)
     for method in ("e_pmq", "gptq"):
         assert Quantize(method=method).settled(True) == Quantize(method=method)
-
-
-def test_sensitivity_is_for_heads_and_needs_the_stream():
-    assert not Quantize(expert_stream=False).settled(True).sensitivity
-    assert Quantize().settled(True).sensitivity and not Quantize().settled(False).sensitivity
-    assert Quantize(sensitivity=True).settled(False).sensitivity
-    assert not Quantize(sensitivity=False).settled(True).sensitivity
-    with pytest.raises(ValidationError, match="set expert_stream"):
-        Quantize(expert_stream=False, sensitivity=True)
 
 
 @pytest.mark.parametrize(

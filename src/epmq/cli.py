@@ -53,10 +53,10 @@ quantize:
   symmetric: true
   act_order: true
   scales: search                # search, or minmax
-  # anchor_strength: 3          # pull towards the anchor; 3 where all experts have heads, else 0.03
+  # anchor_strength: 30         # pull towards the anchor; 30 where all experts have heads, else 0.03
+  # damping: 0.03               # added to the Hessian's diagonal when codes are chosen; 0.01 for gptq
   # anchor_scale: 3             # the anchor: base + this x (merged - base); 3 where all experts have heads, else 1
   # expert_stream: true         # aim layers that write to the residual stream at the expert's own stream
-  # sensitivity: true           # their errors count by how much the expert's answers depend on them; off without heads
   # expert_features: 0.0        # share of the expert's own layer inputs in the other targets; 0.6 without heads
   adapt_heads: true             # fit the last layer of each task's head to the new model's features
 format: pack-quantized          # pack-quantized (compressed-tensors) or dequantized (plain safetensors)

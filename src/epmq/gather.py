@@ -67,9 +67,7 @@ class LayerGroup:
         if not settings.guided:
             self.objective.add(moments, weight)
         elif stream is not None and self.sum is not None:
-            self.objective.add_move(
-                moments, weight, self.merged, stream.sensitivities.pop(f"{block}.{self.names[0]}", None)
-            )
+            self.objective.add_move(moments, weight, self.merged)
         else:
             expert, shift = self.expert(sources, block, task), self.shift(sources, block, task)
             self.objective.add(moments, weight, expert, shift, settings.expert_features or 0.0)

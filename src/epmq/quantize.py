@@ -6,7 +6,9 @@ import ctypes
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,11 +20,12 @@ from epmq.gather import LayerGroup, gather, naming, place_of
 from epmq.grid import QuantizedTensor
 from epmq.heads import Head
 from epmq.multitask import NativeHead
+from epmq.objective import Objective, raises
 from epmq.residual import Sum, find_sums
-from epmq.sensitivity import sensitivities
 from epmq.skeleton import drop_tensors, load_block, load_embeddings, set_tensor
 from epmq.solvers import gptq, hessian_loss, rtn, search_scales
 from epmq.sources import Sources
+from epmq.spec import Quantize
 from epmq.streams import Calibration, ExpertStream, expert_streams
 from epmq.walk import Step, Walk
 
@@ -43,7 +46,8 @@ class LayerReport:
         group: name of the first layer that shares its input.
         loss: tr((Q − W*) H (Q − W*)ᵀ); None for round-to-nearest, which sees no data.
         merge_loss: tr((W_m − W*) H (W_m − W*)ᵀ), what the merged weight is off the target; None as above.
-        strength: λ̄ over the mean Gram diagonal that was used.
+        strength: λ̄ over the mean Gram diagonal that was used; None where no expert has a say.
+        damping: the same for the H in which codes are chosen.
         tokens: calibration tokens seen.
         seconds: of the solve, shared evenly in a group.
     """
@@ -54,6 +58,7 @@ class LayerReport:
     loss: float | None = None
     merge_loss: float | None = None
     strength: float | None = None
+    damping: float | None = None
     tokens: int = 0
     seconds: float = 0.0
 
@@ -142,10 +147,6 @@ def quantize_calibrated(
         ValueError: a layer saw no data or not finite data, or its Hessian cannot be factored; it is named.
     """
     streams = expert_streams(sources, calibration, device)
-    if sources.recipe.quantize.sensitivity:
-        asked = [part for part in calibration if part.task in streams]
-        for name, metrics in sensitivities(sources, asked, device).items():
-            streams[name].sensitivities = metrics
     batches = [batch for part in calibration for batch in part.batches]
     apart, aimed = bool(streams and sources.recipe.quantize.expert_stream), False
     heads = Followers(sources, calibration, streams) if sources.recipe.quantize.adapt_heads else None
@@ -238,15 +239,10 @@ def _solve(sources: Sources, step: Step, group: LayerGroup, emit_layer: EmitLaye
     """Quantize the layers of one input group together and put the result into the live block."""
     settings, objective = sources.recipe.quantize, group.objective
     start = time.perf_counter()
-    target, hessian, strength = objective.solve(settings.strength)
-    solved, loss = gptq(
-        target,
-        hessian,
-        settings.grid,
-        act_order=settings.act_order,
-        search=settings.scales == "search",
-        scale_dtype=group.dtype,
-    )
+    target, strength = group.merged, None
+    if settings.anchor_strength is not None:
+        target, strength = objective.target(settings.anchor_strength)
+    solved, loss, hessian, damping = _round(settings, objective, target, settings.damping or strength, group.dtype)
     merge_loss = hessian_loss(group.merged - target, hessian)
     seconds = (time.perf_counter() - start) / len(group.names)
     reports = []
@@ -258,8 +254,21 @@ def _solve(sources: Sources, step: Step, group: LayerGroup, emit_layer: EmitLaye
         set_tensor(step.block, f"{name}.weight", as_matrix(module, quantized.dequantize().float()))
         emit_layer(full, module, quantized)
         losses = float(lost.sum()), float(off.sum())
-        reports.append(LayerReport(full, shape, group.names[0], *losses, strength, group.tokens, seconds))
+        reports.append(LayerReport(full, shape, group.names[0], *losses, strength, damping, group.tokens, seconds))
     return reports
+
+
+def _round(
+    settings: Quantize, objective: Objective, target: Tensor, damping: float | None, dtype: torch.dtype
+) -> tuple[QuantizedTensor, Tensor, Tensor, float]:
+    """Codes, loss a row, the Hessian, and its damping: raised tenfold until it can be factored."""
+    assert damping is not None
+    solve = partial(gptq, act_order=settings.act_order, search=settings.scales == "search", scale_dtype=dtype)
+    for raised in raises(damping):
+        hessian = objective.damped(raised)
+        with suppress(torch.linalg.LinAlgError):
+            return *solve(target, hessian, settings.grid), hessian, raised
+    raise ValueError(f"the Hessian is not positive definite, even with a damping of {raised:g}")
 
 
 def _blocks(model: nn.Module) -> Iterator[tuple[Stack, int, nn.Module]]:

@@ -19,7 +19,6 @@ GUIDED: dict[str, dict[str, Any]] = {
         "anchor_scale": 1.0,
         "expert_features": 0.0,
         "expert_stream": False,
-        "sensitivity": False,
         "adapt_heads": False,
     },
     "expert_guided": {
@@ -27,34 +26,32 @@ GUIDED: dict[str, dict[str, Any]] = {
         "anchor_scale": None,
         "expert_features": None,
         "expert_stream": None,
-        "sensitivity": None,
         "adapt_heads": True,
     },
 }
 # What expert_guided takes by whether all experts have heads that follow the model, chosen by
-# `python -m benchmarks.choose`: heads take up what a strong anchor far along the task vectors leaves undone. Without
-# them the answers are words, which read the stream in all directions: a metric of the answers has nothing to give.
+# `python -m benchmarks.choose`: heads take up what a strong anchor far along the task vectors leaves undone.
 BY_HEADS: dict[bool, dict[str, Any]] = {
     True: {
-        "anchor_strength": 3.0,
+        "anchor_strength": 30.0,
         "anchor_scale": 3.0,
         "expert_features": 0.0,
         "expert_stream": True,
-        "sensitivity": True,
     },
     False: {
         "anchor_strength": 0.03,
         "anchor_scale": 1.0,
         "expert_features": 0.6,
         "expert_stream": True,
-        "sensitivity": False,
     },
 }
+# A strong anchor belongs to the regression; codes are chosen with no more of it than the paper's form has.
+DAMPING = {"gptq": 0.01, "expert_guided": 0.03}
 # The one piece of expert_guided that may be put on plain GPTQ, to see what it does alone.
 HEADS_ALONE = ("gptq", "adapt_heads")
 METHODS = ("none", "rtn", "gptq", *GUIDED)
 GUIDED_DEFAULTS = "the default depends on the method"
-ANCHOR_DEFAULTS = "expert_guided: by default 3 where all experts have heads that follow, else as in e_pmq"
+ANCHOR_DEFAULTS = "expert_guided: by default {} where all experts have heads that follow, else as in e_pmq"
 
 
 class _Strict(BaseModel):
@@ -176,12 +173,17 @@ class Quantize(_Strict):
     scales: Literal["search", "minmax"] = Field(
         "search", description="least squared error among shrunken ranges, or the plain range of the weights"
     )
-    damping: float = Field(0.01, gt=0, description="gptq: added to the Hessian's diagonal, over its mean")
+    damping: float | None = Field(
+        None,
+        gt=0,
+        description="gptq, expert_guided: added to the Hessian's diagonal when codes are chosen, over its mean; by "
+        "default 0.01 and 0.03",
+    )
     anchor_strength: float | None = Field(
-        None, gt=0, description=f"pull towards the anchor, over the mean Hessian diagonal; {ANCHOR_DEFAULTS}"
+        None, gt=0, description=f"pull towards the anchor, over the mean Hessian diagonal; {ANCHOR_DEFAULTS.format(30)}"
     )
     anchor_scale: float | None = Field(
-        None, gt=0, description=f"the anchor lies at base + this × (merged − base); {ANCHOR_DEFAULTS}"
+        None, gt=0, description=f"the anchor lies at base + this × (merged − base); {ANCHOR_DEFAULTS.format(3)}"
     )
     expert_features: float | None = Field(
         None,
@@ -193,11 +195,6 @@ class Quantize(_Strict):
     expert_stream: bool | None = Field(
         None,
         description="layers that add to the residual stream aim at the expert's own stream; expert_guided: by default",
-    )
-    sensitivity: bool | None = Field(
-        None,
-        description="such layers' errors count by how much the expert's answers depend on them; expert_guided: by "
-        "default where all experts have heads that follow",
     )
     adapt_heads: bool | None = Field(
         None,
@@ -235,12 +232,14 @@ class Quantize(_Strict):
                 raise ValueError(f"{field}: {self.method} does not use it")
             if defaults is not None and getattr(self, field) is None:
                 object.__setattr__(self, field, defaults[field])
+        if self.damping is None:
+            object.__setattr__(self, "damping", DAMPING.get(self.method))
+        elif self.method not in DAMPING:
+            raise ValueError(f"damping: {self.method} does not use it")
         if self.method == "e_pmq":
-            for field in ("anchor_scale", "expert_features", "expert_stream", "sensitivity", "adapt_heads"):
+            for field in ("anchor_scale", "expert_features", "expert_stream", "adapt_heads"):
                 if getattr(self, field) != GUIDED["e_pmq"][field]:
                     raise ValueError(f"{field}: e_pmq, the paper's form, has none; take expert_guided")
-        if self.sensitivity and self.expert_stream is False:
-            raise ValueError("sensitivity: only layers that aim at the stream have one; set expert_stream")
         return self
 
     def settled(self, heads: bool) -> Quantize:
@@ -253,19 +252,12 @@ class Quantize(_Strict):
             return self
         defaults = BY_HEADS[heads and bool(self.adapt_heads)]
         found = {name: value for name, value in defaults.items() if getattr(self, name) is None}
-        settled = self.model_copy(update=found)
-        # Without the stream there is no layer whose errors could be weighed.
-        return settled if settled.expert_stream else settled.model_copy(update={"sensitivity": False})
+        return self.model_copy(update=found)
 
     @property
     def guided(self) -> bool:
         """Whether the experts set the targets."""
         return self.method in GUIDED
-
-    @property
-    def strength(self) -> float:
-        """λ̄ over the mean diagonal of the Gram matrix, whatever the method calls it."""
-        return self.damping if self.anchor_strength is None else self.anchor_strength
 
     @property
     def calibrates(self) -> bool:

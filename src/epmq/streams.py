@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from epmq.heads import Head
 from epmq.multitask import MultiTaskModel, NativeHead
-from epmq.objective import Metric
 from epmq.residual import Place, at
 from epmq.skeleton import drop_tensors, hold_used_rows, load_block, load_embeddings
 from epmq.sources import Sources
@@ -58,14 +57,10 @@ class ExpertStream:
 
     Only the tensors outside its blocks stay in memory. It runs through each block once, with the block's weights in
     memory for just that long, and keeps what it was asked to.
-
-    Attributes:
-        sensitivities: layer name → how the expert's errors count there (`epmq.sensitivity`); may be empty.
     """
 
     def __init__(self, sources: Sources, calibration: Calibration, device: torch.device) -> None:
         self.sources, self.task, self.device = sources, calibration.task, device
-        self.sensitivities: dict[str, Metric] = {}
         self.model = sources.skeleton()
         rest = hold_used_rows(self.model, sources.outside_names(), sources.tied, self._read, device)
         rest = load_embeddings(self.model, rest, self._read, device)

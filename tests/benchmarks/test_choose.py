@@ -1,6 +1,7 @@
 import json
 import sys
 from importlib import import_module
+from itertools import zip_longest
 
 import pytest
 
@@ -12,14 +13,18 @@ from epmq.spec import Quantize
 
 def test_candidates_that_are_there_are_not_measured_again(tmp_path, monkeypatch):
     old = CANDIDATES[True][1]
-    rows = [{"method": "gptq", "validation": 0.1}, {"method": "expert_guided", **old, "validation": 0.2}]
-    rows.append({"method": "gptq", "adapt_heads": True, "validation": 0.1})
+    rows = [
+        {"method": "gptq", "seed": 0, "validation": 0.1},
+        {"method": "expert_guided", **old, "seed": 0, "validation": 0.2},
+        {"method": "gptq", "adapt_heads": True, "seed": 0, "validation": 0.1},
+    ]
     (tmp_path / "choice-text8.json").write_text(json.dumps({"rows": rows}))
     asked = []
 
     def measured(suite, root, tasks, merge, quantize, **data):
         assert data["split"] == "validation"
-        asked.append(quantize)
+        asked.append(data["seed"])
+        assert quantize["bits"] == 4
         return {"mean_score": 0.5, "scores": {}, "metric": "accuracy"}
 
     monkeypatch.setattr(choose, "RESULTS", tmp_path)
@@ -27,15 +32,18 @@ def test_candidates_that_are_there_are_not_measured_again(tmp_path, monkeypatch)
     monkeypatch.setattr(choose, "measure", measured)
     monkeypatch.setattr(sys, "argv", ["choose", "text8"])
     choose.main()
-    assert len(asked) == len(CANDIDATES[True]) - 1 and all(quantize["bits"] == 4 for quantize in asked)
+    count = len(CANDIDATES[True])
+    assert asked == (count - 1) * [0] + (count + 2) * [1]
     found = json.loads((tmp_path / "choice-text8.json").read_text())["rows"]
-    assert found[:3] == rows and len(found) == len(CANDIDATES[True]) + 2
+    assert found[:3] == rows and len(found) == 2 * (count + 2)
     choose.main()
-    assert len(asked) == len(CANDIDATES[True]) - 1
+    assert len(asked) == 2 * count + 1
 
 
 def made(suite, gptq, scores, metric="accuracy"):
-    rows = [{"method": "expert_guided", **c, "validation": score} for c, score in zip(CANDIDATES[True], scores)]
+    """Scores of the first candidates; the others do no better than GPTQ."""
+    both = zip_longest(CANDIDATES[True], scores, fillvalue=gptq)
+    rows = [{"method": "expert_guided", **candidate, "validation": score} for candidate, score in both]
     return {"suite": suite, "metric": metric, "rows": [{"method": "gptq", "validation": gptq}, *rows]}
 
 
@@ -44,6 +52,10 @@ def test_the_choice_is_the_one_whose_worst_suite_is_best():
     assert choose.best([first], True) == CANDIDATES[True][0]
     assert choose.best([first, made("b", 0.5, [0.5, 0.7, 0.8, 0.9])], True) == CANDIDATES[True][1]
     assert choose.best([made("c", 3.0, [2.9, 2.9, 2.0, 2.5], "log_perplexity")], True) == CANDIDATES[True][2]
+    # Of several draws the mean counts.
+    twice = made("d", 0.5, [0.9, 0.5, 0.7, 0.5])
+    twice["rows"] += made("d", 0.5, [0.5, 0.5, 0.8, 0.5])["rows"]
+    assert choose.best([twice], True) == CANDIDATES[True][2]
     first["rows"].pop()
     with pytest.raises(ValueError, match=r"benchmarks\.choose a"):
         choose.best([first], True)
