@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help demo test check bench suites clean
+.PHONY: help demo test check bench suites peers clean
 
 help:
 	@echo "make demo    merge and quantize four experts on real data, and compare (first time: trains the experts)"
@@ -41,5 +41,9 @@ bench: suites
 	$(BIN)/python -m benchmarks.compare text8
 	$(BIN)/python -m benchmarks.compare vision8
 
+peers:
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check -r benchmarks/peers.txt
+
 clean:
-	rm -rf $(VENV) epmq-demo
+	rm -rf $(VENV) .venv-peers epmq-demo

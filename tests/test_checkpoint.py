@@ -2,12 +2,15 @@ import json
 import os
 import shutil
 import stat
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import tiny_bert
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import BertModel
 
@@ -88,6 +91,27 @@ def test_transformers_reads_what_is_written(tmp_path, shard_bytes):
     write_json(tmp_path / "model" / "config.json", model.config.to_dict())
     read = BertModel.from_pretrained(tmp_path / "model")
     assert all(torch.equal(tensor, read.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    sizes=st.lists(st.integers(0, 9), min_size=1, max_size=8),
+    kinds=st.lists(st.sampled_from([torch.float64, torch.bfloat16, torch.int8, torch.int32]), min_size=8, max_size=8),
+    part_bytes=st.integers(1, 60),
+    copied=st.integers(1, 40),
+)
+def test_parts_become_the_file_that_one_save_writes(sizes, kinds, part_bytes, copied):
+    folder = Path(tempfile.mkdtemp())
+    tensors = {f"t{i}": torch.randn(n).to(kind) for i, (n, kind) in enumerate(zip(sizes, kinds))}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("epmq.checkpoint.COPIED", copied)
+        writer = CheckpointWriter(folder, part_bytes=part_bytes)
+        for name, tensor in tensors.items():
+            writer.add(name, tensor)
+        writer.finish()
+    assert [file.name for file in folder.iterdir()] == [SINGLE]
+    save_file(tensors, folder / "whole", metadata={"format": "pt"})
+    assert (folder / SINGLE).read_bytes() == (folder / "whole").read_bytes()
 
 
 def test_shards_hold_what_they_should(sharded, tensors):

@@ -7,8 +7,8 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
@@ -40,6 +40,8 @@ PROCESSOR_FILES = (
     "processor_config.json",
     "generation_config.json",
 )
+# Bytes that are copied at once.
+COPIED = 1 << 24
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -202,15 +204,25 @@ class Checkpoint:
         """
         return self._read(name)
 
-    def _read(self, name: str) -> Tensor:
+    def rows(self, name: str, rows: slice) -> Tensor:
+        """Read some rows of a tensor, along its first dimension.
+
+        Raises:
+            KeyError: there is no tensor of that name.
+        """
+        return self._read(name, rows)
+
+    def _read(self, name: str, rows: slice | None = None) -> Tensor:
         if name not in self._shard:
             raise KeyError(f"{self.path}: no tensor {name!r}")
         shard = self._shard[name]
         if shard.endswith(PICKLES):
-            return self._open(shard).get_tensor(name)
+            tensor = self._open(shard).get_tensor(name)
+            return tensor if rows is None else tensor[rows]
         # A map for this tensor alone: pages that were read stay resident until their map is closed, and with one map
         # for the file all weights would be in the end.
-        return safe_open(str(self.path / shard), framework="pt").get_tensor(name)
+        file = safe_open(str(self.path / shard), framework="pt")
+        return file.get_tensor(name) if rows is None else file.get_slice(name)[rows]
 
     def check_finite(self, names: list[str] | None = None) -> None:
         """Read all tensors once and look for NaN and Inf.
@@ -231,18 +243,21 @@ class Checkpoint:
 
 
 class CheckpointWriter:
-    """Writes tensors as they come, a shard at a time, and names the shards when their number is known.
+    """Writes tensors as they come, in small parts, and puts the parts together into shards at the end.
 
     Args:
         folder: an existing directory.
-        shard_bytes: a shard is written when it holds this much.
+        shard_bytes: a shard is full when it holds this much.
+        part_bytes: so much is held in memory at most, beside one tensor.
     """
 
-    def __init__(self, folder: Path, shard_bytes: int = 2 << 30) -> None:
-        self.folder, self.shard_bytes = folder, shard_bytes
+    def __init__(self, folder: Path, shard_bytes: int = 4 << 30, part_bytes: int = 1 << 28) -> None:
+        self.folder, self.shard_bytes, self.part_bytes = folder, shard_bytes, min(part_bytes, shard_bytes)
         self._pending: dict[str, Tensor] = {}
         self._pending_bytes = 0
-        self._shards: list[list[str]] = []
+        self._shards: list[list[Path]] = []  # each with its parts
+        self._shard_bytes = shard_bytes
+        self._parts = 0
         self.sizes: dict[str, int] = {}
 
     def add(self, name: str, tensor: Tensor) -> None:
@@ -256,28 +271,84 @@ class CheckpointWriter:
         self.sizes[name] = tensor.numel() * tensor.element_size()
         self._pending[name] = tensor.detach().cpu().contiguous()
         self._pending_bytes += self.sizes[name]
-        if self._pending_bytes >= self.shard_bytes:
+        if self._pending_bytes >= self.part_bytes:
             self._flush()
 
     def _flush(self) -> None:
-        if self._pending:
-            save_file(self._pending, str(self.folder / f"shard-{len(self._shards)}"), metadata={"format": "pt"})
-            self._shards.append(list(self._pending))
-            self._pending, self._pending_bytes = {}, 0
+        if not self._pending:
+            return
+        if self._shard_bytes >= self.shard_bytes:
+            self._shards.append([])
+            self._shard_bytes = 0
+        part = self.folder / f"part-{self._parts}"
+        save_file(self._pending, str(part), metadata={"format": "pt"})
+        self._shards[-1].append(part)
+        self._shard_bytes += self._pending_bytes
+        self._parts += 1
+        self._pending, self._pending_bytes = {}, 0
 
     def finish(self) -> None:
-        """Write the last shard and, if there are several, the index."""
+        """Write the last part and put the shards together and, if there are several, their index."""
         self._flush()
-        if len(self._shards) == 1:
-            (self.folder / "shard-0").rename(self.folder / SINGLE)
-            return
+        count = len(self._shards)
         weight_map: dict[str, str] = {}
-        for i, names in enumerate(self._shards):
-            shard = f"model-{i + 1:05d}-of-{len(self._shards):05d}.safetensors"
-            (self.folder / f"shard-{i}").rename(self.folder / shard)
-            weight_map |= dict.fromkeys(names, shard)
-        index = {"metadata": {"total_size": sum(self.sizes.values())}, "weight_map": weight_map}
-        write_json(self.folder / INDEX, index)
+        for i, parts in enumerate(self._shards):
+            shard = SINGLE if count == 1 else f"model-{i + 1:05d}-of-{count:05d}.safetensors"
+            weight_map |= dict.fromkeys(join(parts, self.folder / shard), shard)
+        if count > 1:
+            index = {"metadata": {"total_size": sum(self.sizes.values())}, "weight_map": weight_map}
+            write_json(self.folder / INDEX, index)
+
+
+def join(parts: Sequence[Path], target: Path) -> list[str]:
+    """Make one safetensors file of several, which vanish; their bytes are copied and not interpreted.
+
+    Args:
+        parts: safetensors files with different tensors.
+        target: the file to write.
+
+    Returns:
+        the tensors' names.
+    """
+    if len(parts) == 1:
+        parts[0].rename(target)
+        with safe_open(str(target), framework="pt") as whole:
+            return list(whole.keys())
+    entries: dict[str, tuple[Path, int, dict[str, Any]]] = {}
+    for part in parts:
+        with part.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        entries |= {name: (part, 8 + length, entry) for name, entry in header.items()}
+    # The order that the format asks for, so that every tensor is aligned: by falling size of the numbers, then by name.
+    names = sorted(entries, key=lambda name: (-_bits(entries[name][2]["dtype"]), name))
+    joined: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in names:
+        start, stop = entries[name][2]["data_offsets"]
+        joined[name] = {**entries[name][2], "data_offsets": [end, end + stop - start]}
+        end += stop - start
+    header = json.dumps(joined, separators=(",", ":"), ensure_ascii=False).encode()
+    header += b" " * (-len(header) % 8)
+    with target.open("wb") as out, ExitStack() as stack:
+        files = {part: stack.enter_context(part.open("rb")) for part in parts}
+        out.write(len(header).to_bytes(8, "little") + header)
+        for name in names:
+            part, begin, entry = entries[name]
+            start, stop = entry["data_offsets"]
+            files[part].seek(begin + start)
+            for left in range(stop - start, 0, -COPIED):
+                out.write(files[part].read(min(left, COPIED)))
+    for part in parts:
+        part.unlink()
+    return names
+
+
+def _bits(dtype: str) -> int:
+    """Of one number of a safetensors dtype, such as BF16 or F8_E4M3."""
+    found = re.search(r"\d+", dtype)
+    return int(found[0]) if found else 8  # BOOL
 
 
 def check_output(path: str | Path) -> Path:

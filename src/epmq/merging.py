@@ -1,27 +1,36 @@
 """Merge methods: pure functions on tensors.
 
 Each takes the base tensor, one tensor an expert (all of one shape) and its settings, computes in float32 and
-returns the merged tensor in float32. To add a method, write such a function and give it a line in `METHODS`.
+returns the merged tensor in the base's dtype. To add a method, write such a function and give it a line in `METHODS`.
 
-All work piece by piece: K task vectors of a whole embedding matrix in float32 would be the peak of a run's memory.
+All work piece by piece, small enough for a processor's cache: merging is bound by memory, and K task vectors of a whole
+embedding matrix in float32 would be the peak of a run's memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import hardshrink
 
 Scaling = float | Sequence[float]
+# A base tensor, or some of its rows, and an expert's.
+Pair = tuple[Tensor, Tensor]
 
 # Entries that are merged at once.
-PIECE = 1 << 20
+PIECE = 1 << 16
+# One in so many entries is drawn to tell where a threshold lies; odd, so that it goes through all columns of a matrix.
+STRIDE = 257
+# Where the threshold is looked for first: so many standard deviations of the draw around its place.
+SLACK = 5.0
 
 
-def task_vectors(base: Tensor, experts: Sequence[Tensor]) -> Tensor:
-    """Task vectors τ_k = W_k − W_0, stacked: [experts, *shape] float32 (Ilharco et al., arXiv 2212.04089)."""
-    return torch.stack([expert.float() for expert in experts]) - base.float()
+def task_vector(base: Tensor, expert: Tensor) -> Tensor:
+    """τ = W_k − W_0, float32 (Ilharco et al., arXiv 2212.04089)."""
+    return expert.to(torch.float32, copy=True).sub_(base)
 
 
 def average(base: Tensor, experts: Sequence[Tensor], *, weights: Sequence[float] | None = None) -> Tensor:
@@ -32,11 +41,14 @@ def average(base: Tensor, experts: Sequence[Tensor], *, weights: Sequence[float]
         experts: K tensors [*shape].
         weights: K weights, normalised to a sum of 1; None means equal ones.
     """
-    share = _per_expert(1.0 if weights is None else weights, experts, "weights").to(base.device)
-    share /= share.sum()
+    share = _per_expert(1.0 if weights is None else weights, experts, "weights")
+    total = sum(share)
 
     def mean(_: Tensor, experts: Sequence[Tensor]) -> Tensor:
-        return torch.tensordot(share, torch.stack([expert.float() for expert in experts]), dims=1)
+        merged = experts[0].float() * (share[0] / total)
+        for expert, weight in zip(experts[1:], share[1:]):
+            merged.add_(expert, alpha=weight / total)
+        return merged
 
     return _by_pieces(mean, base, experts)
 
@@ -49,10 +61,13 @@ def task_arithmetic(base: Tensor, experts: Sequence[Tensor], *, scaling: Scaling
         experts: K tensors [*shape].
         scaling: one s for all experts or one an expert.
     """
-    share = _per_expert(scaling, experts, "scaling").to(base.device)
+    share = _per_expert(scaling, experts, "scaling")
 
     def add(base: Tensor, experts: Sequence[Tensor]) -> Tensor:
-        return base.float() + torch.tensordot(share, task_vectors(base, experts), dims=1)
+        merged = base.to(torch.float32, copy=True)
+        for expert, weight in zip(experts, share):
+            merged.add_(task_vector(base, expert), alpha=weight)
+        return merged
 
     return _by_pieces(add, base, experts)
 
@@ -76,13 +91,13 @@ def ties(
             each tensor by itself to `density`.
     """
     if thresholds is None:
-        thresholds = [magnitude_threshold(expert.float() - base.float(), density) for expert in experts]
+        thresholds = [magnitude_threshold(lambda e=expert: [(base, e)], density) for expert in experts]  # type: ignore[misc]
+    # hardshrink keeps what is larger than its argument: the next number below the threshold.
+    cuts = torch.tensor(thresholds, dtype=torch.float32).nextafter(torch.tensor(0.0)).tolist()
 
     def add(base: Tensor, experts: Sequence[Tensor]) -> Tensor:
-        tau = task_vectors(base, experts)
-        for vector, threshold in zip(tau, thresholds, strict=True):
-            vector[vector.abs() < threshold] = 0
-        return base.float() + scaling * disjoint_mean(tau)
+        tau = [hardshrink(task_vector(base, expert), cut) for expert, cut in zip(experts, cuts, strict=True)]
+        return disjoint_mean(tau).mul_(scaling).add_(base)
 
     return _by_pieces(add, base, experts)
 
@@ -111,104 +126,119 @@ def dare(
         raise ValueError(f"merge.combine: {combine!r} is not 'task_arithmetic' or 'ties'")
     if combine == "ties" and not isinstance(scaling, (int, float)):
         raise ValueError("merge.scaling: dare with combine: ties takes one scaling, not one an expert")
-    share = _per_expert(scaling, experts, "scaling").to(base.device)
+    share = _per_expert(scaling, experts, "scaling")
     masks = [_bernoulli(base.shape, density, f"{seed}/{name}/{k}").to(base.device) for k in range(len(experts))]
 
     def add(base: Tensor, parts: Sequence[Tensor]) -> Tensor:
-        tau = task_vectors(base, parts[: len(experts)])
-        for vector, mask in zip(tau, parts[len(experts) :]):
-            vector.mul_(mask).div_(density)
-        change = share[0] * disjoint_mean(tau) if combine == "ties" else torch.tensordot(share, tau, dims=1)
-        return base.float() + change
+        tau = [
+            task_vector(base, expert).mul_(mask).div_(density)
+            for expert, mask in zip(parts[: len(experts)], parts[len(experts) :])
+        ]
+        if combine == "ties":
+            return disjoint_mean(tau).mul_(share[0]).add_(base)
+        merged = base.to(torch.float32, copy=True)
+        for vector, weight in zip(tau, share):
+            merged.add_(vector, alpha=weight)
+        return merged
 
     return _by_pieces(add, base, [*experts, *masks])
 
 
-def disjoint_mean(tau: Tensor) -> Tensor:
+def disjoint_mean(tau: Sequence[Tensor]) -> Tensor:
     """Mean, an entry at a time, of the task vectors whose sign is the elected one.
 
     The elected sign is the sign of the sum; where the sum is 0 it is positive, so that no entry is lost.
 
     Args:
-        tau: trimmed task vectors, [experts, *shape] float32.
+        tau: trimmed task vectors, K tensors [*shape] float32.
 
     Returns:
         [*shape] float32.
     """
-    positive = tau.sum(0) >= 0
-    agrees = torch.where(positive, tau > 0, tau < 0)
-    return (tau * agrees).sum(0) / agrees.sum(0).clamp(min=1)
+    total = tau[0].clone()
+    for vector in tau[1:]:
+        total.add_(vector)
+    elected = total.ge_(0).mul_(2).sub_(1)  # 1 or -1
+    agreed, votes = torch.zeros_like(elected), torch.zeros_like(elected)
+    for vector in tau:
+        share = (vector * elected).clamp_(min=0)
+        agreed.add_(share)
+        votes.add_(share.gt_(0))
+    return agreed.mul_(elected).div_(votes.clamp_(min=1))
 
 
-def magnitude_threshold(values: Tensor, density: float) -> float:
-    """The magnitude of the ⌊density · n⌋-th largest of n entries; infinite if that keeps none."""
-    search = ThresholdSearch(density)
-    search.add(values)
-    search.narrow()
-    search.add(values)
-    return search.threshold()
+def magnitude_threshold(pairs: Callable[[], Iterable[Pair]], density: float) -> float:
+    """The magnitude of the ⌊density · n⌋-th largest of the n entries of a task vector that is never whole in memory.
 
+    A draw of the entries tells between which two magnitudes it must lie; one pass over all of them then counts what is
+    larger and keeps what lies between. Should it lie elsewhere after all, the pass is repeated with a wider bracket, so
+    the result is exact.
 
-class ThresholdSearch:
-    """The exact k-th largest magnitude of a vector that is never whole in memory.
+    Args:
+        pairs: gives the base's and the expert's tensors piece by piece, the same ones each time it is called.
+        density: 0 to 1.
 
-    Non-negative float32 numbers sort as their bit patterns do, so two histograms are enough: one over the upper
-    15 value bits to find the bucket, then one over the lower 16 bits inside it. Feed every piece with `add`, call
-    `narrow` once, feed every piece again, then read `threshold`.
+    Returns:
+        the threshold: entries at or above it are the `density` largest (equal ones are all kept); infinite if none are.
     """
+    count, drawn = 0, []
+    for base, expert in pairs():
+        count += base.numel()
+        drawn.append(task_vector(base.reshape(-1)[::STRIDE], expert.reshape(-1)[::STRIDE]).abs_())
+    keep = int(density * count)
+    if keep <= 0:
+        return math.inf
+    sample = torch.cat(drawn).sort(descending=True).values
+    place, slack = keep / count * len(sample), SLACK
+    while True:
+        spread = slack * (1 + math.sqrt(place * (1 - keep / count)))
+        first, last = int(place - spread), math.ceil(place + spread)
+        high = float(sample[first]) if first >= 0 else math.inf
+        low = float(sample[last]) if last < len(sample) else 0.0
+        found = _rank_between(pairs, keep, low, high)
+        if found is not None:
+            return found
+        slack *= 8
 
-    def __init__(self, density: float) -> None:
-        self.density = density
-        self.count = 0
-        self.bucket: int | None = None
-        self._above = 0
-        self._histogram = torch.zeros(1 << 16, dtype=torch.int64)
 
-    def add(self, values: Tensor) -> None:
-        """Count the magnitudes of one piece (any shape)."""
-        for piece in values.reshape(-1).split(PIECE):
-            bits = piece.float().abs().view(torch.int32)
-            if self.bucket is None:
-                self.count += bits.numel()
-                found = bits >> 16
-            else:
-                found = bits[(bits >> 16) == self.bucket] & 0xFFFF
-            self._histogram += torch.bincount(found, minlength=1 << 16).cpu()
-
-    def narrow(self) -> None:
-        """End of the first pass."""
-        self.bucket, self._above = self._find(max(1, int(self.density * self.count)))
-        self._histogram.zero_()
-
-    def threshold(self) -> float:
-        """End of the second pass: magnitudes at or above it are the `density` largest (ties are all kept)."""
-        keep = int(self.density * self.count)
-        if keep <= 0 or self.bucket is None:
-            return float("inf")
-        low, _ = self._find(keep - self._above)
-        return float(torch.tensor([(self.bucket << 16) | low], dtype=torch.int32).view(torch.float32))
-
-    def _find(self, rank: int) -> tuple[int, int]:
-        """The bucket that holds the `rank`-th largest entry, and how many entries lie above that bucket."""
-        from_top = self._histogram.flip(0).cumsum(0)
-        position = int(torch.searchsorted(from_top, rank))
-        return (1 << 16) - 1 - position, int(from_top[position - 1]) if position else 0
+def _rank_between(pairs: Callable[[], Iterable[Pair]], keep: int, low: float, high: float) -> float | None:
+    """The `keep`-th largest magnitude if it lies between two, these included; else None."""
+    above = at_high = at_low = 0
+    inside: list[Tensor] = []
+    for whole in pairs():
+        for base, expert in zip(*(tensor.reshape(-1).split(PIECE) for tensor in whole)):
+            sizes = task_vector(base, expert).abs_()
+            larger = sizes > high
+            above += int(larger.count_nonzero())
+            between = sizes[(sizes >= low) ^ larger]
+            # Equal magnitudes, of which 16-bit numbers have many, are counted and not kept.
+            at_high += int((between == high).count_nonzero())
+            at_low += int((between == low).count_nonzero()) if low < high else 0
+            inside.append(between[(between > low) & (between < high)])
+    for rank, value in ((above, None), (at_high, high)):
+        if keep <= rank:
+            return value
+        keep -= rank
+    kept = torch.cat(inside)
+    if keep <= len(kept):
+        return float(kept.kthvalue(len(kept) - keep + 1).values)
+    return low if keep <= len(kept) + at_low else None
 
 
 def _by_pieces(merge: Callable[[Tensor, Sequence[Tensor]], Tensor], base: Tensor, parts: Sequence[Tensor]) -> Tensor:
     """The merge of one entry depends on nothing but that entry of base and parts: take a slice of each at a time."""
-    merged = torch.empty(base.shape, device=base.device)
+    merged = torch.empty(base.shape, dtype=base.dtype, device=base.device)
     slices = [tensor.reshape(-1).split(PIECE) for tensor in (merged, base, *parts)]
     for out, first, *rest in zip(*slices):
         out.copy_(merge(first, rest))
     return merged
 
 
-def _per_expert(value: Scaling, experts: Sequence[Tensor], field: str) -> Tensor:
+def _per_expert(value: Scaling, experts: Sequence[Tensor], field: str) -> list[float]:
     values = [float(value)] * len(experts) if isinstance(value, (int, float)) else [float(v) for v in value]
     if len(values) != len(experts):
         raise ValueError(f"merge.{field}: {len(values)} values for {len(experts)} experts")
-    return torch.tensor(values)
+    return values
 
 
 def _bernoulli(shape: torch.Size, density: float, key: str) -> Tensor:

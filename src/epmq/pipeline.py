@@ -135,7 +135,11 @@ def write_model(job: Job, folder: Path, bar: Progress) -> tuple[list[dict[str, A
     def emit_head(task: str, head: Head | NativeHead, found: Fit) -> None:
         fits[task] = head, found
 
-    load_outside(sources, emit, target)
+    if recipe.quantize.calibrates:
+        load_outside(sources, emit, target)
+    else:
+        for name in sources.outside_names():
+            emit(name, sources.merged(name))
     blocks = sum(len(stack.blocks) for stack in find_stacks(sources.model))
     title = "merge" if recipe.quantize.method == "none" else f"{recipe.merge.method} + {recipe.quantize.method}"
     if recipe.quantize.method == "none":
@@ -301,11 +305,13 @@ def _unopened(recipe: Recipe, folder: Path) -> list[str]:
 
 
 def _raised(recipe: Recipe, layers: list[dict[str, Any]]) -> list[str]:
-    wanted = recipe.quantize.strength
+    asked = recipe.quantize
+    wanted = {"strength": asked.anchor_strength, "damping": asked.damping or asked.anchor_strength}
     return [
-        f"{layer['name']}: strength raised from {wanted:g} to {layer['strength']:g} to factor its Hessian"
+        f"{layer['name']}: {name} raised from {start:g} to {layer[name]:g} to factor its Hessian"
         for layer in layers
-        if layer["strength"] is not None and layer["strength"] != wanted
+        for name, start in wanted.items()
+        if layer[name] not in (None, start)
     ]
 
 

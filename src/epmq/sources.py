@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,9 +16,12 @@ from epmq import adapters
 from epmq.adapters import Adapter, is_adapter
 from epmq.blocks import LINEAR, find_stacks, is_transposed
 from epmq.checkpoint import Checkpoint, resolve
-from epmq.merging import METHODS, ThresholdSearch
+from epmq.merging import METHODS, magnitude_threshold
 from epmq.skeleton import build_skeleton, has_task_head, load_block, rename, set_tensor, shared_checkpoint, tied_names
 from epmq.spec import Recipe
+
+# Entries of a tensor that are read at once when it is merged.
+ROWS = 1 << 24
 
 
 class Sources:
@@ -288,33 +293,63 @@ class Sources:
         return expert.config
 
     def merged(self, name: str) -> Tensor:
-        """A tensor of the merged model, in the base's dtype. Integer buffers are the base's."""
-        base = self.base_tensor(name)
-        if not torch.is_floating_point(base):
-            return base
-        experts = [self.expert_tensor(task, name) for task in self.experts]
-        return METHODS[self.recipe.merge.method](base, experts, **self._settings(name)).to(base.dtype)
+        """A tensor of the merged model, in the base's dtype. Integer buffers are the base's.
+
+        A large one is read and merged some rows at a time: what was read of a file is resident until its map is closed.
+        """
+        if self.stored_dtype(name) is None:
+            return self.base_tensor(name)
+        method, settings = METHODS[self.recipe.merge.method], self._settings(name)
+        if math.prod(self.base_shape(name)) <= ROWS or self.recipe.merge.method == "dare":
+            # The draw of DARE is one for the whole tensor.
+            experts = [self.expert_tensor(task, name) for task in self.experts]
+            return method(self.base_tensor(name), experts, **settings)
+        merged = torch.empty(self.base_shape(name), dtype=self.stored_dtype(name))
+        for rows in self._rows(name):
+            experts = [self._expert_rows(task, name, rows) for task in self.experts]
+            merged[rows] = method(self._base_rows(name, rows), experts, **settings)
+        return merged
+
+    def _rows(self, name: str) -> Iterator[slice]:
+        """The rows of a tensor in portions."""
+        count, *rest = self.base_shape(name) or (1,)
+        step = max(1, ROWS // max(1, math.prod(rest)))
+        return (slice(start, min(start + step, count)) for start in range(0, count, step))
+
+    def _base_rows(self, name: str, rows: slice) -> Tensor:
+        return self.base.rows(self._stored[self.tied.get(name, name)], rows)
+
+    def _expert_rows(self, task: str, name: str, rows: slice) -> Tensor:
+        expert, stored = self.experts[task], self._expert_stored[task].get(name)
+        if stored is None:
+            return self._base_rows(name, rows)
+        if isinstance(expert, Adapter):
+            return self.expert_tensor(task, name)[rows]
+        return expert.rows(stored, rows)
 
     def _settings(self, name: str) -> dict[str, Any]:
         settings = self.recipe.merge.settings()
         if self.recipe.merge.method == "dare":
             settings |= {"seed": self.recipe.seed, "name": name}
-        if self.recipe.merge.method == "ties" and self.recipe.merge.trim == "model":
-            if self._thresholds is None:
-                self._thresholds = [self._find_threshold(task, settings["density"]) for task in self.experts]
-            settings["thresholds"] = self._thresholds
+        if self.recipe.merge.method == "ties":
+            whole = self.recipe.merge.trim == "model"
+            if whole and self._thresholds is None:
+                self._thresholds = self._find_thresholds(self.names, settings["density"])
+            settings["thresholds"] = self._thresholds or self._find_thresholds([name], settings["density"])
         return settings
 
-    def _find_threshold(self, task: str, density: float) -> float:
-        search = ThresholdSearch(density)
-        for last in (False, True):
-            for name in self.names:
-                base = self.base_tensor(name)
-                if torch.is_floating_point(base):
-                    search.add(self.expert_tensor(task, name).float() - base.float())
-            if not last:
-                search.narrow()
-        return search.threshold()
+    def _find_thresholds(self, names: Sequence[str], density: float) -> list[float]:
+        """Each expert's threshold over some tensors."""
+        floats = [name for name in names if self.stored_dtype(name) is not None]
+        return [magnitude_threshold(partial(self._pairs, task, floats), density) for task in self.experts]
+
+    def _pairs(self, task: str, names: Sequence[str]) -> Iterator[tuple[Tensor, Tensor]]:
+        for name in names:
+            if not self.base_shape(name):
+                yield self.base_tensor(name), self.expert_tensor(task, name)
+                continue
+            for rows in self._rows(name):
+                yield self._base_rows(name, rows), self._expert_rows(task, name, rows)
 
 
 def _architecture(config: dict[str, Any]) -> str | None:

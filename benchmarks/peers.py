@@ -1,0 +1,71 @@
+"""Other people's tools, in an environment of their own (`make peers`), and what a command costs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one process took.
+
+    Attributes:
+        seconds: by the wall's clock.
+        cpu_seconds: of processor time, all threads.
+        peak_memory_mb: its largest resident memory, which counts mapped files.
+    """
+
+    seconds: float
+    cpu_seconds: float
+    peak_memory_mb: float
+
+    def as_dict(self) -> dict[str, float]:
+        return {name: round(value, 2) for name, value in asdict(self).items()}
+
+
+def peer_python() -> Path:
+    """The interpreter that has the peers: `.venv-peers`, or what EPMQ_PEERS names.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    path = Path(os.environ.get("EPMQ_PEERS", ROOT / ".venv-peers")) / "bin" / "python"
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: missing; run make peers, or set EPMQ_PEERS to an environment that has them")
+    return path
+
+
+def peer_versions(names: Sequence[str]) -> dict[str, str]:
+    """Versions of packages among the peers."""
+    code = f"import importlib.metadata as m, json; print(json.dumps({{n: m.version(n) for n in {list(names)!r}}}))"
+    return json.loads(subprocess.run([peer_python(), "-c", code], check=True, capture_output=True, text=True).stdout)
+
+
+def cost_of(command: Sequence[str | Path]) -> Cost:
+    """Run a command to its end.
+
+    Raises:
+        RuntimeError: it failed; the end of what it said is given.
+    """
+    with tempfile.TemporaryFile() as said:
+        start = time.perf_counter()
+        process = subprocess.Popen([str(part) for part in command], stdout=said, stderr=subprocess.STDOUT, cwd=ROOT)
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - start
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            said.seek(0)
+            end = said.read().decode(errors="replace")[-2000:]
+            raise RuntimeError(f"{' '.join(map(str, command))} ended with {process.returncode}:\n{end}")
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes here
+    return Cost(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * unit / 2**20)
