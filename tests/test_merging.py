@@ -3,6 +3,7 @@ import zlib
 
 import pytest
 import torch
+from conftest import recipe_for
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft.utils import merge_utils as peft
@@ -10,6 +11,8 @@ from peft.utils import merge_utils as peft
 from epmq import merging
 from epmq.merging import METHODS, average, dare, disjoint_mean, magnitude_threshold, task_arithmetic
 from epmq.merging import ties as ties_merge
+from epmq.sources import Sources
+from epmq.spec import load_recipe
 
 BASE = torch.tensor([1.0, 2.0, 3.0, 4.0])
 TAU = torch.tensor([[0.5, -1.0, 0.0, 2.0], [1.5, 3.0, -0.25, -2.0]])
@@ -267,3 +270,15 @@ def test_tensors_of_any_shape(method, shape):
 def test_settings_that_do_not_fit_are_refused(method, wrong, message):
     with pytest.raises(ValueError, match=message):
         method(BASE, EXPERTS, **wrong)
+
+
+@pytest.mark.parametrize("merge", [{"method": "ties"}, {"method": "ties", "trim": "tensor"}, {"method": "average"}])
+def test_rows_at_a_time_give_the_same_merge(pool, monkeypatch, merge):
+    """What a large tensor goes through, on small ones."""
+    recipe = load_recipe(recipe_for(pool, merge=merge))
+    whole = Sources(recipe)
+    expected = {name: whole.merged(name) for name in whole.names}
+    monkeypatch.setattr("epmq.sources.ROWS", 100)
+    pieces = Sources(recipe)
+    for name, tensor in expected.items():
+        assert torch.equal(pieces.merged(name), tensor), name
