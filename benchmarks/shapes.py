@@ -50,7 +50,7 @@ WATCHED: tuple[tuple[Any, str, str], ...] = (
     (Sources, "__init__", "open"),
     (Checkpoint, "check_finite", "check"),
     (Sources, "merged", "merge"),
-    (Walk, "_drive", "forward"),
+    (Walk, "resume", "forward"),
     (Step, "run", "forward"),
     (Moments, "add", "moments"),
     (Objective, "add", "targets"),

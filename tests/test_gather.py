@@ -27,12 +27,15 @@ def test_errors_in_the_stream_count_by_their_share_of_the_experts_token():
     theirs[1, 3] = 0
     mask = torch.ones(2, 4, dtype=torch.bool)
     mask[0, 2] = False
-    step = SimpleNamespace(block=block, mask=lambda x: mask)
-    group = SimpleNamespace(names=("inner",), sum=Sum("norm", torch.full((5,), 2.0)))
+    step = SimpleNamespace(
+        reach=lambda batch, layer: torch.tanh(rows), seen=lambda batch, place: rows, mask=lambda x: mask
+    )
+    group = SimpleNamespace(
+        names=("inner",), modules=[block.inner], calls=1, sum=Sum("norm", torch.full((5,), 2.0), "x")
+    )
     tap = Tap(step, group, Moments(5), streamed=True)
     tap.theirs = [theirs]
-    with tap.listening():
-        block(rows)
+    tap.listen(0)
 
     inputs, stream = torch.tanh(rows), rows + 2 * block.inner(torch.tanh(rows))
     size = theirs.square().mean(-1).sqrt()

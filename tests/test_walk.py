@@ -2,7 +2,7 @@ import pytest
 import torch
 from families import FAMILIES
 
-from epmq.blocks import find_stacks, input_groups, linears
+from epmq.blocks import find_stacks, hooks, input_groups, linears
 from epmq.walk import Walk
 
 
@@ -43,3 +43,99 @@ def test_a_layer_without_data_is_an_error():
 def test_a_model_without_blocks_is_refused():
     with pytest.raises(ValueError, match="no list of repeated blocks"):
         find_stacks(torch.nn.Linear(2, 2))
+
+
+def embedded(family: str = "bert", count: int = 3):
+    """A small model and batches of different lengths, so that what belongs to one batch cannot pass for another's."""
+    model = FAMILIES[family].build()
+    ids = [torch.randint(1, 32, (2 + i, 4 + i), generator=torch.Generator().manual_seed(i)) for i in range(count)]
+    return model, [
+        {"input_ids": x, "attention_mask": torch.ones_like(x).index_fill(1, torch.tensor(0), 1)} for x in ids
+    ]
+
+
+@torch.no_grad()
+def test_each_layer_runs_once_on_each_batch_and_sees_what_lies_before_it_changed():
+    model, batches = embedded()
+    layers = ["attention.self.query", "attention.output.dense", "intermediate.dense", "output.dense"]
+    seen, calls = {}, []
+    for linear in linears(model.encoder):
+        linear[1].register_forward_hook(lambda module, args, output, name=linear[0]: calls.append(name))
+    for step in Walk(model, batches):
+        step.stop_at(layers, ["attention"])
+        for layer in layers:
+            for i in reversed(range(len(batches))):
+                inputs = step.reach(i, layer)
+                assert step.reach(i, layer) is inputs  # it waits there
+                assert step.mask(inputs).shape == batches[i]["input_ids"].shape
+                assert len(step.seen(i, "attention")) == len(batches[i]["input_ids"])
+                seen[step.name, layer, i] = inputs.clone()
+            step.block.get_submodule(layer).weight.mul_(0.5)
+            step.passed(layer)
+        step.finish()
+    assert len(calls) == len(set(calls)) * len(batches)
+    for block, layer, i in seen:
+        found, module = [], model.get_submodule(f"{block}.{layer}")
+        with hooks([(module, lambda module, args, found=found: found.append(args[0]))]):
+            model(**batches[i])
+        assert torch.equal(found[0], seen[block, layer, i]), (block, layer, i)
+
+
+@torch.no_grad()
+def test_a_block_can_be_tried_while_its_batches_wait():
+    model, batches = embedded()
+    for step in Walk(model, batches):
+        step.stop_at(["output.dense"])
+        for i in range(len(batches)):
+            step.reach(i, "output.dense")
+        tried = [step.run(i) for i in range(len(batches))]
+        step.finish()
+        if step.name.endswith(".1"):
+            for output, found in zip(step.stack.outputs, tried):
+                assert torch.equal(*(x if isinstance(x, torch.Tensor) else x[0] for x in (output, found)))
+
+
+@torch.no_grad()
+def test_a_batch_that_does_not_come_by_a_layer_waits_for_none():
+    model, batches = embedded(count=1)
+    steps = iter(Walk(model, batches))
+    step = next(steps)
+    step.block.intermediate.forward = lambda hidden: hidden.new_ones(*hidden.shape[:-1], 128)
+    step.stop_at(["attention.self.query", "intermediate.dense", "output.dense"])
+    assert step.reach(0, "intermediate.dense") is None  # the query lies ahead
+    step.passed("attention.self.query")
+    assert step.reach(0, "intermediate.dense") is None
+    step.passed("intermediate.dense")
+    assert step.reach(0, "output.dense") is not None
+    step.passed("output.dense")
+    assert step.reach(0, "output.dense") is None and step.finished
+
+
+def test_grad_mode_is_left_alone_and_errors_come_through():
+    model, batches = embedded()
+    for step in Walk(model, batches):
+        assert torch.is_grad_enabled()
+        step.finish()
+    assert torch.is_grad_enabled()
+    assert all("forward" not in block.__dict__ and not block._forward_hooks for block in model.encoder.layer)
+    model.encoder.layer[1].intermediate.forward = None
+    with pytest.raises(TypeError):
+        for step in Walk(model, batches):
+            step.finish()
+    assert all("forward" not in block.__dict__ for block in model.encoder.layer)
+
+
+def test_a_walk_goes_on_only_from_a_finished_block():
+    model, batches = embedded()
+    with pytest.raises(RuntimeError, match="went on without finish"):
+        for _ in Walk(model, batches):
+            pass
+
+
+def test_a_forward_that_leaves_out_blocks_is_refused():
+    model, batches = embedded()
+    walk = Walk(model, batches)
+    model.encoder.layer = model.encoder.layer[:1]
+    with pytest.raises(ValueError, match="ended before all blocks"):
+        for step in walk:
+            step.finish()

@@ -167,3 +167,19 @@ def pack(examples: Examples, processor: Any, length: int | None, count: int | No
 def to_device(batch: dict[str, Any], device: torch.device | str) -> dict[str, Any]:
     """A batch with its tensors on a device."""
     return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+
+
+def split_first(batches: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """The same examples, the first few in a batch of their own: what is tried on the first batch costs little.
+
+    Args:
+        batches: model inputs. Unless the first is nothing but tensors that agree in their first dimension, all stay as
+            they are.
+        count: examples of the new batch.
+    """
+    first = batches[0] if batches else {}
+    sizes = {len(value) if isinstance(value, torch.Tensor) and value.ndim else 0 for value in first.values()}
+    if len(sizes) != 1 or not sizes.pop() > count:
+        return batches
+    head, tail = ({name: value[part] for name, value in first.items()} for part in (slice(count), slice(count, None)))
+    return [head, tail, *batches[1:]]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from epmq.moments import Moments
 from epmq.objective import Objective
 from epmq.residual import Place, Sum, at
 from epmq.sources import Sources
-from epmq.streams import Calibration, ExpertStream, run_until
+from epmq.streams import Calibration, ExpertStream
 from epmq.walk import Step
 
 # Tokens smaller than this share of the batch's median count as if they were as large.
@@ -93,49 +93,41 @@ def place_of(names: Sequence[str], sum_: Sum | None) -> Place:
 def gather(
     sources: Sources,
     step: Step,
-    groups: list[LayerGroup],
+    group: LayerGroup,
     calibration: Sequence[Calibration],
     streams: dict[str, ExpertStream],
     places: Iterable[Place],
-    last: bool,
 ) -> None:
-    """Collect the objectives of some layers of a block, one task at a time, so that one task's moments exist at a time.
+    """Collect the objective of some layers that share an input, one task at a time: one task's moments exist at a time.
 
     Args:
-        groups: the layers.
+        group: the layers.
         places: where the experts' own values are wanted for all layers of the block; an expert runs through the block
             when it is first asked.
-        last: whether these are the block's last.
     """
     batch, features = 0, sources.recipe.quantize.expert_features
     for part in calibration:
-        moments = [Moments(group.objective.anchor.shape[1], group.objective.anchor.device) for group in groups]
+        moments = Moments(group.objective.anchor.shape[1], group.objective.anchor.device)
         stream = streams.get(part.task)
         if stream is not None and stream.step is None:
             stream.run(step.name, places)
-        taps = [Tap(step, group, m, stream is not None) for group, m in zip(groups, moments)]
-        with ExitStack() as stack:
-            for tap in taps:
-                stack.enter_context(tap.listening())
-            for own in range(len(part.batches)):
-                for tap in taps:
-                    if stream is not None and (tap.sum is not None or features):
-                        tap.theirs = stream.seen(own, tap.place)
-                run_until(step, batch, {tap.place: tap.group.calls for tap in taps})
-                batch += 1
-        for group, m in zip(groups, moments):
-            with naming(f"{step.name}.{group.names[0]}, task {part.task}"):
-                group.fold(sources, step.name, part.task, m, stream)
-        if stream is not None and last:
-            stream.forget()
+        tap = Tap(step, group, moments, stream is not None)
+        for own in range(len(part.batches)):
+            if stream is not None and (tap.sum is not None or features):
+                tap.theirs = stream.take(own, tap.place)
+            tap.listen(batch)
+            batch += 1
+        with naming(f"{step.name}.{group.names[0]}, task {part.task}"):
+            group.fold(sources, step.name, part.task, moments, stream)
 
 
 class Tap:
-    """Adds a layer's inputs to its moments as they pass, beside what the expert has in their place.
+    """Adds a layer's inputs to its moments, beside what the expert has in their place.
 
     Attributes:
         place: where the expert has it.
-        theirs: what the expert has there on the batch that runs, in the order of calls; empty without a stream.
+        theirs: what the expert has there on the batch that is listened to, in the order of calls; empty without a
+            stream.
     """
 
     def __init__(self, step: Step, group: LayerGroup, moments: Moments, streamed: bool) -> None:
@@ -144,32 +136,33 @@ class Tap:
         self.place = place_of(group.names, self.sum)
         self.theirs: list[Tensor] = []
 
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Listen for the length of a `with` block."""
-        with at(self.step.block, self.group.names[0], self._input):
-            if self.sum is None:
-                yield
-                return
-            with at(self.step.block, self.sum.place, self._written):
-                yield
-
-    def _input(self, inputs: Tensor) -> None:
-        if self.sum is not None:
-            self._waiting = inputs
+    def listen(self, batch: int) -> None:
+        """Take a batch to the layers and note what they are called on."""
+        layer = self.group.names[0]
+        if self.group.calls > 1:  # what later calls receive depends on the earlier: run with the weights there are
+            with at(self.step.block, layer, self._inputs):
+                self.step.run(batch)
             return
+        inputs = self.step.reach(batch, layer)
+        if inputs is not None and self.sum is None:
+            self._inputs(inputs)
+        elif inputs is not None:
+            self._move(inputs, self.step.seen(batch, self.sum.rest))  # type: ignore[union-attr]
+
+    def _inputs(self, inputs: Tensor) -> None:
         drift = self.theirs.pop(0).float() - inputs.float() if self.theirs else None
         self.moments.add(inputs, self.step.mask(inputs), drift)
 
-    def _written(self, stream: Tensor) -> None:
+    @torch.no_grad()
+    def _move(self, inputs: Tensor, rest: Tensor) -> None:
         assert self.sum is not None
-        theirs = self.theirs.pop(0).float()
-        move = (theirs - stream.float()) / self.sum.scale
+        theirs, written = self.theirs.pop(0).float(), self.group.modules[0](inputs).float()
+        move = (theirs - rest.float()) / self.sum.scale - written
         # What reads the stream normalises it, so an error counts by its share of the token's size; otherwise the few
         # very large tokens of a decoder, such as the first, would decide everything.
         size = theirs.square().mean(-1, keepdim=True).sqrt()
         size = size.clamp(min=max(SMALLEST * float(size.median()), 1e-6))
-        self.moments.add(self._waiting.float() / size, self.step.mask(self._waiting), move / size)
+        self.moments.add(inputs.float() / size, self.step.mask(inputs), move / size)
 
 
 @contextmanager

@@ -64,13 +64,26 @@ class Grid:
         Raises:
             ValueError: the group size does not divide the columns.
         """
+        return self.divide(*self.range(weight), dtype, shrink)
+
+    def range(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The least and the largest weight of each group, or 0 if it lies beyond, [out, groups] float32 both.
+
+        Raises:
+            ValueError: the group size does not divide the columns.
+        """
         rows, columns = weight.shape
         grouped = weight.float().reshape(rows, -1, self.width(columns))
+        low, high = grouped.aminmax(dim=-1)
+        return low.clamp(max=0), high.clamp(min=0)
+
+    def divide(self, low: Tensor, high: Tensor, dtype: torch.dtype, shrink: float) -> tuple[Tensor, Tensor]:
+        """Scale and zero point, as `scales` gives them, of groups that range from `low` to `high`."""
         steps = self.highest - self.lowest
         if self.symmetric:
-            scale = _not_zero((grouped.abs().amax(-1) * shrink / (steps / 2)).to(dtype))
-            return scale, torch.zeros(scale.shape, dtype=torch.int8, device=weight.device)
-        low, high = grouped.amin(-1).clamp(max=0) * shrink, grouped.amax(-1).clamp(min=0) * shrink
+            scale = _not_zero((torch.maximum(-low, high) * shrink / (steps / 2)).to(dtype))
+            return scale, torch.zeros(scale.shape, dtype=torch.int8, device=scale.device)
+        low, high = low * shrink, high * shrink
         scale = _not_zero(((high - low) / steps).to(dtype))
         zero = (self.lowest - low / scale.float()).round().clamp(self.lowest, self.highest)
         return scale, zero.to(torch.int8)

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
+
+# Rows of the Gram matrix that are added up at once, at least; what lies below them is left to symmetry.
+ROWS = 128
 
 
 class Moments:
@@ -33,12 +38,18 @@ class Moments:
         rows = _real_rows(inputs, mask)
         self.count += len(rows)
         self.total += rows.sum(0)
-        self._gram.addmm_(rows.T, rows)
+        for start, end in self._parts():
+            self._gram[start:end, start:].addmm_(rows[:, start:end].T, rows[:, start:])
         if beside is not None:
             others = _real_rows(beside, mask)
             if self._cross is None:
                 self._cross = torch.zeros(others.shape[1], rows.shape[1], device=rows.device)
             self._cross.addmm_(others.T, rows)
+
+    def _parts(self) -> Iterator[tuple[int, int]]:
+        """First and end row of each part of the Gram matrix; a part holds nothing left of its own columns."""
+        step = max(ROWS, len(self._gram) // 8)
+        return ((start, start + step) for start in range(0, len(self._gram), step))
 
     @property
     def gram(self) -> Tensor:
@@ -49,7 +60,10 @@ class Moments:
         """
         if self.count == 0:
             raise ValueError("no calibration token reached this layer")
-        return self._gram / self.count
+        gram = self._gram / self.count
+        for start, end in self._parts():
+            gram[end:, start:end] = gram[start:end, end:].T
+        return gram
 
     @property
     def cross(self) -> Tensor | None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from epmq import report as reporting
 from epmq.answers import Fit
-from epmq.batches import encode, load_processor, to_device
+from epmq.batches import encode, load_processor, split_first, to_device
 from epmq.blocks import LINEAR, find_stacks
 from epmq.checkpoint import CheckpointWriter, copy_processor, whole_directory, write_json
 from epmq.data import Examples
@@ -32,6 +32,8 @@ from epmq.sources import Sources
 from epmq.spec import Expert, Recipe, load_recipe
 from epmq.streams import Calibration
 
+# Examples on which the layers of each block are sorted by what they read and where they write.
+TRIED = 2
 # What the report says about a head that follows the model.
 FIT = ("strength", "before", "after")
 
@@ -147,11 +149,14 @@ def write_model(job: Job, folder: Path, bar: Progress) -> tuple[list[dict[str, A
     elif recipe.quantize.method == "rtn":
         steps = quantize_nearest(sources, emit, emit_layer)
     else:
-        calibration = []
+        calibration: list[Calibration] = []
         for expert in recipe.experts:
-            batches = encode(job.calibration[expert.name], job.processor, recipe.batch_size, recipe.max_length)
+            encoded = encode(job.calibration[expert.name], job.processor, recipe.batch_size, recipe.max_length)
+            batches = [to_device(batch, target) for batch in encoded]
+            if not calibration:
+                batches = split_first(batches, TRIED)
             head = partial(_guiding_head, sources, expert)
-            calibration.append(Calibration(expert.name, [to_device(batch, target) for batch in batches], head))
+            calibration.append(Calibration(expert.name, batches, head))
         steps = quantize_calibrated(sources, calibration, emit, emit_layer, target, emit_head=emit_head)
     layers = [layer.as_dict() for step in bar.track(steps, total=blocks, description=title) for layer in step]
     writer.finish()

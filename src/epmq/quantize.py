@@ -31,8 +31,8 @@ from epmq.walk import Step, Walk
 
 Emit = Callable[[str, Tensor], None]
 EmitLayer = Callable[[str, nn.Module, QuantizedTensor], None]
-# Layers of a block that are gathered and solved together, with the sums that they aim at.
-Pass = list[tuple[InputGroup, Sum | None]]
+# Layers of a block that share an input, with the sum that they aim at, if any.
+Aim = tuple[InputGroup, Sum | None]
 EmitHead = Callable[[str, Head | NativeHead, Fit], None]
 
 
@@ -153,10 +153,9 @@ def quantize_calibrated(
     for step in Walk(sources.model, batches, heads.conclude if heads else None):
         load_block(sources.model, sources.block_names(step.name), sources.merged, device)
         with naming(step.name):
-            groups = input_groups(step.block, lambda step=step: step.run(0))  # type: ignore[misc]
-        passes = _passes(step, groups, apart)
-        aimed |= any(sum_ is not None for planned in passes for _, sum_ in planned)
-        reports = _quantize_block(sources, step, passes, calibration, streams, emit_layer)
+            aims = _aims(step, apart)
+        aimed |= any(sum_ is not None for _, sum_ in aims)
+        reports = _quantize_block(sources, step, aims, calibration, streams, emit_layer)
         quantized = {f"{report.name}.weight" for report in reports}
         for name, tensor in step.block.state_dict(prefix=f"{step.name}.").items():
             if name in sources.names and name not in quantized:
@@ -174,26 +173,30 @@ def quantize_calibrated(
 def _quantize_block(
     sources: Sources,
     step: Step,
-    passes: list[Pass],
+    aims: list[Aim],
     calibration: Sequence[Calibration],
     streams: dict[str, ExpertStream],
     emit_layer: EmitLayer,
 ) -> list[LayerReport]:
-    """Gather and solve the layers of the block that the walk is at, pass by pass, and put them into it."""
+    """Gather and solve the layers of the block that the walk is at, and put them into it, in the order of the forward.
+
+    Each sees the inputs that the quantized layers before it give, and so mends what they left: a weight that is fitted
+    to inputs that then change does harm.
+    """
     features = sources.recipe.quantize.expert_features
-    places = [place_of(group.names, sum_) for planned in passes for group, sum_ in planned if sum_ or features]
+    places = [place_of(group.names, sum_) for group, sum_ in aims if sum_ or features]
+    step.stop_at(
+        [group.names[0] for group, _ in aims if group.calls == 1], {sum_.rest for _, sum_ in aims if sum_ is not None}
+    )
     reports: list[LayerReport] = []
-    for number, planned in enumerate(passes):
-        layers = [LayerGroup(sources, step, group, sum_) for group, sum_ in planned]
-        gather(sources, step, layers, calibration, streams, places, last=number == len(passes) - 1)
-        while layers:  # each is freed when it is done
-            group = layers.pop(0)
-            return_freed_memory()
-            with naming(f"{step.name}.{group.names[0]}"):
-                reports += _solve(sources, step, group, emit_layer)
+    for shared, sum_ in aims:
+        group = LayerGroup(sources, step, shared, sum_)
+        gather(sources, step, group, calibration, streams, places)
+        return_freed_memory()
+        with naming(f"{step.name}.{group.names[0]}"):
+            reports += _solve(sources, step, group, emit_layer)
+        step.passed(group.names[0])
         del group
-        if number < len(passes) - 1:
-            step.settle({name for earlier in passes[: number + 1] for group, _ in earlier for name in group.names})
     for stream in streams.values():
         stream.advance()
     return reports
@@ -206,17 +209,12 @@ def return_freed_memory() -> None:
         trim(0)
 
 
-def _passes(step: Step, groups: list[InputGroup], apart: bool) -> list[Pass]:
-    """The block's layers by the pass in which they are gathered and solved, with the sums that they aim at.
-
-    Where layers aim at the residual stream they go one after the other: each mends what is left when all before it
-    are quantized, and a weight that is fitted to inputs that then change does harm.
-    """
-    if not apart:
-        return [[(group, None) for group in groups]]
-    alone = [group.names[0] for group in groups if len(group.names) == 1]
-    sums = find_sums(step.block, alone, lambda: step.run(0))
-    return [[(group, sums.get(group.names[0]))] for group in groups]
+def _aims(step: Step, apart: bool) -> list[Aim]:
+    """The block's layers by their inputs, in the order of the forward, with the sums that they aim at if `apart`."""
+    groups = input_groups(step.block, lambda: step.run(0))
+    alone = [group.names[0] for group in groups if len(group.names) == 1 and apart]
+    sums = find_sums(step.block, alone, lambda: step.run(0)) if alone else {}
+    return [(group, sums.get(group.names[0])) for group in groups]
 
 
 def load_outside(sources: Sources, emit: Emit, device: torch.device) -> None:
@@ -243,7 +241,8 @@ def _solve(sources: Sources, step: Step, group: LayerGroup, emit_layer: EmitLaye
     if settings.anchor_strength is not None:
         target, strength = objective.target(settings.anchor_strength)
     solved, loss, hessian, damping = _round(settings, objective, target, settings.damping or strength, group.dtype)
-    merge_loss = hessian_loss(group.merged - target, hessian)
+    same = target is group.merged
+    merge_loss = torch.zeros_like(loss) if same else hessian_loss(group.merged - target, hessian)
     seconds = (time.perf_counter() - start) / len(group.names)
     reports = []
     parts = zip(

@@ -27,14 +27,19 @@ class Sum:
     Attributes:
         place: the module of the block that receives z; None if z is the block's output.
         scale: s, [out] float32, such as a layer scale; ones for a plain sum.
+        rest: the module of the block that receives h.
     """
 
     place: Place
     scale: Tensor
+    rest: str
 
 
 def find_sums(block: nn.Module, layers: Sequence[str], run: Callable[[], Any]) -> dict[str, Sum]:
-    """The sums that the named layers write to; layers that write to none, or are called more than once, are left out.
+    """The sums that the named layers write to.
+
+    Left out are layers that write to none or are called more than once, and sums of which the rest h is the input of no
+    module that is called before the layer.
 
     Args:
         block: the block.
@@ -53,10 +58,26 @@ def find_sums(block: nn.Module, layers: Sequence[str], run: Callable[[], Any]) -
             if len(tensors) != 1 or len(after[place]) != 1:
                 continue
             scale = _scale(tensors[0], after[place][0], output, noise)
-            if scale is not None:
-                found[name] = Sum(place, scale)
-                break
+            if scale is None:
+                continue
+            rest = _rest(before, name, tensors[0], scale * output.float())
+            if rest is not None:
+                found[name] = Sum(place, scale, rest)
+            break
     return found
+
+
+def _rest(before: dict[Place, list[Tensor]], layer: str, total: Tensor, share: Tensor) -> str | None:
+    """The first module called before the layer whose input is what the layer's share is added to."""
+    wanted = total.float() - share
+    for place, tensors in before.items():
+        if place is None or place == layer:
+            return None
+        if len(tensors) != 1 or tensors[0].shape != wanted.shape:
+            continue
+        if (tensors[0].float() - wanted).norm() <= TOLERANCE * share.norm():
+            return place
+    return None
 
 
 @contextmanager
@@ -119,7 +140,7 @@ def at(block: nn.Module, place: Place, note: Callable[[Tensor], None]) -> Iterat
         note(output if isinstance(output, Tensor) else output[0])
 
     if place is None:
-        handle = block.register_forward_hook(after)
+        handle = block.register_forward_hook(after, prepend=True)
     else:
         handle = block.get_submodule(place).register_forward_pre_hook(before, with_kwargs=True)
     try:

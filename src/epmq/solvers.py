@@ -15,6 +15,8 @@ from epmq.grid import Grid, QuantizedTensor
 
 # Factors on the min–max range that `search_scales` tries.
 SHRINKS = tuple(1 - 0.05 * i for i in range(13))
+# Entries of a weight whose scales are searched at once on a CPU.
+PIECE = 1 << 16
 # Rows of H that are factored at once on a CPU; what they mean for the others goes through matrix products.
 BLOCK = 128
 # Columns that are rounded one by one, likewise.
@@ -65,22 +67,28 @@ def search_scales(
     Raises:
         ValueError: the group size does not divide the columns.
     """
-    best: tuple[Tensor, Tensor] | None = None
-    least = torch.empty(0)
-    for shrink in SHRINKS:
-        scale, zero = grid.scales(weight, scale_dtype, shrink)
-        squares = (rtn(weight, grid, scales=(scale, zero)).dequantize().float() - weight.float()).square_()
-        if importance is not None:
-            squares *= importance
-        error = squares.reshape(*scale.shape, -1).sum(-1)
-        if best is None:
-            best, least = (scale, zero), error
-            continue
-        better = error < least
-        best = torch.where(better, scale, best[0]), torch.where(better, zero, best[1])
-        least = torch.where(better, error, least)
-    assert best is not None
-    return best
+    step = len(weight) if weight.device.type != "cpu" else max(1, PIECE // weight.shape[1])
+    found = [_search(rows, grid, scale_dtype, importance) for rows in weight.split(step)]
+    return torch.cat([scale for scale, _ in found]), torch.cat([zero for _, zero in found])
+
+
+def _search(weight: Tensor, grid: Grid, scale_dtype: torch.dtype, importance: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`search_scales` on rows that fit a processor's cache."""
+    low, high = grid.range(weight)
+    grouped = weight.float().reshape(*low.shape, -1)
+    weigh = None if importance is None else importance.reshape(1, *grouped.shape[1:])
+    tried = [grid.divide(low, high, scale_dtype, shrink) for shrink in SHRINKS]
+    errors, missed = [], torch.empty_like(grouped)
+    for scale, zero in tried:
+        step, shift = scale.float().unsqueeze(-1), zero.float().unsqueeze(-1)
+        bounds = (grid.lowest, grid.highest)
+        torch.div(grouped, step, out=missed).round_()
+        missed.clamp_(*bounds) if grid.symmetric else missed.clamp_(*(bound - shift for bound in bounds))
+        missed.mul_(step).sub_(grouped).square_()
+        errors.append((missed if weigh is None else missed.mul_(weigh)).sum(-1))
+    best = torch.stack(errors).argmin(0, keepdim=True)
+    scales, zeros = (torch.stack(parts).gather(0, best)[0] for parts in zip(*tried))
+    return scales, zeros
 
 
 def unit_upper_factor(hessian: Tensor, order: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -69,13 +70,17 @@ class ExpertStream:
         self._calibration, self._scores = calibration, list[Tensor]()
         self._steps = iter(Walk(self.model, calibration.batches, self._conclude))
         self.step: Step | None = None
-        self._seen: list[dict[Place, list[Tensor]]] = []
+        self._seen: list[dict[Place, list[list[Tensor]]]] = []
 
     def _read(self, name: str) -> Tensor:
         return self.sources.expert_tensor(self.task, name)
 
     def run(self, block: str, places: Iterable[Place]) -> None:
         """Run the block that the merged model is at on all batches, and keep what passes at some places.
+
+        Args:
+            block: its name.
+            places: each as often as it will be taken.
 
         Raises:
             RuntimeError: the expert's next block is another one.
@@ -86,28 +91,24 @@ class ExpertStream:
         if step.name != block:
             raise RuntimeError(f"expert {self.task} is at block {step.name}, the merged model at {block}")
         load_block(self.model, self.sources.block_names(block), self._read, self.device)
-        outputs = []
-        for batch in range(len(step.calls)):
-            seen: dict[Place, list[Tensor]] = {place: [] for place in places}
+        takes = Counter(places)
+        for batch in range(len(self._calibration.batches)):
+            seen: dict[Place, list[Tensor]] = {place: [] for place in takes}
             with ExitStack() as stack:
                 for place, found in seen.items():
                     stack.enter_context(at(step.block, place, found.append))
-                outputs.append(step.run(batch))
-            self._seen.append(seen)
+                step.proceed(batch)
+            self._seen.append({place: [found] * takes[place] for place, found in seen.items()})
         drop_tensors(step.block)
-        step.finish(outputs)
+        step.finish()
 
-    def seen(self, batch: int, place: Place) -> list[Tensor]:
+    def take(self, batch: int, place: Place) -> list[Tensor]:
         """The tensors that passed at a place, in order, on a batch (its number among the expert's own)."""
-        return list(self._seen[batch][place])
-
-    def forget(self) -> None:
-        """Let go of what was seen in the block."""
-        self._seen = []
+        return list(self._seen[batch][place].pop())
 
     def advance(self) -> None:
         """End the block."""
-        self.step = None
+        self.step, self._seen = None, []
 
     def scores(self) -> Tensor:
         """What the expert's head says to all its batches, once, after the last block: [examples, classes].
@@ -126,26 +127,3 @@ class ExpertStream:
         if self._head is not None:
             model = MultiTaskModel(self.model, {self.task: self._head})
             self._scores.append(model(self.task, **self._calibration.batches[batch]))
-
-
-class _Enough(Exception):
-    """Everything that was asked for has been computed: the rest of the block need not run."""
-
-
-def run_until(step: Step, batch: int, places: dict[Place, int]) -> None:
-    """Run a block on one batch until so many tensors have passed at each of the places."""
-    left = dict(places)
-
-    def count(place: Place) -> Callable[[Tensor], None]:
-        def counted(_: Tensor) -> None:
-            left[place] -= 1
-            if not any(left.values()):
-                raise _Enough
-
-        return counted
-
-    with ExitStack() as stack:
-        stack.enter_context(suppress(_Enough))
-        for place in places:
-            stack.enter_context(at(step.block, place, count(place)))
-        step.run(batch)

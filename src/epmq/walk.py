@@ -1,32 +1,50 @@
 """Walk a model block by block on calibration batches, with the model's own code as the driver.
 
-For every block the model's own forward runs up to that block: blocks that are finished give back the output stored
-for the batch, and the block in question stops the forward and hands over the arguments it was called with. So every
-argument beside the hidden state (masks, position bias, rotary embeddings, encoder states, whatever differs from
-block to block) is exactly what the model would have passed, for every batch, and no architecture has to be listed.
+Every batch has a forward of the model to itself, and all these forwards go side by side: each waits at the entry of
+the block that the walk is at, and inside of it before whichever layer it is asked to wait. So every layer runs once on
+every batch, every argument beside the hidden state (masks, position bias, rotary embeddings, encoder states, whatever
+differs from block to block) is exactly what the model passes, and no architecture has to be listed.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
 from epmq.blocks import Stack, find_stacks, is_padding_mask
-from epmq.replay import Replay
+from epmq.residual import Place, at
 
 Batch = dict[str, Any]
 
 
-class _Reached(Exception):
-    """The forward has come to a block that is not finished."""
+@dataclass
+class Entry:
+    """A forward waits at the entry of a block, which it is about to call with these arguments.
 
-    def __init__(self, stack: Stack, index: int, args: tuple, kwargs: dict[str, Any], given: dict[str, Any]) -> None:
-        self.stack, self.index, self.args_, self.kwargs, self.given = stack, index, args, kwargs, given
+    Attributes:
+        given: what the part of the model that holds the block's stack was called with.
+    """
+
+    stack: Stack
+    index: int
+    args: tuple
+    kwargs: dict[str, Any]
+    given: dict[str, Any]
+
+
+@dataclass
+class Stop:
+    """A forward waits before a layer of the block, which it is about to call on these inputs."""
+
+    layer: str
+    inputs: Tensor
 
 
 class Walk:
@@ -40,8 +58,8 @@ class Walk:
             no more than what lies outside of its blocks.
 
     `for step in Walk(model, batches)` yields a `Step` a block, in the order of the model's forward. The body loads
-    the block, calls `step.run(i)` for each batch as often as it likes, changes the block, and ends with
-    `step.finish()`, which runs the block once more on every batch and keeps its outputs for the next one.
+    the block, tries it (`step.run`), takes the batches from layer to layer (`step.reach`) while it changes the layers
+    that lie ahead, and ends with `step.finish()`, which takes all batches to the next block.
     """
 
     def __init__(
@@ -50,43 +68,94 @@ class Walk:
         self.model, self.batches, self.conclude = model, batches, conclude
         self.stacks = find_stacks(model)
         self.length = sum(len(stack.blocks) for stack in self.stacks)
-        self._batch = 0
-        self._arguments: dict[int, dict[str, Any]] = {}
+        self.batch = 0
+        self._arguments: list[dict[str, dict[str, Any]]] = []
+        self._passed: list[int] = []
+        self._forwards: list[greenlet] = []
 
-    @torch.no_grad()
     def __iter__(self) -> Iterator[Step]:
-        done: dict[int, int] = {id(stack): 0 for stack in self.stacks}
-        original = {block: block.forward for stack in self.stacks for block in stack.blocks}
+        count = len(self.batches)
+        self._passed, self._arguments = [0] * count, [{} for _ in self.batches]
+        for stack in self.stacks:
+            stack.outputs = [None] * count
         with ExitStack() as undo:
             undo.enter_context(uncached(self.model))
             for stack in self.stacks:
                 undo.callback(self._listen(stack).remove)
                 for index, block in enumerate(stack.blocks):
-                    block.forward = self._pause(stack, index, done)  # type: ignore[method-assign]
+                    block.forward = self._entered(stack, index, block.forward)  # type: ignore[method-assign]
                     undo.callback(block.__dict__.pop, "forward", None)
+                    undo.callback(block.register_forward_hook(self._left(stack, index)).remove)
+            self._forwards = [greenlet(self._forward) for _ in self.batches]
+            undo.callback(self._end)
+            reached = [self.resume(batch) for batch in range(count)]
             for _ in range(self.length):
-                reached = [self._drive(i) for i in range(len(self.batches))]
-                stack, index = reached[0].stack, reached[0].index
-                block = stack.blocks[index]
-                paused, block.forward = block.forward, original[block]  # type: ignore[method-assign]
-                step = Step(stack, index, [(r.args_, r.kwargs) for r in reached], [r.given for r in reached])
+                step = Step(self, reached)
                 yield step
                 if not step.finished:
                     raise RuntimeError(f"{step.name}: the loop went on without finish()")
-                block.forward = paused  # type: ignore[method-assign]
-                done[id(stack)] = index + 1
+                reached = step.left
+                del step  # and with it the blocks' inputs
+            self._end()
             if self.conclude is not None:
-                for batch in range(len(self.batches)):
-                    self._batch = batch
-                    self.conclude(batch)
+                self._give_back()
+                for self.batch in range(count):
+                    self.conclude(self.batch)
 
-    def _pause(self, stack: Stack, index: int, done: dict[int, int]) -> Any:
+    def resume(self, batch: int) -> Entry | Stop | None:
+        """Let the forward of a batch go on until it waits again; None when it has left the last block.
+
+        Raises:
+            ValueError: it ended before all blocks were called.
+        """
+        self.batch = batch
+        # Grad mode is the thread's: it must be what it was when another forward or the caller goes on.
+        with torch.no_grad():
+            reached = self._forwards[batch].switch()
+        if reached is None and self._passed[batch] < self.length:
+            missing = ", ".join(stack.name for stack in self.stacks)
+            kind = type(self.model).__name__
+            raise ValueError(f"the forward of {kind} ended before all blocks of {missing} were called")
+        return reached
+
+    def waits(self) -> bool:
+        """Whether the code that asks is a batch's forward, not a call from outside."""
+        return bool(self._forwards) and getcurrent() is self._forwards[self.batch]
+
+    def _forward(self) -> None:
+        self.model(**self.batches[self.batch])
+
+    def _entered(self, stack: Stack, index: int, original: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if index < done[id(stack)]:
-                return stack.outputs[self._batch]
-            raise _Reached(stack, index, args, kwargs, self._arguments[id(stack)])
+            if self.waits():
+                given = self._arguments[self.batch][stack.name]
+                getcurrent().parent.switch(Entry(stack, index, args, kwargs, given))  # type: ignore[union-attr]
+            return original(*args, **kwargs)
 
         return forward
+
+    def _left(self, stack: Stack, index: int) -> Callable[..., None]:
+        def leave(module: nn.Module, args: tuple, output: Any) -> None:
+            if not self.waits():
+                return
+            self._passed[self.batch] += 1
+            if index == len(stack.blocks) - 1:
+                stack.outputs[self.batch] = output
+            if self._passed[self.batch] == self.length:
+                getcurrent().parent.switch(None)  # type: ignore[union-attr]  # what follows is not asked for
+
+        return leave
+
+    def _give_back(self) -> None:
+        """Let every block give what the last of its stack gave on the batch."""
+        for stack in self.stacks:
+            for block in stack.blocks:
+                block.forward = lambda *args, stack=stack, **kwargs: stack.outputs[self.batch]  # type: ignore[method-assign]
+
+    def _end(self) -> None:
+        for forward in self._forwards:
+            forward.throw()
+        self._forwards = []
 
     def _listen(self, stack: Stack) -> Any:
         """Note what the stack's owner is called with: it is where padding masks are still what the user gave."""
@@ -95,18 +164,9 @@ class Walk:
 
         def note(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             bound = signature.bind(*args, **kwargs).arguments
-            self._arguments[id(stack)] = bound | bound.get("kwargs", {})
+            self._arguments[self.batch][stack.name] = bound | bound.get("kwargs", {})
 
         return owner.register_forward_pre_hook(note, with_kwargs=True)
-
-    def _drive(self, batch: int) -> _Reached:
-        self._batch = batch
-        try:
-            self.model(**self.batches[batch])
-        except _Reached as reached:
-            return reached
-        missing = ", ".join(stack.name for stack in self.stacks)
-        raise ValueError(f"the forward of {type(self.model).__name__} ended before all blocks of {missing} were called")
 
 
 def _owner(model: nn.Module, stack: Stack, stacks: Sequence[Stack]) -> nn.Module:
@@ -140,40 +200,78 @@ class Step:
     Attributes:
         name: the block's name in the model.
         block: the module.
-        calls: (args, kwargs) that the model passes to the block, one entry a batch.
-        given: what the part of the model that holds the stack was called with, one entry a batch.
-        batch: the batch that ran last, or runs.
+        left: where each batch waits once it has left the block.
     """
 
-    def __init__(
-        self,
-        stack: Stack,
-        index: int,
-        calls: list[tuple[tuple, dict[str, Any]]],
-        given: list[dict[str, Any]],
-    ) -> None:
-        self.stack, self.index, self.calls, self.given = stack, index, calls, given
-        self.name, self.block = stack.block_name(index), stack.blocks[index]
-        self.finished = False
+    def __init__(self, walk: Walk, reached: list[Any]) -> None:
+        self._walk, self._entries, self._stops = walk, reached, list[Stop | None]([None] * len(reached))
+        self.stack, self.index = reached[0].stack, reached[0].index
+        self.name, self.block = self.stack.block_name(self.index), self.stack.blocks[self.index]
+        self.left: list[Entry | Stop | None] = [None] * len(reached)
+        self._gone = [False] * len(reached)
+        self._seen: list[dict[Place, Tensor]] = [{} for _ in reached]
+        self._ahead: set[str] = set()
+        self._undo = ExitStack()
         self.batch = 0
-        self._replay = Replay(self.block)
 
+    @property
+    def finished(self) -> bool:
+        """Whether all batches have left the block."""
+        return all(self._gone)
+
+    @torch.no_grad()
     def run(self, batch: int) -> Any:
-        """The block's output on one batch."""
+        """The block's output on one batch, as the block is now. The batch's forward stays where it is."""
         self.batch = batch
-        self._replay.start(batch)
-        args, kwargs = self.calls[batch]
-        return self.block(*args, **kwargs)
+        entry = self._entries[batch]
+        return self.block(*entry.args, **entry.kwargs)
 
-    def settle(self, layers: Set[str]) -> None:
-        """Say which layers of the block, by name, change no more before `finish`; see `epmq.replay`."""
-        self._replay.settle(layers)
+    def stop_at(self, layers: Sequence[str], keep: Iterable[str] = ()) -> None:
+        """Say before which layers every batch is to wait, and what is to be kept of each batch on its way (`seen`).
 
-    def finish(self, outputs: list[Any] | None = None) -> None:
-        """Keep the block's outputs on all batches for the next block; run it for them unless they are given."""
-        self.stack.outputs = [self.run(i) for i in range(len(self.calls))] if outputs is None else outputs
-        self._replay.close()
-        self.finished = True
+        Raises:
+            RuntimeError: it has been said before.
+        """
+        if self._ahead:
+            raise RuntimeError(f"{self.name}: batches are under way")
+        self._ahead = set(layers)
+        for layer in layers:
+            hook = self.block.get_submodule(layer).register_forward_pre_hook(self._stop(layer))
+            self._undo.callback(hook.remove)
+        for place in keep:
+            self._undo.enter_context(at(self.block, place, lambda tensor, place=place: self._keep(place, tensor)))  # type: ignore[misc]
+
+    def reach(self, batch: int, layer: str) -> Tensor | None:
+        """Take a batch to a layer of `stop_at`; layers before it must be what they are to be.
+
+        Returns:
+            the layer's inputs; None if the batch does not come by it.
+        """
+        self.batch = batch
+        stop = self._stops[batch]
+        while not self._gone[batch] and (stop is None or stop.layer not in self._ahead):
+            stop = self._stops[batch] = self._resume(batch)
+        return stop.inputs if stop is not None and stop.layer == layer else None
+
+    def passed(self, layer: str) -> None:
+        """Say that a layer of `stop_at` is what it is to be: batches go through it from now on."""
+        self._ahead.discard(layer)
+
+    def seen(self, batch: int, place: Place) -> Tensor:
+        """What a batch had at a place of `stop_at` on its way."""
+        return self._seen[batch][place]
+
+    def proceed(self, batch: int) -> None:
+        """Take a batch to the next block, whatever lies between."""
+        self.batch = batch
+        while not self._gone[batch]:
+            self._resume(batch)
+
+    def finish(self) -> None:
+        """Take all batches to the next block."""
+        for batch in range(len(self._entries)):
+            self.proceed(batch)
+        self._undo.close()
 
     def mask(self, inputs: Tensor) -> Tensor | None:
         """Which tokens of a layer's inputs are real in the batch that runs: booleans [batch, tokens], or None if all.
@@ -181,7 +279,7 @@ class Step:
         The stack's own padding mask, or the encoder's where the inputs are the encoder's output (cross-attention).
         Flattened inputs [batch·tokens, in] are recognised too.
         """
-        given = self.given[self.batch]
+        given = self._entries[self.batch].given
         states = given.get("encoder_hidden_states")
         crossing = isinstance(states, Tensor) and states.data_ptr() == inputs.data_ptr()
         mask = given.get("encoder_attention_mask" if crossing else "attention_mask")
@@ -190,3 +288,21 @@ class Step:
         if tuple(mask.shape) == tuple(inputs.shape[:-1]) or (inputs.ndim == 2 and mask.numel() == len(inputs)):
             return mask.bool()
         return None
+
+    def _resume(self, batch: int) -> Stop | None:
+        reached = self._walk.resume(batch)
+        if isinstance(reached, Stop):
+            return reached
+        self._gone[batch], self.left[batch], self._seen[batch] = True, reached, {}
+        return None
+
+    def _stop(self, layer: str) -> Callable[..., None]:
+        def wait(module: nn.Module, args: tuple) -> None:
+            if layer in self._ahead and self._walk.waits():
+                getcurrent().parent.switch(Stop(layer, args[0]))  # type: ignore[union-attr]
+
+        return wait
+
+    def _keep(self, place: Place, tensor: Tensor) -> None:
+        if self._walk.waits():
+            self._seen[self._walk.batch][place] = tensor

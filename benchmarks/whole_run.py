@@ -1,0 +1,139 @@
+"""`python -m benchmarks.whole_run`: what a whole quantization costs, beside llm-compressor and GPTQModel.
+
+A Llama of 8 blocks of width 1024 with random weights (float32), 64 sequences of 128 tokens, 4 bits, groups of 128, one
+thread. Each tool is a process of its own that opens, quantizes and saves; they take turns. The peers quantize the base;
+ours merges three experts first, and has the 64 sequences shared out among them. Writes
+`benchmarks/results/whole_run.json`; needs `make peers`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from safetensors.torch import save_file
+
+from benchmarks.compare import RESULTS
+from benchmarks.peers import Cost, cost_of, peer_python, peer_versions
+from benchmarks.shapes import LLAMA, Shape, tasks, write_models
+from epmq import pipeline
+from epmq.checkpoint import write_json
+from epmq.demo.fetch import cache_dir
+from epmq.report import hardware, now, versions
+
+SAMPLES, TOKENS, BATCH, VOCABULARY = 64, 128, 16, 32000
+SHAPE = Shape(
+    "LlamaForCausalLM",
+    {
+        **LLAMA,
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": 2048,
+        "hidden_size": 1024,
+        "intermediate_size": 2816,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+    },
+    layers=8,
+    experts=3,
+    samples=SAMPLES,
+    tokens=TOKENS,
+)
+QUICK_LAYERS = 2
+OURS = {"gptq": "gptq", "expert-guided": "expert_guided", "E-PMQ": "e_pmq"}
+PEERS = ("llm-compressor", "GPTQModel")
+
+
+def sequences(device: str = "cpu") -> torch.Tensor:
+    """Random calibration tokens, [samples, tokens] int64."""
+    size = (SAMPLES, TOKENS)
+    return torch.randint(2, VOCABULARY, size, generator=torch.Generator().manual_seed(0)).to(device)
+
+
+def ours(root: Path, method: str, out: Path, device: str) -> None:
+    """Merge and quantize in this process."""
+    names, calibration = tasks(SHAPE), {}
+    for name, ids in zip(names, sequences().tensor_split(len(names))):
+        parts = ids.split(BATCH)
+        calibration[name] = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in parts]
+    recipe = {
+        "base": str(root / "base"),
+        "experts": [{"name": name, "model": str(root / name)} for name in names],
+        "quantize": {"method": method, "bits": 4, "group_size": 128},
+        "output": str(out),
+        "device": device,
+    }
+    pipeline.run(recipe, calibration=calibration, evaluate=False, progress=False)
+
+
+def command(tool: str, root: Path, out: Path, device: str) -> list[str | Path]:
+    """The command that makes one tool do the job."""
+    if tool in PEERS:
+        script = Path(__file__).with_name("peer_quantize.py")
+        return [peer_python(), script, tool, root / "base", root / "tokens.safetensors", out]
+    return [sys.executable, "-m", "benchmarks.whole_run", "--worker", OURS[tool], root, out, "--device", device]
+
+
+def write_inputs(shape: Shape, root: Path) -> None:
+    """Base, experts, a tokenizer that the peers ask for, and the calibration tokens."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    write_models(shape, root)
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w1", pad_token="w0", unk_token="w0")
+    tokenizer.save_pretrained(root / "base")
+    save_file({"input_ids": sequences()}, root / "tokens.safetensors")
+
+
+def main() -> None:
+    """Read the command line and measure."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.whole_run", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=3, help="each tool runs so often; the least time counts")
+    parser.add_argument("--tools", nargs="*", default=(*OURS, *PEERS), help="all by default")
+    parser.add_argument("--quick", action="store_true", help="two blocks instead of eight; nothing is written")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        method, root, out = arguments.worker
+        ours(Path(root), method, Path(out), arguments.device)
+        return
+    os.environ |= {"OMP_NUM_THREADS": "1"}
+    console, costs = Console(stderr=True), {tool: list[Cost]() for tool in arguments.tools}
+    shape = Shape(**{**vars(SHAPE), "layers": QUICK_LAYERS}) if arguments.quick else SHAPE
+    root = cache_dir() / "shapes" / f"llama-{shape.layers}x1024"
+    try:
+        write_inputs(shape, root)
+        for _ in range(arguments.rounds):
+            for tool, found in costs.items():
+                with tempfile.TemporaryDirectory(dir=root) as work:
+                    found.append(cost_of(command(tool, root, Path(work) / "out", arguments.device)))
+                console.print(f"{tool}: {found[-1].as_dict()}")
+    finally:
+        shutil.rmtree(root, ignore_errors=True)
+    if not arguments.quick:
+        write_results({tool: min(found, key=lambda cost: cost.cpu_seconds) for tool, found in costs.items()}, arguments)
+
+
+def write_results(best: dict[str, Cost], arguments: Any) -> None:
+    """Write the results file: a row a tool, with its processor time over that of our GPTQ."""
+    own = best["gptq"].cpu_seconds
+    rows = [
+        {"tool": tool, **cost.as_dict(), "cpu_ratio": round(cost.cpu_seconds / own, 2)} for tool, cost in best.items()
+    ]
+    job = {"blocks": SHAPE.layers, "width": 1024, "samples": SAMPLES, "tokens": TOKENS, "experts": SHAPE.experts}
+    found = versions() | peer_versions(["llmcompressor", "gptqmodel", "torch"])
+    where = {"device": arguments.device, "versions": found, "hardware": hardware(), "date": now()}
+    write_json(RESULTS / "whole_run.json", {**job, "rounds": arguments.rounds, "rows": rows, **where})
+
+
+if __name__ == "__main__":
+    main()
