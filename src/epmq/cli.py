@@ -63,6 +63,7 @@ format: pack-quantized          # pack-quantized (compressed-tensors) or dequant
 samples: 128                    # calibration examples a task
 batch_size: 32
 # max_length: 128               # tokens a text is cut to, or of a window for a language model
+activations: memory           # or disk: calibration activations wait in files, for many examples on a small machine
 device: auto
 seed: 0
 """

@@ -116,6 +116,7 @@ def gather(
             if stream is not None and (tap.sum is not None or features):
                 tap.theirs = stream.take(own, tap.place)
             tap.listen(batch)
+            step.rest(batch)
             batch += 1
         with naming(f"{step.name}.{group.names[0]}, task {part.task}"):
             group.fold(sources, step.name, part.task, moments, stream)

@@ -25,11 +25,12 @@ from epmq.export import FORMATS
 from epmq.grid import QuantizedTensor
 from epmq.heads import Head, load_head, save_head
 from epmq.multitask import HEADS, MultiTaskModel, NativeHead, load, load_any_head, save_native_head
-from epmq.prepare import Job, Objects, check_head, examples_of, head_file, prepare
+from epmq.prepare import Job, Objects, check_head, device, examples_of, head_file, prepare
 from epmq.quantize import load_outside, quantize_calibrated, quantize_nearest, read_blocks
 from epmq.skeleton import why_not_direct
 from epmq.sources import Sources
 from epmq.spec import Expert, Recipe, load_recipe
+from epmq.spill import Spill
 from epmq.streams import Calibration
 
 # Examples on which the layers of each block are sorted by what they read and where they write.
@@ -157,7 +158,8 @@ def write_model(job: Job, folder: Path, bar: Progress) -> tuple[list[dict[str, A
                 batches = split_first(batches, TRIED)
             head = partial(_guiding_head, sources, expert)
             calibration.append(Calibration(expert.name, batches, head))
-        steps = quantize_calibrated(sources, calibration, emit, emit_layer, target, emit_head=emit_head)
+        spill = Spill(folder if recipe.activations == "disk" else None)
+        steps = quantize_calibrated(sources, calibration, emit, emit_layer, target, emit_head=emit_head, spill=spill)
     layers = [layer.as_dict() for step in bar.track(steps, total=blocks, description=title) for layer in step]
     writer.finish()
     _write_config(job, folder, quantized)
@@ -318,13 +320,6 @@ def _raised(recipe: Recipe, layers: list[dict[str, Any]]) -> list[str]:
         for name, start in wanted.items()
         if layer[name] not in (None, start)
     ]
-
-
-def device(recipe: Recipe) -> torch.device:
-    """The device a recipe asks for; `auto` takes an accelerator if there is one."""
-    if recipe.device != "auto":
-        return torch.device(recipe.device)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def bars(show: bool) -> Progress:

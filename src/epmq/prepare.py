@@ -8,6 +8,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.progress import Progress
 from torch import nn
 
@@ -58,6 +59,8 @@ def prepare(
     for expert in recipe.experts:
         if recipe.quantize.calibrates and expert.calibration is None and expert.name not in (calibration or {}):
             raise ValueError(f"experts.{expert.name}.calibration: {recipe.quantize.method} needs calibration data")
+    if recipe.activations == "disk" and device(recipe).type != "cpu":
+        raise ValueError(f"activations: disk works on a CPU only, not on {device(recipe)}")
     sources = Sources(recipe)
     heads = [head_file(sources, e) is not None or sources.head_config(e.name) is not None for e in recipe.experts]
     recipe = sources.recipe = recipe.model_copy(update={"quantize": recipe.quantize.settled(all(heads))})
@@ -77,6 +80,13 @@ def prepare(
     for _ in steps if bar is None else bar.track(steps, total=1 + len(recipe.experts), description="check weights"):
         pass
     return Job(recipe, sources, processor, used, scored)
+
+
+def device(recipe: Recipe) -> torch.device:
+    """The device a recipe asks for; `auto` takes an accelerator if there is one."""
+    if recipe.device != "auto":
+        return torch.device(recipe.device)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _untouched(sources: Sources) -> list[str]:

@@ -26,6 +26,7 @@ from epmq.skeleton import drop_tensors, load_block, load_embeddings, set_tensor
 from epmq.solvers import gptq, hessian_loss, rtn, search_scales
 from epmq.sources import Sources
 from epmq.spec import Quantize
+from epmq.spill import Spill
 from epmq.streams import Calibration, ExpertStream, expert_streams
 from epmq.walk import Step, Walk
 
@@ -127,6 +128,7 @@ def quantize_calibrated(
     device: torch.device,
     keep: bool = False,
     emit_head: EmitHead = lambda task, head, fit: None,
+    spill: Spill | None = None,
 ) -> Iterator[list[LayerReport]]:
     """Quantize with `gptq` or `expert_guided`, a block at a time.
 
@@ -139,6 +141,7 @@ def quantize_calibrated(
         device: where blocks and moments live.
         keep: leave the quantized weights in `sources.model`; otherwise a block is freed when it is done.
         emit_head: takes each task whose head follows the model, with the head as it was and what it becomes.
+        spill: takes calibration activations while they wait.
 
     Yields:
         reports of one block's layers.
@@ -146,11 +149,11 @@ def quantize_calibrated(
     Raises:
         ValueError: a layer saw no data or not finite data, or its Hessian cannot be factored; it is named.
     """
-    streams = expert_streams(sources, calibration, device)
+    streams = expert_streams(sources, calibration, device, spill)
     batches = [batch for part in calibration for batch in part.batches]
     apart, aimed = bool(streams and sources.recipe.quantize.expert_stream), False
     heads = Followers(sources, calibration, streams) if sources.recipe.quantize.adapt_heads else None
-    for step in Walk(sources.model, batches, heads.conclude if heads else None):
+    for step in Walk(sources.model, batches, heads.conclude if heads else None, spill):
         load_block(sources.model, sources.block_names(step.name), sources.merged, device)
         with naming(step.name):
             aims = _aims(step, apart)

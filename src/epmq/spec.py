@@ -280,6 +280,9 @@ class Recipe(_Strict):
     max_length: int | None = Field(
         None, gt=0, description="tokens a text is cut to, or that a language model's windows have (512)"
     )
+    activations: Literal["memory", "disk"] = Field(
+        "memory", description="where calibration activations wait: memory, or disk (files beside the output; CPU only)"
+    )
     device: str = Field("auto", description="auto, cpu, cuda, mps")
     seed: int = Field(0, description="of the calibration draw and of dare")
 

@@ -15,6 +15,7 @@ from epmq.multitask import MultiTaskModel, NativeHead
 from epmq.residual import Place, at
 from epmq.skeleton import drop_tensors, hold_used_rows, load_block, load_embeddings
 from epmq.sources import Sources
+from epmq.spill import Spill
 from epmq.walk import Batch, Step, Walk
 
 
@@ -34,7 +35,7 @@ class Calibration:
 
 
 def expert_streams(
-    sources: Sources, calibration: Sequence[Calibration], device: torch.device
+    sources: Sources, calibration: Sequence[Calibration], device: torch.device, spill: Spill | None = None
 ) -> dict[str, ExpertStream]:
     """A stream for every expert, if the recipe wants to know what the experts themselves compute.
 
@@ -47,7 +48,7 @@ def expert_streams(
     # Blocks first: nearly every expert differs there, and a large embedding need not be merged to see it.
     names = [*(name for name in sources.names if name not in outside), *outside]
     return {
-        part.task: ExpertStream(sources, part, device)
+        part.task: ExpertStream(sources, part, device, spill)
         for part in calibration
         if any(not torch.equal(sources.merged(name), sources.expert_tensor(part.task, name)) for name in names)
     }
@@ -60,7 +61,9 @@ class ExpertStream:
     memory for just that long, and keeps what it was asked to.
     """
 
-    def __init__(self, sources: Sources, calibration: Calibration, device: torch.device) -> None:
+    def __init__(
+        self, sources: Sources, calibration: Calibration, device: torch.device, spill: Spill | None = None
+    ) -> None:
         self.sources, self.task, self.device = sources, calibration.task, device
         self.model = sources.skeleton()
         rest = hold_used_rows(self.model, sources.outside_names(), sources.tied, self._read, device)
@@ -68,7 +71,8 @@ class ExpertStream:
         load_block(self.model, rest, self._read, device)
         sources.tie(self.model)
         self._calibration, self._scores = calibration, list[Tensor]()
-        self._steps = iter(Walk(self.model, calibration.batches, self._conclude))
+        self._spill = spill or Spill()
+        self._steps = iter(Walk(self.model, calibration.batches, self._conclude, spill))
         self.step: Step | None = None
         self._seen: list[dict[Place, list[list[Tensor]]]] = []
 
@@ -98,6 +102,7 @@ class ExpertStream:
                 for place, found in seen.items():
                     stack.enter_context(at(step.block, place, found.append))
                 step.proceed(batch)
+            self._spill.put(tensor for found in seen.values() for tensor in found)
             self._seen.append({place: [found] * takes[place] for place, found in seen.items()})
         drop_tensors(step.block)
         step.finish()

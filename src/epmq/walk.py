@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from epmq.blocks import Stack, find_stacks, is_padding_mask
 from epmq.residual import Place, at
+from epmq.spill import Spill
 
 Batch = dict[str, Any]
 
@@ -56,6 +57,7 @@ class Walk:
         batches: model inputs, one dict a batch.
         conclude: called with the number of each batch when all blocks are finished: a forward of the model then costs
             no more than what lies outside of its blocks.
+        spill: takes what batches hold while they wait.
 
     `for step in Walk(model, batches)` yields a `Step` a block, in the order of the model's forward. The body loads
     the block, tries it (`step.run`), takes the batches from layer to layer (`step.reach`) while it changes the layers
@@ -63,9 +65,13 @@ class Walk:
     """
 
     def __init__(
-        self, model: nn.Module, batches: Sequence[Batch], conclude: Callable[[int], None] | None = None
+        self,
+        model: nn.Module,
+        batches: Sequence[Batch],
+        conclude: Callable[[int], None] | None = None,
+        spill: Spill | None = None,
     ) -> None:
-        self.model, self.batches, self.conclude = model, batches, conclude
+        self.model, self.batches, self.conclude, self.spill = model, batches, conclude, spill or Spill()
         self.stacks = find_stacks(model)
         self.length = sum(len(stack.blocks) for stack in self.stacks)
         self.batch = 0
@@ -112,6 +118,8 @@ class Walk:
         # Grad mode is the thread's: it must be what it was when another forward or the caller goes on.
         with torch.no_grad():
             reached = self._forwards[batch].switch()
+        if isinstance(reached, Entry):
+            self.spill.put([*reached.args, *reached.kwargs.values()])
         if reached is None and self._passed[batch] < self.length:
             missing = ", ".join(stack.name for stack in self.stacks)
             kind = type(self.model).__name__
@@ -288,6 +296,11 @@ class Step:
         if tuple(mask.shape) == tuple(inputs.shape[:-1]) or (inputs.ndim == 2 and mask.numel() == len(inputs)):
             return mask.bool()
         return None
+
+    def rest(self, batch: int) -> None:
+        """Say that a batch is not asked for again before its next layer."""
+        stop = self._stops[batch]
+        self._walk.spill.put([stop and stop.inputs, *self._seen[batch].values()])
 
     def _resume(self, batch: int) -> Stop | None:
         reached = self._walk.resume(batch)
