@@ -31,13 +31,15 @@ class Objective:
 
     Attributes:
         hessian: Σ ω_k G_k so far, [in, in] float32, without the anchor.
-        correction: Σ ω_k (W_k − A) G_k so far, [out, in] float32 (stacked layers), or None while it is zero.
+        correction: Σ ω_k (W_k − A) (G_k + α D_k) so far, [out, in] float32 (stacked layers), or None while it is zero.
+        drift: α Σ ω_k D_k so far, [in, in] float32, or None while it is zero; A times it is the correction's rest.
     """
 
     def __init__(self, anchor: Tensor) -> None:
         self.anchor = anchor.float()
         self.hessian = torch.zeros(anchor.shape[1], anchor.shape[1], device=anchor.device)
         self.correction: Tensor | None = None
+        self.drift: Tensor | None = None
 
     def add(
         self,
@@ -65,13 +67,15 @@ class Objective:
             return
         if self.correction is None:
             self.correction = torch.zeros_like(self.anchor)
-        self.correction.addmm_(expert.float() - self.anchor, gram, alpha=weight)
         if shift is not None:
             self.correction.addr_(shift.float(), moments.mean, alpha=weight)
-        del gram  # a copy, and the drift is as large
         drift = moments.cross if features else None
         if drift is not None:
-            self.correction.addmm_(expert.float(), drift, alpha=weight * features)
+            gram.add_(drift, alpha=features)
+            if self.drift is None:
+                self.drift = torch.zeros_like(self.hessian)
+            self.drift.add_(drift, alpha=weight * features)
+        self.correction.addmm_(expert.float() - self.anchor, gram, alpha=weight)
 
     def add_move(self, moments: Moments, weight: float, current: Tensor) -> None:
         """Fold in one task that asks the layers to move their output.
@@ -122,10 +126,13 @@ class Objective:
         """
         if self.correction is None:
             return self.anchor, strength
+        correction = self.correction if self.drift is None else self.correction.addmm(self.anchor, self.drift)
         for raised in raises(strength):
             factor, failed = torch.linalg.cholesky_ex(self.damped(raised))
             if not failed:
-                return self.anchor + torch.cholesky_solve(self.correction.T, factor).T, raised
+                half = torch.linalg.solve_triangular(factor.T, correction, upper=True, left=False)
+                move = torch.linalg.solve_triangular(factor, half, upper=False, left=False)
+                return move.add_(self.anchor), raised
         raise ValueError(f"the Hessian is not positive definite, even with an anchor strength of {raised:g}")
 
 
