@@ -106,7 +106,8 @@ def main() -> None:
         method, root, out = arguments.worker
         ours(Path(root), method, Path(out), arguments.device)
         return
-    os.environ |= {"OMP_NUM_THREADS": "1"}
+    # GPTQModel refuses to start with fewer than two workers.
+    os.environ |= {"OMP_NUM_THREADS": "1", "GPTQMODEL_CPU_WORKERS": "2"}
     console, costs = Console(stderr=True), {tool: list[Cost]() for tool in arguments.tools}
     shape = Shape(**{**vars(SHAPE), "layers": QUICK_LAYERS}) if arguments.quick else SHAPE
     root = cache_dir() / "shapes" / f"llama-{shape.layers}x1024"
