@@ -68,7 +68,9 @@ class Grid:
         grouped = weight.float().reshape(rows, -1, self.width(columns))
         steps = self.highest - self.lowest
         if self.symmetric:
-            scale = _not_zero((grouped.abs().amax(-1) * shrink / (steps / 2)).to(dtype))
+            # Not abs().amax(): that takes memory of the weight's size, and more time.
+            largest = torch.maximum(grouped.amax(-1), -grouped.amin(-1))
+            scale = _not_zero((largest * shrink / (steps / 2)).to(dtype))
             return scale, torch.zeros(scale.shape, dtype=torch.int8, device=weight.device)
         low, high = grouped.amin(-1).clamp(max=0) * shrink, grouped.amax(-1).clamp(min=0) * shrink
         scale = _not_zero(((high - low) / steps).to(dtype))
