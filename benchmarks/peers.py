@@ -51,15 +51,15 @@ def peer_versions(names: Sequence[str]) -> dict[str, str]:
     return json.loads(subprocess.run([peer_python(), "-c", code], check=True, capture_output=True, text=True).stdout)
 
 
-def cost_of(command: Sequence[str | Path]) -> Cost:
-    """Run a command to its end.
+def cost_of(command: Sequence[str | Path], folder: Path = ROOT) -> Cost:
+    """Run a command to its end, in a folder.
 
     Raises:
         RuntimeError: it failed; the end of what it said is given.
     """
     with tempfile.TemporaryFile() as said:
         start = time.perf_counter()
-        process = subprocess.Popen([str(part) for part in command], stdout=said, stderr=subprocess.STDOUT, cwd=ROOT)
+        process = subprocess.Popen([str(part) for part in command], stdout=said, stderr=subprocess.STDOUT, cwd=folder)
         _, status, usage = os.wait4(process.pid, 0)
         seconds = time.perf_counter() - start
         process.returncode = os.waitstatus_to_exitcode(status)

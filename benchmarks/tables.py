@@ -134,6 +134,19 @@ def limits_table(rows: list[dict[str, Any]], suite: list[dict[str, Any]]) -> str
     return "\n".join([*lines, "", measured(rows)])
 
 
+def solver_table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: one line a shape and peer of `benchmarks.solver`."""
+    head = ["out × in", "rounds", "ours, s", "over the floor", "peer", "peer, s", "times ours"]
+    head += ["error, ours", "error, peer"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for row in rows:
+        shown = [f"{row['out']} × {row['in']}", f"{row['rounds']}", f"{row['ours_seconds']:.3f}"]
+        shown += [f"{row['floor_ratio']:.1f}×", row["peer"], f"{row['peer_seconds']:.3f}", f"{row['ratio']:.1f}×"]
+        shown += [f"{row['hessian_error_ours']:.5f}", f"{row['hessian_error_peer']:.5f}"]
+        lines.append("| " + " | ".join(shown) + " |")
+    return "\n".join([*lines, "", measured(rows)])
+
+
 def spread(runs: list[dict[str, Any]]) -> str:
     """Mean and standard deviation of the scores of some runs."""
     if not runs:
@@ -211,6 +224,10 @@ def main() -> None:
     if limits.exists():
         table = limits_table(json.loads(limits.read_text()), json.loads(vision8.read_text()))
         texts[HERE / "README.md"] = replace_section(texts[HERE / "README.md"], "limits", table)
+    solver = HERE / "results" / "solver.json"
+    if solver.exists():
+        table = solver_table(json.loads(solver.read_text()))
+        texts[HERE / "README.md"] = replace_section(texts[HERE / "README.md"], "solver", table)
     project = HERE.parent / "README.md"
     texts[project] = replace_section(project.read_text(), "summary", summary(paths))
     if "--check" in sys.argv:

@@ -116,7 +116,12 @@ def main() -> None:
         for _ in range(arguments.rounds):
             for tool, found in costs.items():
                 with tempfile.TemporaryDirectory(dir=root) as work:
-                    found.append(cost_of(command(tool, root, Path(work) / "out", arguments.device)))
+                    # Peers leave logs where they are started.
+                    line, start = (
+                        command(tool, root, Path(work) / "out", arguments.device),
+                        [Path(work)] * (tool in PEERS),
+                    )
+                    found.append(cost_of(line, *start))
                 console.print(f"{tool}: {found[-1].as_dict()}")
     finally:
         shutil.rmtree(root, ignore_errors=True)

@@ -110,6 +110,35 @@ def test_diagonal_hessian_means_rounding():
         assert torch.equal(gptq(weight, hessian, grid)[0].codes, rtn(weight, grid).codes)
 
 
+@pytest.mark.parametrize("columns", [128, 200, 320])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_several_blocks_of_columns_are_the_textbook_algorithm(columns, symmetric):
+    """Blocks that are full and blocks that are not, on float64, where ties do not happen."""
+    grid = Grid(4, -1, symmetric)
+    weight = torch.randn(9, columns, generator=torch.Generator().manual_seed(columns))
+    hessian = hessian_of(columns, columns)
+    ours, _ = gptq(weight.double(), hessian.double(), grid)
+    assert (ours.codes == textbook_gptq(weight, hessian, grid, act_order=True)).float().mean() > 0.999
+
+
+def test_results_are_ordinary_tensors():
+    """They can be changed in place and take part in a graph, though the solver runs without either."""
+    quantized, loss = gptq(torch.randn(8, 64), hessian_of(64, 2), Grid(4, 32, False))
+    for tensor in (quantized.codes, quantized.scale, quantized.zero_point, loss):
+        assert not tensor.is_inference()
+        tensor.add_(1)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_an_accelerator_gives_what_the_processor_gives(symmetric):
+    weight, hessian, grid = torch.randn(64, 320), hessian_of(320, 4), Grid(4, 32, symmetric)
+    ours, loss = gptq(weight, hessian, grid)
+    theirs, other = gptq(weight.cuda(), hessian.cuda(), grid)
+    assert theirs.codes.is_cuda and (theirs.codes.cpu() == ours.codes).float().mean() > 0.9
+    torch.testing.assert_close(other.sum().cpu(), loss.sum(), rtol=0.02, atol=0)
+
+
 def test_rows_are_independent():
     weight, hessian, grid = torch.randn(12, 64), hessian_of(64, 5), Grid(4, 32)
     whole = gptq(weight, hessian, grid)[0]

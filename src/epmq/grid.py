@@ -74,8 +74,7 @@ class Grid:
         """
         rows, columns = weight.shape
         grouped = weight.float().reshape(rows, -1, self.width(columns))
-        low, high = grouped.aminmax(dim=-1)
-        return low.clamp(max=0), high.clamp(min=0)
+        return grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
 
     def divide(self, low: Tensor, high: Tensor, dtype: torch.dtype, shrink: float) -> tuple[Tensor, Tensor]:
         """Scale and zero point, as `scales` gives them, of groups that range from `low` to `high`."""

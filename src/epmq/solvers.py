@@ -6,6 +6,8 @@ error forward to the columns that are still free.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,9 +19,9 @@ from epmq.grid import Grid, QuantizedTensor
 SHRINKS = tuple(1 - 0.05 * i for i in range(13))
 # Entries of a weight whose scales are searched at once on a CPU.
 PIECE = 1 << 16
-# Rows of H that are factored at once on a CPU; what they mean for the others goes through matrix products.
+# Columns that are factored, or rounded, before what they mean for the others goes through one matrix product.
 BLOCK = 128
-# Columns that are rounded one by one, likewise.
+# Columns within a block that are rounded one by one, without a matrix product.
 PANEL = 16
 
 
@@ -92,7 +94,10 @@ def _search(weight: Tensor, grid: Grid, scale_dtype: torch.dtype, importance: Te
 
 
 def unit_upper_factor(hessian: Tensor, order: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """H = Uᵀ D U with U unit upper triangular and D diagonal, by one Cholesky factor.
+    """H = Uᵀ D U with U unit upper triangular and D diagonal.
+
+    By block rows, left-looking (Golub & Van Loan, Matrix Computations, section 4.2); each is taken from H when it is
+    its turn, so that H is never copied whole.
 
     Args:
         hessian: [n, n] float, symmetric positive definite.
@@ -104,35 +109,86 @@ def unit_upper_factor(hessian: Tensor, order: Tensor | None = None) -> tuple[Ten
     Raises:
         torch.linalg.LinAlgError: H is not positive definite.
     """
-    upper = hessian.clone() if order is None else hessian.index_select(0, order).index_select(1, order)
-    cholesky_(upper, BLOCK if upper.device.type == "cpu" else len(upper))
-    diagonal = upper.diagonal().clone()
-    return upper.triu_().div_(diagonal[:, None]), diagonal.square()
-
-
-def cholesky_(matrix: Tensor, block: int) -> None:
-    """Put R, A = Rᵀ R, in place of the upper half of A; what is below the diagonal is left as it was.
-
-    By block rows, left-looking (Golub & Van Loan, Matrix Computations, section 4.2).
-
-    Args:
-        matrix: A [n, n] float, symmetric positive definite; it is changed.
-        block: rows that are factored at once.
-
-    Raises:
-        torch.linalg.LinAlgError: A is not positive definite.
-    """
-    for start in range(0, len(matrix), block):
-        rows = matrix[start : start + block, start:]
-        width = len(rows)
+    columns = len(hessian)
+    if order is None:
+        order = torch.arange(columns, device=hessian.device)
+    upper, curvature = torch.zeros_like(hessian), torch.empty_like(hessian[0])
+    # An accelerator's own factorization is faster than one that waits for every block's corner.
+    width = BLOCK if hessian.device.type == "cpu" else columns
+    for start in range(0, columns, width):
+        part, rest = slice(start, min(start + width, columns)), slice(start + width, columns)
+        rows = hessian.index_select(0, order[part]).index_select(1, order[start:])
         if start:
-            above = matrix[:start, start:]
-            rows.addmm_(above[:, :width].T, above, alpha=-1)
+            scaled = upper[:start, part] * curvature[:start, None]
+            rows.addmm_(scaled.T, upper[:start, start:], alpha=-1)
         corner = torch.linalg.cholesky(rows[:, :width], upper=True)
-        if width < rows.shape[1]:
-            identity = torch.eye(width, dtype=matrix.dtype, device=matrix.device)
-            rows[:, width:] = torch.linalg.solve_triangular(corner.T, identity, upper=False) @ rows[:, width:]
-        rows[:, :width] = corner
+        root = corner.diagonal()
+        curvature[part] = root.square()
+        upper[part, part] = corner / root[:, None]
+        if start + width < columns:
+            identity = torch.eye(width, dtype=hessian.dtype, device=hessian.device)
+            inverse = torch.linalg.solve_triangular(corner.T, identity, upper=False)
+            torch.mm(inverse / root[:, None], rows[:, width:], out=upper[part, rest])
+    return upper, curvature
+
+
+class _Block:
+    """Some columns of the weight in the order in which they are taken, and the operations that fix them.
+
+    A column takes a handful of operations on short vectors, and calling them takes about as long as what they do. So
+    views and arguments are made once, on buffers that every block is loaded into.
+
+    Attributes:
+        weight: W* of these columns, [columns, rows]; like the buffers below.
+        wanted: W* and the feedback from the columns that are fixed already; when run, t.
+        step: the scales.
+        bounds: least and greatest code less the zero point, so that a level is its code times the step; one row of
+            each on a symmetric grid.
+        code: result, codes less the zero point.
+        error: result, W* − Q.
+        feedback: U of these columns, [columns, columns].
+    """
+
+    def __init__(self, columns: int, like: Tensor, grid: Grid) -> None:
+        rows = like.shape[0]
+        self.weight, self.wanted, self.step, self.code, self.error = like.new_empty(5, columns, rows).unbind()
+        self.feedback = like.new_empty(columns, columns)
+        # Bounds are vectors on every grid: torch clamps by them faster than by numbers.
+        self.bounds = like.new_tensor([grid.lowest, grid.highest])[:, None, None].repeat(1, 1, rows)
+        if not grid.symmetric:
+            self.bounds = self.bounds.repeat(1, columns, 1)
+        self.operations: list[Callable[[], Any]] = []
+        self._plan(0, columns)
+
+    def _plan(self, start: int, end: int) -> None:
+        """Columns from the last to the first, halved recursively: nearly all work is in matrix products."""
+        if end - start > PANEL:
+            middle = (start + end) // 2
+            self._plan(middle, end)
+            free, fixed = slice(start, middle), slice(middle, end)
+            self.operations.append(partial(self.wanted[free].addmm_, self.feedback[free, fixed], self.error[fixed]))
+            self._plan(start, middle)
+            return
+        errors = self.error[start:end].T
+        buffers = (self.weight, self.wanted, self.step, self.code, self.error)
+        columns = list(zip(*(buffer[start:end].unbind() for buffer in buffers)))
+        shares = self.feedback[start:end, start:end].unbind()
+        lowest, highest = (bound.expand_as(self.code)[start:end].unbind() for bound in self.bounds)
+        for i in reversed(range(end - start)):
+            weight, wanted, step, code, error = columns[i]
+            if i + 1 < end - start:
+                self.operations.append(partial(wanted.addmv_, errors[:, i + 1 :], shares[i][i + 1 :]))
+            self.operations += [
+                partial(torch.div, wanted, step, out=code),
+                code.round_,
+                partial(code.clamp_, lowest[i], highest[i]),
+                partial(torch.addcmul, weight, code, step, value=-1, out=error),
+            ]
+
+    def run(self) -> None:
+        """Fix the columns that are in the buffers."""
+        for operation in self.operations:
+            operation()
 
 
 def gptq(
@@ -148,7 +204,7 @@ def gptq(
 
     With H = Uᵀ D U the loss is Σ_i D_i (q_i − t_i)² where t_i = w_i + Σ_{j>i} U_ij (w_j − q_j), so each column is
     rounded to t_i once the columns after it are fixed, from the last to the first. This equals the textbook form with
-    the inverse's factor. Columns are halved recursively, so that nearly all work is in matrix products.
+    the inverse's factor.
 
     Args:
         target: W* [out, in] float32.
@@ -176,47 +232,26 @@ def gptq(
     importance = torch.empty_like(curvature)
     importance[order] = curvature
     scale, zero = search_scales(target, grid, scale_dtype, importance) if search else grid.scales(target, scale_dtype)
-    # Rows are columns of the weight from here on: contiguous in memory, one step of the loop each.
-    weight = target.T.contiguous().index_select(0, order)
-    free = weight.clone()
-    error = torch.empty_like(weight)
-    codes = torch.empty(columns, rows, dtype=torch.int8, device=target.device)
-    loss = torch.zeros(rows, dtype=target.dtype, device=target.device)
-    # Codes are clamped less their zero point, so that a level is its code times the step.
-    zeros = zero.T.to(target.dtype)
-    bounds: list[tuple[Any, Any]] = [(grid.lowest, grid.highest)] * len(zeros)
-    if not grid.symmetric:
-        bounds = list(zip((grid.lowest - zeros).unbind(), (grid.highest - zeros).unbind()))
-    steps = scale.T.to(target.dtype).contiguous().unbind()
+    # Rows are columns of the weight from here on: contiguous in memory.
+    weight, steps, zeros = (part.T.to(target.dtype).contiguous() for part in (target, scale, zero))
     group = order // grid.width(columns)
-    groups = group.tolist()
-    panel = torch.empty(PANEL, rows, dtype=target.dtype, device=target.device)
-
-    def fix(start: int, end: int) -> None:
-        """Fix these columns, one by one."""
-        part = slice(start, end)
-        taken, errors = panel[: end - start], error[part].T
-        views = (weight[part], free[part], error[part], feedback[part, part], taken)
-        each = list(zip(groups[part], *(view.unbind() for view in views)))
-        for i in range(end - start - 1, -1, -1):
-            own, column, wanted, missed, share, code = each[i]
-            if i + 1 < end - start:
-                wanted.addmv_(errors[:, i + 1 :], share[i + 1 :])
-            torch.div(wanted, steps[own], out=code).round_().clamp_(*bounds[own])
-            torch.addcmul(column, code, steps[own], value=-1, out=missed)
-        loss.addmv_((free[part] - weight[part]).add_(error[part]).square_().T, curvature[part])
-        codes[part] = taken if grid.symmetric else taken.add_(zeros[group[part]])
-
-    def solve(start: int, end: int) -> None:
-        if end - start <= PANEL:
-            fix(start, end)
-            return
-        middle = (start + end) // 2
-        solve(middle, end)
-        free[start:middle].addmm_(feedback[start:middle, middle:end], error[middle:end])
-        solve(start, middle)
-
-    solve(0, columns)
-    placed = torch.empty_like(codes)
-    placed[order] = codes
-    return QuantizedTensor(placed.T.contiguous(), scale, zero, grid), loss
+    bounds = target.new_tensor([grid.lowest, grid.highest])[:, None, None]
+    error, loss = torch.empty_like(weight), torch.zeros_like(target[:, 0])
+    codes = torch.empty(columns, rows, dtype=torch.int8, device=target.device)
+    with torch.inference_mode():  # for calls that cost less
+        blocks = {width: _Block(width, target, grid) for width in {len(part) for part in order.split(BLOCK)}}
+        for start in reversed(range(0, columns, BLOCK)):
+            part, rest = slice(start, start + BLOCK), slice(start + BLOCK, columns)
+            own = group[part]
+            block = blocks[len(own)]
+            torch.index_select(weight, 0, order[part], out=block.weight)
+            torch.index_select(steps, 0, own, out=block.step)
+            if not grid.symmetric:
+                torch.sub(bounds, zeros.index_select(0, own), out=block.bounds)
+            block.feedback.copy_(feedback[part, part])
+            torch.addmm(block.weight, feedback[part, rest], error[rest], out=block.wanted)
+            block.run()
+            error[part] = block.error
+            codes[part] = block.code if grid.symmetric else block.code + zeros.index_select(0, own)
+            loss.addmv_(block.wanted.addcmul_(block.code, block.step, value=-1).square_().T, curvature[part])
+    return QuantizedTensor(codes.index_select(0, torch.argsort(order)).T.contiguous(), scale, zero, grid), loss
