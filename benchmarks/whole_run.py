@@ -21,7 +21,7 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 from benchmarks.compare import RESULTS
-from benchmarks.peers import Cost, cost_of, peer_python, peer_versions
+from benchmarks.peers import ROOT, Cost, cost_of, peer_python, peer_versions
 from benchmarks.shapes import LLAMA, Shape, tasks, write_models
 from epmq import pipeline
 from epmq.checkpoint import write_json
@@ -116,12 +116,9 @@ def main() -> None:
         for _ in range(arguments.rounds):
             for tool, found in costs.items():
                 with tempfile.TemporaryDirectory(dir=root) as work:
+                    line = command(tool, root, Path(work) / "out", arguments.device)
                     # Peers leave logs where they are started.
-                    line, start = (
-                        command(tool, root, Path(work) / "out", arguments.device),
-                        [Path(work)] * (tool in PEERS),
-                    )
-                    found.append(cost_of(line, *start))
+                    found.append(cost_of(line, Path(work) if tool in PEERS else ROOT))
                 console.print(f"{tool}: {found[-1].as_dict()}")
     finally:
         shutil.rmtree(root, ignore_errors=True)
