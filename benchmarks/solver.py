@@ -45,7 +45,8 @@ def main() -> None:
     if not arguments.quick:
         torch.set_num_threads(1)  # as in the run itself: what `hardware` tells
         where = {"hardware": hardware(), "date": now()}
-        where["versions"] = versions() | peer_versions(["torch", "compressed-tensors", "llmcompressor", "gptqmodel"])
+        shared = ["torch", "transformers", "compressed-tensors", "safetensors", "numpy"]  # theirs is what ran
+        where["versions"] = versions() | peer_versions([*shared, "llmcompressor", "gptqmodel"])
         name = "solver" if arguments.device == "cpu" else f"solver-{arguments.device}"
         write_json(RESULTS / f"{name}.json", [{**row, **where} for row in rows])
 
