@@ -147,6 +147,16 @@ def solver_table(rows: list[dict[str, Any]]) -> str:
     return "\n".join([*lines, "", measured(rows)])
 
 
+def whole_run_table(results: dict[str, Any]) -> str:
+    """Markdown: one line a tool of `benchmarks.whole_run`."""
+    head = ["tool", "s, processor", "over our GPTQ", "s", "peak MB"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for row in results["rows"]:
+        shown = [row["tool"], f"{row['cpu_seconds']:.0f}", f"{row['cpu_ratio']:.2f}×", f"{row['seconds']:.0f}"]
+        lines.append("| " + " | ".join([*shown, f"{row['peak_memory_mb']:.0f}"]) + " |")
+    return "\n".join([*lines, "", measured([results])])
+
+
 def spread(runs: list[dict[str, Any]]) -> str:
     """Mean and standard deviation of the scores of some runs."""
     if not runs:
@@ -228,6 +238,10 @@ def main() -> None:
     if solver.exists():
         table = solver_table(json.loads(solver.read_text()))
         texts[HERE / "README.md"] = replace_section(texts[HERE / "README.md"], "solver", table)
+    whole_run = HERE / "results" / "whole_run.json"
+    if whole_run.exists():
+        table = whole_run_table(json.loads(whole_run.read_text()))
+        texts[HERE / "README.md"] = replace_section(texts[HERE / "README.md"], "whole_run", table)
     project = HERE.parent / "README.md"
     texts[project] = replace_section(project.read_text(), "summary", summary(paths))
     if "--check" in sys.argv:
