@@ -134,6 +134,19 @@ def limits_table(rows: list[dict[str, Any]], suite: list[dict[str, Any]]) -> str
     return "\n".join([*lines, "", measured(rows)])
 
 
+def merging_table(found: dict[str, Any]) -> str:
+    """Markdown: one line a merge, ours beside mergekit's, then the least that a merge can take."""
+    head = ["merge", "CPU s", "mergekit", "ratio", "peak MB", "mergekit", "ratio"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for row in found["rows"]:
+        shown = [row["method"]]
+        for name, ratio in (("cpu_seconds", "cpu_ratio"), ("peak_memory_mb", "memory_ratio")):
+            shown += [f"{row['ours'][name]:.0f}", f"{row['mergekit'][name]:.0f}", f"{row[ratio]:.1f}×"]
+        lines.append("| " + " | ".join(shown) + " |")
+    least = ", ".join(f"{name} {seconds:.1f}" for name, seconds in found["floor_cpu_seconds"].items())
+    return "\n".join([*lines, "", f"CPU seconds without any merging: {least}.", "", measured([found])])
+
+
 def spread(runs: list[dict[str, Any]]) -> str:
     """Mean and standard deviation of the scores of some runs."""
     if not runs:
@@ -211,6 +224,10 @@ def main() -> None:
     if limits.exists():
         table = limits_table(json.loads(limits.read_text()), json.loads(vision8.read_text()))
         texts[HERE / "README.md"] = replace_section(texts[HERE / "README.md"], "limits", table)
+    merging = HERE / "results" / "merging.json"
+    if merging.exists():
+        table = merging_table(json.loads(merging.read_text()))
+        texts[HERE / "README.md"] = replace_section(texts[HERE / "README.md"], "merging", table)
     project = HERE.parent / "README.md"
     texts[project] = replace_section(project.read_text(), "summary", summary(paths))
     if "--check" in sys.argv:

@@ -71,7 +71,7 @@ def _write(out: BinaryIO, tensor: Tensor) -> int:
     """
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     start = out.tell()
-    size = out.write(memoryview(flat.view(torch.uint8).numpy()))
+    size = out.write(flat.view(torch.uint8).numpy().data)
     if start // HELD != (start + size) // HELD and hasattr(os, "posix_fadvise"):
         out.flush()
         os.fdatasync(out.fileno())

@@ -197,7 +197,8 @@ def magnitude_threshold(pairs: Callable[[], Iterable[Pair]], density: float) -> 
 def _rank_between(pairs: Callable[[], Iterable[Pair]], keep: int, low: float, high: float) -> float | None:
     """The `keep`-th largest magnitude if it lies between two, these included; else None."""
     above = at_high = at_low = 0
-    inside: list[Tensor] = []
+    # In one growing piece of memory: many small ones, kept between large ones that come and go, would hold those apart.
+    inside = bytearray()
     for whole in pairs():
         for base, expert in zip(*(tensor.reshape(-1).split(PIECE) for tensor in whole)):
             sizes = task_vector(base, expert).abs_()
@@ -207,15 +208,15 @@ def _rank_between(pairs: Callable[[], Iterable[Pair]], keep: int, low: float, hi
             # Equal magnitudes, of which 16-bit numbers have many, are counted and not kept.
             at_high += int((between == high).count_nonzero())
             at_low += int((between == low).count_nonzero()) if low < high else 0
-            inside.append(between[(between > low) & (between < high)])
+            inside += between[(between > low) & (between < high)].cpu().numpy().data.cast("B")
     for rank, value in ((above, None), (at_high, high)):
         if keep <= rank:
             return value
         keep -= rank
-    kept = torch.cat(inside)
-    if keep <= len(kept):
-        return float(kept.kthvalue(len(kept) - keep + 1).values)
-    return low if keep <= len(kept) + at_low else None
+    count = len(inside) // 4
+    if keep <= count:
+        return float(torch.frombuffer(inside, dtype=torch.float32).kthvalue(count - keep + 1).values)
+    return low if keep <= count + at_low else None
 
 
 def _by_pieces(merge: Callable[[Tensor, Sequence[Tensor]], Tensor], base: Tensor, parts: Sequence[Tensor]) -> Tensor:

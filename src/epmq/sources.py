@@ -357,9 +357,14 @@ class Sources:
         expert, stored = self.experts[task], self._expert_stored[task].get(name)
         if stored is None:
             return self._base_rows(name, rows)
-        if isinstance(expert, Adapter):
-            return self.expert_tensor(task, name)[rows]
-        return expert.rows(stored, rows)
+        if not isinstance(expert, Adapter):
+            return expert.rows(stored, rows)
+        start = expert.tensor(stored)[rows] if expert.replaces(stored) else self._base_rows(name, rows)
+        if not expert.changes(stored):
+            return start
+        if self._transposed(name):
+            return adapters.apply(start, expert.change(stored, columns=rows), transposed=True)
+        return adapters.apply(start, expert.change(stored, rows), transposed=False)
 
     def _settings(self, name: str) -> dict[str, Any]:
         settings = self.recipe.merge.settings()
@@ -382,7 +387,9 @@ class Sources:
             if not self.base_shape(name):
                 pairs = iter([(self.base_tensor(name), self.expert_tensor(task, name))])
             else:
-                pairs = ((self._base_rows(name, rows), self._expert_rows(task, name, rows)) for rows in self._rows(name))
+                pairs = (
+                    (self._base_rows(name, rows), self._expert_rows(task, name, rows)) for rows in self._rows(name)
+                )
             for base, expert in pairs:
                 yield self._finite(name, base), self._finite(name, expert)
 
