@@ -157,6 +157,19 @@ def whole_run_table(results: dict[str, Any]) -> str:
     return "\n".join([*lines, "", measured([results])])
 
 
+def merging_table(found: dict[str, Any]) -> str:
+    """Markdown: one line a merge, ours beside mergekit's, then the least that a merge can take."""
+    head = ["merge", "CPU s", "mergekit", "ratio", "peak MB", "mergekit", "ratio"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for row in found["rows"]:
+        shown = [row["method"]]
+        for name, ratio in (("cpu_seconds", "cpu_ratio"), ("peak_memory_mb", "memory_ratio")):
+            shown += [f"{row['ours'][name]:.0f}", f"{row['mergekit'][name]:.0f}", f"{row[ratio]:.1f}×"]
+        lines.append("| " + " | ".join(shown) + " |")
+    least = ", ".join(f"{name} {seconds:.1f}" for name, seconds in found["floor_cpu_seconds"].items())
+    return "\n".join([*lines, "", f"CPU seconds without any merging: {least}.", "", measured([found])])
+
+
 def spread(runs: list[dict[str, Any]]) -> str:
     """Mean and standard deviation of the scores of some runs."""
     if not runs:
@@ -242,6 +255,10 @@ def main() -> None:
     if whole_run.exists():
         table = whole_run_table(json.loads(whole_run.read_text()))
         texts[HERE / "README.md"] = replace_section(texts[HERE / "README.md"], "whole_run", table)
+    merging = HERE / "results" / "merging.json"
+    if merging.exists():
+        table = merging_table(json.loads(merging.read_text()))
+        texts[HERE / "README.md"] = replace_section(texts[HERE / "README.md"], "merging", table)
     project = HERE.parent / "README.md"
     texts[project] = replace_section(project.read_text(), "summary", summary(paths))
     if "--check" in sys.argv:

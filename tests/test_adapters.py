@@ -118,6 +118,20 @@ def test_an_adapter_is_what_peft_merges(bases, tmp_path, family, variant):
     assert moved >= 2
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("variant", ["embedding", "modules_to_save"])
+@pytest.mark.parametrize("family", TARGETS)
+def test_rows_of_an_adapter_are_those_of_the_whole(bases, tmp_path, monkeypatch, family, variant):
+    """What a large tensor goes through, on small ones."""
+    kind = type(FAMILIES[family].build())
+    adapt(kind.from_pretrained(bases[family]), tmp_path / "lora", **settings_of(variant, family))
+    sources = sources_of(bases[family], tmp_path / "lora")
+    whole = {name: sources.merged(name) for name in sources.names}
+    monkeypatch.setattr("epmq.sources.ROWS", 200)
+    for name, tensor in whole.items():
+        torch.testing.assert_close(sources.merged(name), tensor, rtol=0, atol=1e-6, msg=name)
+
+
 @settings(deadline=None, max_examples=20)
 @given(
     rank=st.integers(1, 9),

@@ -240,6 +240,28 @@ def test_one_expert_is_enough(method, dtype):
     torch.testing.assert_close(merged, expert, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("settings", [("average", {"weights": [0, 1]}), *((method, {}) for method in METHODS)])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("where", range(3))
+def test_what_is_not_finite_stays_so(settings, value, where):
+    """The merge is looked through for NaN and infinity in place of the weights."""
+    method, given = settings
+    base, experts = two_tasks(40, 6)
+    tensors = [base, *experts]
+    tensors[where][3, 2] = value
+    merged = METHODS[method](base, experts, **given)
+    if method == "average" and where == 0:
+        assert merged.isfinite().all()  # the base is not used
+    else:
+        assert not merged[3, 2].isfinite()
+
+
+def test_infinities_that_cancel_stay_in_the_merge():
+    base, experts = two_tasks(4, 6)
+    experts[0][3, 2], experts[1][3, 2] = float("inf"), float("-inf")
+    assert not any(METHODS[method](base, experts)[3, 2].isfinite() for method in METHODS)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_the_inputs_are_left_alone(method):
     base, experts = two_tasks(4, 6)
@@ -278,7 +300,7 @@ def test_rows_at_a_time_give_the_same_merge(pool, monkeypatch, merge):
     recipe = load_recipe(recipe_for(pool, merge=merge))
     whole = Sources(recipe)
     expected = {name: whole.merged(name) for name in whole.names}
-    monkeypatch.setattr("epmq.sources.ROWS", 100)
+    monkeypatch.setattr("epmq.sources.ROWS", 1000)
     pieces = Sources(recipe)
     for name, tensor in expected.items():
         assert torch.equal(pieces.merged(name), tensor), name

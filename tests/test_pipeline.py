@@ -410,6 +410,16 @@ def test_merging_a_checkpoint_is_merging_its_tensors(pool, tmp_path, settings):
     BertModel.from_pretrained(tmp_path / "out")
 
 
+@pytest.mark.parametrize("settings", MERGES[::2], ids=str)
+@pytest.mark.parametrize("change", [with_nan, lambda tensor: tensor.fill_(float("nan"))], ids=["one", "all"])
+def test_a_mere_merge_names_what_is_not_finite(mine, tmp_path, settings, change):
+    """It looks while it merges."""
+    edit_weights(mine / "experts" / "two", encoder__layer__1__output__dense__weight=change)
+    with pytest.raises(ValueError, match=r"two/model\.safetensors: tensor 'encoder\.layer\.1\..* NaN or Inf"):
+        merge(recipe_for(mine, output=str(tmp_path / "out"), merge=settings), progress=False)
+    assert [file.name for file in tmp_path.iterdir()] == ["pool"]
+
+
 def test_merging_needs_no_calibration_data(pool, tmp_path):
     recipe = recipe_for(pool, output=str(tmp_path / "out"))
     for expert in recipe["experts"]:

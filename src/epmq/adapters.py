@@ -129,11 +129,14 @@ class Adapter(Checkpoint):
         """A tensor that the adapter replaces, as stored."""
         return self._read(self._parts[name]["full"])
 
-    def change(self, name: str) -> Tensor:
-        """s·B·A in float32, [out, in]; s is α/r, or α/√r with rslora (Kalajdzievski, arXiv 2312.03732)."""
+    def change(self, name: str, rows: slice = slice(None), columns: slice = slice(None)) -> Tensor:
+        """s·B·A in float32, [out, in], or some rows and columns of it.
+
+        s is α/r, or α/√r with rslora (Kalajdzievski, arXiv 2312.03732).
+        """
         parts = self._parts[name]
         down, up = self._read(parts["A"]).float(), self._read(parts["B"]).float()
-        return self._scaling(name.rpartition(".")[0], len(down)) * (up @ down)
+        return self._scaling(name.rpartition(".")[0], len(down)) * (up[rows] @ down[:, columns])
 
     def check_finite(self, names: list[str] | None = None) -> None:
         """As `Checkpoint.check_finite`, of the factors."""

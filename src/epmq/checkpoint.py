@@ -7,8 +7,9 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from math import prod
 from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
@@ -42,7 +43,12 @@ PROCESSOR_FILES = (
 )
 # Bytes that are copied at once.
 COPIED = 1 << 24
+# A shard of an output is full when it holds this much.
+SHARD_BYTES = 4 << 30
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_INTEGERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
+# What the header of a safetensors file says of a tensor: its dtype, as safetensors calls it, and its shape.
+Form = tuple[str, tuple[int, ...]]
 
 
 def resolve(source: str | Path) -> Path:
@@ -102,7 +108,7 @@ class _Pickled:
             return list(self._tensor.shape)
 
         def get_dtype(self) -> str:
-            kinds = {dtype: kind for kind, dtype in _DTYPES.items()}
+            kinds = {dtype: kind for kind, dtype in {**_DTYPES, **_INTEGERS, "BOOL": torch.bool}.items()}
             return kinds.get(self._tensor.dtype, str(self._tensor.dtype).removeprefix("torch."))
 
 
@@ -196,6 +202,10 @@ class Checkpoint:
         """Float dtype of a tensor, from the header; None for any other kind."""
         return _DTYPES.get(self.kind(name))
 
+    def form(self, name: str) -> Form:
+        """Dtype, as safetensors calls it, and shape of a tensor, from the header."""
+        return self.kind(name), self.shape(name)
+
     def tensor(self, name: str) -> Tensor:
         """Read one tensor.
 
@@ -232,14 +242,17 @@ class Checkpoint:
         """
         for name in self.names if names is None else names:
             tensor = self._read(name)
-            # Smallest and largest entry show NaN and Inf without a copy of the tensor, which a sum in float64 takes.
-            if (
-                torch.is_floating_point(tensor)
-                and tensor.numel()
-                and not torch.isfinite(torch.stack(tensor.aminmax())).all()
-            ):
+            if not is_finite(tensor):
                 bad = int((~torch.isfinite(tensor)).sum())
                 raise ValueError(f"{self.path / self._shard[name]}: tensor {name!r} has {bad} NaN or Inf entries")
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor has neither NaN nor Inf; integers never have."""
+    if not torch.is_floating_point(tensor) or not tensor.numel():
+        return True
+    # Smallest and largest entry show them without a copy of the tensor, which a sum in float64 takes.
+    return bool(torch.isfinite(torch.stack(tensor.aminmax())).all())
 
 
 class CheckpointWriter:
@@ -251,7 +264,7 @@ class CheckpointWriter:
         part_bytes: so much is held in memory at most, beside one tensor.
     """
 
-    def __init__(self, folder: Path, shard_bytes: int = 4 << 30, part_bytes: int = 1 << 28) -> None:
+    def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES, part_bytes: int = 1 << 28) -> None:
         self.folder, self.shard_bytes, self.part_bytes = folder, shard_bytes, min(part_bytes, shard_bytes)
         self._pending: dict[str, Tensor] = {}
         self._pending_bytes = 0
@@ -290,14 +303,28 @@ class CheckpointWriter:
     def finish(self) -> None:
         """Write the last part and put the shards together and, if there are several, their index."""
         self._flush()
-        count = len(self._shards)
-        weight_map: dict[str, str] = {}
-        for i, parts in enumerate(self._shards):
-            shard = SINGLE if count == 1 else f"model-{i + 1:05d}-of-{count:05d}.safetensors"
-            weight_map |= dict.fromkeys(join(parts, self.folder / shard), shard)
-        if count > 1:
-            index = {"metadata": {"total_size": sum(self.sizes.values())}, "weight_map": weight_map}
-            write_json(self.folder / INDEX, index)
+        files = shard_files(len(self._shards))
+        names = [join(parts, self.folder / file) for parts, file in zip(self._shards, files)]
+        write_index(self.folder, dict(zip(files, names)), sum(self.sizes.values()))
+
+
+def shard_files(count: int) -> list[str]:
+    """What the files of a checkpoint in so many shards are called."""
+    several = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    return [SINGLE] if count == 1 else several
+
+
+def write_index(folder: Path, shards: Mapping[str, Iterable[str]], total: int) -> None:
+    """Write the index of a checkpoint in several shards; one file needs none.
+
+    Args:
+        folder: where the shards are.
+        shards: file → names of its tensors.
+        total: bytes of all tensors.
+    """
+    if len(shards) > 1:
+        weight_map = {name: file for file, names in shards.items() for name in names}
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def join(parts: Sequence[Path], target: Path) -> list[str]:
@@ -314,35 +341,47 @@ def join(parts: Sequence[Path], target: Path) -> list[str]:
         parts[0].rename(target)
         with safe_open(str(target), framework="pt") as whole:
             return list(whole.keys())
-    entries: dict[str, tuple[Path, int, dict[str, Any]]] = {}
+    forms: dict[str, Form] = {}
+    places: dict[str, tuple[Path, int]] = {}
     for part in parts:
         with part.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        entries |= {name: (part, 8 + length, entry) for name, entry in header.items()}
-    # The order that the format asks for, so that every tensor is aligned: by falling size of the numbers, then by name.
-    names = sorted(entries, key=lambda name: (-_bits(entries[name][2]["dtype"]), name))
-    joined: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name in names:
-        start, stop = entries[name][2]["data_offsets"]
-        joined[name] = {**entries[name][2], "data_offsets": [end, end + stop - start]}
-        end += stop - start
-    header = json.dumps(joined, separators=(",", ":"), ensure_ascii=False).encode()
-    header += b" " * (-len(header) % 8)
+            entries = json.loads(file.read(length))
+        entries.pop("__metadata__", None)
+        forms |= {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in entries.items()}
+        places |= {name: (part, 8 + length + entry["data_offsets"][0]) for name, entry in entries.items()}
+    header, names = make_header(forms)
     with target.open("wb") as out, ExitStack() as stack:
         files = {part: stack.enter_context(part.open("rb")) for part in parts}
-        out.write(len(header).to_bytes(8, "little") + header)
+        out.write(header)
         for name in names:
-            part, begin, entry = entries[name]
-            start, stop = entry["data_offsets"]
-            files[part].seek(begin + start)
-            for left in range(stop - start, 0, -COPIED):
+            part, begin = places[name]
+            files[part].seek(begin)
+            for left in range(byte_size(forms[name]), 0, -COPIED):
                 out.write(files[part].read(min(left, COPIED)))
     for part in parts:
         part.unlink()
     return names
+
+
+def make_header(forms: Mapping[str, Form]) -> tuple[bytes, list[str]]:
+    """The head of a safetensors file, and its tensors' names in the order in which their bytes follow."""
+    # The order that the format asks for, so that every tensor is aligned: by falling size of the numbers, then by name.
+    names = sorted(forms, key=lambda name: (-_bits(forms[name][0]), name))
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in names:
+        start, end = end, end + byte_size(forms[name])
+        entries[name] = {"dtype": forms[name][0], "shape": forms[name][1], "data_offsets": [start, end]}
+    header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header, names
+
+
+def byte_size(form: Form) -> int:
+    """Bytes of a tensor in a file."""
+    dtype, shape = form
+    return prod(shape) * _bits(dtype) // 8
 
 
 def _bits(dtype: str) -> int:

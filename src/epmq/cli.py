@@ -72,7 +72,10 @@ seed: 0
 def _recipe(path: Path, overrides: list[str] | None, output: Path | None = None, need_output: bool = True) -> Any:
     import yaml
 
-    from epmq.spec import load_recipe
+    from epmq.imports import uncollected
+
+    with uncollected():
+        from epmq.spec import load_recipe
 
     content = load_recipe(path).model_dump(mode="json", exclude_unset=True)
     for override in overrides or []:

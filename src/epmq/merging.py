@@ -21,7 +21,7 @@ Scaling = float | Sequence[float]
 Pair = tuple[Tensor, Tensor]
 
 # Entries that are merged at once.
-PIECE = 1 << 16
+PIECE = 1 << 17
 # One in so many entries is drawn to tell where a threshold lies; odd, so that it goes through all columns of a matrix.
 STRIDE = 257
 # Where the threshold is looked for first: so many standard deviations of the draw around its place.
@@ -45,7 +45,7 @@ def average(base: Tensor, experts: Sequence[Tensor], *, weights: Sequence[float]
     total = sum(share)
 
     def mean(_: Tensor, experts: Sequence[Tensor]) -> Tensor:
-        merged = experts[0].float() * (share[0] / total)
+        merged = experts[0].mul_(share[0] / total)
         for expert, weight in zip(experts[1:], share[1:]):
             merged.add_(expert, alpha=weight / total)
         return merged
@@ -64,10 +64,8 @@ def task_arithmetic(base: Tensor, experts: Sequence[Tensor], *, scaling: Scaling
     share = _per_expert(scaling, experts, "scaling")
 
     def add(base: Tensor, experts: Sequence[Tensor]) -> Tensor:
-        merged = base.to(torch.float32, copy=True)
-        for expert, weight in zip(experts, share):
-            merged.add_(task_vector(base, expert), alpha=weight)
-        return merged
+        tau = [expert.sub_(base) for expert in experts]
+        return _add(base, tau, share)
 
     return _by_pieces(add, base, experts)
 
@@ -96,7 +94,7 @@ def ties(
     cuts = torch.tensor(thresholds, dtype=torch.float32).nextafter(torch.tensor(0.0)).tolist()
 
     def add(base: Tensor, experts: Sequence[Tensor]) -> Tensor:
-        tau = [hardshrink(task_vector(base, expert), cut) for expert, cut in zip(experts, cuts, strict=True)]
+        tau = [hardshrink(expert.sub_(base), cut) for expert, cut in zip(experts, cuts, strict=True)]
         return disjoint_mean(tau).mul_(scaling).add_(base)
 
     return _by_pieces(add, base, experts)
@@ -130,16 +128,11 @@ def dare(
     masks = [_bernoulli(base.shape, density, f"{seed}/{name}/{k}").to(base.device) for k in range(len(experts))]
 
     def add(base: Tensor, parts: Sequence[Tensor]) -> Tensor:
-        tau = [
-            task_vector(base, expert).mul_(mask).div_(density)
-            for expert, mask in zip(parts[: len(experts)], parts[len(experts) :])
-        ]
+        drawn = zip(parts[: len(experts)], parts[len(experts) :])
+        tau = [expert.sub_(base).mul_(mask).div_(density) for expert, mask in drawn]
         if combine == "ties":
             return disjoint_mean(tau).mul_(share[0]).add_(base)
-        merged = base.to(torch.float32, copy=True)
-        for vector, weight in zip(tau, share):
-            merged.add_(vector, alpha=weight)
-        return merged
+        return _add(base, tau, share)
 
     return _by_pieces(add, base, [*experts, *masks])
 
@@ -204,7 +197,8 @@ def magnitude_threshold(pairs: Callable[[], Iterable[Pair]], density: float) -> 
 def _rank_between(pairs: Callable[[], Iterable[Pair]], keep: int, low: float, high: float) -> float | None:
     """The `keep`-th largest magnitude if it lies between two, these included; else None."""
     above = at_high = at_low = 0
-    inside: list[Tensor] = []
+    # In one growing piece of memory: many small ones, kept between large ones that come and go, would hold those apart.
+    inside = bytearray()
     for whole in pairs():
         for base, expert in zip(*(tensor.reshape(-1).split(PIECE) for tensor in whole)):
             sizes = task_vector(base, expert).abs_()
@@ -214,24 +208,35 @@ def _rank_between(pairs: Callable[[], Iterable[Pair]], keep: int, low: float, hi
             # Equal magnitudes, of which 16-bit numbers have many, are counted and not kept.
             at_high += int((between == high).count_nonzero())
             at_low += int((between == low).count_nonzero()) if low < high else 0
-            inside.append(between[(between > low) & (between < high)])
+            inside += between[(between > low) & (between < high)].cpu().numpy().data.cast("B")
     for rank, value in ((above, None), (at_high, high)):
         if keep <= rank:
             return value
         keep -= rank
-    kept = torch.cat(inside)
-    if keep <= len(kept):
-        return float(kept.kthvalue(len(kept) - keep + 1).values)
-    return low if keep <= len(kept) + at_low else None
+    count = len(inside) // 4
+    if keep <= count:
+        return float(torch.frombuffer(inside, dtype=torch.float32).kthvalue(count - keep + 1).values)
+    return low if keep <= count + at_low else None
 
 
 def _by_pieces(merge: Callable[[Tensor, Sequence[Tensor]], Tensor], base: Tensor, parts: Sequence[Tensor]) -> Tensor:
-    """The merge of one entry depends on nothing but that entry of base and parts: take a slice of each at a time."""
+    """The merge of one entry depends on nothing but that entry of base and parts: take a slice of each at a time.
+
+    What is merged are copies in float32, in the same memory each time, which `merge` may overwrite.
+    """
     merged = torch.empty(base.shape, dtype=base.dtype, device=base.device)
-    slices = [tensor.reshape(-1).split(PIECE) for tensor in (merged, base, *parts)]
-    for out, first, *rest in zip(*slices):
+    work = torch.empty(1 + len(parts), min(PIECE, base.numel()), dtype=torch.float32, device=base.device)
+    for out, *pieces in zip(*(tensor.reshape(-1).split(PIECE) for tensor in (merged, base, *parts))):
+        first, *rest = (copy[: len(piece)].copy_(piece) for copy, piece in zip(work, pieces))
         out.copy_(merge(first, rest))
     return merged
+
+
+def _add(base: Tensor, tau: Sequence[Tensor], share: Sequence[float]) -> Tensor:
+    """Add weighted task vectors to the base, in its place."""
+    for vector, weight in zip(tau, share):
+        base.add_(vector, alpha=weight)
+    return base
 
 
 def _per_expert(value: Scaling, experts: Sequence[Tensor], field: str) -> list[float]:

@@ -17,15 +17,16 @@ from epmq import report as reporting
 from epmq.answers import Fit
 from epmq.batches import encode, load_processor, split_first, to_device
 from epmq.blocks import LINEAR, find_stacks
-from epmq.checkpoint import CheckpointWriter, copy_processor, whole_directory, write_json
+from epmq.checkpoint import CheckpointWriter, byte_size, copy_processor, whole_directory, write_json
 from epmq.data import Examples
+from epmq.direct import write_directly
 from epmq.evaluate import METRICS, metric_of
 from epmq.export import FORMATS
 from epmq.grid import QuantizedTensor
 from epmq.heads import Head, load_head, save_head
 from epmq.multitask import HEADS, MultiTaskModel, NativeHead, load, load_any_head, save_native_head
 from epmq.prepare import Job, Objects, check_head, device, examples_of, head_file, prepare
-from epmq.quantize import load_outside, quantize_calibrated, quantize_nearest, read_blocks
+from epmq.quantize import load_outside, quantize_calibrated, quantize_nearest
 from epmq.skeleton import why_not_direct
 from epmq.sources import Sources
 from epmq.spec import Expert, Recipe, load_recipe
@@ -120,6 +121,8 @@ def write_model(job: Job, folder: Path, bar: Progress) -> tuple[list[dict[str, A
         one report a quantized layer, one a head that follows the model, and the bytes of all weights.
     """
     recipe, sources = job.recipe, job.sources
+    if recipe.quantize.method == "none":
+        return [], {}, _write_merged(job, folder, bar)
     writer, pack, target = CheckpointWriter(folder), FORMATS[recipe.format], device(recipe)
     quantized: list[str] = []
 
@@ -143,11 +146,9 @@ def write_model(job: Job, folder: Path, bar: Progress) -> tuple[list[dict[str, A
         for name in sources.outside_names():
             emit(name, sources.merged(name))
     blocks = sum(len(stack.blocks) for stack in find_stacks(sources.model))
-    title = "merge" if recipe.quantize.method == "none" else f"{recipe.merge.method} + {recipe.quantize.method}"
-    if recipe.quantize.method == "none":
-        steps: Iterator[list[Any]] = read_blocks(sources, emit)
-    elif recipe.quantize.method == "rtn":
-        steps = quantize_nearest(sources, emit, emit_layer)
+    title = f"{recipe.merge.method} + {recipe.quantize.method}"
+    if recipe.quantize.method == "rtn":
+        steps: Iterator[list[Any]] = quantize_nearest(sources, emit, emit_layer)
     else:
         calibration: list[Calibration] = []
         for expert in recipe.experts:
@@ -161,11 +162,28 @@ def write_model(job: Job, folder: Path, bar: Progress) -> tuple[list[dict[str, A
         steps = quantize_calibrated(sources, calibration, emit, emit_layer, target, emit_head=emit_head, spill=spill)
     layers = [layer.as_dict() for step in bar.track(steps, total=blocks, description=title) for layer in step]
     writer.finish()
-    _write_config(job, folder, quantized)
-    _write_heads(job, folder, fits)
-    copy_processor(sources.base.path, folder)
+    _write_rest(job, folder, quantized, fits)
     heads = {task: {name: getattr(fit, name) for name in FIT} for task, (_, fit) in fits.items()}
     return layers, heads, sum(writer.sizes.values())
+
+
+def _write_merged(job: Job, folder: Path, bar: Progress) -> int:
+    """Merge into `folder` without quantizing; returns the bytes of all weights."""
+    sources = job.sources
+    names = {sources.stored_name(name): name for name in sources.names}
+    forms = {stored: sources.form(name) for stored, name in names.items()}
+    steps = write_directly(folder, forms, lambda stored: sources.merged_parts(names[stored]))
+    for _ in bar.track(steps, total=len(names), description="merge"):
+        pass
+    _write_rest(job, folder, [], {})
+    return sum(map(byte_size, forms.values()))
+
+
+def _write_rest(job: Job, folder: Path, quantized: list[str], fits: dict[str, tuple[Head | NativeHead, Fit]]) -> None:
+    """Write all that is beside the weights: config, heads, processor."""
+    _write_config(job, folder, quantized)
+    _write_heads(job, folder, fits)
+    copy_processor(job.sources.base.path, folder)
 
 
 def _write_config(job: Job, folder: Path, quantized: list[str]) -> None:

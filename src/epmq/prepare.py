@@ -76,9 +76,10 @@ def prepare(
         if evaluate and (expert.evaluation is not None or expert.name in (evaluation or {})):
             scored[expert.name] = examples_of(sources, expert, processor, "evaluation", evaluation)
         check_head(sources, expert, scored.get(expert.name))
-    steps = sources.check_finite()
-    for _ in steps if bar is None else bar.track(steps, total=1 + len(recipe.experts), description="check weights"):
-        pass
+    if recipe.quantize.method != "none":  # a mere merge reads the weights once and finds out as early
+        steps = sources.check_finite()
+        for _ in steps if bar is None else bar.track(steps, total=1 + len(recipe.experts), description="check weights"):
+            pass
     return Job(recipe, sources, processor, used, scored)
 
 

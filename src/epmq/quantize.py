@@ -82,14 +82,6 @@ def check_grid(sources: Sources) -> None:
             raise ValueError(f"quantize.group_size: {name}: {error}") from None
 
 
-def read_blocks(sources: Sources, emit: Emit) -> Iterator[list[LayerReport]]:
-    """Emit the merged tensors of the blocks as they are; yields an empty report a block."""
-    for stack, index, _ in _blocks(sources.model):
-        for name in sources.block_names(stack.block_name(index)):
-            emit(name, sources.merged(name))
-        yield []
-
-
 def quantize_nearest(sources: Sources, emit: Emit, emit_layer: EmitLayer) -> Iterator[list[LayerReport]]:
     """Round the merged model to nearest, a block at a time, without calibration data.
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from epmq.checkpoint import Checkpoint
+from epmq.imports import uncollected
 
 # Classes whose weights are all shared between experts: their own architecture is merged. Everything else that is not
 # a plain `…Model` has a task head; its backbone is merged and the head is kept apart.
@@ -66,8 +67,9 @@ def build_skeleton(checkpoint: Checkpoint) -> Any:
     if checkpoint.config.get("quantization_config"):
         raise ValueError(f"{place}: the model is quantized already; give the one it was quantized from")
     try:
-        config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
-        kind = model_class(config, (checkpoint.config.get("architectures") or [None])[0])
+        with uncollected():  # the model's modules are imported when they are asked for
+            config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
+            kind = model_class(config, (checkpoint.config.get("architectures") or [None])[0])
     except (ValueError, KeyError) as error:
         raise ValueError(f"{place}: transformers cannot open this model ({error})") from None
     with init_empty_weights(include_buffers=False):

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from epmq import adapters
 from epmq.adapters import Adapter, is_adapter
 from epmq.blocks import LINEAR, find_stacks, is_transposed
-from epmq.checkpoint import Checkpoint, resolve
+from epmq.checkpoint import Checkpoint, Form, is_finite, resolve
 from epmq.merging import METHODS, magnitude_threshold
 from epmq.skeleton import build_skeleton, has_task_head, load_block, rename, set_tensor, shared_checkpoint, tied_names
 from epmq.spec import Recipe
 
 # Entries of a tensor that are read at once when it is merged.
-ROWS = 1 << 24
+ROWS = 1 << 22
 
 
 class Sources:
@@ -218,6 +218,20 @@ class Sources:
             expert.check_finite(list(self._expert_stored[task].values()))
             yield
 
+    def _finite(self, name: str, tensor: Tensor) -> Tensor:
+        """Pass on what was made of the weights of one name, or say which of them has NaN or Inf.
+
+        Every method of merging passes them on to its result, so one look at that does for all weights.
+
+        Raises:
+            ValueError: file and tensor are named.
+        """
+        if not is_finite(tensor):
+            self.base.check_finite([self._stored[name]])
+            for task, expert in self.experts.items():
+                expert.check_finite([self._expert_stored[task][name]] if name in self._expert_stored[task] else [])
+        return tensor
+
     @property
     def dtype(self) -> torch.dtype:
         """The dtype that most of the base's weights have on disk."""
@@ -237,6 +251,10 @@ class Sources:
     def stored_name(self, name: str) -> str:
         """What the base calls a tensor on disk; outputs keep these names."""
         return self._stored[name]
+
+    def form(self, name: str) -> Form:
+        """Dtype and shape of a tensor, from the base's header; the merged model's are the same."""
+        return self.base.form(self._stored[name])
 
     def base_shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, from the base's header."""
@@ -293,22 +311,38 @@ class Sources:
         return expert.config
 
     def merged(self, name: str) -> Tensor:
-        """A tensor of the merged model, in the base's dtype. Integer buffers are the base's.
+        """A tensor of the merged model, in the base's dtype. Integer buffers are the base's."""
+        if self._at_once(name):
+            return next(self.merged_parts(name))
+        merged = torch.empty(self.base_shape(name), dtype=self.stored_dtype(name))
+        for rows, part in zip(self._rows(name), self.merged_parts(name)):
+            merged[rows] = part
+        return merged
 
-        A large one is read and merged some rows at a time: what was read of a file is resident until its map is closed.
+    def merged_parts(self, name: str) -> Iterator[Tensor]:
+        """As `merged`, a large tensor some rows at a time.
+
+        That is how it is read, too: what was read of a file is resident until its map is closed.
+
+        Raises:
+            ValueError: a weight is NaN or Inf; file and tensor are named.
         """
         if self.stored_dtype(name) is None:
-            return self.base_tensor(name)
+            yield self.base_tensor(name)
+            return
         method, settings = METHODS[self.recipe.merge.method], self._settings(name)
-        if math.prod(self.base_shape(name)) <= ROWS or self.recipe.merge.method == "dare":
-            # The draw of DARE is one for the whole tensor.
+        if self._at_once(name):
             experts = [self.expert_tensor(task, name) for task in self.experts]
-            return method(self.base_tensor(name), experts, **settings)
-        merged = torch.empty(self.base_shape(name), dtype=self.stored_dtype(name))
+            yield self._finite(name, method(self.base_tensor(name), experts, **settings))
+            return
         for rows in self._rows(name):
             experts = [self._expert_rows(task, name, rows) for task in self.experts]
-            merged[rows] = method(self._base_rows(name, rows), experts, **settings)
-        return merged
+            yield self._finite(name, method(self._base_rows(name, rows), experts, **settings))
+
+    def _at_once(self, name: str) -> bool:
+        """Whether a tensor is merged as a whole: a small one is, and DARE's draw is one for the whole tensor."""
+        large = self.stored_dtype(name) is not None and math.prod(self.base_shape(name)) > ROWS
+        return not large or self.recipe.merge.method == "dare"
 
     def _rows(self, name: str) -> Iterator[slice]:
         """The rows of a tensor in portions."""
@@ -323,9 +357,14 @@ class Sources:
         expert, stored = self.experts[task], self._expert_stored[task].get(name)
         if stored is None:
             return self._base_rows(name, rows)
-        if isinstance(expert, Adapter):
-            return self.expert_tensor(task, name)[rows]
-        return expert.rows(stored, rows)
+        if not isinstance(expert, Adapter):
+            return expert.rows(stored, rows)
+        start = expert.tensor(stored)[rows] if expert.replaces(stored) else self._base_rows(name, rows)
+        if not expert.changes(stored):
+            return start
+        if self._transposed(name):
+            return adapters.apply(start, expert.change(stored, columns=rows), transposed=True)
+        return adapters.apply(start, expert.change(stored, rows), transposed=False)
 
     def _settings(self, name: str) -> dict[str, Any]:
         settings = self.recipe.merge.settings()
@@ -346,10 +385,13 @@ class Sources:
     def _pairs(self, task: str, names: Sequence[str]) -> Iterator[tuple[Tensor, Tensor]]:
         for name in names:
             if not self.base_shape(name):
-                yield self.base_tensor(name), self.expert_tensor(task, name)
-                continue
-            for rows in self._rows(name):
-                yield self._base_rows(name, rows), self._expert_rows(task, name, rows)
+                pairs = iter([(self.base_tensor(name), self.expert_tensor(task, name))])
+            else:
+                pairs = (
+                    (self._base_rows(name, rows), self._expert_rows(task, name, rows)) for rows in self._rows(name)
+                )
+            for base, expert in pairs:
+                yield self._finite(name, base), self._finite(name, expert)
 
 
 def _architecture(config: dict[str, Any]) -> str | None:
