@@ -17,14 +17,26 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from epmq.multitask import MultiTaskModel, load
     from epmq.pipeline import evaluate_checkpoint, evaluate_experts, merge, run
+    from epmq.plan import dry_run
     from epmq.spec import Recipe, load_recipe
 
 __version__ = "0.1.0"
-__all__ = ["MultiTaskModel", "Recipe", "evaluate_checkpoint", "evaluate_experts", "load", "load_recipe", "merge", "run"]
+__all__ = [
+    "MultiTaskModel",
+    "Recipe",
+    "dry_run",
+    "evaluate_checkpoint",
+    "evaluate_experts",
+    "load",
+    "load_recipe",
+    "merge",
+    "run",
+]
 
 _HOME = {
     "MultiTaskModel": "epmq.multitask",
     "Recipe": "epmq.spec",
+    "dry_run": "epmq.plan",
     "evaluate_checkpoint": "epmq.pipeline",
     "evaluate_experts": "epmq.pipeline",
     "load": "epmq.multitask",

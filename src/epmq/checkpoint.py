@@ -43,6 +43,8 @@ PROCESSOR_FILES = (
 )
 # Bytes that are copied at once.
 COPIED = 1 << 24
+# Bytes of tensors that are held in memory before they are written.
+PART_BYTES = 1 << 25
 # A shard of an output is full when it holds this much.
 SHARD_BYTES = 4 << 30
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -264,7 +266,7 @@ class CheckpointWriter:
         part_bytes: so much is held in memory at most, beside one tensor.
     """
 
-    def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES, part_bytes: int = 1 << 28) -> None:
+    def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES, part_bytes: int = PART_BYTES) -> None:
         self.folder, self.shard_bytes, self.part_bytes = folder, shard_bytes, min(part_bytes, shard_bytes)
         self._pending: dict[str, Tensor] = {}
         self._pending_bytes = 0

@@ -108,9 +108,25 @@ def _finish(report: dict[str, Any]) -> None:
 
 
 @app.command()
-def run(recipe: RecipeFile, output: Output = None, set_: Set = None, quiet: Quiet = False) -> None:
+def run(
+    recipe: RecipeFile,
+    output: Output = None,
+    set_: Set = None,
+    quiet: Quiet = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="check everything, say what the run will cost, and write nothing")
+    ] = False,
+) -> None:
     """Do the whole job: merge, quantize with the experts as the guide, evaluate, write a checkpoint."""
     wanted = _recipe(recipe, set_, output)
+    if dry_run:
+        from rich.console import Console
+
+        from epmq.plan import dry_run as predict
+        from epmq.report import plan_table
+
+        Console().print(plan_table(predict(wanted, progress=not quiet)))
+        return
     from epmq.pipeline import run as run_recipe
 
     _finish(run_recipe(wanted, progress=not quiet))

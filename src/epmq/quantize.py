@@ -148,7 +148,7 @@ def quantize_calibrated(
     for step in Walk(sources.model, batches, heads.conclude if heads else None, spill):
         load_block(sources.model, sources.block_names(step.name), sources.merged, device)
         with naming(step.name):
-            aims = _aims(step, apart)
+            aims = find_aims(step, apart)
         aimed |= any(sum_ is not None for _, sum_ in aims)
         reports = _quantize_block(sources, step, aims, calibration, streams, emit_layer)
         quantized = {f"{report.name}.weight" for report in reports}
@@ -204,7 +204,7 @@ def return_freed_memory() -> None:
         trim(0)
 
 
-def _aims(step: Step, apart: bool) -> list[Aim]:
+def find_aims(step: Step, apart: bool) -> list[Aim]:
     """The block's layers by their inputs, in the order of the forward, with the sums that they aim at if `apart`."""
     groups = input_groups(step.block, lambda: step.run(0))
     alone = [group.names[0] for group in groups if len(group.names) == 1 and apart]

@@ -9,7 +9,10 @@ from contextlib import suppress
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from epmq.plan import Plan
 
 PACKAGES = ("epmq", "torch", "transformers", "compressed-tensors", "safetensors", "numpy")
 
@@ -44,15 +47,20 @@ def reset_peak_memory() -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def peak_memory_mb() -> float:
-    """Peak resident memory since `reset_peak_memory`, in MB of 10⁶ bytes."""
+def memory_mb(field: str = "VmRSS") -> float:
+    """Resident memory now, in MB of 10⁶ bytes, or another line of the process's status; without one, the peak."""
     try:
         status = Path("/proc/self/status").read_text()
-        line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
+        line = next(line for line in status.splitlines() if line.startswith(field))
         return round(int(line.split()[1]) * 1024 / 1e6, 1)
     except (OSError, StopIteration):
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return round(peak * (1 if sys.platform == "darwin" else 1024) / 1e6, 1)
+
+
+def peak_memory_mb() -> float:
+    """Peak resident memory since `reset_peak_memory`, in MB of 10⁶ bytes."""
+    return memory_mb("VmHWM")
 
 
 def score_title(report: dict[str, Any]) -> str:
@@ -118,5 +126,29 @@ def summary_table(report: dict[str, Any]) -> Any:
     table.add_row("time", f"{sum(report['seconds'].values()):.1f} s")
     table.add_row("peak memory", f"{report['peak_memory_mb']:.0f} MB")
     for note in report["notes"]:
+        table.add_row("note", note)
+    return table
+
+
+def plan_table(found: Plan) -> Any:
+    """What a run will do and cost (a rich renderable)."""
+    from rich.table import Table
+
+    recipe, quantize = found.recipe, found.recipe.quantize
+    table = Table(title="dry run: nothing was written", title_justify="left", show_header=False)
+    table.add_row("merge", f"{recipe.merge.method}, {len(recipe.experts)} experts")
+    table.add_row("quantize", quantize.method)
+    table.add_row("model", f"{found.blocks} blocks, {found.layers} layers to quantize")
+    if quantize.method != "none":
+        table.add_row("bits", f"{quantize.bits}, group size {quantize.group_size}")
+    if quantize.calibrates:
+        table.add_row("calibration", f"about {found.tokens} tokens")
+    table.add_section()
+    for phase, seconds in found.seconds.items():
+        table.add_row(phase, f"{seconds:.1f} s")
+    table.add_row("time", f"{sum(found.seconds.values()):.1f} s, without evaluation")
+    table.add_row("peak memory", f"{found.peak_memory_mb:.0f} MB")
+    table.add_row("output", f"{found.output_bytes / 1e6:.1f} MB; {found.disk_bytes / 1e6:.1f} MB while it is written")
+    for note in found.notes:
         table.add_row("note", note)
     return table

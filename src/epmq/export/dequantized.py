@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from epmq.blocks import as_matrix
@@ -15,6 +16,11 @@ NEEDS_LINEAR = False
 def tensors(prefix: str, layer: nn.Module, weight: QuantizedTensor) -> dict[str, Tensor]:
     """The layer's dequantized weight as its module stores it; arguments as in `epmq.export.packed`."""
     return {f"{prefix}.weight": as_matrix(layer, weight.dequantize())}
+
+
+def stored_bytes(rows: int, columns: int, grid: Grid, dtype: torch.dtype) -> int:
+    """Bytes of a layer's tensors; arguments as in `epmq.export.packed`."""
+    return rows * columns * dtype.itemsize
 
 
 def config(grid: Grid, ignore: list[str]) -> dict[str, Any] | None:

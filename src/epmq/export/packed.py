@@ -37,6 +37,21 @@ def tensors(prefix: str, layer: nn.Module, weight: QuantizedTensor) -> dict[str,
     return packed
 
 
+def stored_bytes(rows: int, columns: int, grid: Grid, dtype: torch.dtype) -> int:
+    """Bytes of the tensors that stand for one layer's weight.
+
+    Args:
+        rows, columns: of the weight.
+        grid: its grid.
+        dtype: of the scales.
+    """
+    groups = columns // grid.width(columns)
+    words = rows * -(-columns * grid.bits // 32)
+    if not grid.symmetric:
+        words += -(-rows * grid.bits // 32) * groups
+    return 4 * words + rows * groups * dtype.itemsize + 2 * torch.int64.itemsize
+
+
 def config(grid: Grid, ignore: list[str]) -> dict[str, Any] | None:
     """The `quantization_config` of `config.json`.
 
