@@ -121,15 +121,18 @@ def ablation_table(rows: list[dict[str, Any]]) -> str:
     return "\n".join([*lines, "", measured(rows)])
 
 
-def limits_table(rows: list[dict[str, Any]], suite: list[dict[str, Any]]) -> str:
+def limits_table(rows: list[dict[str, Any]]) -> str:
     """Markdown: one line a run of `benchmarks.limits`; the gap is that to GPTQ at 4 bits in the suite's table."""
     same = {"merge": "task_arithmetic", "method": "gptq", "bits": 4, "group_size": -1}
-    gptq = next(row["mean"] for row in suite if same.items() <= row.items())
-    experts = next(row["mean"] for row in suite if row["merge"] == "experts")
-    lines = ["| images a task | weights | mean accuracy | gap recovered | s, processor |", "|---|---|---|---|---|"]
-    for row in sorted(rows, key=lambda row: (row["samples"], row["bits"])):
+    head = ["suite", "examples a task", "weights", "mean accuracy", "gap recovered", "s, processor"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for row in sorted(rows, key=lambda row: (SUITES.index(row["suite"]), row["samples"], row["bits"])):
+        suite = json.loads((HERE / "results" / f"{row['suite']}.json").read_text())
+        gptq = next(found["mean"] for found in suite if same.items() <= found.items())
+        experts = next(found["mean"] for found in suite if found["merge"] == "experts")
         gap, seconds = gap_recovered(row["mean"], gptq, experts), row["cpu_seconds"]["merge and quantize"]
-        shown = [f"{row['samples']}", grid({**row, "symmetric": True}), percent(row["mean"]), percent(gap, 0)]
+        shown = [row["suite"], f"{row['samples']}", grid({**row, "symmetric": True})]
+        shown += [percent(row["mean"]), percent(gap, 0)]
         lines.append("| " + " | ".join([*shown, f"{seconds:.0f}"]) + " |")
     return "\n".join([*lines, "", measured(rows)])
 
@@ -243,9 +246,9 @@ def main() -> None:
         texts[HERE / "README.md"] = replace_section(
             readme, "ablation", ablation_table(json.loads(ablation.read_text()))
         )
-    limits, vision8 = HERE / "results" / "limits.json", HERE / "results" / "vision8.json"
+    limits = HERE / "results" / "limits.json"
     if limits.exists():
-        table = limits_table(json.loads(limits.read_text()), json.loads(vision8.read_text()))
+        table = limits_table(json.loads(limits.read_text()))
         texts[HERE / "README.md"] = replace_section(texts[HERE / "README.md"], "limits", table)
     solver = HERE / "results" / "solver.json"
     if solver.exists():
