@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.ablation import STEPS
+from benchmarks.growth import EXPECTED, GROWN, exponent, grown
 from epmq.evaluate import gap_recovered
 
 SUITES = ("vision8", "text8", "text8lora", "causal3", "seq2seq")
@@ -105,6 +106,24 @@ def shapes_table(rows: list[dict[str, Any]]) -> str:
         size += [f"{row['hardware']['threads']}", f"{total / 60:.1f}"]
         shares = [f"{100 * row['seconds'].get(phase, 0) / total:.0f}" for phase in phases]
         lines.append("| " + " | ".join([row["name"], *size, *shares, f"{row['peak_memory_mb'] / 1e3:.1f}"]) + " |")
+    return "\n".join([*lines, "", measured(rows)])
+
+
+def growth_tables(rows: list[dict[str, Any]]) -> str:
+    """Markdown: one line a run of `benchmarks.growth`, then the exponents beside those that are expected."""
+    fields = {"cpu_seconds": "s, processor", "peak_memory_mb": "peak MB", "output_bytes": "output bytes"}
+    head = [*GROWN, *(title for field in fields.values() for title in (field, "predicted")), "s, wall"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for row in rows:
+        shown = [str(row[name]) for name in GROWN]
+        for field in fields:
+            said = row["predicted"][field]
+            shown += [f"{row[field]}", f"{said} ({100 * (said / row[field] - 1):+.0f} %)"]
+        lines.append("| " + " | ".join([*shown, str(row["seconds"])]) + " |")
+    lines += ["", "| grows | s, processor | expected | MB beyond those when all is open | expected |", "|" + 5 * "---|"]
+    for name in GROWN:
+        found = [f"{exponent(grown(rows, name), name, kind):.2f} | {EXPECTED[kind][name]}" for kind in EXPECTED]
+        lines.append(f"| {name} | " + " | ".join(found) + " |")
     return "\n".join([*lines, "", measured(rows)])
 
 
@@ -240,6 +259,10 @@ def main() -> None:
     if shapes.exists():
         readme = texts[HERE / "README.md"]
         texts[HERE / "README.md"] = replace_section(readme, "shapes", shapes_table(json.loads(shapes.read_text())))
+    growth = HERE / "results" / "growth.json"
+    if growth.exists():
+        table = growth_tables(json.loads(growth.read_text()))
+        texts[HERE / "README.md"] = replace_section(texts[HERE / "README.md"], "growth", table)
     ablation = HERE / "results" / "ablation.json"
     if ablation.exists():
         readme = texts[HERE / "README.md"]

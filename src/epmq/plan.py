@@ -55,7 +55,8 @@ class Plan:
         blocks, layers: of the model; layers are those that are quantized.
         tokens: of calibration, all tasks together, padding left out; 0 where nothing is calibrated.
         seconds: by phase, of a machine that does nothing else; evaluation is not among them.
-        peak_memory_mb: resident memory of the process, in MB of 10⁶ bytes.
+        resident_mb: memory of the process when all is open, in MB of 10⁶ bytes.
+        peak_memory_mb: the same at the fullest moment of the run.
         output_bytes: of all weights that will be written.
         disk_bytes: the most that is taken while they are: parts are there until they are joined, a shard at a time.
         notes: on what was found in the checkpoints.
@@ -66,6 +67,7 @@ class Plan:
     layers: int
     tokens: int
     seconds: dict[str, float]
+    resident_mb: float
     peak_memory_mb: float
     output_bytes: int
     disk_bytes: int
@@ -97,13 +99,15 @@ def dry_run(
     seconds = _merging(sources, rates, place) if tried is None else _guiding(sources, tried, rates, place)
     written = output_bytes(sources)
     return_freed_memory()
+    resident = memory_mb()
     return Plan(
         recipe=job.recipe,
         blocks=sum(len(stack.blocks) for stack in find_stacks(sources.model)),
         layers=len(layers),
         tokens=0 if tried is None else round(tried.stacks[0].groups[0].tokens * tried.times * tried.real),
         seconds={"open": opening, **seconds},
-        peak_memory_mb=memory_mb() + _held(sources, tried, written) / 1e6,
+        resident_mb=resident,
+        peak_memory_mb=resident + _held(sources, tried, written) / 1e6,
         output_bytes=written,
         disk_bytes=written + (min(written, SHARD_BYTES) if written > PART_BYTES else 0),
         notes=sources.notes,

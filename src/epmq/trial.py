@@ -20,7 +20,7 @@ from epmq.blocks import as_matrix, find_stacks, hooks, linears
 from epmq.grid import QuantizedTensor
 from epmq.moments import Moments
 from epmq.objective import Objective
-from epmq.quantize import find_aims
+from epmq.quantize import find_aims, return_freed_memory
 from epmq.skeleton import load_block, load_embeddings
 from epmq.solvers import gptq, rtn, search_scales, unit_upper_factor
 from epmq.sources import Sources
@@ -109,7 +109,7 @@ def _try_block(sources: Sources, step: Step, apart: bool, device: torch.device) 
 
     with hooks([(module, count(name)) for name, module in linears(step.block)]):
         step.run(0)
-    seconds = timed(lambda: step.run(0), device)
+    seconds = timed(lambda: _run_afresh(step), device)
     aims = find_aims(step, apart)
     step.stop_at([group.names[0] for group, _ in aims if group.calls == 1], {sum_.rest for _, sum_ in aims if sum_})
     groups = []
@@ -123,6 +123,12 @@ def _try_block(sources: Sources, step: Step, apart: bool, device: torch.device) 
         step.passed(group.names[0])
     size = sum(math.prod(sources.base_shape(name)) for name in sources.block_names(step.name))
     return StackTrial(len(step.stack.blocks), seconds, entry, size, groups)
+
+
+def _run_afresh(step: Step) -> None:
+    """Run the block on new memory, as each batch does that has to wait with what it holds."""
+    return_freed_memory()
+    step.run(0)
 
 
 @contextmanager
