@@ -4,8 +4,8 @@ Llama-shaped models with random weights (float32) are calibrated on random token
 depth, the number of experts (the tokens are shared out among them) and the number of calibration tokens. Each run is a
 process of its own with one thread, and makes its prediction right before; times are of merging and quantizing, without
 opening, which the dry run has done by then. Writes `benchmarks/results/growth.json`, a row after each run; rows that
-are there are kept unless `--fresh` is given. With matplotlib (`pip install epmq[plots]`)
-it draws `docs/growth-time.svg` and `docs/growth-memory.svg` from them.
+are there are kept unless `--fresh` is given. With matplotlib (`pip install epmq[plots]`) it draws
+`docs/growth-time.svg` and `docs/growth-memory.svg` from them.
 """
 
 from __future__ import annotations
@@ -98,6 +98,7 @@ def measure(job: dict[str, int], root: Path) -> dict[str, Any]:
 def measure_apart(job: dict[str, int]) -> dict[str, Any]:
     """Write the models of a job and measure it in a process of its own."""
     root = cache_dir() / "shapes" / "growth"
+    shutil.rmtree(root, ignore_errors=True)  # what was cut off, perhaps of another job
     try:
         write_models(shape(job), root)
         with tempfile.NamedTemporaryFile(suffix=".json") as file:
