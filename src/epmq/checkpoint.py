@@ -422,16 +422,25 @@ def whole_directory(path: str | Path) -> Iterator[Path]:
     work = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.absolute().parent))
     try:
         yield work
-        for file in work.rglob("*"):
-            if file.is_file():
-                file.chmod(0o644)
-                with file.open("rb") as handle:
-                    os.fsync(handle.fileno())
-        work.chmod(0o755)
-        check_output(path)
-        work.rename(path)
+        publish(work, path)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def publish(work: Path, path: Path) -> None:
+    """Make a finished folder appear as `path`, when all in it is on the disk.
+
+    Raises:
+        FileExistsError, PermissionError: see `check_output`.
+    """
+    for file in work.rglob("*"):
+        if file.is_file():
+            file.chmod(0o644)
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+    work.chmod(0o755)
+    check_output(path)
+    work.rename(path)
 
 
 def copy_processor(source: Path, target: Path) -> None:

@@ -27,6 +27,9 @@ Set = Annotated[
     list[str] | None,
     typer.Option("--set", "-s", help="override one field, such as quantize.bits=3", metavar="FIELD=VALUE"),
 ]
+Restart = Annotated[
+    bool, typer.Option("--restart", help="begin anew, although a run that was stopped has left finished blocks")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress bars")]
 
 TEMPLATE = """\
@@ -112,12 +115,16 @@ def run(
     recipe: RecipeFile,
     output: Output = None,
     set_: Set = None,
+    restart: Restart = False,
     quiet: Quiet = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="check everything, say what the run will cost, and write nothing")
     ] = False,
 ) -> None:
-    """Do the whole job: merge, quantize with the experts as the guide, evaluate, write a checkpoint."""
+    """Do the whole job: merge, quantize with the experts as the guide, evaluate, write a checkpoint.
+
+    A run that was stopped goes on from its last finished block when the same command is given again.
+    """
     wanted = _recipe(recipe, set_, output)
     if dry_run:
         from rich.console import Console
@@ -129,7 +136,7 @@ def run(
         return
     from epmq.pipeline import run as run_recipe
 
-    _finish(run_recipe(wanted, progress=not quiet))
+    _finish(run_recipe(wanted, progress=not quiet, restart=restart))
 
 
 @app.command()
@@ -142,12 +149,14 @@ def merge(recipe: RecipeFile, output: Output = None, set_: Set = None, quiet: Qu
 
 
 @app.command()
-def quantize(recipe: RecipeFile, output: Output = None, set_: Set = None, quiet: Quiet = False) -> None:
+def quantize(
+    recipe: RecipeFile, output: Output = None, set_: Set = None, restart: Restart = False, quiet: Quiet = False
+) -> None:
     """Merge and quantize, without the evaluation at the end."""
     wanted = _recipe(recipe, set_, output)
     from epmq.pipeline import run as run_recipe
 
-    _finish(run_recipe(wanted, progress=not quiet, evaluate=False))
+    _finish(run_recipe(wanted, progress=not quiet, evaluate=False, restart=restart))
 
 
 @app.command("eval")
@@ -237,7 +246,7 @@ def main() -> None:
         sys.exit(1)
     except SystemExit as end:
         if end.code == 130:  # what typer makes of an interrupt
-            print("epmq: stopped; nothing was written", file=sys.stderr)
+            print("epmq: stopped; no output was written", file=sys.stderr)
         raise
 
 

@@ -32,9 +32,12 @@ from epmq.sources import Sources
 from epmq.spec import Expert, Recipe, load_recipe
 from epmq.spill import Spill
 from epmq.streams import Calibration
+from epmq.work import Block, Journal, Work, hash_batches, hash_file, resumable, sweep
 
 # Examples on which the layers of each block are sorted by what they read and where they write.
 TRIED = 2
+# Files of a model that a result can depend on.
+READ = (".json", ".safetensors", ".bin", ".txt", ".model", ".jinja")
 # What the report says about a head that follows the model.
 FIT = ("strength", "before", "after")
 
@@ -44,15 +47,20 @@ def run(
     *,
     progress: bool = True,
     evaluate: bool = True,
+    restart: bool = False,
     calibration: Objects | None = None,
     evaluation: Objects | None = None,
 ) -> dict[str, Any]:
     """Merge, quantize, evaluate and write a checkpoint.
 
+    A run that was stopped, however that came, leaves its finished blocks in `.NAME.work` beside the output; the same
+    run started again goes on from them and writes the same weights, byte for byte.
+
     Args:
         recipe: a YAML file, a dict or a `Recipe`; its `output` must be set and must not exist.
         progress: show progress bars.
         evaluate: score the checkpoint, as it is read back, on the recipe's evaluation data.
+        restart: throw away what a run that was stopped has left, instead of going on from there.
         calibration, evaluation: task name → rows as dicts (any iterable of them, such as a `datasets.Dataset`), or
             ready batches of tensors (such as a data loader's), instead of the data that the recipe names.
 
@@ -60,19 +68,32 @@ def run(
         the report, as written to `report.json`.
 
     Raises:
-        FileNotFoundError, FileExistsError, ValueError: before any compute, with the field, file or tensor at fault.
+        FileNotFoundError, FileExistsError, ValueError: before any compute, with the field, file or tensor at fault, or
+            with what has changed since the run that was stopped.
+        RuntimeError: another process works on the same output.
     """
     recipe = load_recipe(recipe)
     if recipe.output is None:
         raise ValueError("recipe: field 'output' is missing")
+    sweep(recipe.output)
     reporting.reset_peak_memory()
     clocks: dict[str, dict[str, float]] = {"seconds": {}, "cpu_seconds": {}}
     with bars(progress) as bar, ExitStack() as stack:
         with _timed(clocks, "open"):
             job = prepare(recipe, bar, evaluate=evaluate, calibration=calibration, evaluation=evaluation)
-        work = stack.enter_context(whole_directory(recipe.output))
-        with _timed(clocks, "merge and quantize"):
-            layers, heads, bytes_ = write_model(job, work, bar)
+        layers: list[dict[str, Any]] = []
+        heads: dict[str, dict[str, float]] = {}
+        if job.recipe.quantize.method == "none":
+            work = stack.enter_context(whole_directory(recipe.output))
+            with _timed(clocks, "merge and quantize"):
+                bytes_ = _write_merged(job, work, bar)
+        else:
+            with _timed(clocks, "open"):
+                batches = _calibration(job)
+                place = stack.enter_context(resumable(recipe.output, inputs_of(job, batches), restart))
+            work = place.output
+            with _timed(clocks, "merge and quantize"):
+                layers, heads, bytes_ = write_model(job, place, batches, bar)
         peak = reporting.peak_memory_mb()
         report: dict[str, Any] = {
             "date": reporting.now(),
@@ -114,57 +135,99 @@ def merge(recipe: str | Path | dict[str, Any] | Recipe, *, progress: bool = True
     return run(wanted, progress=progress, **{"evaluate": False, **settings})
 
 
-def write_model(job: Job, folder: Path, bar: Progress) -> tuple[list[dict[str, Any]], dict[str, dict[str, float]], int]:
-    """Merge and quantize into `folder`: weights, config, heads, processor.
+def write_model(
+    job: Job, work: Work, calibration: list[Calibration], bar: Progress
+) -> tuple[list[dict[str, Any]], dict[str, dict[str, float]], int]:
+    """Merge and quantize into `work.output`: weights, config, heads, processor. Finished blocks are not done again.
 
     Returns:
         one report a quantized layer, one a head that follows the model, and the bytes of all weights.
     """
-    recipe, sources = job.recipe, job.sources
-    if recipe.quantize.method == "none":
-        return [], {}, _write_merged(job, folder, bar)
-    writer, pack, target = CheckpointWriter(folder), FORMATS[recipe.format], device(recipe)
-    quantized: list[str] = []
+    recipe, sources, target = job.recipe, job.sources, device(job.recipe)
+    journal, block = work.journal(recipe.quantize.grid), Block()
 
     def emit(name: str, tensor: Tensor) -> None:
-        writer.add(sources.stored_name(name), tensor)
+        block.tensors[name] = tensor
 
     def emit_layer(name: str, layer: nn.Module, weight: QuantizedTensor) -> None:
-        quantized.append(name)
-        prefix = sources.stored_name(f"{name}.weight").removesuffix(".weight")
-        for stored, tensor in pack.tensors(prefix, layer, weight).items():
-            writer.add(stored, tensor)
+        block.layers[name] = weight
 
     fits: dict[str, tuple[Head | NativeHead, Fit]] = {}
 
     def emit_head(task: str, head: Head | NativeHead, found: Fit) -> None:
         fits[task] = head, found
 
-    if recipe.quantize.calibrates:
-        load_outside(sources, emit, target)
+    if recipe.quantize.method == "rtn":
+        steps: Iterator[list[Any]] = quantize_nearest(sources, emit, emit_layer, done=journal)
     else:
-        for name in sources.outside_names():
-            emit(name, sources.merged(name))
+        load_outside(sources, target)
+        spill = Spill(work.output if recipe.activations == "disk" else None)
+        steps = quantize_calibrated(
+            sources, calibration, emit, emit_layer, target, emit_head=emit_head, spill=spill, done=journal
+        )
     blocks = sum(len(stack.blocks) for stack in find_stacks(sources.model))
     title = f"{recipe.merge.method} + {recipe.quantize.method}"
-    if recipe.quantize.method == "rtn":
-        steps: Iterator[list[Any]] = quantize_nearest(sources, emit, emit_layer)
-    else:
-        calibration: list[Calibration] = []
-        for expert in recipe.experts:
-            encoded = encode(job.calibration[expert.name], job.processor, recipe.batch_size, recipe.max_length)
-            batches = [to_device(batch, target) for batch in encoded]
-            if not calibration:
-                batches = split_first(batches, TRIED)
-            head = partial(_guiding_head, sources, expert)
-            calibration.append(Calibration(expert.name, batches, head))
-        spill = Spill(folder if recipe.activations == "disk" else None)
-        steps = quantize_calibrated(sources, calibration, emit, emit_layer, target, emit_head=emit_head, spill=spill)
-    layers = [layer.as_dict() for step in bar.track(steps, total=blocks, description=title) for layer in step]
-    writer.finish()
-    _write_rest(job, folder, quantized, fits)
+    layers = []
+    for number, reports in enumerate(bar.track(steps, total=blocks, description=title)):
+        block.reports = [report.as_dict() for report in reports]
+        layers += block.reports
+        if number >= journal.found:
+            journal.append(block)
+        block.layers, block.tensors = {}, {}
+    if journal.found:
+        sources.notes.append(f"{journal.found} of {blocks} blocks were finished by a run that was stopped")
+    quantized, bytes_ = _write_quantized(job, work.output, journal)
+    _write_rest(job, work.output, quantized, fits)
     heads = {task: {name: getattr(fit, name) for name in FIT} for task, (_, fit) in fits.items()}
-    return layers, heads, sum(writer.sizes.values())
+    return layers, heads, bytes_
+
+
+def _write_quantized(job: Job, folder: Path, journal: Journal) -> tuple[list[str], int]:
+    """Write all weights in the recipe's format; returns the quantized layers' names and the bytes of all weights."""
+    sources, pack, writer = job.sources, FORMATS[job.recipe.format], CheckpointWriter(folder)
+    quantized: list[str] = []
+    for name in sources.outside_names():
+        writer.add(sources.stored_name(name), sources.merged(name))
+    for block in journal:
+        for name, weight in block.layers.items():
+            quantized.append(name)
+            prefix = sources.stored_name(f"{name}.weight").removesuffix(".weight")
+            for stored, tensor in pack.tensors(prefix, sources.model.get_submodule(name), weight).items():
+                writer.add(stored, tensor)
+        for name, tensor in block.tensors.items():
+            writer.add(sources.stored_name(name), tensor)
+    writer.finish()
+    return quantized, sum(writer.sizes.values())
+
+
+def _calibration(job: Job) -> list[Calibration]:
+    """Every task's batches as the model takes them, with what makes its head."""
+    recipe, sources, found = job.recipe, job.sources, list[Calibration]()
+    for expert in recipe.experts if recipe.quantize.calibrates else ():
+        encoded = encode(job.calibration[expert.name], job.processor, recipe.batch_size, recipe.max_length)
+        batches = [to_device(batch, device(recipe)) for batch in encoded]
+        if not found:
+            batches = split_first(batches, TRIED)
+        found.append(Calibration(expert.name, batches, partial(_guiding_head, sources, expert)))
+    return found
+
+
+def inputs_of(job: Job, calibration: list[Calibration]) -> dict[str, Any]:
+    """All that decides the result of a run, as plain values: recipe, versions, hashes of files and calibration data.
+
+    Where the output goes, where activations wait and what is evaluated are no part of it.
+    """
+    unused: Any = {"output": True, "activations": True, "experts": {"__all__": {"calibration", "evaluation"}}}
+    recipe = job.recipe.model_dump(mode="json", exclude=unused)
+    folders = {job.sources.base.path, *(source.path for source in job.sources.experts.values())}
+    files = {file for folder in folders for file in folder.iterdir() if file.name.endswith(READ)}
+    files |= {file for expert in job.recipe.experts if (file := head_file(job.sources, expert)) is not None}
+    return {
+        "recipe": recipe,
+        "versions": reporting.versions(),
+        "files": {str(file): hash_file(file) for file in sorted(files)},
+        "calibration": {part.task: hash_batches(part.batches) for part in calibration},
+    }
 
 
 def _write_merged(job: Job, folder: Path, bar: Progress) -> int:
@@ -358,5 +421,5 @@ def _timed(clocks: dict[str, dict[str, float]], phase: str) -> Iterator[None]:
     """Note a phase's time by the wall's clock and by the processors'."""
     wall, cpu = time.perf_counter(), time.process_time()
     yield
-    clocks["seconds"][phase] = round(time.perf_counter() - wall, 2)
-    clocks["cpu_seconds"][phase] = round(time.process_time() - cpu, 2)
+    for clock, spent in (("seconds", time.perf_counter() - wall), ("cpu_seconds", time.process_time() - cpu)):
+        clocks[clock][phase] = round(clocks[clock].get(phase, 0.0) + spent, 2)

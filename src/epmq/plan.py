@@ -58,7 +58,8 @@ class Plan:
         resident_mb: memory of the process when all is open, in MB of 10⁶ bytes.
         peak_memory_mb: the same at the fullest moment of the run.
         output_bytes: of all weights that will be written.
-        disk_bytes: the most that is taken while they are: parts are there until they are joined, a shard at a time.
+        disk_bytes: the most that is taken while they are: finished blocks are there until the end, with a byte a
+            weight, and parts until they are joined, a shard at a time.
         notes: on what was found in the checkpoints.
     """
 
@@ -109,7 +110,7 @@ def dry_run(
         resident_mb=resident,
         peak_memory_mb=resident + _held(sources, tried, written) / 1e6,
         output_bytes=written,
-        disk_bytes=written + (min(written, SHARD_BYTES) if written > PART_BYTES else 0),
+        disk_bytes=written + (min(written, SHARD_BYTES) if written > PART_BYTES else 0) + _journal_bytes(sources),
         notes=sources.notes,
     )
 
@@ -244,6 +245,15 @@ def _stored(sources: Sources, names: list[str]) -> int:
     """Bytes of merged tensors in the dtype on disk."""
     kinds = [sources.stored_dtype(name) or torch.int64 for name in names]
     return sum(math.prod(sources.base_shape(name)) * kind.itemsize for name, kind in zip(names, kinds))
+
+
+def _journal_bytes(sources: Sources) -> int:
+    """Bytes of the finished blocks that a run keeps until its end (`epmq.work.Journal`)."""
+    if sources.recipe.quantize.method == "none":
+        return 0
+    layers, outside = {f"{name}.weight" for name, _ in block_linears(sources.model)}, set(sources.outside_names())
+    kept = [name for name in sources.names if name not in layers | outside]
+    return sum(math.prod(sources.base_shape(name)) for name in layers) + _stored(sources, kept)
 
 
 def output_bytes(sources: Sources) -> int:

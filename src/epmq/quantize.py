@@ -29,6 +29,7 @@ from epmq.spec import Quantize
 from epmq.spill import Spill
 from epmq.streams import Calibration, ExpertStream, expert_streams
 from epmq.walk import Step, Walk
+from epmq.work import Block, Journal
 
 Emit = Callable[[str, Tensor], None]
 EmitLayer = Callable[[str, nn.Module, QuantizedTensor], None]
@@ -51,6 +52,7 @@ class LayerReport:
         damping: the same for the H in which codes are chosen.
         tokens: calibration tokens seen.
         seconds: of the solve, shared evenly in a group.
+        aims: whether it aims at a sum in the residual stream.
     """
 
     name: str
@@ -62,6 +64,7 @@ class LayerReport:
     damping: float | None = None
     tokens: int = 0
     seconds: float = 0.0
+    aims: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -82,18 +85,24 @@ def check_grid(sources: Sources) -> None:
             raise ValueError(f"quantize.group_size: {name}: {error}") from None
 
 
-def quantize_nearest(sources: Sources, emit: Emit, emit_layer: EmitLayer) -> Iterator[list[LayerReport]]:
+def quantize_nearest(
+    sources: Sources, emit: Emit, emit_layer: EmitLayer, done: Journal | None = None
+) -> Iterator[list[LayerReport]]:
     """Round the merged model to nearest, a block at a time, without calibration data.
 
     Args:
         sources: merged model and experts.
         emit: takes each tensor of a block that is not quantized, with its name.
         emit_layer: takes each quantized layer.
+        done: the first blocks, where an earlier run has finished them; nothing of them is emitted.
 
     Yields:
         reports of one block's layers.
     """
-    for stack, index, block in _blocks(sources.model):
+    for number, (stack, index, block) in enumerate(_blocks(sources.model)):
+        if done is not None and number < done.found:
+            yield [LayerReport(**report) for report in done[number].reports]
+            continue
         prefix, reports = stack.block_name(index), []
         layers = dict(linears(block))
         for name in sources.block_names(prefix):
@@ -121,6 +130,7 @@ def quantize_calibrated(
     keep: bool = False,
     emit_head: EmitHead = lambda task, head, fit: None,
     spill: Spill | None = None,
+    done: Journal | None = None,
 ) -> Iterator[list[LayerReport]]:
     """Quantize with `gptq` or `expert_guided`, a block at a time.
 
@@ -134,6 +144,7 @@ def quantize_calibrated(
         keep: leave the quantized weights in `sources.model`; otherwise a block is freed when it is done.
         emit_head: takes each task whose head follows the model, with the head as it was and what it becomes.
         spill: takes calibration activations while they wait.
+        done: as in `quantize_nearest`.
 
     Yields:
         reports of one block's layers.
@@ -145,12 +156,17 @@ def quantize_calibrated(
     batches = [batch for part in calibration for batch in part.batches]
     apart, aimed = bool(streams and sources.recipe.quantize.expert_stream), False
     heads = Followers(sources, calibration, streams) if sources.recipe.quantize.adapt_heads else None
-    for step in Walk(sources.model, batches, heads.conclude if heads else None, spill):
+    for number, step in enumerate(Walk(sources.model, batches, heads.conclude if heads else None, spill)):
+        if done is not None and number < done.found:
+            reports = _repeat(sources, step, done[number], streams, device, keep)
+            aimed |= any(report.aims for report in reports)
+            yield reports
+            continue
         load_block(sources.model, sources.block_names(step.name), sources.merged, device)
         with naming(step.name):
             aims = find_aims(step, apart)
-        aimed |= any(sum_ is not None for _, sum_ in aims)
         reports = _quantize_block(sources, step, aims, calibration, streams, emit_layer)
+        aimed |= any(report.aims for report in reports)
         quantized = {f"{report.name}.weight" for report in reports}
         for name, tensor in step.block.state_dict(prefix=f"{step.name}.").items():
             if name in sources.names and name not in quantized:
@@ -163,6 +179,31 @@ def quantize_calibrated(
         emit_head(task, head, found)
     if apart and not aimed:
         sources.notes.append("no layer adds to the residual stream directly: expert_stream changed no target")
+
+
+def _repeat(
+    sources: Sources, step: Step, done: Block, streams: dict[str, ExpertStream], device: torch.device, keep: bool
+) -> list[LayerReport]:
+    """Take all batches, and the experts, through a block that an earlier run has finished."""
+
+    def read(name: str) -> Tensor:
+        weight = done.layers.get(name.removesuffix(".weight"))
+        if weight is None:
+            return sources.merged(name)
+        module = sources.model.get_submodule(name.removesuffix(".weight"))
+        return as_matrix(module, weight.dequantize().float())
+
+    reports = [LayerReport(**report) for report in done.reports]
+    if not all(report.name.startswith(f"{step.name}.") for report in reports):
+        raise RuntimeError(f"the finished block is not {step.name}: begin anew with --restart")
+    load_block(sources.model, sources.block_names(step.name), read, device)
+    for stream in streams.values():
+        stream.run(step.name, ())
+        stream.advance()
+    step.finish()
+    if not keep:
+        drop_tensors(step.block)
+    return reports
 
 
 def _quantize_block(
@@ -212,19 +253,10 @@ def find_aims(step: Step, apart: bool) -> list[Aim]:
     return [(group, sums.get(group.names[0])) for group in groups]
 
 
-def load_outside(sources: Sources, emit: Emit, device: torch.device) -> None:
-    """Merge the tensors that lie outside the blocks (embeddings, norms, heads) into the skeleton, and emit them.
-
-    Embeddings and the output layer keep the dtype on disk, and so share their memory with what is emitted.
-    """
-
-    def read(name: str) -> Tensor:
-        tensor = sources.merged(name)
-        emit(name, tensor)
-        return tensor
-
-    rest = load_embeddings(sources.model, sources.outside_names(), read, device)
-    load_block(sources.model, rest, read, device)
+def load_outside(sources: Sources, device: torch.device) -> None:
+    """Merge the tensors that lie outside the blocks (embeddings, norms, heads) into the skeleton."""
+    rest = load_embeddings(sources.model, sources.outside_names(), sources.merged, device)
+    load_block(sources.model, rest, sources.merged, device)
     sources.tie(sources.model)
 
 
@@ -248,7 +280,9 @@ def _solve(sources: Sources, step: Step, group: LayerGroup, emit_layer: EmitLaye
         set_tensor(step.block, f"{name}.weight", as_matrix(module, quantized.dequantize().float()))
         emit_layer(full, module, quantized)
         losses = float(lost.sum()), float(off.sum())
-        reports.append(LayerReport(full, shape, group.names[0], *losses, strength, damping, group.tokens, seconds))
+        aims = group.sum is not None
+        done = LayerReport(full, shape, group.names[0], *losses, strength, damping, group.tokens, seconds, aims)
+        reports.append(done)
     return reports
 
 

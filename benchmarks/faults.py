@@ -1,0 +1,134 @@
+"""`python -m benchmarks.faults`: whether a run that is killed at any moment goes on to the same bytes.
+
+A tiny model of six blocks (nothing here depends on what the weights say) is merged and quantized once without
+interruption. Then, again and again, a process that does the same is killed (signal 9) after a random time, and started
+anew until it comes to its end; every file of its output but report.json and README.md, which tell of times, must then
+be the same, byte for byte, and nothing else may have been left behind. Writes `benchmarks/results/faults.json`: kills,
+how many of them left finished blocks, runs that came to their end, and how many of these were identical.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import BertConfig, BertModel
+
+from benchmarks.compare import RESULTS
+from epmq.checkpoint import write_json
+from epmq.pipeline import run
+from epmq.report import hardware, now, versions
+from epmq.work import BLOCKS
+
+PATH = RESULTS / "faults.json"
+BLOCKS_OF_MODEL = 6
+TASKS = ("one", "two")
+
+
+def write_models(folder: Path) -> None:
+    """A base and two experts with random weights."""
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=64, hidden_size=128, num_hidden_layers=BLOCKS_OF_MODEL, num_attention_heads=4, intermediate_size=256
+    )
+    model = BertModel(config).eval()
+    model.save_pretrained(folder / "base")
+    for task in TASKS:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.01 * torch.randn(parameter.shape))
+        model.save_pretrained(folder / task)
+
+
+def recipe(folder: Path, output: str) -> dict[str, Any]:
+    """The default recipe on these models."""
+    experts = [{"name": task, "model": str(folder / task)} for task in TASKS]
+    return {"base": str(folder / "base"), "experts": experts, "output": str(folder / output)}
+
+
+def examples() -> dict[str, list[dict[str, torch.Tensor]]]:
+    """Calibration batches of every task."""
+    generator = torch.Generator().manual_seed(1)
+    return {
+        task: [{"input_ids": torch.randint(5, 64, (16, 32), generator=generator)} for _ in range(4)] for task in TASKS
+    }
+
+
+def finish(folder: Path, output: str) -> None:
+    run(recipe(folder, output), progress=False, evaluate=False, calibration=examples())
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file's bytes, without the two that tell of times."""
+    files = {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    return {name: content for name, content in files.items() if name not in ("report.json", "README.md")}
+
+
+def start(folder: Path, output: str) -> int:
+    """Do the run in a process of its own, which begins with all modules imported; returns its number."""
+    child = os.fork()
+    if child:
+        return child
+    status = 1
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        finish(folder, output)
+        status = 0
+    finally:
+        os._exit(status)
+
+
+def kill_until(kills: int, folder: Path, show: Console) -> dict[str, int]:
+    """Kill runs at random times, and let each come to its end after a few kills, until there were enough kills."""
+    names = ("kills", "kills_with_finished_blocks", "runs", "resumed_identical", "errors", "left_behind")
+    found = dict.fromkeys(names, 0)
+    finish(folder, "first")  # imports
+    began = time.perf_counter()
+    finish(folder, "whole")
+    whole, wanted = time.perf_counter() - began, contents(folder / "whole")
+    before = set(os.listdir(folder))
+    chance = random.Random(0)
+    while found["kills"] < kills:
+        for _ in range(chance.randint(1, 4)):
+            child = start(folder, "out")
+            time.sleep(chance.uniform(0, whole))
+            os.kill(child, signal.SIGKILL)
+            killed = os.WIFSIGNALED(os.waitpid(child, 0)[1])
+            found["kills"] += killed
+            found["kills_with_finished_blocks"] += killed and any((folder / ".out.work" / BLOCKS).glob("*.safetensors"))
+            if not killed:
+                break
+        there = (folder / "out").exists()  # where it is, a run refuses, and sweeps up
+        _, status = os.waitpid(start(folder, "out"), 0)
+        found["errors"] += (status == 0) == there
+        found["runs"] += 1
+        found["resumed_identical"] += (folder / "out").is_dir() and contents(folder / "out") == wanted
+        shutil.rmtree(folder / "out", ignore_errors=True)
+        found["left_behind"] += set(os.listdir(folder)) != before
+        show.print(found)
+    return found
+
+
+def main() -> None:
+    """Read the command line, kill, and write the results."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.faults", description=__doc__)
+    parser.add_argument("--kills", type=int, default=100, help="how many runs to kill")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)  # threads do not survive a fork
+    with TemporaryDirectory() as name:
+        write_models(Path(name))
+        found = kill_until(arguments.kills, Path(name), Console(stderr=True))
+    write_json(PATH, {**found, "versions": versions(), "hardware": hardware(), "date": now()})
+
+
+if __name__ == "__main__":
+    main()
