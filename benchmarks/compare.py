@@ -21,12 +21,12 @@ from rich.console import Console
 from benchmarks.suites.__main__ import SUITES, build
 from benchmarks.suites.build import suite_dir
 from epmq import spec
-from epmq.checkpoint import write_json
 from epmq.demo.pool import pool_recipe
 from epmq.evaluate import gap_recovered, show_score
 from epmq.multitask import load
 from epmq.pipeline import evaluate_experts, run
 from epmq.report import hardware, now, versions
+from epmq.writing import write_json
 
 RESULTS = Path(__file__).parent / "results"
 MERGES: dict[str, dict[str, Any]] = {

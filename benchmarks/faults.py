@@ -24,10 +24,10 @@ from rich.console import Console
 from transformers import BertConfig, BertModel
 
 from benchmarks.compare import RESULTS
-from epmq.checkpoint import write_json
 from epmq.pipeline import run
 from epmq.report import hardware, now, versions
 from epmq.work import BLOCKS
+from epmq.writing import write_json
 
 PATH = RESULTS / "faults.json"
 BLOCKS_OF_MODEL = 6

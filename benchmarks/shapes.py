@@ -30,7 +30,7 @@ from rich.console import Console
 from benchmarks.compare import RESULTS, read_rows
 from epmq import pipeline, quantize
 from epmq.blocks import block_linears
-from epmq.checkpoint import Checkpoint, CheckpointWriter, whole_directory, write_json
+from epmq.checkpoint import Checkpoint
 from epmq.demo.fetch import cache_dir
 from epmq.moments import Moments
 from epmq.objective import Objective
@@ -38,6 +38,7 @@ from epmq.report import hardware, now, versions
 from epmq.skeleton import tied_names
 from epmq.sources import Sources
 from epmq.walk import Step, Walk
+from epmq.writing import CheckpointWriter, whole_directory, write_json
 
 VISION = {"image_size": 224, "projection_dim": 512}
 LLAMA = {"vocab_size": 128256, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "tie_word_embeddings": True}

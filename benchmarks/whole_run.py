@@ -24,9 +24,9 @@ from benchmarks.compare import RESULTS
 from benchmarks.peers import ROOT, Cost, cost_of, peer_python, peer_versions
 from benchmarks.shapes import LLAMA, Shape, tasks, write_models
 from epmq import pipeline
-from epmq.checkpoint import write_json
 from epmq.demo.fetch import cache_dir
 from epmq.report import hardware, now, versions
+from epmq.writing import write_json
 
 SAMPLES, TOKENS, BATCH, VOCABULARY = 64, 128, 16, 32000
 SHAPE = Shape(

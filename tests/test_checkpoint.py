@@ -14,17 +14,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import BertModel
 
-from epmq.checkpoint import (
-    INDEX,
-    SINGLE,
-    Checkpoint,
-    CheckpointWriter,
-    check_output,
-    copy_processor,
-    resolve,
-    whole_directory,
-    write_json,
-)
+from epmq.checkpoint import Checkpoint, resolve
+from epmq.writing import INDEX, SINGLE, CheckpointWriter, check_output, copy_processor, whole_directory, write_json
 
 CONFIG = {"model_type": "bert"}
 
@@ -104,7 +95,7 @@ def test_parts_become_the_file_that_one_save_writes(sizes, kinds, part_bytes, co
     folder = Path(tempfile.mkdtemp())
     tensors = {f"t{i}": torch.randn(n).to(kind) for i, (n, kind) in enumerate(zip(sizes, kinds))}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("epmq.checkpoint.COPIED", copied)
+        patch.setattr("epmq.writing.COPIED", copied)
         writer = CheckpointWriter(folder, part_bytes=part_bytes)
         for name, tensor in tensors.items():
             writer.add(name, tensor)

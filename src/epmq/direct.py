@@ -10,7 +10,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from epmq.checkpoint import SHARD_BYTES, Form, byte_size, make_header, shard_files, write_index
+from epmq.writing import SHARD_BYTES, Form, byte_size, make_header, shard_files, write_index
 
 # Bytes that are written before they go to the disk and out of memory.
 HELD = 1 << 26

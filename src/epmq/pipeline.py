@@ -17,7 +17,6 @@ from epmq import report as reporting
 from epmq.answers import Fit
 from epmq.batches import encode, load_processor, split_first, to_device
 from epmq.blocks import LINEAR, find_stacks
-from epmq.checkpoint import CheckpointWriter, byte_size, copy_processor, whole_directory, write_json
 from epmq.data import Examples
 from epmq.direct import write_directly
 from epmq.evaluate import METRICS, metric_of
@@ -33,6 +32,7 @@ from epmq.spec import Expert, Recipe, load_recipe
 from epmq.spill import Spill
 from epmq.streams import Calibration
 from epmq.work import Block, Journal, Work, hash_batches, hash_file, resumable, sweep
+from epmq.writing import CheckpointWriter, byte_size, copy_processor, whole_directory, write_json
 
 # Examples on which the layers of each block are sorted by what they read and where they write.
 TRIED = 2

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from epmq.batches import encode, split_first, to_device
 from epmq.blocks import as_matrix, block_linears, find_stacks
-from epmq.checkpoint import PART_BYTES, SHARD_BYTES
 from epmq.export import FORMATS
 from epmq.pipeline import TRIED, bars, device
 from epmq.prepare import Job, Objects, prepare
@@ -40,6 +39,7 @@ from epmq.trial import (
     try_stacks,
 )
 from epmq.walk import Batch
+from epmq.writing import PART_BYTES, SHARD_BYTES
 
 FLOAT = 4  # bytes
 # Seconds that a block may take for the examples on which it is timed.

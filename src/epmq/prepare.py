@@ -14,7 +14,6 @@ from torch import nn
 
 from epmq.batches import encode, load_processor, pack
 from epmq.blocks import block_linears
-from epmq.checkpoint import check_output
 from epmq.data import Examples, Fields, from_objects
 from epmq.evaluate import metric_of
 from epmq.export import FORMATS
@@ -22,6 +21,7 @@ from epmq.heads import HEAD_FILE, load_head
 from epmq.quantize import check_grid
 from epmq.sources import Sources
 from epmq.spec import Data, Expert, Recipe
+from epmq.writing import check_output
 
 # Task name → rows (dicts), or ready batches (dicts of tensors), in place of the data that the recipe names.
 Objects = Mapping[str, Iterable[Any]]

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from epmq import adapters
 from epmq.adapters import Adapter, is_adapter
 from epmq.blocks import LINEAR, find_stacks, is_transposed
-from epmq.checkpoint import Checkpoint, Form, is_finite, resolve
+from epmq.checkpoint import Checkpoint, is_finite, resolve
 from epmq.merging import METHODS, magnitude_threshold
 from epmq.skeleton import build_skeleton, has_task_head, load_block, rename, set_tensor, shared_checkpoint, tied_names
 from epmq.spec import Recipe
+from epmq.writing import Form
 
 # Entries of a tensor that are read at once when it is merged.
 ROWS = 1 << 22

@@ -18,8 +18,8 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from epmq.checkpoint import check_output, publish
 from epmq.grid import Grid, QuantizedTensor
+from epmq.writing import check_output, publish
 
 try:
     import fcntl

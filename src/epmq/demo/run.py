@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from epmq.checkpoint import write_json
 from epmq.demo import fetch as packages
 from epmq.demo.pool import pool_recipe
 from epmq.demo.texts import BASE, DEMO_TASKS, MAX_LENGTH, ORANGE, VADER, prepare_demo
+from epmq.writing import write_json
 
 METHODS = ("none", "rtn", "gptq", "expert_guided")
 TITLES = {"none": "merged", "rtn": "RTN", "gptq": "GPTQ", "expert_guided": "expert-guided"}
