@@ -1,15 +1,18 @@
-"""`python -m benchmarks.faults`: whether a run that is killed at any moment goes on to the same bytes.
+"""`python -m benchmarks.faults`: what becomes of runs that are killed, whose disk fails, or that are done again.
 
 A tiny model of six blocks (nothing here depends on what the weights say) is merged and quantized once without
 interruption. Then, again and again, a process that does the same is killed (signal 9) after a random time, and started
 anew until it comes to its end; every file of its output but report.json and README.md, which tell of times, must then
-be the same, byte for byte, and nothing else may have been left behind. Writes `benchmarks/results/faults.json`: kills,
-how many of them left finished blocks, runs that came to their end, and how many of these were identical.
+be the same, byte for byte, and nothing else may have been left behind. Writes to `benchmarks/results/faults.json`:
+kills, how many of them left finished blocks, runs that came to their end, and how many of these were identical; what
+`benchmarks.write_faults` finds of every write that fails, and of full disks; and what `benchmarks.repeats` finds of the
+same run with other threads, order of tasks and batch size.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import random
 import shutil
@@ -24,6 +27,8 @@ from rich.console import Console
 from transformers import BertConfig, BertModel
 
 from benchmarks.compare import RESULTS
+from benchmarks.repeats import repeat
+from benchmarks.write_faults import fail_everywhere, fill_disks
 from epmq.pipeline import run
 from epmq.report import hardware, now, versions
 from epmq.work import BLOCKS
@@ -63,8 +68,40 @@ def examples() -> dict[str, list[dict[str, torch.Tensor]]]:
     }
 
 
-def finish(folder: Path, output: str) -> None:
-    run(recipe(folder, output), progress=False, evaluate=False, calibration=examples())
+def finish(folder: Path, output: str, **fields: Any) -> None:
+    run({**recipe(folder, output), **fields}, progress=False, evaluate=False, calibration=examples())
+
+
+def disk_faults(folder: Path) -> dict[str, Any]:
+    """Every write fails once, with calibration activations in memory and on the disk; and disks are full."""
+    found: dict[str, Any] = {}
+    for place in ("memory", "disk"):
+        finish(folder, f"whole-{place}", activations=place)
+        wanted = contents(folder / f"whole-{place}")
+        needed = 3 * sum(map(len, wanted.values()))
+
+        def same(out: Path, wanted: dict[str, bytes] = wanted) -> bool:
+            return contents(out) == wanted
+
+        def do(out: Path, place: str = place) -> None:
+            finish(folder, str(out), activations=place)
+
+        (folder / f"faults-{place}").mkdir()
+        found[f"write_faults, activations: {place}"] = fail_everywhere(do, folder / f"faults-{place}", same)
+        try:
+            found[f"full_disks, activations: {place}"] = fill_disks(do, folder / f"disk-{place}", needed, same)
+        except PermissionError as error:
+            found[f"full_disks, activations: {place}"] = str(error)
+    return found
+
+
+def repeats(folder: Path) -> dict[str, Any]:
+    """The same run under other circumstances."""
+
+    def do(recipe: dict[str, Any], batches: dict[str, list[dict[str, torch.Tensor]]]) -> None:
+        run(recipe, progress=False, evaluate=False, calibration=batches)
+
+    return repeat(do, folder, recipe(folder, "repeat"), examples())
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -118,6 +155,12 @@ def kill_until(kills: int, folder: Path, show: Console) -> dict[str, int]:
     return found
 
 
+def add_results(found: dict[str, Any]) -> None:
+    """Put results into the file, beside what other campaigns have found."""
+    before = json.loads(PATH.read_text(encoding="utf-8")) if PATH.exists() else {}
+    write_json(PATH, {**before, **found, "versions": versions(), "hardware": hardware(), "date": now()})
+
+
 def main() -> None:
     """Read the command line, kill, and write the results."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.faults", description=__doc__)
@@ -126,8 +169,11 @@ def main() -> None:
     torch.set_num_threads(1)  # threads do not survive a fork
     with TemporaryDirectory() as name:
         write_models(Path(name))
-        found = kill_until(arguments.kills, Path(name), Console(stderr=True))
-    write_json(PATH, {**found, "versions": versions(), "hardware": hardware(), "date": now()})
+        found: dict[str, Any] = kill_until(arguments.kills, Path(name), Console(stderr=True))
+        found |= disk_faults(Path(name))
+        torch.set_num_threads(os.cpu_count() or 1)
+        found["repeats"] = repeats(Path(name))
+    add_results(found)
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(pool, tmp_path, monkey
         if blocks == 1:
             stop_after(blocks, patch)
         else:
-            patch.setattr(pipeline, "_write_rest", lambda *args: (_ for _ in ()).throw(Stopped))
+            patch.setattr(pipeline, "write_rest", lambda *args: (_ for _ in ()).throw(Stopped))
         with pytest.raises(Stopped):
             run(recipe(pool, tmp_path / "out", settings, format=form), progress=False, evaluate=False)
     assert not (tmp_path / "out").exists()

@@ -244,9 +244,13 @@ def main() -> None:
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
         print("epmq:", " ".join(str(message).split()), file=sys.stderr)
         sys.exit(1)
+    except MemoryError:
+        print("epmq: out of memory: try a smaller batch_size, or activations: disk", file=sys.stderr)
+        sys.exit(1)
     except SystemExit as end:
         if end.code == 130:  # what typer makes of an interrupt
-            print("epmq: stopped; no output was written", file=sys.stderr)
+            hint = "the same command goes on from the blocks that are finished"
+            print(f"epmq: stopped; no output was written; {hint}", file=sys.stderr)
         raise
 
 

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from epmq.writing import save_tensors
+
 HEAD_FILE = "head.safetensors"
 POOLINGS = ("cls", "mean", "cls_mean")
 
@@ -73,12 +75,10 @@ class Head:
 
 def save_head(head: Head, path: str | Path) -> None:
     """Write a head as one safetensors file; its settings go into the file's metadata."""
-    from safetensors.torch import save_file
-
     # One entry: safetensors writes several in an order that changes from run to run.
     metadata = {"head": json.dumps({"pooling": head.pooling, "normalize": head.normalize, "labels": head.labels})}
     tensors = {"weight": head.weight.float().contiguous(), "bias": head.bias.float().contiguous()}
-    save_file(tensors, str(path), metadata=metadata)
+    save_tensors(tensors, Path(path), metadata)
 
 
 def head_settings(metadata: dict[str, str]) -> dict[str, Any]:

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from epmq.batches import encode, load_processor, to_device, tokenizer_of
 from epmq.checkpoint import resolve
 from epmq.heads import Head, head_settings, load_head
 from epmq.skeleton import load_model, rename, set_tensor
+from epmq.writing import save_tensors
 
 HEADS = "heads"
 
@@ -89,7 +89,7 @@ class NativeHead(nn.Module):
 def save_native_head(path: Path, architecture: str, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """Write the head tensors of a transformers task class, with what is needed to build it again."""
     metadata = {"head": json.dumps({"architecture": architecture, "config": config})}
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, str(path), metadata=metadata)
+    save_tensors({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
 
 
 class MultiTaskModel(nn.Module):

@@ -16,14 +16,13 @@ from torch import Tensor, nn
 from epmq import report as reporting
 from epmq.answers import Fit
 from epmq.batches import encode, load_processor, split_first, to_device
-from epmq.blocks import LINEAR, find_stacks
+from epmq.blocks import find_stacks
 from epmq.data import Examples
-from epmq.direct import write_directly
 from epmq.evaluate import METRICS, metric_of
-from epmq.export import FORMATS
 from epmq.grid import QuantizedTensor
-from epmq.heads import Head, load_head, save_head
-from epmq.multitask import HEADS, MultiTaskModel, NativeHead, load, load_any_head, save_native_head
+from epmq.heads import Head
+from epmq.multitask import MultiTaskModel, NativeHead, load, load_any_head
+from epmq.output import write_merged, write_quantized, write_rest
 from epmq.prepare import Job, Objects, check_head, device, examples_of, head_file, prepare
 from epmq.quantize import load_outside, quantize_calibrated, quantize_nearest
 from epmq.skeleton import why_not_direct
@@ -31,8 +30,9 @@ from epmq.sources import Sources
 from epmq.spec import Expert, Recipe, load_recipe
 from epmq.spill import Spill
 from epmq.streams import Calibration
-from epmq.work import Block, Journal, Work, hash_batches, hash_file, resumable, sweep
-from epmq.writing import CheckpointWriter, byte_size, copy_processor, whole_directory, write_json
+from epmq.verify import check_reloaded
+from epmq.work import Block, Work, hash_batches, hash_file, resumable, sweep
+from epmq.writing import whole_directory, write_json
 
 # Examples on which the layers of each block are sorted by what they read and where they write.
 TRIED = 2
@@ -86,7 +86,7 @@ def run(
         if job.recipe.quantize.method == "none":
             work = stack.enter_context(whole_directory(recipe.output))
             with _timed(clocks, "merge and quantize"):
-                bytes_ = _write_merged(job, work, bar)
+                bytes_ = write_merged(job, work, bar)
         else:
             with _timed(clocks, "open"):
                 batches = _calibration(job)
@@ -107,7 +107,7 @@ def run(
             "loss": sum(layer["loss"] or 0.0 for layer in layers),
             "layers": layers,
             "heads": heads,
-            "notes": job.sources.notes + _raised(job.recipe, layers) + _unopened(job.recipe, work),
+            "notes": job.sources.notes + _raised(job.recipe, layers) + _rounded(layers) + _unopened(job.recipe, work),
         }
         if job.evaluation:
             with _timed(clocks, "evaluate"):
@@ -153,6 +153,7 @@ def write_model(
         block.layers[name] = weight
 
     fits: dict[str, tuple[Head | NativeHead, Fit]] = {}
+    outputs: list[Tensor] = []
 
     def emit_head(task: str, head: Head | NativeHead, found: Fit) -> None:
         fits[task] = head, found
@@ -163,7 +164,15 @@ def write_model(
         load_outside(sources, target)
         spill = Spill(work.output if recipe.activations == "disk" else None)
         steps = quantize_calibrated(
-            sources, calibration, emit, emit_layer, target, emit_head=emit_head, spill=spill, done=journal
+            sources,
+            calibration,
+            emit,
+            emit_layer,
+            target,
+            emit_head=emit_head,
+            emit_output=outputs.append,
+            spill=spill,
+            done=journal,
         )
     blocks = sum(len(stack.blocks) for stack in find_stacks(sources.model))
     title = f"{recipe.merge.method} + {recipe.quantize.method}"
@@ -176,28 +185,12 @@ def write_model(
         block.layers, block.tensors = {}, {}
     if journal.found:
         sources.notes.append(f"{journal.found} of {blocks} blocks were finished by a run that was stopped")
-    quantized, bytes_ = _write_quantized(job, work.output, journal)
-    _write_rest(job, work.output, quantized, fits)
+    quantized, bytes_ = write_quantized(job, work.output, journal)
+    write_rest(job, work.output, quantized, fits)
+    for output in outputs:
+        check_reloaded(work.output, calibration[0].batches[0], output)
     heads = {task: {name: getattr(fit, name) for name in FIT} for task, (_, fit) in fits.items()}
     return layers, heads, bytes_
-
-
-def _write_quantized(job: Job, folder: Path, journal: Journal) -> tuple[list[str], int]:
-    """Write all weights in the recipe's format; returns the quantized layers' names and the bytes of all weights."""
-    sources, pack, writer = job.sources, FORMATS[job.recipe.format], CheckpointWriter(folder)
-    quantized: list[str] = []
-    for name in sources.outside_names():
-        writer.add(sources.stored_name(name), sources.merged(name))
-    for block in journal:
-        for name, weight in block.layers.items():
-            quantized.append(name)
-            prefix = sources.stored_name(f"{name}.weight").removesuffix(".weight")
-            for stored, tensor in pack.tensors(prefix, sources.model.get_submodule(name), weight).items():
-                writer.add(stored, tensor)
-        for name, tensor in block.tensors.items():
-            writer.add(sources.stored_name(name), tensor)
-    writer.finish()
-    return quantized, sum(writer.sizes.values())
 
 
 def _calibration(job: Job) -> list[Calibration]:
@@ -228,59 +221,6 @@ def inputs_of(job: Job, calibration: list[Calibration]) -> dict[str, Any]:
         "files": {str(file): hash_file(file) for file in sorted(files)},
         "calibration": {part.task: hash_batches(part.batches) for part in calibration},
     }
-
-
-def _write_merged(job: Job, folder: Path, bar: Progress) -> int:
-    """Merge into `folder` without quantizing; returns the bytes of all weights."""
-    sources = job.sources
-    names = {sources.stored_name(name): name for name in sources.names}
-    forms = {stored: sources.form(name) for stored, name in names.items()}
-    steps = write_directly(folder, forms, lambda stored: sources.merged_parts(names[stored]))
-    for _ in bar.track(steps, total=len(names), description="merge"):
-        pass
-    _write_rest(job, folder, [], {})
-    return sum(map(byte_size, forms.values()))
-
-
-def _write_rest(job: Job, folder: Path, quantized: list[str], fits: dict[str, tuple[Head | NativeHead, Fit]]) -> None:
-    """Write all that is beside the weights: config, heads, processor."""
-    _write_config(job, folder, quantized)
-    _write_heads(job, folder, fits)
-    copy_processor(job.sources.base.path, folder)
-
-
-def _write_config(job: Job, folder: Path, quantized: list[str]) -> None:
-    model = job.sources.model
-    model.config.save_pretrained(folder)
-    config = {**job.sources.config, "architectures": [type(model).__name__]}
-    config.pop("quantization_config", None)
-    if quantized:
-        ignore = [
-            name for name, module in model.named_modules() if isinstance(module, LINEAR) and name not in quantized
-        ]
-        settings = FORMATS[job.recipe.format].config(job.recipe.quantize.grid, ignore)
-        if settings is not None:
-            config["quantization_config"] = settings
-    write_json(folder / "config.json", config)
-
-
-def _write_heads(job: Job, folder: Path, fits: dict[str, tuple[Head | NativeHead, Fit]]) -> None:
-    """Write every task's head: the expert's own, or what became of it where it follows the model."""
-    (folder / HEADS).mkdir()
-    for expert in job.recipe.experts:
-        target, file = folder / HEADS / f"{expert.name}.safetensors", head_file(job.sources, expert)
-        tensors, fitted = job.sources.head_tensors(expert.name), fits.get(expert.name)
-        if file is not None:
-            head = load_head(file)
-            save_head(head if fitted is None else fitted[1].moved(head), target)
-        elif tensors:
-            config = job.sources.head_config(expert.name)
-            assert config is not None
-            if fitted is not None and isinstance(fitted[0], NativeHead):
-                tensors = fitted[0].moved(tensors, fitted[1].weight, fitted[1].bias)
-            save_native_head(target, config["architectures"][0], config, tensors)
-    if not any((folder / HEADS).iterdir()):
-        (folder / HEADS).rmdir()
 
 
 def evaluate_model(
@@ -388,6 +328,14 @@ def _unopened(recipe: Recipe, folder: Path) -> list[str]:
         return []
     return [
         f"AutoModel.from_pretrained cannot open this packed model ({reason}): use epmq.load, or format: dequantized"
+    ]
+
+
+def _rounded(layers: list[dict[str, Any]]) -> list[str]:
+    return [
+        f"{layer['name']}: {layer['rounded']} rows are rounded to nearest, which loses less there"
+        for layer in layers
+        if layer["rounded"]
     ]
 
 

@@ -61,6 +61,7 @@ def prepare(
             raise ValueError(f"experts.{expert.name}.calibration: {recipe.quantize.method} needs calibration data")
     if recipe.activations == "disk" and device(recipe).type != "cpu":
         raise ValueError(f"activations: disk works on a CPU only, not on {device(recipe)}")
+    listed, recipe = recipe.experts, recipe.ordered()
     sources = Sources(recipe)
     heads = [head_file(sources, e) is not None or sources.head_config(e.name) is not None for e in recipe.experts]
     recipe = sources.recipe = recipe.model_copy(update={"quantize": recipe.quantize.settled(all(heads))})
@@ -80,6 +81,7 @@ def prepare(
         steps = sources.check_finite()
         for _ in steps if bar is None else bar.track(steps, total=1 + len(recipe.experts), description="check weights"):
             pass
+    scored = {expert.name: scored[expert.name] for expert in listed if expert.name in scored}
     return Job(recipe, sources, processor, used, scored)
 
 

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -23,12 +23,12 @@ from epmq.multitask import NativeHead
 from epmq.objective import Objective, raises
 from epmq.residual import Sum, find_sums
 from epmq.skeleton import drop_tensors, load_block, load_embeddings, set_tensor
-from epmq.solvers import gptq, hessian_loss, rtn, search_scales
+from epmq.solvers import gptq, hessian_loss, no_worse, rtn, search_scales
 from epmq.sources import Sources
 from epmq.spec import Quantize
 from epmq.spill import Spill
 from epmq.streams import Calibration, ExpertStream, expert_streams
-from epmq.walk import Step, Walk
+from epmq.walk import Step, Walk, first_tensor
 from epmq.work import Block, Journal
 
 Emit = Callable[[str, Tensor], None]
@@ -53,6 +53,7 @@ class LayerReport:
         tokens: calibration tokens seen.
         seconds: of the solve, shared evenly in a group.
         aims: whether it aims at a sum in the residual stream.
+        rounded: rows that are rounded to nearest after all, see `no_worse`.
     """
 
     name: str
@@ -65,6 +66,7 @@ class LayerReport:
     tokens: int = 0
     seconds: float = 0.0
     aims: bool = False
+    rounded: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -129,6 +131,7 @@ def quantize_calibrated(
     device: torch.device,
     keep: bool = False,
     emit_head: EmitHead = lambda task, head, fit: None,
+    emit_output: Callable[[Tensor], None] = lambda output: None,
     spill: Spill | None = None,
     done: Journal | None = None,
 ) -> Iterator[list[LayerReport]]:
@@ -143,6 +146,7 @@ def quantize_calibrated(
         device: where blocks and moments live.
         keep: leave the quantized weights in `sources.model`; otherwise a block is freed when it is done.
         emit_head: takes each task whose head follows the model, with the head as it was and what it becomes.
+        emit_output: takes what the last block gives on the first batch, [..., hidden].
         spill: takes calibration activations while they wait.
         done: as in `quantize_nearest`.
 
@@ -156,7 +160,8 @@ def quantize_calibrated(
     batches = [batch for part in calibration for batch in part.batches]
     apart, aimed = bool(streams and sources.recipe.quantize.expert_stream), False
     heads = Followers(sources, calibration, streams) if sources.recipe.quantize.adapt_heads else None
-    for number, step in enumerate(Walk(sources.model, batches, heads.conclude if heads else None, spill)):
+    walk = Walk(sources.model, batches, heads.conclude if heads else None, spill)
+    for number, step in enumerate(walk):
         if done is not None and number < done.found:
             reports = _repeat(sources, step, done[number], streams, device, keep)
             aimed |= any(report.aims for report in reports)
@@ -175,6 +180,7 @@ def quantize_calibrated(
         if not keep:
             drop_tensors(step.block)
         yield reports
+    emit_output(first_tensor(walk.stacks[-1].outputs[0]))
     for task, head, found in heads.fits() if heads else ():
         emit_head(task, head, found)
     if apart and not aimed:
@@ -268,21 +274,21 @@ def _solve(sources: Sources, step: Step, group: LayerGroup, emit_layer: EmitLaye
     if settings.anchor_strength is not None:
         target, strength = objective.target(settings.anchor_strength)
     solved, loss, hessian, damping = _round(settings, objective, target, settings.damping or strength, group.dtype)
+    solved, loss, rounded = no_worse(solved, loss, target, hessian)
     same = target is group.merged
     merge_loss = torch.zeros_like(loss) if same else hessian_loss(group.merged - target, hessian)
     seconds = (time.perf_counter() - start) / len(group.names)
     reports = []
-    parts = zip(
-        group.names, group.modules, solved.split(group.rows), loss.split(group.rows), merge_loss.split(group.rows)
-    )
-    for name, module, quantized, lost, off in parts:
+    by_row = (part.split(group.rows) for part in (loss, merge_loss, rounded))
+    for name, module, quantized, lost, off, nearest in zip(
+        group.names, group.modules, solved.split(group.rows), *by_row
+    ):
         full, shape = f"{step.name}.{name}", list(quantized.codes.shape)
         set_tensor(step.block, f"{name}.weight", as_matrix(module, quantized.dequantize().float()))
         emit_layer(full, module, quantized)
         losses = float(lost.sum()), float(off.sum())
-        aims = group.sum is not None
-        done = LayerReport(full, shape, group.names[0], *losses, strength, damping, group.tokens, seconds, aims)
-        reports.append(done)
+        done = LayerReport(full, shape, group.names[0], *losses, strength, damping, group.tokens, seconds)
+        reports.append(replace(done, aims=group.sum is not None, rounded=int(nearest.sum())))
     return reports
 
 

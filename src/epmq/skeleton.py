@@ -271,21 +271,26 @@ def _quiet() -> Iterator[None]:
 
 def _unpacked(checkpoint: Checkpoint, quantization: dict[str, Any]) -> dict[str, Tensor]:
     """All tensors of a pack-quantized checkpoint, with plain weights in place of the packed ones."""
+    layers, plain = split_packed(checkpoint.names)
+    state = {name: checkpoint.tensor(name) for name in plain}
+    return state | {f"{layer}.weight": unpacked_weight(checkpoint, layer, quantization) for layer in layers}
+
+
+def split_packed(names: Iterable[str]) -> tuple[list[str], list[str]]:
+    """The layers of a pack-quantized checkpoint whose weights are packed, and the names of all other tensors."""
+    names, end = list(names), ".weight_packed"
+    layers = {name.removesuffix(end): None for name in names if name.endswith(end)}
+    owners = ((name, *name.rpartition(".")[::2]) for name in names)
+    return list(layers), [name for name, layer, leaf in owners if layer not in layers or not leaf.startswith("weight_")]
+
+
+def unpacked_weight(checkpoint: Checkpoint, layer: str, quantization: dict[str, Any]) -> Tensor:
+    """The plain weight [out, in] of one packed layer, in the dtype of its scales, by compressed-tensors' own code."""
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationScheme
 
     (group,) = quantization["config_groups"].values()
-    scheme = QuantizationScheme.model_validate(group)
     compressor = BaseCompressor.get_value_from_registry("pack-quantized")
-    layers = {name.removesuffix(".weight_packed") for name in checkpoint.names if name.endswith(".weight_packed")}
-    state: dict[str, Tensor] = {}
-    packed: dict[str, dict[str, Tensor]] = {layer: {} for layer in layers}
-    for name in checkpoint.names:
-        layer, _, leaf = name.rpartition(".")
-        if layer in layers and leaf.startswith("weight_"):
-            packed[layer][leaf] = checkpoint.tensor(name)
-        else:
-            state[name] = checkpoint.tensor(name)
-    for layer in layers:
-        state[f"{layer}.weight"] = compressor.decompress(packed.pop(layer), scheme)["weight"]
-    return state
+    leaves = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+    packed = {leaf: checkpoint.tensor(f"{layer}.{leaf}") for leaf in leaves if f"{layer}.{leaf}" in checkpoint}
+    return compressor.decompress(packed, QuantizationScheme.model_validate(group))["weight"]

@@ -7,6 +7,7 @@ error forward to the columns that are still free.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -23,6 +24,10 @@ PIECE = 1 << 16
 BLOCK = 128
 # Columns within a block that are rounded one by one, without a matrix product.
 PANEL = 16
+# Rows of a solution that are compared with rounding to nearest.
+CHECKED = 64
+# Share of a loss that may be lost to rounding of numbers in comparing two.
+SLACK = 1e-3
 
 
 def hessian_loss(delta: Tensor, hessian: Tensor) -> Tensor:
@@ -130,6 +135,46 @@ def unit_upper_factor(hessian: Tensor, order: Tensor | None = None) -> tuple[Ten
             inverse = torch.linalg.solve_triangular(corner.T, identity, upper=False)
             torch.mm(inverse / root[:, None], rows[:, width:], out=upper[part, rest])
     return upper, curvature
+
+
+def no_worse(
+    solved: QuantizedTensor, loss: Tensor, target: Tensor, hessian: Tensor
+) -> tuple[QuantizedTensor, Tensor, Tensor]:
+    """Check a solution against rounding to nearest on its own scales, under the same H.
+
+    Some rows, spread evenly, stand for all: they share the factor, and with it whatever may be wrong with it. Where
+    rounding loses less on these, every row takes whichever codes lose less.
+
+    Args:
+        solved: the codes.
+        loss: tr((Q − W*) H (Q − W*)ᵀ) a row, [out] float32.
+        target: W* [out, in] float32.
+        hessian: H [in, in] float32.
+
+    Returns:
+        codes and losses that are no worse, and which rows were exchanged, [out] booleans.
+
+    Raises:
+        ValueError: scales or losses are not finite.
+    """
+    largest = solved.scale.abs().max() * -solved.grid.lowest  # in the dtype of the scales, as weights are
+    if not (torch.isfinite(largest) and torch.isfinite(loss).all()):
+        raise ValueError("scales or losses are not finite: weights or inputs are too large for their dtype")
+    some = torch.arange(0, len(target), -(-len(target) // CHECKED), device=target.device)
+    exchanged = torch.zeros(len(target), dtype=torch.bool, device=target.device)
+    if float(_nearest(solved, target, hessian, some)[1].sum()) >= (1 - SLACK) * float(loss[some].sum()):
+        return solved, loss, exchanged
+    codes, lost = _nearest(solved, target, hessian, torch.arange(len(target), device=target.device))
+    exchanged = lost < (1 - SLACK) * loss
+    codes = torch.where(exchanged[:, None], codes, solved.codes)
+    return replace(solved, codes=codes), torch.where(exchanged, lost, loss), exchanged
+
+
+def _nearest(solved: QuantizedTensor, target: Tensor, hessian: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes and losses of some rows rounded to nearest on the scales of a solution."""
+    scales = solved.scale[rows].float(), solved.zero_point[rows]
+    found = rtn(target[rows], solved.grid, scales=scales)
+    return found.codes, hessian_loss(found.dequantize() - target[rows], hessian)
 
 
 class _Block:

@@ -305,6 +305,17 @@ class Recipe(_Strict):
                 raise ValueError("quantize.task_weights: must not be negative, nor all zero")
         return self
 
+    def ordered(self) -> Recipe:
+        """The same with the experts by name, so that the order in which they are listed makes no difference."""
+        order = sorted(range(len(self.experts)), key=lambda k: self.experts[k].name)
+        lists = {
+            field: [values[k] for k in order]
+            for field in ("scaling", "weights")
+            if isinstance(values := getattr(self.merge, field), list)
+        }
+        experts = [self.experts[k] for k in order]
+        return self.model_copy(update={"experts": experts, "merge": self.merge.model_copy(update=lists)})
+
     def task_weight(self, name: str) -> float:
         """ω of a task; all of them sum to 1."""
         weights = self.quantize.task_weights

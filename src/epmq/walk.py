@@ -188,6 +188,11 @@ def _owner(model: nn.Module, stack: Stack, stacks: Sequence[Stack]) -> nn.Module
     raise ValueError(f"{stack.name} lies inside another stack")
 
 
+def first_tensor(output: Any) -> Tensor:
+    """The hidden states in what a block gives: the output itself, or its first part."""
+    return output if isinstance(output, Tensor) else output[0]
+
+
 @contextmanager
 def uncached(model: nn.Module) -> Iterator[None]:
     """Ask for no key–value cache: one would grow each time that a block runs on the same batch."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from epmq.grid import Grid, QuantizedTensor
-from epmq.writing import check_output, publish
+from epmq.writing import check_output, naming_place, publish, sync
 
 try:
     import fcntl
@@ -133,14 +132,14 @@ def resumable(path: str | Path, inputs: Mapping[str, Any], restart: bool = False
     """
     path = check_output(path).absolute()
     folder = _folder(path)
+    output = folder / OUTPUT
     (folder / BLOCKS).mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
-        _take_over(folder, json.loads(json.dumps(inputs)), restart)
-        output = folder / OUTPUT
-        shutil.rmtree(output, ignore_errors=True)
-        output.mkdir()
+    with naming_place(folder), _locked(folder):
         done = False
         try:
+            _take_over(folder, json.loads(json.dumps(inputs)), restart)
+            shutil.rmtree(output, ignore_errors=True)
+            output.mkdir()
             yield Work(folder, output)
             publish(output, path)
             done = True
@@ -211,16 +210,14 @@ def _locked(folder: Path) -> Iterator[None]:
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file that is there with all of its content or not at all, even after a power cut."""
     draft = path.with_name(path.name + ".draft")
-    with draft.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+        draft.write_bytes(content)
+        sync(draft)
+        draft.replace(path)
+    except OSError:
+        draft.unlink(missing_ok=True)  # what lies there half may be what fills the disk
+        raise
+    sync(path.parent)
 
 
 def hash_file(path: Path) -> str:

@@ -8,12 +8,12 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from math import prod
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -84,7 +84,7 @@ class CheckpointWriter:
             self._shards.append([])
             self._shard_bytes = 0
         part = self.folder / f"part-{self._parts}"
-        save_file(self._pending, str(part), metadata={"format": "pt"})
+        save_tensors(self._pending, part, {"format": "pt"})
         self._shards[-1].append(part)
         self._shard_bytes += self._pending_bytes
         self._parts += 1
@@ -209,10 +209,34 @@ def whole_directory(path: str | Path) -> Iterator[Path]:
     path.absolute().parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.absolute().parent))
     try:
-        yield work
-        publish(work, path)
+        with naming_place(work):
+            yield work
+            publish(work, path)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+@contextmanager
+def naming_place(folder: Path) -> Iterator[None]:
+    """Let an error of the system that names no file, such as a full disk, name the folder that was written to."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(folder)) from error
+        raise
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Write a safetensors file.
+
+    Raises:
+        OSError: it cannot be written; the file is named.
+    """
+    try:
+        save_file(dict(tensors), str(path), metadata=metadata)
+    except SafetensorError as error:
+        raise OSError(f"{path}: cannot be written ({error})") from None
 
 
 def publish(work: Path, path: Path) -> None:
@@ -221,14 +245,26 @@ def publish(work: Path, path: Path) -> None:
     Raises:
         FileExistsError, PermissionError: see `check_output`.
     """
-    for file in work.rglob("*"):
+    work.chmod(0o755)
+    for file in [*work.rglob("*"), work]:
         if file.is_file():
             file.chmod(0o644)
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
-    work.chmod(0o755)
+        sync(file)
     check_output(path)
     work.rename(path)
+    with suppress(OSError):  # it is there, and whole; only a power cut right now could still undo the rename
+        sync(path.absolute().parent)
+
+
+def sync(path: Path) -> None:
+    """See a file, or the names in a folder, onto the disk."""
+    if path.is_dir() and os.name == "nt":  # Windows opens no folders
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def copy_processor(source: Path, target: Path) -> None:

@@ -1,0 +1,78 @@
+"""Whether the same recipe gives the same bytes, whatever the threads, the order of tasks and the batch size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from epmq.writing import SINGLE
+
+Examples = dict[str, list[dict[str, Tensor]]]
+
+
+def repeat(
+    finish: Callable[..., None], folder: Path, recipe: dict[str, Any], examples: Examples
+) -> dict[str, dict[str, float]]:
+    """Do a run again and again, with one circumstance changed each time.
+
+    Args:
+        finish: does a recipe on calibration batches.
+        folder: where outputs go.
+        recipe, examples: the run; written without packing.
+
+    Returns:
+        circumstance → share of the weights that differ, and the largest difference over the largest weight.
+    """
+    recipe = {**recipe, "format": "dequantized"}
+    before, state = torch.get_num_threads(), torch.get_rng_state()
+    runs: dict[str, Callable[[str], None]] = {
+        "first": lambda name: finish({**recipe, "output": name}, examples),
+        "again": lambda name: finish({**recipe, "output": name}, examples),
+        "tasks in another order": lambda name: finish(
+            {**recipe, "output": name, "experts": recipe["experts"][::-1]}, dict(reversed(examples.items()))
+        ),
+        "one thread": lambda name: _with_threads(1, lambda: finish({**recipe, "output": name}, examples)),
+        "two threads": lambda name: _with_threads(2, lambda: finish({**recipe, "output": name}, examples)),
+        "half the batch size": lambda name: finish({**recipe, "output": name}, _halved(examples)),
+    }
+    found: dict[str, dict[str, float]] = {}
+    for number, (name, run) in enumerate(runs.items()):
+        run(str(folder / f"repeat-{number}"))
+        if number:
+            found[name] = difference(folder / "repeat-0" / SINGLE, folder / f"repeat-{number}" / SINGLE)
+    torch.set_num_threads(before)
+    found["global random state"] = {"changed": float(not torch.equal(state, torch.get_rng_state()))}
+    return found
+
+
+def difference(one: Path, other: Path) -> dict[str, float]:
+    """How two checkpoints of the same tensors differ."""
+    first, second = load_file(one), load_file(other)
+    pairs = [(tensor.double(), second[name].double()) for name, tensor in first.items()]
+    differ = sum(int((a != b).sum()) for a, b in pairs)
+    largest = max(float((a - b).abs().max() / a.abs().max().clamp(min=1e-12)) for a, b in pairs)
+    return {"differing": differ / sum(a.numel() for a, _ in pairs), "largest": largest}
+
+
+def _with_threads(count: int, run: Callable[[], None]) -> None:
+    torch.set_num_threads(count)
+    run()
+
+
+def _halved(examples: Examples) -> Examples:
+    return {
+        task: [
+            {name: tensor[half] for name, tensor in batch.items()}
+            for batch in batches
+            for half in (
+                slice(0, len(next(iter(batch.values()))) // 2),
+                slice(len(next(iter(batch.values()))) // 2, None),
+            )
+        ]
+        for task, batches in examples.items()
+    }
