@@ -29,6 +29,7 @@ from transformers import BertConfig, BertModel
 from benchmarks.compare import RESULTS
 from benchmarks.repeats import repeat
 from benchmarks.write_faults import fail_everywhere, fill_disks
+from epmq import spill
 from epmq.pipeline import run
 from epmq.report import hardware, now, versions
 from epmq.work import BLOCKS
@@ -75,6 +76,7 @@ def finish(folder: Path, output: str, **fields: Any) -> None:
 def disk_faults(folder: Path) -> dict[str, Any]:
     """Every write fails once, with calibration activations in memory and on the disk; and disks are full."""
     found: dict[str, Any] = {}
+    spill.SMALLEST = 1 << 10  # or nothing here would be large enough
     for place in ("memory", "disk"):
         finish(folder, f"whole-{place}", activations=place)
         wanted = contents(folder / f"whole-{place}")

@@ -65,14 +65,8 @@ def _with_threads(count: int, run: Callable[[], None]) -> None:
 
 
 def _halved(examples: Examples) -> Examples:
-    return {
-        task: [
-            {name: tensor[half] for name, tensor in batch.items()}
-            for batch in batches
-            for half in (
-                slice(0, len(next(iter(batch.values()))) // 2),
-                slice(len(next(iter(batch.values()))) // 2, None),
-            )
-        ]
-        for task, batches in examples.items()
-    }
+    return {task: [_half(batch, part) for batch in batches for part in (0, 1)] for task, batches in examples.items()}
+
+
+def _half(batch: dict[str, Tensor], part: int) -> dict[str, Tensor]:
+    return {name: tensor.chunk(2)[part] for name, tensor in batch.items()}

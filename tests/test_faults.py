@@ -1,0 +1,77 @@
+"""Short versions of `python -m benchmarks.faults`: disks that fail, and runs that are repeated."""
+
+import logging
+
+import pytest
+from conftest import recipe_for
+
+from benchmarks.faults import contents
+from benchmarks.write_faults import fail_everywhere, fill_disks
+from epmq import spill
+from epmq.pipeline import run
+
+
+@pytest.fixture
+def work(pool, tmp_path, monkeypatch):
+    """Does a run into a folder; what it should give; where it may write."""
+    monkeypatch.setattr(spill, "SMALLEST", 1)
+    logging.getLogger("epmq").setLevel(logging.ERROR)
+
+    def do(out):
+        recipe = recipe_for(pool, output=str(out), quantize={"method": "gptq"}, activations="disk")
+        run(recipe, progress=False, evaluate=False)
+
+    do(tmp_path / "whole")
+    wanted = contents(tmp_path / "whole")
+    yield do, wanted, lambda out: contents(out) == wanted
+    logging.getLogger("epmq").setLevel(logging.NOTSET)
+
+
+def test_a_write_that_fails_loses_nothing(work, tmp_path):
+    do, _, same = work
+    (tmp_path / "disk").mkdir()
+    found = fail_everywhere(do, tmp_path / "disk", same, every=9)
+    assert found["write_faults"] > 5 and found["torn"] == found["left_behind"] == 0
+    assert found["resumed_identical"] == found["write_faults"]
+
+
+def test_a_full_disk_loses_nothing(work, tmp_path):
+    do, wanted, same = work
+    try:
+        found = fill_disks(do, tmp_path / "disk", 3 * sum(map(len, wanted.values())), same)
+    except PermissionError as error:
+        pytest.skip(str(error))
+    assert found["full_disks"] == found["refused"] > 2 and found["torn"] == found["left_behind"] == 0
+    assert found["resumed_identical"] >= found["full_disks"]
+
+
+def test_the_order_of_tasks_and_a_second_run_make_no_difference(pool, tmp_path):
+    recipe = recipe_for(pool, merge={"method": "task_arithmetic", "scaling": [0.2, 0.5]})
+    other = {**recipe, "experts": recipe["experts"][::-1], "merge": {**recipe["merge"], "scaling": [0.5, 0.2]}}
+    found = []
+    for name, content in (("a", recipe), ("b", recipe), ("c", other)):
+        run({**content, "output": str(tmp_path / name)}, progress=False, evaluate=False)
+        found.append(contents(tmp_path / name))
+    assert found[0] == found[1] == found[2]
+
+
+def test_an_expert_that_is_removed_under_us_can_be_put_back(pool, tmp_path, monkeypatch):
+    import shutil
+
+    from epmq.work import Journal
+
+    shutil.copytree(pool, tmp_path / "pool")
+    file, append = tmp_path / "pool" / "experts" / "two" / "model.safetensors", Journal.append
+
+    def remove(journal, block):
+        append(journal, block)
+        file.rename(tmp_path / "away")
+
+    recipe = recipe_for(tmp_path / "pool", output=str(tmp_path / "out"), quantize={"method": "gptq"})
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "append", remove)
+        with pytest.raises(OSError, match="experts/two"):
+            run(recipe, progress=False, evaluate=False)
+    (tmp_path / "away").rename(file)
+    report = run(recipe, progress=False, evaluate=False)
+    assert "1 of 2 blocks were finished by a run that was stopped" in report["notes"]
