@@ -13,11 +13,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import random
 import shutil
 import signal
 import time
+from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -73,9 +76,9 @@ def finish(folder: Path, output: str, **fields: Any) -> None:
     run({**recipe(folder, output), **fields}, progress=False, evaluate=False, calibration=examples())
 
 
-def disk_faults(folder: Path) -> dict[str, Any]:
+def disk_faults(folder: Path) -> dict[str, int]:
     """Every write fails once, with calibration activations in memory and on the disk; and disks are full."""
-    found: dict[str, Any] = {}
+    found = Counter[str]()
     spill.SMALLEST = 1 << 10  # or nothing here would be large enough
     for place in ("memory", "disk"):
         finish(folder, f"whole-{place}", activations=place)
@@ -89,11 +92,9 @@ def disk_faults(folder: Path) -> dict[str, Any]:
             finish(folder, str(out), activations=place)
 
         (folder / f"faults-{place}").mkdir()
-        found[f"write_faults, activations: {place}"] = fail_everywhere(do, folder / f"faults-{place}", same)
-        try:
-            found[f"full_disks, activations: {place}"] = fill_disks(do, folder / f"disk-{place}", needed, same)
-        except PermissionError as error:
-            found[f"full_disks, activations: {place}"] = str(error)
+        found.update(fail_everywhere(do, folder / f"faults-{place}", same))
+        with suppress(PermissionError):
+            found.update(fill_disks(do, folder / f"disk-{place}", needed, same))
     return found
 
 
@@ -168,6 +169,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.faults", description=__doc__)
     parser.add_argument("--kills", type=int, default=100, help="how many runs to kill")
     arguments = parser.parse_args()
+    logging.getLogger("epmq").setLevel(logging.ERROR)
     torch.set_num_threads(1)  # threads do not survive a fork
     with TemporaryDirectory() as name:
         write_models(Path(name))

@@ -7,6 +7,7 @@ import math
 import re
 import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +237,45 @@ def summary(paths: list[Path]) -> str:
     return "\n".join(lines)
 
 
+def faults_table(found: dict[str, Any]) -> str:
+    """What became of runs that were killed, of disks that failed, of bad files and wrong merges, of runs done again."""
+    kinds = {"write_faults": "writes that fail", "full_disks": "disks that are full"}
+    lines = ["| fault | times | what became of it |", "|---|---|---|"]
+    lines.append(
+        f"| killed (signal 9) | {found['kills']} | {found['kills_with_finished_blocks']} with finished blocks; of "
+        f"{found['runs']} runs {found['resumed_identical']} ended with the same bytes; errors {found['errors']}, left "
+        f"behind {found['left_behind']} |"
+    )
+    for kind, title in kinds.items():
+        if kind in found:
+            refused, torn, same, left = (
+                found[f"{kind}_{end}"] for end in ("refused", "torn", "resumed_identical", "left_behind")
+            )
+            lines.append(
+                f"| {title} | {found[kind]} | {refused} errors that name the place; {torn} half outputs; {same} went on to "
+                f"the same bytes; left behind {left} |"
+            )
+    if "mutated_inputs" in found:
+        lines.append(
+            f"| files changed at random | {found['mutated_inputs']} | {found['refused']} refused, {found['accepted']} "
+            f"accepted; crashes {found['crashes']}, hangs {found['hangs']}, escapes {found['escapes']} |"
+        )
+    if "wrong_merges" in found:
+        lines.append(f"| wrong merges | {found['wrong_merges']} | {found['wrong_merges_caught']} named |")
+    if "repeats" in found:
+        lines += [
+            "",
+            "| the same run, but | weights that differ | largest difference over largest weight |",
+            "|---|---|---|",
+        ]
+        lines += [
+            f"| {name} | {100 * row['differing']:.3g} % | {row['largest']:.2g} |"
+            for name, row in found["repeats"].items()
+            if "differing" in row
+        ]
+    return "\n".join([*lines, "", measured([found])])
+
+
 def replace_section(text: str, name: str, content: str) -> str:
     """Put `content` between the markers of a section.
 
@@ -248,6 +288,18 @@ def replace_section(text: str, name: str, content: str) -> str:
     return pattern.sub(lambda match: f"{match[1]}{content}\n{match[2]}", text)
 
 
+SECTIONS: dict[str, Callable[[Any], str]] = {
+    "shapes": shapes_table,
+    "growth": growth_tables,
+    "ablation": ablation_table,
+    "limits": limits_table,
+    "solver": solver_table,
+    "whole_run": whole_run_table,
+    "merging": merging_table,
+    "faults": faults_table,
+}
+
+
 def main() -> None:
     """Rewrite both READMEs, or with --check say whether they are up to date."""
     paths = [HERE / "results" / f"{suite}.json" for suite in SUITES]
@@ -255,36 +307,11 @@ def main() -> None:
     texts = {HERE / "README.md": (HERE / "README.md").read_text()}
     for path in paths:
         texts[HERE / "README.md"] = replace_section(texts[HERE / "README.md"], path.stem, suite_section(path))
-    shapes = HERE / "results" / "shapes.json"
-    if shapes.exists():
-        readme = texts[HERE / "README.md"]
-        texts[HERE / "README.md"] = replace_section(readme, "shapes", shapes_table(json.loads(shapes.read_text())))
-    growth = HERE / "results" / "growth.json"
-    if growth.exists():
-        table = growth_tables(json.loads(growth.read_text()))
-        texts[HERE / "README.md"] = replace_section(texts[HERE / "README.md"], "growth", table)
-    ablation = HERE / "results" / "ablation.json"
-    if ablation.exists():
-        readme = texts[HERE / "README.md"]
-        texts[HERE / "README.md"] = replace_section(
-            readme, "ablation", ablation_table(json.loads(ablation.read_text()))
-        )
-    limits = HERE / "results" / "limits.json"
-    if limits.exists():
-        table = limits_table(json.loads(limits.read_text()))
-        texts[HERE / "README.md"] = replace_section(texts[HERE / "README.md"], "limits", table)
-    solver = HERE / "results" / "solver.json"
-    if solver.exists():
-        table = solver_table(json.loads(solver.read_text()))
-        texts[HERE / "README.md"] = replace_section(texts[HERE / "README.md"], "solver", table)
-    whole_run = HERE / "results" / "whole_run.json"
-    if whole_run.exists():
-        table = whole_run_table(json.loads(whole_run.read_text()))
-        texts[HERE / "README.md"] = replace_section(texts[HERE / "README.md"], "whole_run", table)
-    merging = HERE / "results" / "merging.json"
-    if merging.exists():
-        table = merging_table(json.loads(merging.read_text()))
-        texts[HERE / "README.md"] = replace_section(texts[HERE / "README.md"], "merging", table)
+    for name, table in SECTIONS.items():
+        path = HERE / "results" / f"{name}.json"
+        if path.exists():
+            content = table(json.loads(path.read_text()))
+            texts[HERE / "README.md"] = replace_section(texts[HERE / "README.md"], name, content)
     project = HERE.parent / "README.md"
     texts[project] = replace_section(project.read_text(), "summary", summary(paths))
     if "--check" in sys.argv:

@@ -22,6 +22,17 @@ SHARES = (0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.97)
 Run = Callable[[Path], None]
 
 
+class Found:
+    """Counts what came of one kind of fault, under names that begin with the kind's."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self.counts = {kind + end: 0 for end in ("", "_refused", "_torn", "_resumed_identical", "_left_behind")}
+
+    def add(self, end: str, happened: bool = True) -> None:
+        self.counts[self.kind + end] += happened
+
+
 class FailingDisk:
     """Counts the operations that write below a folder, and lets one of them fail."""
 
@@ -68,23 +79,24 @@ def fail_everywhere(run: Run, folder: Path, same: Callable[[Path], bool], every:
         every: try only every so many writes.
 
     Returns:
-        write_faults, and how many of them ended in an OSError that names a file (refused), left an output before they
-        were mended (torn), and went on to the wanted output (resumed_identical).
+        write_faults, and how many of them ended in an OSError that names a file (write_faults_refused), left an output
+        that is not what it should be (write_faults_torn), and went on to the wanted output when the disk was mended
+        (write_faults_resumed_identical).
     """
     disk, out = FailingDisk(folder), folder / "out"
-    found = dict.fromkeys(("write_faults", "refused", "torn", "resumed_identical", "left_behind"), 0)
+    found = Found("write_faults")
     with disk.failing(-1):
         run(out)
     shutil.rmtree(out)
     for number in range(0, disk.count, every):
-        found["write_faults"] += 1
+        found.add("")
         try:
             with disk.failing(number):
                 run(out)
         except OSError as error:
-            found["refused"] += error.filename is not None
+            found.add("_refused", error.filename is not None)
         _mend(run, folder, same, found)
-    return found
+    return found.counts
 
 
 def fill_disks(run: Run, folder: Path, needed: int, same: Callable[[Path], bool]) -> dict[str, int]:
@@ -96,19 +108,20 @@ def fill_disks(run: Run, folder: Path, needed: int, same: Callable[[Path], bool]
         needed: bytes that the run writes.
 
     Returns:
-        as above, with full_disks for the first.
+        as above, with full_disks in place of write_faults.
     """
-    found = dict.fromkeys(("full_disks", "refused", "torn", "resumed_identical", "left_behind"), 0)
+    found = Found("full_disks")
     for share in SHARES:
         with small_disk(folder, int(share * needed)) as place:
             try:
                 run(place / "out")
+                continue
             except OSError as error:
-                found["full_disks"] += 1
-                found["refused"] += error.errno == errno.ENOSPC or "No space left" in str(error)
+                found.add("")
+                found.add("_refused", error.errno == errno.ENOSPC or "No space left" in str(error))
             subprocess.run(["mount", "-o", f"remount,size={4 * needed}", str(place)], check=True)
             _mend(run, place, same, found)
-    return found
+    return found.counts
 
 
 @contextmanager
@@ -130,13 +143,13 @@ def small_disk(folder: Path, size: int) -> Iterator[Path]:
         folder.rmdir()
 
 
-def _mend(run: Run, folder: Path, same: Callable[[Path], bool], found: dict[str, int]) -> None:
+def _mend(run: Run, folder: Path, same: Callable[[Path], bool], found: Found) -> None:
     """The same run again, on a disk that works; counts what came of both."""
     out = folder / "out"
     if out.exists():
-        found["torn"] += not same(out)
+        found.add("_torn", not same(out))
         shutil.rmtree(out)
     run(out)
-    found["resumed_identical"] += same(out)
+    found.add("_resumed_identical", same(out))
     shutil.rmtree(out)
-    found["left_behind"] += bool(os.listdir(folder))
+    found.add("_left_behind", bool(os.listdir(folder)))

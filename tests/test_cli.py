@@ -318,3 +318,15 @@ def test_the_program_as_a_process(pool, tmp_path):
 def test_the_runner_of_typer_works_too(finished):
     result = CliRunner().invoke(app, ["inspect", str(finished / "out")])
     assert result.exit_code == 0 and "BertModel" in result.output
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")]
+)
+def test_too_little_memory_is_said_with_what_helps(call, recipe, tmp_path, monkeypatch, error):
+    def fail(*args: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("epmq.pipeline.write_model", fail)
+    status, _, err = call("run", recipe, "-q")
+    assert status == 1 and "memory" in err and "activations: disk" in err

@@ -32,6 +32,10 @@ Restart = Annotated[
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress bars")]
 
+# How torch says that memory does not suffice, and what may help.
+NO_MEMORY = ("can't allocate memory", "out of memory")
+SPARE_MEMORY = "try a smaller batch_size, or activations: disk; --dry-run says what a run needs"
+
 TEMPLATE = """\
 # A recipe of epmq. Only base, experts and output are needed; every other line shows its default.
 base: path/or/hub-id            # the model that all experts were fine-tuned from
@@ -242,10 +246,12 @@ def main() -> None:
         if os.environ.get("EPMQ_DEBUG"):
             raise
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
+        if any(sign in str(error) for sign in NO_MEMORY):
+            message = f"{message} ({SPARE_MEMORY})"
         print("epmq:", " ".join(str(message).split()), file=sys.stderr)
         sys.exit(1)
     except MemoryError:
-        print("epmq: out of memory: try a smaller batch_size, or activations: disk", file=sys.stderr)
+        print(f"epmq: out of memory ({SPARE_MEMORY})", file=sys.stderr)
         sys.exit(1)
     except SystemExit as end:
         if end.code == 130:  # what typer makes of an interrupt
