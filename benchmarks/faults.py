@@ -20,6 +20,7 @@ import shutil
 import signal
 import time
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -29,6 +30,7 @@ import torch
 from rich.console import Console
 from transformers import BertConfig, BertModel
 
+from benchmarks import wrong_merges
 from benchmarks.compare import RESULTS
 from benchmarks.repeats import repeat
 from benchmarks.write_faults import fail_everywhere, fill_disks
@@ -100,6 +102,7 @@ def disk_faults(folder: Path) -> dict[str, int]:
 
 def repeats(folder: Path) -> dict[str, Any]:
     """The same run under other circumstances."""
+    torch.set_num_threads(os.cpu_count() or 1)
 
     def do(recipe: dict[str, Any], batches: dict[str, list[dict[str, torch.Tensor]]]) -> None:
         run(recipe, progress=False, evaluate=False, calibration=batches)
@@ -168,15 +171,22 @@ def main() -> None:
     """Read the command line, kill, and write the results."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.faults", description=__doc__)
     parser.add_argument("--kills", type=int, default=100, help="how many runs to kill")
+    parser.add_argument("--only", choices=["kills", "disks", "wrong", "repeats"], help="one of the campaigns alone")
     arguments = parser.parse_args()
     logging.getLogger("epmq").setLevel(logging.ERROR)
     torch.set_num_threads(1)  # threads do not survive a fork
+    found: dict[str, Any] = {}
     with TemporaryDirectory() as name:
-        write_models(Path(name))
-        found: dict[str, Any] = kill_until(arguments.kills, Path(name), Console(stderr=True))
-        found |= disk_faults(Path(name))
-        torch.set_num_threads(os.cpu_count() or 1)
-        found["repeats"] = repeats(Path(name))
+        folder = Path(name)
+        write_models(folder)
+        campaigns: dict[str, Callable[[], dict[str, Any]]] = {
+            "kills": lambda: kill_until(arguments.kills, folder, Console(stderr=True)),
+            "disks": lambda: disk_faults(folder),
+            "wrong": lambda: wrong_merges.count(folder, folder, recipe),
+            "repeats": lambda: {"repeats": repeats(folder)},
+        }
+        for campaign in [arguments.only] if arguments.only else campaigns:
+            found |= campaigns[campaign]()
     add_results(found)
 
 

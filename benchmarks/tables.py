@@ -252,8 +252,8 @@ def faults_table(found: dict[str, Any]) -> str:
                 found[f"{kind}_{end}"] for end in ("refused", "torn", "resumed_identical", "left_behind")
             )
             lines.append(
-                f"| {title} | {found[kind]} | {refused} errors that name the place; {torn} half outputs; {same} went on to "
-                f"the same bytes; left behind {left} |"
+                f"| {title} | {found[kind]} | {refused} errors that name the place; {torn} half outputs; {same} went "
+                f"on to the same bytes; left behind {left} |"
             )
     if "mutated_inputs" in found:
         lines.append(

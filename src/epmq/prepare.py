@@ -18,6 +18,7 @@ from epmq.data import Examples, Fields, from_objects
 from epmq.evaluate import metric_of
 from epmq.export import FORMATS
 from epmq.heads import HEAD_FILE, load_head
+from epmq.lineage import check_lineage
 from epmq.quantize import check_grid
 from epmq.sources import Sources
 from epmq.spec import Data, Expert, Recipe
@@ -69,6 +70,7 @@ def prepare(
         check_grid(sources)
         check_format(sources)
         sources.notes += _untouched(sources)
+    sources.notes += check_lineage(sources)
     processor = load_processor(sources.base.path)
     used, scored = {}, {}
     for expert in recipe.experts:

@@ -337,8 +337,8 @@ class Sources:
             yield self._finite(name, method(self.base_tensor(name), experts, **settings))
             return
         for rows in self._rows(name):
-            experts = [self._expert_rows(task, name, rows) for task in self.experts]
-            yield self._finite(name, method(self._base_rows(name, rows), experts, **settings))
+            experts = [self.expert_rows(task, name, rows) for task in self.experts]
+            yield self._finite(name, method(self.base_rows(name, rows), experts, **settings))
 
     def _at_once(self, name: str) -> bool:
         """Whether a tensor is merged as a whole: a small one is, and DARE's draw is one for the whole tensor."""
@@ -351,16 +351,18 @@ class Sources:
         step = max(1, ROWS // max(1, math.prod(rest)))
         return (slice(start, min(start + step, count)) for start in range(0, count, step))
 
-    def _base_rows(self, name: str, rows: slice) -> Tensor:
+    def base_rows(self, name: str, rows: slice) -> Tensor:
+        """Some rows of `base_tensor`, along the first dimension on disk."""
         return self.base.rows(self._stored[self.tied.get(name, name)], rows)
 
-    def _expert_rows(self, task: str, name: str, rows: slice) -> Tensor:
+    def expert_rows(self, task: str, name: str, rows: slice) -> Tensor:
+        """Some rows of `expert_tensor`, along the first dimension on disk."""
         expert, stored = self.experts[task], self._expert_stored[task].get(name)
         if stored is None:
-            return self._base_rows(name, rows)
+            return self.base_rows(name, rows)
         if not isinstance(expert, Adapter):
             return expert.rows(stored, rows)
-        start = expert.tensor(stored)[rows] if expert.replaces(stored) else self._base_rows(name, rows)
+        start = expert.tensor(stored)[rows] if expert.replaces(stored) else self.base_rows(name, rows)
         if not expert.changes(stored):
             return start
         if self._transposed(name):
@@ -388,9 +390,7 @@ class Sources:
             if not self.base_shape(name):
                 pairs = iter([(self.base_tensor(name), self.expert_tensor(task, name))])
             else:
-                pairs = (
-                    (self._base_rows(name, rows), self._expert_rows(task, name, rows)) for rows in self._rows(name)
-                )
+                pairs = ((self.base_rows(name, rows), self.expert_rows(task, name, rows)) for rows in self._rows(name))
             for base, expert in pairs:
                 yield self._finite(name, base), self._finite(name, expert)
 
