@@ -265,7 +265,7 @@ def faults_table(found: dict[str, Any]) -> str:
     if "repeats" in found:
         lines += [
             "",
-            "| the same run, but | weights that differ | largest difference over largest weight |",
+            "| the same run, but | weights with another code | largest difference over largest weight |",
             "|---|---|---|",
         ]
         lines += [

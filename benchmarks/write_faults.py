@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+# Bytes of a file system that is large enough.
+ENOUGH = 1 << 30
 WRITES = os.O_WRONLY | os.O_RDWR
 # Sizes of the small file system, as shares of what the run needs.
 SHARES = (0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.97)
@@ -119,7 +121,7 @@ def fill_disks(run: Run, folder: Path, needed: int, same: Callable[[Path], bool]
             except OSError as error:
                 found.add("")
                 found.add("_refused", error.errno == errno.ENOSPC or "No space left" in str(error))
-            subprocess.run(["mount", "-o", f"remount,size={4 * needed}", str(place)], check=True)
+            subprocess.run(["mount", "-o", f"remount,size={ENOUGH}", str(place)], check=True)
             _mend(run, place, same, found)
     return found.counts
 
