@@ -53,7 +53,7 @@ def repeat(
 
 
 def difference(one: Path, other: Path) -> dict[str, float]:
-    """How two checkpoints of the same tensors differ; numbers that differ by less than a step of any grid do not count."""
+    """How two checkpoints of the same tensors differ; what is less than a step of any grid does not count."""
     first, second = load_file(one), load_file(other)
     pairs = [(tensor.double(), second[name].double()) for name, tensor in first.items()]
     differ = sum(int(((a - b).abs() > STEP * a.abs().max()).sum()) for a, b in pairs)

@@ -21,7 +21,7 @@ from epmq.sources import Sources
 
 # Rows of each layer's weight that stand for all of it.
 SAMPLE = 16
-# Least correlation with the base of what was fine-tuned from it. Fine-tuning hardly turns a weight; weights from another
+# Least correlation with the base of what was fine-tuned from it. Fine-tuning hardly turns a weight; those from another
 # start have no correlation with it (a standard deviation of 0.01 for the ten thousand entries of a sample).
 RELATED = 0.3
 # Share of the tokens that two tokenizers number alike, above which they are one with a few additions.
