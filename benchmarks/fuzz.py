@@ -1,17 +1,18 @@
 """`python -m benchmarks.fuzz`: whether damaged files end in one clear error.
 
-Tiny pools of models and data (`benchmarks.fuzz_pools`) are damaged one file at a time (`benchmarks.fuzz_mutators`) and
-opened as a run opens them before it computes, or as `epmq inspect` and `epmq.load` open a written checkpoint. Each input
-is opened in a process of its own, which may take 10 s and 4 GB. What counts:
+Tiny pools of models and data (`benchmarks.fuzz_pools`) are damaged one file at a time (`benchmarks.fuzz_mutators`)
+and opened as a run opens them before it computes, or as `epmq inspect` and `epmq.load` open a written checkpoint. Each
+input is opened in a process of its own, which may take 10 s and 4 GB. What counts:
 
     refused   an error that the command line turns into one line
     accepted  no error: the damage changed nothing that matters, or nothing that can be known
     crashes   any other error, an allocation that failed, or the end of the process
     hangs     no end within 10 s
-    escapes   a file written, moved or removed outside the output, a process or connection started, code of the pool run
+    escapes   a file written, moved or removed outside the output, a process or connection started, or code of the
+              pool run
 
-Of those that are refused, `unnamed` counts the errors that name neither the damaged file nor its folder. Adds its figures
-to `benchmarks/results/faults.json`; `--seed N --only K` opens input K again and shows what became of it.
+Of those that are refused, `unnamed` counts the errors that name neither the damaged file nor its folder. Adds its
+figures to `benchmarks/results/faults.json`; `--seed N --only K` opens input K again and shows what became of it.
 """
 
 from __future__ import annotations
@@ -61,7 +62,16 @@ CHANGES = {
     "os.chmod": 1,
     "os.chown": 1,
 }
-PROCESSES = ("subprocess.Popen", "os.system", "os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn", "pty.spawn")
+PROCESSES = (
+    "subprocess.Popen",
+    "os.system",
+    "os.exec",
+    "os.fork",
+    "os.forkpty",
+    "os.posix_spawn",
+    "os.spawn",
+    "pty.spawn",
+)
 CONNECTIONS = ("socket.connect", "socket.bind", "socket.getaddrinfo", "socket.gethostbyname", "urllib.Request")
 
 
@@ -146,7 +156,7 @@ def attempt(pools: Path, folder: Path, seed: int, number: int, show: bool) -> Re
         found.outcome, found.error = "accepted", ""
     except BaseException as error:
         found.error = f"{type(error).__name__}: {error}"[:1000]
-        short = isinstance(error, MemoryError | RecursionError) or "allocate" in str(error)
+        short = isinstance(error, MemoryError | RecursionError) or "DefaultCPUAllocator" in str(error)
         found.outcome = "refused" if isinstance(error, CLEAR) and not short else "crashes"
         found.unnamed = found.outcome == "refused" and not is_named(error, folder / found.file)
         if show:

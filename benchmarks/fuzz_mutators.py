@@ -18,17 +18,66 @@ CANARY = "canary"
 DEEP = 100_000
 NUMBERS = (0, 1, -1, 2, 7, 2**16, 10**9, 2**31 - 1, 2**31, 2**63 - 1, 2**63, 2**64, 10**30, -(10**9), 0.5, 1e308)
 STRINGS = (
-    *("", "\0", "\ud800", "../../canary", "/etc/passwd", "canary", "x" * 100_000, "None", "1e999", "{{ 1 }}", "%s", "ß"),
+    *(
+        "",
+        "\0",
+        "\ud800",
+        "../../canary",
+        "/etc/passwd",
+        "canary",
+        "x" * 100_000,
+        "None",
+        "1e999",
+        "{{ 1 }}",
+        "%s",
+        "ß",
+    ),
     *("float32", "cuda", "owner/name", "é/../..", "LABEL_0", "__class__", "pipeline", "PreTrainedModel", "logging"),
 )
-OTHERS: tuple[Any, ...] = (None, True, False, [], {}, [[]], [None], [1, "x"], {"": None}, {"a": {"b": []}}, [-1], [10**9])
+OTHERS: tuple[Any, ...] = (
+    None,
+    True,
+    False,
+    [],
+    {},
+    [[]],
+    [None],
+    [1, "x"],
+    {"": None},
+    {"a": {"b": []}},
+    [-1],
+    [10**9],
+)
 # Fields that configs may have and these do not.
 FIELDS = (
     *("num_labels", "id2label", "label2id", "dtype", "torch_dtype", "quantization_config", "auto_map", "architectures"),
     *("tie_word_embeddings", "model_type", "attn_implementation", "_attn_implementation", "rope_scaling", "head_dim"),
-    *("rope_parameters", "layer_types", "is_decoder", "is_encoder_decoder", "problem_type", "text_config", "pad_token_id"),
-    *("vision_config", "tokenizer_class", "image_processor_type", "processor_class", "added_tokens_decoder", "sub_configs"),
-    *("transformers_version", "weight_map", "alpha_pattern", "rank_pattern", "use_dora", "auto_mapping", "base_model_class"),
+    *(
+        "rope_parameters",
+        "layer_types",
+        "is_decoder",
+        "is_encoder_decoder",
+        "problem_type",
+        "text_config",
+        "pad_token_id",
+    ),
+    *(
+        "vision_config",
+        "tokenizer_class",
+        "image_processor_type",
+        "processor_class",
+        "added_tokens_decoder",
+        "sub_configs",
+    ),
+    *(
+        "transformers_version",
+        "weight_map",
+        "alpha_pattern",
+        "rank_pattern",
+        "use_dora",
+        "auto_mapping",
+        "base_model_class",
+    ),
     *("model_max_length", "extra_special_tokens", "attribute_map", "num_hidden_layers", "hidden_size", "vocab_size"),
 )
 CODE = {
@@ -93,7 +142,17 @@ def drop(content: bytes, rng: random.Random) -> bytes:
 
 def replace(content: bytes, rng: random.Random) -> bytes:
     """Another file altogether."""
-    other = (b"", b"{}", b"[]", b"null", b"\0" * 64, b"PK\x03\x04", b"\x80\x04K\x01.", b"\x93NUMPY\x01\0", b"<html></html>")
+    other = (
+        b"",
+        b"{}",
+        b"[]",
+        b"null",
+        b"\0" * 64,
+        b"PK\x03\x04",
+        b"\x80\x04K\x01.",
+        b"\x93NUMPY\x01\0",
+        b"<html></html>",
+    )
     return rng.choice((*other, b"version https://git-lfs.github.com/spec/v1\n", rng.randbytes(1000)))
 
 
@@ -216,7 +275,20 @@ def odd_constants(content: bytes, rng: random.Random) -> bytes:
 def header_length(content: bytes, rng: random.Random) -> bytes:
     """Lie about the header's length."""
     true = int.from_bytes(content[:8], "little")
-    lengths = (0, 1, 2, true - 1, true + 1, true + 8, len(content), len(content) - 8, 10**8, 10**8 + 1, 2**63, 2**64 - 1)
+    lengths = (
+        0,
+        1,
+        2,
+        true - 1,
+        true + 1,
+        true + 8,
+        len(content),
+        len(content) - 8,
+        10**8,
+        10**8 + 1,
+        2**63,
+        2**64 - 1,
+    )
     return (rng.choice(lengths) % 2**64).to_bytes(8, "little") + content[8:]
 
 
@@ -232,8 +304,14 @@ def entry(content: bytes, rng: random.Random) -> bytes:
     tree = json.loads(content)
     name, other = rng.choice(list(tree)), rng.choice(list(tree))
     wrong: tuple[Any, ...] = (
-        *({"dtype": d} for d in ("F32", "F64", "F16", "BF16", "I8", "U8", "BOOL", "F8_E4M3", "F4", "C64", "X", None, 1)),
-        *({"shape": s} for s in ([], [0], [-1, 32], [2**62, 4], [2**63], [1] * 100, [0.5], ["32"], None, 32, [10**9] * 3)),
+        *(
+            {"dtype": d}
+            for d in ("F32", "F64", "F16", "BF16", "I8", "U8", "BOOL", "F8_E4M3", "F4", "C64", "X", None, 1)
+        ),
+        *(
+            {"shape": s}
+            for s in ([], [0], [-1, 32], [2**62, 4], [2**63], [1] * 100, [0.5], ["32"], None, 32, [10**9] * 3)
+        ),
         *({"data_offsets": o} for o in ([0, 0], [4, 0], [-4, 0], [0, 2**63], [0, 10**12], [0], None, "0", [0.0, 4.0])),
         {"data_offsets": tree[other].get("data_offsets")},
         {"shape": list(reversed(tree[name].get("shape", [])))},
@@ -251,7 +329,9 @@ def head_settings(content: bytes, rng: random.Random) -> bytes:
         change = rng.choice((retyped, missing, renamed, scaled, added, deep, odd_constants, remote_code, flip))
         metadata["head"] = change(metadata["head"].encode(), rng).decode("utf-8", "replace")
     else:
-        metadata[rng.choice(("head", "labels", "pooling", "normalize"))] = rng.choice((*STRINGS, "[1]", "null", "{}", "[[]]"))
+        metadata[rng.choice(("head", "labels", "pooling", "normalize"))] = rng.choice(
+            (*STRINGS, "[1]", "null", "{}", "[[]]")
+        )
     return json.dumps(tree).encode()
 
 
@@ -321,7 +401,18 @@ def yaml_field(content: bytes, rng: random.Random) -> bytes:
     tree = yaml.safe_load(content)
     node, key = rng.choice(places(tree))
     if isinstance(node, dict) and rng.random() < 0.5:
-        more = ("head", "dataset", "merge", "quantize", "device", "seed", "samples", "batch_size", "max_length", "format")
+        more = (
+            "head",
+            "dataset",
+            "merge",
+            "quantize",
+            "device",
+            "seed",
+            "samples",
+            "batch_size",
+            "max_length",
+            "format",
+        )
         key = rng.choice((*more, "text", "label", "subset", "split", "activations", "bits", "task_weights", "scaling"))
     node[key] = value(rng)
     return yaml.safe_dump(tree).encode()
@@ -342,7 +433,21 @@ def cells(content: bytes, rng: random.Random) -> bytes:
     """Damage one cell of a csv file."""
     rows = [line.split(b",") for line in content.splitlines()]
     row = rng.choice(rows)
-    odd = (b"", b"\0", b'"', b'""', b"\xff\xfe", b"1" * 5000, b"x" * 200_000, b"-1", b"1.5", b"9" * 30, b"a,b", b"\r", b'"a\nb')
+    odd = (
+        b"",
+        b"\0",
+        b'"',
+        b'""',
+        b"\xff\xfe",
+        b"1" * 5000,
+        b"x" * 200_000,
+        b"-1",
+        b"1.5",
+        b"9" * 30,
+        b"a,b",
+        b"\r",
+        b'"a\nb',
+    )
     row[rng.randrange(len(row))] = rng.choice(odd)
     return b"\n".join(b",".join(row) for row in rows) + b"\n"
 
@@ -431,8 +536,22 @@ def evil_pickle(content: bytes, rng: random.Random) -> bytes:
 
 
 BYTES: tuple[Mutator, ...] = (flip, flip, flip_early, truncate, extend, splice, blank, drop, replace, number)
-JSON: tuple[Mutator, ...] = (retyped, retyped, missing, renamed, scaled, scaled, added, added, remote_code, deep, odd_constants)
-HEADERS = tuple(in_header(change) for change in (entry, entry, entry, retyped, missing, renamed, scaled, deep, odd_constants))
+JSON: tuple[Mutator, ...] = (
+    retyped,
+    retyped,
+    missing,
+    renamed,
+    scaled,
+    scaled,
+    added,
+    added,
+    remote_code,
+    deep,
+    odd_constants,
+)
+HEADERS = tuple(
+    in_header(change) for change in (entry, entry, entry, retyped, missing, renamed, scaled, deep, odd_constants)
+)
 SAFETENSORS: tuple[Mutator, ...] = (header_length, not_finite, *HEADERS)
 # Pattern of a file's path → what suits it beside the bytes; the first that fits is taken.
 MUTATORS: dict[str, tuple[Mutator, ...]] = {

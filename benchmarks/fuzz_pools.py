@@ -73,7 +73,9 @@ def write_experts(folder: Path, model: PreTrainedModel, classes: int = 0) -> Non
     model.save_pretrained(folder / "one")
     if classes:
         labels = [f"class {i}" for i in range(classes)]
-        save_head(Head(torch.randn(classes, SIZE), torch.randn(classes), "mean", True, labels), folder / "one/" / HEAD_FILE)
+        save_head(
+            Head(torch.randn(classes, SIZE), torch.randn(classes), "mean", True, labels), folder / "one/" / HEAD_FILE
+        )
 
 
 def write_recipe(folder: Path, calibration: str, evaluation: str | None = None, **settings: Any) -> None:
@@ -124,9 +126,19 @@ def adapters(folder: Path) -> None:
         for name in ("query", "value")
         for part, shape in shapes.items()
     }
-    tensors |= {"base_model.model.classifier.weight": torch.randn(3, SIZE), "base_model.model.classifier.bias": torch.randn(3)}
+    tensors |= {
+        "base_model.model.classifier.weight": torch.randn(3, SIZE),
+        "base_model.model.classifier.bias": torch.randn(3),
+    }
     save_file(tensors, folder / "one" / "adapter_model.safetensors")
-    settings = {"peft_type": "LORA", "task_type": "SEQ_CLS", "r": 2, "lora_alpha": 4, "lora_dropout": 0.1, "bias": "none"}
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "SEQ_CLS",
+        "r": 2,
+        "lora_alpha": 4,
+        "lora_dropout": 0.1,
+        "bias": "none",
+    }
     names = {"target_modules": ["query", "value"], "modules_to_save": ["classifier"], "use_rslora": False}
     (folder / "one" / "adapter_config.json").write_text(json.dumps({**settings, **names, "alpha_pattern": {"key": 8}}))
     parquet.write_table(pyarrow.Table.from_pylist(sentences()), folder / "train.parquet")
