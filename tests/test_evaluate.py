@@ -167,7 +167,7 @@ def writers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     rows["two"] = [{"messages": [{"role": "user", "content": text}]} for text in TEXTS * 3]
     experts = []
     for seed, (task, content) in enumerate(rows.items(), start=1):
-        perturbed(FAMILIES["llama"].build(), seed, 0.1).save_pretrained(folder / task)
+        perturbed(type(base).from_pretrained(folder / "base"), seed, 0.03).save_pretrained(folder / task)
         path = folder / f"{task}.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in content))
         data = {"path": str(path)}

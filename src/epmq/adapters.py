@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from epmq.checkpoint import Checkpoint
+from epmq.errors import blame
+from epmq.skeleton import named_class
 
 CONFIG = "adapter_config.json"
 # Fields of a LoRA config that need nothing done here, whatever they hold: training, bookkeeping, or read below.
@@ -42,6 +44,8 @@ _HARMLESS = {
     "task_type",
     "use_rslora",
 }
+# α/r is a factor on weights: one that is larger leaves nothing of them.
+LARGEST_ALPHA = 1e6
 # Initial values that change the base's own weights: the adapter alone does not say what the expert is.
 _MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _HEADS = {
@@ -96,9 +100,22 @@ class Adapter(Checkpoint):
         unknown = [name for name, value in self.config.items() if value and name not in _HARMLESS]
         if unknown:
             raise ValueError(f"{place}: {', '.join(unknown)} is not applied here; merge the adapter with peft first")
+        self._check_scaling(place)
+        if not isinstance(self.config.get("auto_mapping"), dict | None):
+            raise ValueError(f"{place}: auto_mapping must be an object")
         start = self.config.get("init_lora_weights")
         if isinstance(start, str) and start.lower().startswith(_MOVES_BASE):
             raise ValueError(f"{place}: init_lora_weights {start!r} moves the base's weights; merge it with peft first")
+
+    def _check_scaling(self, place: Path) -> None:
+        patterns = self.config.get("alpha_pattern")
+        if not isinstance(patterns, dict | None):
+            raise ValueError(f"{place}: alpha_pattern must be an object, found {patterns!r:.100}")
+        for name, alpha in {"lora_alpha": self.config.get("lora_alpha", 8), **(patterns or {})}.items():
+            if type(alpha) not in (int, float) or not abs(alpha) < LARGEST_ALPHA:
+                raise ValueError(f"{place}: {name} must be a number of a sensible size, found {alpha!r:.100}")
+            with blame(place, f"{name!r:.100} is no pattern"):
+                re.compile(name)
 
     @property
     def names(self) -> list[str]:
@@ -182,14 +199,15 @@ def head_settings(
     import transformers
     from accelerate import init_empty_weights
 
-    config = transformers.AutoConfig.for_model(**base_config)
+    with blame(adapter.path, "its base's config cannot be made into one with a head"):
+        config = transformers.AutoConfig.for_model(**base_config)
     table = getattr(transformers, _HEADS.get(str(adapter.config.get("task_type")), ""), {})
     # Without a task type, PEFT writes down the class that was trained.
-    trained = (adapter.config.get("auto_mapping") or {}).get("base_model_class") or ""
-    kind: Any = table[type(config)] if type(config) in table else getattr(transformers, trained, None)
+    trained = (adapter.config.get("auto_mapping") or {}).get("base_model_class")
+    kind: Any = table[type(config)] if type(config) in table else named_class(trained)
     if kind is None:
         raise ValueError(f"{adapter.path}: {', '.join(tensors)} is not in the base, and no task class is named for it")
-    for labels in sorted({len(tensor) for tensor in tensors.values()}):
+    for labels in sorted({len(tensor) for tensor in tensors.values() if tensor.ndim}):
         config.num_labels = labels
         with init_empty_weights():
             state = kind._from_config(config).state_dict()

@@ -12,13 +12,18 @@ import numpy as np
 import torch
 
 from epmq.data import Examples
+from epmq.errors import blame
 
 # Tokens of a window where neither the recipe nor the tokenizer asks for fewer.
 WINDOW = 512
 
 
 def load_processor(directory: str | Path) -> Any:
-    """What lies in a model directory: a tokenizer, an image processor, both in one (CLIP), or None."""
+    """What lies in a model directory: a tokenizer, an image processor, both in one (CLIP), or None.
+
+    Raises:
+        ValueError: transformers cannot open it, or not without code that lies there; the directory is named.
+    """
     import warnings
 
     from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
@@ -28,11 +33,13 @@ def load_processor(directory: str | Path) -> Any:
     texts = any(
         (directory / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json")
     )
-    with warnings.catch_warnings():
+    if not images and not texts:
+        return None
+    kind = AutoTokenizer if not images else AutoProcessor if texts else AutoImageProcessor
+    with warnings.catch_warnings(), blame(directory, "transformers cannot open the tokenizer or image processor"):
         warnings.simplefilter("ignore")
-        if images:
-            return (AutoProcessor if texts else AutoImageProcessor).from_pretrained(directory)
-    return AutoTokenizer.from_pretrained(directory) if texts else None
+        # Without a value, transformers asks on standard input whether code in the directory may run.
+        return kind.from_pretrained(directory, trust_remote_code=False)
 
 
 def tokenizer_of(processor: Any) -> Any:
@@ -84,23 +91,29 @@ def encode(
     if (needs_images and images is None) or (needs_texts and tokenizer is None):
         wanted = "image processor" if needs_images and images is None else "tokenizer"
         raise ValueError(f"{examples.kind} examples need the base model's {wanted}, found {type(processor).__name__}")
-    cut = {"padding": True, "truncation": True, "max_length": max_length, "return_tensors": "pt"}
     for start in range(0, len(examples), batch_size):
-        chunk = examples.inputs[start : start + batch_size]
-        if examples.kind == "image":
-            yield _pixels(chunk, images)
-        elif examples.kind == "image_text":
-            yield {**_pixels([x[0] for x in chunk], images), **tokenizer([x[1] for x in chunk], **cut)}
-        elif examples.kind == "chat":
-            yield dict(tokenizer.apply_chat_template(list(chunk), tokenize=True, return_dict=True, **cut))
-        elif examples.kind == "seq2seq":
-            assert examples.targets is not None
-            targets = examples.targets[start : start + batch_size]
-            yield {**tokenizer(list(chunk), **cut), **_targets(targets, tokenizer, cut)}
-        else:
-            # Pairs go in as lists, which is what tokenizers take for a pair.
-            texts = [x if isinstance(x, str) else list(x) for x in chunk]
-            yield dict(tokenizer(texts, **cut))
+        with blame(f"{examples.kind} examples", f"the base model's {type(processor).__name__} cannot take them"):
+            batch = _encode(
+                examples.take(np.arange(start, min(start + batch_size, len(examples)))), tokenizer, images, max_length
+            )
+        yield batch
+
+
+def _encode(examples: Examples, tokenizer: Any, images: Any, max_length: int | None) -> dict[str, Any]:
+    """One batch of model inputs, of all the examples."""
+    kind, inputs = examples.kind, examples.inputs
+    cut = {"padding": True, "truncation": True, "max_length": max_length, "return_tensors": "pt"}
+    if kind == "image":
+        return _pixels(inputs, images)
+    if kind == "image_text":
+        return {**_pixels([x[0] for x in inputs], images), **tokenizer([x[1] for x in inputs], **cut)}
+    if kind == "chat":
+        return dict(tokenizer.apply_chat_template(list(inputs), tokenize=True, return_dict=True, **cut))
+    if kind == "seq2seq":
+        assert examples.targets is not None
+        return {**tokenizer(list(inputs), **cut), **_targets(examples.targets, tokenizer, cut)}
+    # Pairs go in as lists, which is what tokenizers take for a pair.
+    return dict(tokenizer([x if isinstance(x, str) else list(x) for x in inputs], **cut))
 
 
 def _targets(targets: list[str], tokenizer: Any, cut: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -125,7 +138,8 @@ def _image(source: Any) -> Any:
         source = BytesIO(source)
     if not isinstance(source, (str, Path, BytesIO)):
         return source  # an array
-    with Image.open(source) as image:
+    place = source if isinstance(source, (str, Path)) else "a picture"
+    with blame(place, "not a readable image"), Image.open(source) as image:
         return image.convert("RGB")
 
 
@@ -154,7 +168,9 @@ def pack(examples: Examples, processor: Any, length: int | None, count: int | No
     for start in range(0, len(order), 256):
         if count is not None and total >= count * length:
             break
-        for part in tokenizer([examples.inputs[i] for i in order[start : start + 256]])["input_ids"]:
+        with blame("texts", f"the base model's {type(processor).__name__} cannot take them"):
+            found = tokenizer([examples.inputs[i] for i in order[start : start + 256]])["input_ids"]
+        for part in found:
             parts.append(part if end is None or (part and part[-1] == end) else [*part, end])
             total += len(parts[-1])
     windows = total // length if count is None else min(count, total // length)

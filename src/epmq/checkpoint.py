@@ -12,12 +12,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from epmq.errors import blame, reason
 from epmq.writing import INDEX, SINGLE, Form
 
 # What is fetched from the Hub: never code, and pickles only where the user names one.
 PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 # Weights in pickles, which are opened only by name and only as tensors (`torch.load(weights_only=True)`).
 PICKLES = (".bin", ".bin.index.json")
+# Fields of a config that say how many there are of something, and more than any model has.
+COUNTS, MOST = ("layers", "n_layer", "num_labels", "depth"), 100_000
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _INTEGERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
 
@@ -45,8 +48,7 @@ def resolve(source: str | Path) -> Path:
         patterns = [*PATTERNS, "*.bin"] if pickled else PATTERNS
         return Path(snapshot_download(found[1], allow_patterns=patterns)) / found[2]
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise FileNotFoundError(f"{source}: no such directory, and the Hub did not give it ({reason})") from None
+        raise FileNotFoundError(f"{source}: no such directory, and the Hub did not give it ({reason(error)})") from None
 
 
 class _Pickled:
@@ -103,7 +105,7 @@ class Checkpoint:
     def __init__(self, source: str | Path) -> None:
         path = resolve(source)
         self.path = path.parent if str(source).endswith(PICKLES) else path
-        self.config: dict[str, Any] = _read_json(self.path / self.CONFIG)
+        self.config: dict[str, Any] = read_config(self.path / self.CONFIG)
         self._files: dict[str, Any] = {}
         named = path.name if path != self.path else None
         self._shard: dict[str, str] = self._read_index(named)
@@ -113,7 +115,7 @@ class Checkpoint:
         if named and not named.endswith(".json"):
             return dict.fromkeys(self._open(named).keys(), named)
         if index.exists():
-            shards = _read_json(index).get("weight_map")
+            shards = read_json(index).get("weight_map")
             if not isinstance(shards, dict):
                 raise ValueError(f"{index}: no 'weight_map'")
             for name, shard in shards.items():
@@ -144,14 +146,18 @@ class Checkpoint:
                     self._files[shard] = safe_open(str(self.path / shard), framework="pt")
             except (SafetensorError, OSError, ValueError) as error:
                 kind = "pickle of tensors" if shard.endswith(PICKLES) else "safetensors file"
-                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-                raise ValueError(f"{self.path / shard}: not a readable {kind} ({reason})") from None
+                raise ValueError(f"{self.path / shard}: not a readable {kind} ({reason(error)})") from None
         return self._files[shard]
 
     @property
     def names(self) -> list[str]:
         """Names of all tensors, as on disk."""
         return list(self._shard)
+
+    @property
+    def bits(self) -> int:
+        """Size of all files with tensors: no tensor in them has more entries."""
+        return 8 * sum((self.path / shard).stat().st_size for shard in set(self._shard.values()))
 
     def __contains__(self, name: str) -> bool:
         return name in self._shard
@@ -202,8 +208,9 @@ class Checkpoint:
             return tensor if rows is None else tensor[rows]
         # A map for this tensor alone: pages that were read stay resident until their map is closed, and with one map
         # for the file all weights would be in the end.
-        file = safe_open(str(self.path / shard), framework="pt")
-        return file.get_tensor(name) if rows is None else file.get_slice(name)[rows]
+        with blame(self.path / shard, f"tensor {name!r} cannot be read"):
+            file = safe_open(str(self.path / shard), framework="pt")
+            return file.get_tensor(name) if rows is None else file.get_slice(name)[rows]
 
     def check_finite(self, names: list[str] | None = None) -> None:
         """Read all tensors once and look for NaN and Inf.
@@ -226,13 +233,50 @@ def is_finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(torch.stack(tensor.aminmax())).all())
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        FileNotFoundError, ValueError: there is none; the file is named.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+        json.dumps(content, ensure_ascii=False).encode()  # half a character cannot be written again
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: missing") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a JSON object")
     return content
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The content of a `config.json`, with what is read here of the kind that it should be.
+
+    Raises:
+        FileNotFoundError, ValueError: there is none, or a field holds something else; the file is named.
+    """
+    config = read_json(path)
+    named = config.get("architectures")
+    if named is not None and not (isinstance(named, list) and all(isinstance(name, str) for name in named)):
+        raise ValueError(f"{path}: architectures must be a list of names, found {named!r:.100}")
+    for field, kind in (("model_type", str), ("quantization_config", dict)):
+        if not isinstance(config.get(field), kind | None):
+            raise ValueError(f"{path}: {field} must be a {kind.__name__}, found {config[field]!r:.100}")
+    _check_counts(path, config)
+    return config
+
+
+def _check_counts(path: Path, config: dict[str, Any]) -> None:
+    """Refuse counts so large that merely making the config, which lists layers and labels, would take for ever."""
+    for field, value in config.items():
+        if isinstance(value, dict):
+            _check_counts(path, value)
+        elif isinstance(value, int) and field.endswith(COUNTS) and value > MOST:
+            raise ValueError(f"{path}: {field} is {value}, which no model has")
+
+
+def architecture_of(config: dict[str, Any]) -> str | None:
+    """Name of the class that a config is of, if it says so."""
+    return (config.get("architectures") or [None])[0]

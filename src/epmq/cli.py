@@ -77,12 +77,10 @@ seed: 0
 
 
 def _recipe(path: Path, overrides: list[str] | None, output: Path | None = None, need_output: bool = True) -> Any:
-    import yaml
-
     from epmq.imports import uncollected
 
     with uncollected():
-        from epmq.spec import load_recipe
+        from epmq.spec import load_recipe, read_yaml
 
     content = load_recipe(path).model_dump(mode="json", exclude_unset=True)
     for override in overrides or []:
@@ -96,8 +94,8 @@ def _recipe(path: Path, overrides: list[str] | None, output: Path | None = None,
                 raise ValueError(f"--set {override}: unknown field {parent!r}")
             place = place[parent]
         try:
-            place[leaf] = yaml.safe_load(value)
-        except yaml.YAMLError:
+            place[leaf] = read_yaml(value)
+        except ValueError:
             raise ValueError(f"--set {override}: not a YAML value") from None
     if output is not None:
         content["output"] = str(output)

@@ -17,10 +17,11 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 from torch import Tensor
+
+from epmq.errors import blame, reason
 
 IMAGE_ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 TABLES = (".jsonl", ".csv", ".parquet")
@@ -147,8 +148,7 @@ def read_dataset(
     try:
         rows: Any = datasets.load_dataset(name, subset, split=split)
     except Exception as error:  # whatever the library and its file systems raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise FileNotFoundError(f"{place}: datasets cannot open it ({reason})") from None
+        raise FileNotFoundError(f"{place}: datasets cannot open it ({reason(error)})") from None
     if count is not None:
         wanted = count if use != "causal" else 20 * count
         order = np.random.default_rng(seed).permutation(len(rows))[:wanted]
@@ -230,6 +230,15 @@ def _string(row: Mapping[str, Any], field: str, where: str, what: str) -> str:
     value = row.get(field)
     if not isinstance(value, str):
         raise ValueError(f"{where}: no {what} field {field!r}")
+    return _whole(value, field, where)
+
+
+def _whole(value: str, field: str, where: str) -> str:
+    """A text that can be encoded: JSON may hold one half of a character of two."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where}: field {field!r} has half a character ({error.reason})") from None
     return value
 
 
@@ -239,6 +248,8 @@ def _label(value: Any, field: str, where: str) -> int:
             value = int(value)
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise ValueError(f"{where}: field {field!r} must be a class index (an integer)")
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{where}: field {field!r} is {value:.3g}, which is no class index")
     return int(value)
 
 
@@ -246,7 +257,7 @@ def _messages(value: Any, field: str, where: str) -> list[dict[str, str]]:
     good = isinstance(value, (list, tuple, np.ndarray)) and len(value) > 0
     if not good or not all(isinstance(m, Mapping) and {"role", "content"} <= m.keys() for m in value):
         raise ValueError(f"{where}: field {field!r} must be a list of messages with 'role' and 'content'")
-    return [{"role": str(m["role"]), "content": str(m["content"])} for m in value]
+    return [{key: _whole(str(m[key]), field, where) for key in ("role", "content")} for m in value]
 
 
 def _has_tensor(item: Mapping[str, Any]) -> bool:
@@ -277,8 +288,8 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
                 yield f"line {number}", json.loads(line.decode("utf-8"))
             except UnicodeDecodeError as error:
                 raise ValueError(f"{path}, line {number}: not UTF-8 ({error.reason})") from None
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: not JSON ({error.msg})") from None
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{path}, line {number}: not JSON ({reason(error)})") from None
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
@@ -298,25 +309,26 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
     try:
-        from pyarrow import ArrowException, parquet
+        from pyarrow import parquet
     except ImportError:
         raise ValueError(f"{path}: needs pyarrow (pip install 'epmq[data]')") from None
-    number = 0
-    try:
-        for batch in parquet.ParquetFile(path).iter_batches():
-            for row in batch.to_pylist():
-                yield f"row {number}", row
-                number += 1
-    except (ArrowException, OSError) as error:
-        raise ValueError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from None
+    wrong, number = "not a readable parquet file", 0
+    with blame(path, wrong):
+        batches = iter(parquet.ParquetFile(path).iter_batches())
+    while True:
+        with blame(path, wrong):
+            batch = next(batches, None)
+            rows = [] if batch is None else batch.to_pylist()
+        for row in rows:
+            yield f"row {number}", row
+            number += 1
+        if batch is None:
+            return
 
 
 def _read_npz(path: Path) -> Examples:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: np.asarray(file[name]) for name in ("images", "labels") if name in file}
-    except (OSError, ValueError, EOFError, TypeError, BadZipFile) as error:
-        raise ValueError(f"{path}: not a plain .npz file ({error})") from None
+    with blame(path, "not a plain .npz file"), np.load(path, allow_pickle=False) as file:
+        arrays = {name: np.asarray(file[name]) for name in ("images", "labels") if name in file}
     images = arrays.get("images")
     if images is None or images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
         raise ValueError(f"{path}: needs an array 'images', uint8 [n, height, width, 3]")

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
+from epmq.errors import blame, reason
 from epmq.writing import save_tensors
 
 HEAD_FILE = "head.safetensors"
@@ -81,11 +83,37 @@ def save_head(head: Head, path: str | Path) -> None:
     save_tensors(tensors, Path(path), metadata)
 
 
-def head_settings(metadata: dict[str, str]) -> dict[str, Any]:
-    """The settings in the metadata of a head file; each may also have an entry of its own."""
-    if "head" in metadata:
-        return json.loads(metadata["head"])
-    return {name: json.loads(value) if name in ("normalize", "labels") else value for name, value in metadata.items()}
+def head_settings(path: str | Path, metadata: dict[str, str]) -> dict[str, Any]:
+    """The settings in the metadata of a head file; each may also have an entry of its own.
+
+    Raises:
+        ValueError: they are not JSON; `path` is named.
+    """
+    try:
+        if "head" not in metadata:
+            parsed = ("normalize", "labels")
+            return {name: json.loads(value) if name in parsed else value for name, value in metadata.items()}
+        settings = json.loads(metadata["head"])
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: the settings in its metadata are not JSON ({reason(error)})") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path}: the settings in its metadata must be a JSON object")
+    return settings
+
+
+def read_head_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and settings of a head file of either form.
+
+    Raises:
+        ValueError: it cannot be read; the file is named.
+    """
+    with blame(path, "not a readable safetensors file"), safe_open(str(path), framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        metadata = file.metadata() or {}
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor.float()).all():
+            raise ValueError(f"{path}: tensor {name!r} has NaN or Inf entries")
+    return tensors, head_settings(path, metadata)
 
 
 def load_head(path: str | Path) -> Head:
@@ -94,30 +122,23 @@ def load_head(path: str | Path) -> Head:
     Raises:
         ValueError: a tensor or a setting is missing or of the wrong shape; the file is named.
     """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            tensors = {name: file.get_tensor(name).float() for name in ("weight", "bias") if name in file.keys()}
-            metadata = file.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a readable safetensors file ({error})") from None
+    tensors, settings = read_head_file(path)
     missing = {"weight", "bias"} - tensors.keys()
     if missing:
         raise ValueError(f"{path}: a head file holds 'weight' and 'bias'; missing: {sorted(missing)}")
-    weight, bias = tensors["weight"], tensors["bias"]
+    weight, bias = tensors["weight"].float(), tensors["bias"].float()
     if weight.ndim != 2 or bias.shape != weight.shape[:1]:
         raise ValueError(
             f"{path}: weight {list(weight.shape)} and bias {list(bias.shape)} must be [classes, features] and [classes]"
         )
-    try:
-        settings = head_settings(metadata)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: the settings in its metadata are not JSON ({error})") from None
     pooling = settings.get("pooling", "cls")
     if pooling not in POOLINGS:
         raise ValueError(f"{path}: pooling {pooling!r} is not one of {', '.join(POOLINGS)}")
     normalize, labels = settings.get("normalize", True), settings.get("labels", [])
+    if not isinstance(normalize, bool):
+        raise ValueError(f"{path}: normalize must be true or false, found {normalize!r:.100}")
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        raise ValueError(f"{path}: labels must be a list of names, found {labels!r:.100}")
     if labels and len(labels) != len(weight):
         raise ValueError(f"{path}: {len(labels)} labels for {len(weight)} classes")
     return Head(weight=weight, bias=bias, pooling=pooling, normalize=normalize, labels=labels)

@@ -8,7 +8,8 @@ from typing import Any
 
 from rich.table import Table
 
-from epmq.checkpoint import Checkpoint, _read_json, resolve
+from epmq.checkpoint import Checkpoint, architecture_of, read_json, resolve
+from epmq.errors import blame
 from epmq.multitask import HEADS
 from epmq.report import score_title, shown_scores
 
@@ -30,24 +31,26 @@ def contents(path: str | Path) -> dict[str, Any]:
     for name in checkpoint.names:
         kind, shape = checkpoint.kind(name), checkpoint.shape(name)
         tensors[name] = (kind, list(shape), prod(shape) * _BYTES.get(kind, 1))
-    groups = (checkpoint.config.get("quantization_config") or {}).get("config_groups") or {}
-    weights = next((group.get("weights") for group in groups.values()), None)
+    with blame(checkpoint.path / "config.json", "quantization_config is not as compressed-tensors writes it"):
+        groups = (checkpoint.config.get("quantization_config") or {}).get("config_groups") or {}
+        weights = next((group.get("weights") for group in groups.values()), None)
     report = checkpoint.path / "report.json"
     return {
-        "architecture": (checkpoint.config.get("architectures") or ["unknown"])[0],
+        "architecture": architecture_of(checkpoint.config) or "unknown",
         "tensors": tensors,
         "quantization": weights,
         "tasks": sorted(file.stem for file in (checkpoint.path / HEADS).glob("*.safetensors")),
-        "report": _read_json(report) if report.exists() else None,
+        "report": read_json(report) if report.exists() else None,
     }
 
 
 def inspection_tables(path: str | Path, layers: bool = False) -> list[Table]:
     """Rich tables for the terminal: overview, sizes by kind of tensor and, if asked, every quantized layer."""
     found = contents(path)
-    tables = [_overview(path, found), _sizes(found)]
-    if layers and found["report"]:
-        tables.append(_layers(found["report"]))
+    with blame(path, "config.json or report.json is not as epmq writes it"):
+        tables = [_overview(path, found), _sizes(found)]
+        if layers and found["report"]:
+            tables.append(_layers(found["report"]))
     return tables
 
 

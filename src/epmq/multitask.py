@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from epmq.batches import encode, load_processor, to_device, tokenizer_of
-from epmq.checkpoint import resolve
-from epmq.heads import Head, head_settings, load_head
-from epmq.skeleton import load_model, rename, set_tensor
+from epmq.checkpoint import read_config, resolve
+from epmq.errors import blame
+from epmq.heads import Head, load_head, read_head_file
+from epmq.skeleton import load_model, named_class, rename, set_tensor
 from epmq.writing import save_tensors
 
 HEADS = "heads"
@@ -35,7 +35,9 @@ class NativeHead(nn.Module):
         import transformers
         from accelerate import init_empty_weights
 
-        kind = getattr(transformers, architecture)
+        kind = named_class(architecture)
+        if kind is None:
+            raise ValueError(f"transformers has no class {architecture}")
         settings = transformers.AutoConfig.for_model(**config)
         # While a model is being built its blocks are empty, and embeddings keep the dtype on disk.
         place = [parameter for parameter in backbone.parameters() if not parameter.is_meta][-1]
@@ -191,9 +193,7 @@ def load(
         FileNotFoundError: no such directory, or it holds no model.
     """
     path = resolve(path)
-    if not (path / "config.json").exists():
-        raise FileNotFoundError(f"{path}: no config.json")
-    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    config = read_config(path / "config.json")
     if dtype is None:
         dtype = torch.float32 if torch.device(device).type == "cpu" else "auto"
     backbone = load_model(path, config, dtype=dtype).to(device)
@@ -203,16 +203,11 @@ def load(
 
 def load_any_head(path: Path, backbone: nn.Module) -> Head | NativeHead:
     """A head file of either form; `backbone` is what a native head is put around."""
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a readable safetensors file ({error})") from None
-    try:
-        settings = head_settings(metadata)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: the settings in its metadata are not JSON ({error})") from None
+    tensors, settings = read_head_file(path)
     if "architecture" not in settings:
         return load_head(path)
-    return NativeHead(backbone, settings["architecture"], settings["config"], tensors)
+    architecture, config = settings["architecture"], settings.get("config")
+    if not isinstance(architecture, str) or not isinstance(config, dict):
+        raise ValueError(f"{path}: the settings in its metadata must name an architecture and its config")
+    with blame(path, "the head cannot be built"):
+        return NativeHead(backbone, architecture, config, tensors)

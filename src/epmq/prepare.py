@@ -147,12 +147,36 @@ def examples_of(sources: Sources, expert: Expert, processor: Any, field: str, ob
             examples = pack(examples, processor, recipe.max_length, count, recipe.seed)
         elif examples.kind != "batches":
             examples = examples.draw(count, recipe.seed)
-        next(encode(examples, processor, 1, recipe.max_length))
+        for batch in encode(examples, processor, recipe.batch_size, recipe.max_length):
+            check_tokens(sources, batch)
         if field == "evaluation":
             check_scored(sources, examples, data)
     except (ValueError, FileNotFoundError) as error:
         raise type(error)(f"{place}: {error}") from None
     return examples
+
+
+def check_tokens(sources: Sources, batch: dict[str, Any]) -> None:
+    """Check before any compute that the model has an embedding for every token.
+
+    Raises:
+        ValueError: the tokenizer is not this model's.
+    """
+    for name in ("input_ids", "decoder_input_ids", "labels"):
+        ids, rows = batch.get(name), vocabulary(sources.model)
+        if isinstance(ids, torch.Tensor) and rows is not None and ids.numel() and int(ids.max()) >= rows:
+            raise ValueError(
+                f"token {int(ids.max())} in {name}, but {sources.base.path} has {rows} embeddings: the tokenizer is "
+                "another model's"
+            )
+
+
+def vocabulary(model: Any) -> int | None:
+    """How many tokens a model has embeddings for; None if it takes none."""
+    try:
+        return model.get_input_embeddings().num_embeddings
+    except (NotImplementedError, AttributeError):  # a model of several parts, such as CLIP, or one for images
+        return getattr(getattr(model.config, "text_config", model.config), "vocab_size", None)
 
 
 def check_format(sources: Sources) -> None:

@@ -11,12 +11,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from epmq.checkpoint import Checkpoint
+from epmq.checkpoint import Checkpoint, architecture_of
+from epmq.errors import blame
 from epmq.imports import uncollected
 
 # Classes whose weights are all shared between experts: their own architecture is merged. Everything else that is not
 # a plain `…Model` has a task head; its backbone is merged and the head is kept apart.
+# Parameters that a model may have beyond eight times the tensors on disk: some libraries set each more than once.
+SPARE = 1000
 _WHOLE = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 
@@ -34,11 +38,43 @@ def model_class(config: Any, architecture: str | None) -> Any:
     """
     import transformers
 
-    if architecture and not has_task_head(architecture):
-        found = getattr(transformers, architecture, None)
-        if found is not None:
-            return found
-    return transformers.MODEL_MAPPING[type(config)]
+    found = None if has_task_head(architecture) else named_class(architecture)
+    return found or transformers.MODEL_MAPPING[type(config)]
+
+
+def named_class(architecture: Any) -> Any:
+    """The model class of transformers of that name; None if it has none."""
+    import transformers
+
+    found = getattr(transformers, architecture, None) if isinstance(architecture, str) else None
+    return found if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) else None
+
+
+@contextmanager
+def only_stored(checkpoint: Checkpoint) -> Iterator[None]:
+    """Refuse to build, in a `with` block, a model that is far larger than what the checkpoint has on disk.
+
+    A config may say anything; without this a billion layers would be made, one by one, before the first is missed.
+
+    Raises:
+        ValueError: the config describes more; it is named.
+    """
+    names, most = checkpoint.names, checkpoint.bits
+    place, left = checkpoint.path / checkpoint.CONFIG, SPARE + 8 * len(names)
+
+    def look(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise ValueError(f"{place} describes far more tensors than the {len(names)} on disk")
+        if parameter is not None and parameter.numel() > most:
+            raise ValueError(f"{place} describes a {name} of {list(parameter.shape)}, more than there is on disk")
+
+    handle = register_module_parameter_registration_hook(look)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def shared_checkpoint(base: Checkpoint, experts: Sequence[Checkpoint]) -> Checkpoint:
@@ -66,14 +102,12 @@ def build_skeleton(checkpoint: Checkpoint) -> Any:
     place = checkpoint.path / "config.json"
     if checkpoint.config.get("quantization_config"):
         raise ValueError(f"{place}: the model is quantized already; give the one it was quantized from")
-    try:
+    with blame(place, "transformers cannot open this model"):
         with uncollected():  # the model's modules are imported when they are asked for
             config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
-            kind = model_class(config, (checkpoint.config.get("architectures") or [None])[0])
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"{place}: transformers cannot open this model ({error})") from None
-    with init_empty_weights(include_buffers=False):
-        return kind._from_config(config, dtype=torch.float32).eval()
+            kind = model_class(config, architecture_of(checkpoint.config))
+        with only_stored(checkpoint), init_empty_weights(include_buffers=False):
+            return kind._from_config(config, dtype=torch.float32).eval()
 
 
 def rename(model: Any, stored: Iterable[str]) -> tuple[dict[str, str], list[str]]:
@@ -228,16 +262,17 @@ def load_model(path: str | Path, config: dict[str, Any], **settings: Any) -> Any
     """
     import transformers
 
-    architecture = (config.get("architectures") or ["AutoModel"])[0]
-    kind: Any = getattr(transformers, architecture, transformers.AutoModel)
-    settings.setdefault("dtype", torch.float32)
+    checkpoint = Checkpoint(path)
+    kind: Any = named_class(architecture_of(config)) or transformers.AutoModel
+    settings = {"dtype": torch.float32, "trust_remote_code": False, "use_safetensors": True, **settings}
     quantization = config.get("quantization_config") or {}
-    if quantization.get("format") != "pack-quantized":
-        return kind.from_pretrained(path, **settings).eval()
-    plain = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
-    del plain.quantization_config
-    state = _unpacked(Checkpoint(path), quantization)
-    return kind.from_pretrained(None, config=plain, state_dict=state, **settings).eval()
+    with blame(path, "transformers cannot load this model"), only_stored(checkpoint):
+        if quantization.get("format") != "pack-quantized":
+            return kind.from_pretrained(path, **settings).eval()
+        plain = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
+        del plain.quantization_config
+        state = _unpacked(checkpoint, quantization)
+        return kind.from_pretrained(None, config=plain, state_dict=state, **settings).eval()
 
 
 def why_not_direct(path: str | Path, config: dict[str, Any]) -> str | None:
@@ -248,10 +283,10 @@ def why_not_direct(path: str | Path, config: dict[str, Any]) -> str | None:
     """
     import transformers
 
-    kind: Any = getattr(transformers, (config.get("architectures") or ["AutoModel"])[0], transformers.AutoModel)
+    kind: Any = named_class(architecture_of(config)) or transformers.AutoModel
     try:
         with redirect_stderr(io.StringIO()), _quiet():  # the loader's progress bars, and what it has to say
-            kind.from_pretrained(path)
+            kind.from_pretrained(path, trust_remote_code=False)
     except (ValueError, AttributeError, KeyError, TypeError, RuntimeError) as error:
         return f"{type(error).__name__} in transformers {transformers.__version__}"
     return None

@@ -9,15 +9,23 @@ from functools import partial
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 
 from epmq import adapters
 from epmq.adapters import Adapter, is_adapter
 from epmq.blocks import LINEAR, find_stacks, is_transposed
-from epmq.checkpoint import Checkpoint, is_finite, resolve
+from epmq.checkpoint import Checkpoint, architecture_of, is_finite, resolve
 from epmq.merging import METHODS, magnitude_threshold
-from epmq.skeleton import build_skeleton, has_task_head, load_block, rename, set_tensor, shared_checkpoint, tied_names
+from epmq.skeleton import (
+    build_skeleton,
+    has_task_head,
+    load_block,
+    named_class,
+    rename,
+    set_tensor,
+    shared_checkpoint,
+    tied_names,
+)
 from epmq.spec import Recipe
 from epmq.writing import Form
 
@@ -106,7 +114,10 @@ class Sources:
             if torch.is_floating_point(state[name]) and self.base.dtype(self._stored[name]) is None:
                 kind = self.base.kind(self._stored[name])
                 raise ValueError(f"{self.base.path}: tensor {name!r} is {kind}, not float64, 32, 16 or bfloat16")
-        inside = tuple(stack.name + "." for stack in find_stacks(self.model))
+        try:
+            inside = tuple(stack.name + "." for stack in find_stacks(self.model))
+        except ValueError as error:
+            raise ValueError(f"{self.base.path}: {error}") from None
         for name in self.absent:
             if name.startswith(inside) or name.endswith(("embeddings.weight", "embed_tokens.weight")):
                 raise ValueError(f"{self.base.path}: no tensor for {name!r} of {type(self.model).__name__}")
@@ -303,10 +314,10 @@ class Sources:
         if isinstance(expert, Adapter):
             tensors = {name: expert.tensor(name) for name in self._head_names(task)}
             return adapters.head_settings(expert, self.base.config, tensors, self.absent)
-        architecture = _architecture(expert.config)
+        architecture = architecture_of(expert.config)
         if not has_task_head(architecture):
             return None
-        if not hasattr(transformers, str(architecture)):
+        if named_class(architecture) is None:
             self.notes.append(f"expert {task}: transformers has no class {architecture}, its head is left out")
             return None
         return expert.config
@@ -393,7 +404,3 @@ class Sources:
                 pairs = ((self.base_rows(name, rows), self.expert_rows(task, name, rows)) for rows in self._rows(name))
             for base, expert in pairs:
                 yield self._finite(name, base), self._finite(name, expert)
-
-
-def _architecture(config: dict[str, Any]) -> str | None:
-    return (config.get("architectures") or [None])[0]

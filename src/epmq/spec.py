@@ -49,6 +49,8 @@ BY_HEADS: dict[bool, dict[str, Any]] = {
 DAMPING = {"gptq": 0.01, "expert_guided": 0.03}
 # The one piece of expert_guided that may be put on plain GPTQ, to see what it does alone.
 HEADS_ALONE = ("gptq", "adapt_heads")
+# Far more values than any recipe has.
+MOST_VALUES = 100_000
 METHODS = ("none", "rtn", "gptq", *GUIDED)
 GUIDED_DEFAULTS = "the default depends on the method"
 ANCHOR_DEFAULTS = "expert_guided: by default {} where all experts have heads that follow, else as in e_pmq"
@@ -322,6 +324,30 @@ class Recipe(_Strict):
         return 1 / len(self.experts) if weights is None else weights[name] / sum(weights.values())
 
 
+def read_yaml(text: str) -> Any:
+    """Plain values in YAML.
+
+    Raises:
+        ValueError: it is not YAML, holds more than plain values, or so many aliases of aliases that a few lines stand
+            for millions of values.
+    """
+    try:
+        loader = yaml.SafeLoader(text)
+        root = loader.get_single_node()
+        pending, left = [root], MOST_VALUES
+        while pending:
+            node, left = pending.pop(), left - 1
+            if left < 0:
+                raise ValueError(f"it stands for more than {MOST_VALUES} values")
+            if isinstance(node, yaml.MappingNode):
+                pending += [part for pair in node.value for part in pair]
+            elif isinstance(node, yaml.SequenceNode):
+                pending += node.value
+        return None if root is None else loader.construct_document(root)
+    except (yaml.YAMLError, TypeError, RecursionError) as error:
+        raise ValueError(str(error)) from None
+
+
 def load_recipe(source: str | Path | dict[str, Any] | Recipe) -> Recipe:
     """Read a recipe from a YAML file or a dict. Relative paths in a file are relative to that file.
 
@@ -338,8 +364,8 @@ def load_recipe(source: str | Path | dict[str, Any] | Recipe) -> Recipe:
             raise FileNotFoundError(f"{path}: no such recipe file")
         folder, title = path.parent, str(path)
         try:
-            source = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            source = read_yaml(path.read_text(encoding="utf-8"))
+        except ValueError as error:
             raise ValueError(f"{path}: not valid YAML ({error})") from None
         if not isinstance(source, dict):
             raise ValueError(f"{path}: a recipe is a mapping with 'base' and 'experts'")
