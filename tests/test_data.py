@@ -401,7 +401,9 @@ def test_a_dataset_that_is_not_there_is_named(tmp_path, monkeypatch):
         raise ConnectionError("offline\nand more")
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
-    with pytest.raises(FileNotFoundError, match=r"dataset owner/name/sub/test: datasets cannot open it \(offline\)$"):
+    with pytest.raises(
+        FileNotFoundError, match=r"dataset owner/name/sub/test: datasets cannot open it \(offline and more\)$"
+    ):
         read_dataset("owner/name", "sub", "test", Fields(), "text", None, 0)
 
 

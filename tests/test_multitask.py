@@ -97,7 +97,7 @@ def test_answers_are_indices_where_no_names_are_known(merged):
 def test_nothing_to_load(tmp_path, pool):
     with pytest.raises(FileNotFoundError, match="no such directory"):
         epmq.load(tmp_path / "nothing")
-    with pytest.raises(FileNotFoundError, match=r"no config\.json"):
+    with pytest.raises(FileNotFoundError, match=r"config\.json: missing"):
         epmq.load(tmp_path)
     assert epmq.load(pool / "base").tasks == []
 

@@ -25,9 +25,12 @@ def blame(place: str | Path, what: str) -> Iterator[None]:
         what: what is wrong with it, such as `not a readable parquet file`.
 
     Raises:
-        ValueError: something was raised; `place` is named.
+        FileNotFoundError: as it was raised.
+        ValueError: something else was raised; `place` is named.
     """
     try:
         yield
+    except FileNotFoundError:  # which names the file, and is no fault of what it holds
+        raise
     except Exception as error:
         raise ValueError(f"{place}: {what} ({reason(error)})") from error
