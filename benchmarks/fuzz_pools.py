@@ -189,6 +189,7 @@ def written(folder: Path) -> None:
     """A packed checkpoint that epmq wrote, with a pooled head and a task class's."""
     for pool, task in ((texts, "one"), (task_class, "two")):
         (folder / task).mkdir()
+        torch.manual_seed(0)  # so that both have one base
         pool(folder / task)
     experts = [
         {"name": task, "model": str(folder / task / "one"), "calibration": {"path": str(folder / task / "train.jsonl")}}
