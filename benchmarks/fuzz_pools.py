@@ -178,8 +178,9 @@ def chats(folder: Path) -> None:
 
 def task_class(folder: Path) -> None:
     """An expert of a task class of transformers."""
-    BertModel(bert()).save_pretrained(folder / "base")
-    BertForSequenceClassification(bert(num_labels=3)).save_pretrained(folder / "one")
+    model = BertForSequenceClassification(bert(num_labels=3))
+    model.bert.save_pretrained(folder / "base")
+    model.save_pretrained(folder / "one")
     write_tokenizer(folder / "base")
     write_lines(folder / "train.jsonl", sentences())
     write_recipe(folder, "train.jsonl", "train.jsonl")
@@ -189,8 +190,9 @@ def written(folder: Path) -> None:
     """A packed checkpoint that epmq wrote, with a pooled head and a task class's."""
     for pool, task in ((texts, "one"), (task_class, "two")):
         (folder / task).mkdir()
-        torch.manual_seed(0)  # so that both have one base
         pool(folder / task)
+    other = BertForSequenceClassification.from_pretrained(folder / "one" / "base", num_labels=3)
+    other.save_pretrained(folder / "two" / "one")  # so that both have one base
     experts = [
         {"name": task, "model": str(folder / task / "one"), "calibration": {"path": str(folder / task / "train.jsonl")}}
         for task in ("one", "two")
