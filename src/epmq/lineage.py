@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass, field
+from hashlib import sha256
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from torch import Tensor
 from epmq.adapters import Adapter
 from epmq.blocks import block_linears
 from epmq.heads import HEAD_FILE, load_head
+from epmq.skeleton import vocabulary
 from epmq.sources import Sources
 
 # Rows of each layer's weight that stand for all of it.
@@ -24,6 +27,9 @@ SAMPLE = 16
 # Least correlation with the base of what was fine-tuned from it. Fine-tuning hardly turns a weight; those from another
 # start have no correlation with it (a standard deviation of 0.01 for the ten thousand entries of a sample).
 RELATED = 0.3
+# Norm of the task vector over that of the base, above which an expert is noted. Fine-tuning stays well below it; an
+# adapter that is scaled wrongly does not, nor does a model whose weights were multiplied.
+FAR = 1.0
 # Share of the tokens that two tokenizers number alike, above which they are one with a few additions.
 SAME_TOKENS = 0.99
 
@@ -44,45 +50,77 @@ def check_lineage(sources: Sources) -> list[str]:
     return notes + _check_labels(sources)
 
 
+@dataclass
+class Sample:
+    """What some rows of every layer say of an expert beside the base.
+
+    Attributes:
+        cosines: tensor → correlation with the base.
+        sizes: tensor → norm of the task vector over that of the base.
+        content: of all rows; two samples with one digest are equal.
+    """
+
+    cosines: dict[str, float] = field(default_factory=dict)
+    sizes: dict[str, float] = field(default_factory=dict)
+    content: Any = field(default_factory=sha256)
+
+    def add(self, name: str, base: Tensor, expert: Tensor) -> None:
+        """Take in rows of one tensor, of the base and of the expert, both [rows, columns] float64."""
+        self.cosines[name] = correlation(base, expert)
+        self.sizes[name] = _ratio(float((expert - base).norm()), float(base.norm()))
+        self.content.update((expert + 0.0).contiguous().numpy())  # -0 is 0
+
+
 def _check_weights(sources: Sources) -> list[str]:
-    base, notes = _sample(sources, None), []
-    samples = {task: _sample(sources, task) for task in sources.experts}
+    base, samples = _samples(sources)
+    notes = []
     for task, sample in samples.items():
-        close = correlation(base, sample)
+        close, far = _middle(sample.cosines), _middle(sample.sizes)
         if close < RELATED:
+            least = min(sample.cosines, key=lambda name: sample.cosines[name])
             raise ValueError(
                 f"expert {task}: its weights have a correlation of {close:.2f} with the base's, where fine-tuning "
-                f"leaves one near 1: it was not fine-tuned from {sources.base.path} ({sources.experts[task].path})"
+                f"leaves one near 1: it was not fine-tuned from {sources.base.path} ({sources.experts[task].path}; "
+                f"the least is {sample.cosines[least]:.2f}, of {least!r})"
             )
-        if _equal(base, sample) and _same(sources, task, None):
+        if far > FAR:
+            notes.append(f"expert {task} is far from the base: its task vector has {far:.1f} times the base's norm")
+        if sample.content.digest() == base.content.digest() and _same(sources, task, None):
             notes.append(f"expert {task} is the base itself: it adds nothing to the merge")
     for one, other in combinations(samples, 2):
-        if _equal(samples[one], samples[other]) and _same(sources, one, other):
+        alike = samples[one].content.digest() == samples[other].content.digest()
+        if alike and _same(sources, one, other):
             notes.append(f"experts {one} and {other} have the same weights, which count twice in the merge")
     return notes
 
 
-def _sample(sources: Sources, task: str | None) -> list[Tensor]:
-    """Some rows of every layer's weight, of an expert or of the base if `task` is None, float32."""
+def _samples(sources: Sources) -> tuple[Sample, dict[str, Sample]]:
+    """Samples of the base and of every expert; only one layer's rows are held at a time."""
+    of_base, samples = Sample(), {task: Sample() for task in sources.experts}
     rows, names = slice(0, SAMPLE), [f"{name}.weight" for name, _ in block_linears(sources.model)]
-    read = sources.base_rows if task is None else lambda name, rows: sources.expert_rows(task, name, rows)
-    return [read(name, rows).float() for name in names if name in sources.names]
+    for name in names:
+        if name not in sources.names:
+            continue
+        base = sources.base_rows(name, rows).double()
+        of_base.add(name, base, base)
+        for task, sample in samples.items():
+            sample.add(name, base, sources.expert_rows(task, name, rows).double())
+    return of_base, samples
 
 
-def correlation(base: list[Tensor], expert: list[Tensor]) -> float:
-    """Median over layers of the cosine between the weights of two models; 1 where a layer is zero in both.
-
-    The median, because a fine-tune may start some layers anew.
-    """
-    found = []
-    for ours, theirs in zip(base, expert):
-        size = float(ours.norm() * theirs.norm())
-        found.append(float((ours * theirs).sum()) / size if size else float(not ours.any() and not theirs.any()))
-    return float(torch.tensor(found).median()) if found else 1.0
+def correlation(base: Tensor, expert: Tensor) -> float:
+    """Cosine between the entries of two tensors of one shape; 1 where both are zero, 0 where one is."""
+    size = float(base.norm() * expert.norm())
+    return float((base * expert).sum()) / size if size else float(not base.any() and not expert.any())
 
 
-def _equal(one: list[Tensor], other: list[Tensor]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(one, other))
+def _middle(figures: dict[str, float]) -> float:
+    """Median over layers, because a fine-tune may start some anew; what is NaN is refused later, by name."""
+    return float(torch.tensor(list(figures.values())).nanmedian())
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else float(part > 0)
 
 
 def _same(sources: Sources, task: str, other: str | None) -> bool:
@@ -115,10 +153,7 @@ def _check_tokenizers(sources: Sources) -> list[str]:
     ours, notes = token_numbers(sources.base.path), []
     if not ours:
         return []
-    try:
-        rows = sources.model.get_input_embeddings().weight.shape[0]
-    except (NotImplementedError, AttributeError):  # a model of several parts, or of images
-        rows = None
+    rows = vocabulary(sources.model)
     if rows is not None and max(ours.values()) >= rows:
         raise ValueError(
             f"{sources.base.path}: the tokenizer has token number {max(ours.values())}, but the embeddings {rows} rows"
@@ -146,21 +181,27 @@ def _check_tokenizers(sources: Sources) -> list[str]:
 def token_numbers(folder: Path) -> dict[str, int]:
     """Token → number of the tokenizer in a folder; empty where there is none, or none of a known form."""
     try:
+        found: dict[Any, Any] = {}
         if (folder / "tokenizer.json").exists():
-            content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-            vocabulary = content["model"]["vocab"]
-            if isinstance(vocabulary, list):  # Unigram: pairs of token and score, numbered as they come
-                vocabulary = {token: number for number, (token, _) in enumerate(vocabulary)}
+            content = _json(folder / "tokenizer.json")
+            entries = content["model"]["vocab"]
+            if isinstance(entries, list):  # Unigram: pairs of token and score, numbered as they come
+                entries = {token: number for number, (token, _) in enumerate(entries)}
             added = {token["content"]: token["id"] for token in content.get("added_tokens") or []}
-            found: dict[Any, Any] = {**vocabulary, **added}
+            found = {**entries, **added}
+        elif (folder / "vocab.json").exists():
+            found = {**_json(folder / "vocab.json")}
         elif (folder / "vocab.txt").exists():
-            lines = (folder / "vocab.txt").read_text(encoding="utf-8").splitlines()
+            # Not splitlines: other characters that end a line, such as U+2028, are tokens of some vocabularies.
+            lines = (folder / "vocab.txt").read_text(encoding="utf-8").rstrip("\n").split("\n")
             found = {token: number for number, token in enumerate(lines)}
-        else:
-            return {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}  # what cannot be read is refused, with a reason, where it is used
     return {str(token): number for token, number in found.items() if type(number) is int}
+
+
+def _json(file: Path) -> Any:
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def _check_labels(sources: Sources) -> list[str]:
@@ -170,8 +211,11 @@ def _check_labels(sources: Sources) -> list[str]:
     for one, other in combinations(labels, 2):
         ours, theirs = labels[one], labels[other]
         if ours != theirs and sorted(ours) == sorted(theirs):
-            orders = f"{', '.join(ours)}; {', '.join(theirs)}"
-            notes.append(f"experts {one} and {other} have the same classes in another order: {orders}")
+            first = next(number for number, pair in enumerate(zip(ours, theirs)) if pair[0] != pair[1])
+            orders = "; ".join(f"{', '.join(names[first:]):.100}" for names in (ours, theirs))
+            notes.append(
+                f"experts {one} and {other} have the same classes in another order, from number {first} on: {orders}"
+            )
     return notes
 
 
@@ -182,8 +226,14 @@ def _labels(sources: Sources) -> Iterator[tuple[str, list[str]]]:
         if file.is_file():
             found = load_head(file).labels
         elif isinstance(names, dict):
-            found = [str(names[number]) for number in sorted(names, key=str)]
+            found = [str(names[number]) for number in sorted(names, key=_number)]
         else:
             continue
         if len(set(found)) > 1:
             yield expert.name, found
+
+
+def _number(key: object) -> tuple[int, str]:
+    """Order of the keys of `id2label`, which are numbers in words: 10 comes after 9; what is no number, at the end."""
+    text = str(key)
+    return (int(text), text) if text.isdecimal() else (1 << 31, text)

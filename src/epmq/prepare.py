@@ -20,6 +20,7 @@ from epmq.export import FORMATS
 from epmq.heads import HEAD_FILE, load_head
 from epmq.lineage import check_lineage
 from epmq.quantize import check_grid
+from epmq.skeleton import vocabulary
 from epmq.sources import Sources
 from epmq.spec import Data, Expert, Recipe
 from epmq.writing import check_output
@@ -169,14 +170,6 @@ def check_tokens(sources: Sources, batch: dict[str, Any]) -> None:
                 f"token {int(ids.max())} in {name}, but {sources.base.path} has {rows} embeddings: the tokenizer is "
                 "another model's"
             )
-
-
-def vocabulary(model: Any) -> int | None:
-    """How many tokens a model has embeddings for; None if it takes none."""
-    try:
-        return model.get_input_embeddings().num_embeddings
-    except (NotImplementedError, AttributeError):  # a model of several parts, such as CLIP, or one for images
-        return getattr(getattr(model.config, "text_config", model.config), "vocab_size", None)
 
 
 def check_format(sources: Sources) -> None:

@@ -329,3 +329,11 @@ def unpacked_weight(checkpoint: Checkpoint, layer: str, quantization: dict[str, 
     leaves = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
     packed = {leaf: checkpoint.tensor(f"{layer}.{leaf}") for leaf in leaves if f"{layer}.{leaf}" in checkpoint}
     return compressor.decompress(packed, QuantizationScheme.model_validate(group))["weight"]
+
+
+def vocabulary(model: Any) -> int | None:
+    """How many tokens a model has embeddings for; None if it takes none."""
+    try:
+        return model.get_input_embeddings().num_embeddings
+    except (NotImplementedError, AttributeError):  # a model of several parts, such as CLIP, or one for images
+        return getattr(getattr(model.config, "text_config", model.config), "vocab_size", None)
