@@ -29,6 +29,12 @@ def other_base(folder: Path) -> None:
     save_file(tensors, file, metadata={"format": "pt"})
 
 
+def too_far(folder: Path) -> None:
+    """The expert's weights are a multiple of the base's, as an adapter with a wrong scale makes them."""
+    tensors = {name: 4 * tensor for name, tensor in load_file(folder / "base" / "model.safetensors").items()}
+    save_file(tensors, folder / "two" / "model.safetensors", metadata={"format": "pt"})
+
+
 def twice(folder: Path) -> None:
     """One expert under two names."""
     shutil.copyfile(folder / "one" / "model.safetensors", folder / "two" / "model.safetensors")
@@ -58,7 +64,7 @@ def other_labels(folder: Path) -> None:
         save_head(Head(torch.ones(3, width), torch.zeros(3), "mean", True, labels), folder / place / HEAD_FILE)
 
 
-WRONG: list[Spoil] = [other_base, twice, untrained, other_tokens, too_many_tokens, other_labels]
+WRONG: list[Spoil] = [other_base, too_far, twice, untrained, other_tokens, too_many_tokens, other_labels]
 
 
 def caught(spoil: Spoil, models: Path, folder: Path, recipe: Callable[[Path, str], dict[str, Any]]) -> bool:

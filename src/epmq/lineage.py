@@ -27,9 +27,9 @@ SAMPLE = 16
 # Least correlation with the base of what was fine-tuned from it. Fine-tuning hardly turns a weight; those from another
 # start have no correlation with it (a standard deviation of 0.01 for the ten thousand entries of a sample).
 RELATED = 0.3
-# Norm of the task vector over that of the base, above which an expert is noted. Fine-tuning stays well below it; an
-# adapter that is scaled wrongly does not, nor does a model whose weights were multiplied.
-FAR = 1.0
+# Norm of the task vector over that of the base, above which an expert is noted: √2 is how far weights of another start
+# are. An adapter that is scaled wrongly goes beyond it, as does a model whose weights were multiplied.
+FAR = 1.4
 # Share of the tokens that two tokenizers number alike, above which they are one with a few additions.
 SAME_TOKENS = 0.99
 
