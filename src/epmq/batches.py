@@ -18,7 +18,7 @@ from epmq.errors import blame
 # Tokens of a window where neither the recipe nor the tokenizer asks for fewer.
 WINDOW = 512
 # Far longer than a chat template needs for one conversation.
-TEMPLATE_SECONDS = 5
+TEMPLATE_SECONDS = 3
 
 
 def load_processor(directory: str | Path) -> Any:
