@@ -436,3 +436,28 @@ def test_the_written_checkpoint_needs_no_adapter(pool, tmp_path):
     shutil.rmtree(tmp_path / "lora")
     assert not list((tmp_path / "out").glob("adapter*"))
     assert epmq.load(tmp_path / "out").answer("two", TEXTS)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"lora_alpha": "4"},
+        {"lora_alpha": None},
+        {"lora_alpha": True},
+        {"lora_alpha": float("nan")},
+        {"lora_alpha": 10**30},
+        {"alpha_pattern": ["query"]},
+        {"alpha_pattern": {"query": []}},
+        {"alpha_pattern": {"(": 1}},
+        {"auto_mapping": "BertModel"},
+    ],
+)
+def test_an_adapter_config_with_something_else_in_it_is_refused(plain, fields):
+    edit(plain, **fields)
+    with pytest.raises(ValueError, match=r"adapter_config\.json: .*(must be|is no pattern)"):
+        Adapter(plain)
+
+
+def test_a_class_that_is_no_model_is_not_looked_up(plain):
+    edit(plain, auto_mapping={"base_model_class": "pipeline"})
+    assert Adapter(plain).names  # it brings no head, so no class is asked for

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import BertModel
 
-from epmq.checkpoint import Checkpoint, resolve
+from epmq.checkpoint import Checkpoint, read_json, resolve
 from epmq.writing import INDEX, SINGLE, CheckpointWriter, check_output, copy_processor, whole_directory, write_json
 
 CONFIG = {"model_type": "bert"}
@@ -438,3 +438,53 @@ def test_pickles_are_fetched_from_the_hub_only_by_name(tmp_path, tensors, monkey
     assert resolve("owner/name") == path.parent and resolve("owner/name/pytorch_model.bin") == path
     assert Checkpoint("owner/name/pytorch_model.bin").names == list(tensors)
     assert asked == [("owner/name", False), ("owner/name", True), ("owner/name", True)]
+
+
+# --- damaged files -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("architectures", "BertModel"),
+        ("architectures", [1]),
+        ("architectures", {"a": 1}),
+        ("model_type", ["bert"]),
+        ("quantization_config", "int4"),
+        ("num_hidden_layers", 10**9),
+        ("num_labels", 10**9),
+        ("text_config", {"n_layer": 10**9}),
+    ],
+)
+def test_a_config_that_holds_something_else_is_refused(tmp_path, tensors, field, value):
+    folder = written(tmp_path / "model", tensors)
+    write_json(folder / "config.json", {**CONFIG, field: value})
+    name = next(iter(value)) if field == "text_config" else field
+    with pytest.raises(ValueError, match=rf"config\.json: {name}"):
+        Checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    "content", ["[" * 100_000, '{"a": ' * 100_000, '{"a": ' + "9" * 5000 + "}", '{"a": "\\ud800"}', "\x00", ""]
+)
+def test_json_that_no_reader_takes_is_refused(tmp_path, content):
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(ValueError, match=r"a\.json: not valid JSON"):
+        read_json(tmp_path / "a.json")
+
+
+@given(content=st.binary(max_size=200) | st.text(alphabet='{}[]":,0a\\u', max_size=200).map(str.encode))
+def test_json_is_an_object_or_an_error_that_names_the_file(tmp_path_factory, content):
+    path = tmp_path_factory.getbasetemp() / "any.json"
+    path.write_bytes(content)
+    try:
+        assert isinstance(read_json(path), dict)
+    except ValueError as error:
+        assert str(error).startswith(f"{path}: ")
+
+
+def test_a_file_that_changes_while_it_is_open_is_named(tmp_path, tensors):
+    checkpoint = Checkpoint(written(tmp_path / "model", tensors))
+    (tmp_path / "model" / SINGLE).write_bytes(b"broken")
+    with pytest.raises(ValueError, match=r"model\.safetensors: tensor 'a' cannot be read"):
+        checkpoint.tensor("a")

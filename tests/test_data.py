@@ -469,3 +469,30 @@ def test_short_texts_come_first():
     assert translated.inputs == ["a", "aa"] and translated.targets == ["y", "x"]
     chats = Examples("chat", [[{"role": "user", "content": "a"}]])
     assert chats.by_length() is chats
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("[" * 100_000, "not JSON"),
+        ('{"text": "a", "label": ' + "9" * 5000 + "}", "not JSON"),
+        ('{"text": "a", "label": ' + "9" * 30 + "}", "which is no class index"),
+        ('{"text": "\\ud800"}', "half a character"),
+        ('{"messages": [{"role": "user", "content": "\\ud800"}]}', "half a character"),
+    ],
+)
+def test_a_line_that_nothing_can_take_is_named(tmp_path, line, message):
+    (tmp_path / "a.jsonl").write_text(line + "\n")
+    with pytest.raises(ValueError, match=rf"a\.jsonl, line 1: .*{message}"):
+        read_examples(tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize(
+    "shape", ["(1000000000, 100, 100, 3)", "(9223372036854775807, 9, 9, 3)", "(4, 0, 0, 3)", "((((" * 200]
+)
+def test_an_array_that_lies_about_its_shape_is_refused(tmp_path, shape):
+    header = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}, }}".encode()
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        archive.writestr("images.npy", b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
+    with pytest.raises(ValueError, match=r"a\.npz"):
+        read_examples(tmp_path / "a.npz")

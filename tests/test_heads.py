@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -109,3 +111,46 @@ def test_a_file_that_is_no_head_is_named(tmp_path):
         load_head(tmp_path / "head.safetensors")
     with pytest.raises(FileNotFoundError, match="none"):
         load_head(tmp_path / "none.safetensors")
+
+
+@pytest.mark.parametrize(
+    "settings_",
+    [
+        "[]",
+        "null",
+        "[" * 100_000,
+        '{"labels": "abc"}',
+        '{"labels": [1, 2, 3]}',
+        '{"labels": 3}',
+        '{"normalize": "no"}',
+        '{"pooling": ["cls"]}',
+        '{"pooling": {}}',
+    ],
+)
+def test_settings_of_another_kind_are_refused_by_name(tmp_path, settings_):
+    tensors = {"weight": torch.ones(3, 2), "bias": torch.ones(3)}
+    save_file(tensors, tmp_path / "head.safetensors", metadata={"head": settings_})
+    with pytest.raises(ValueError, match=r"head\.safetensors: "):
+        load_head(tmp_path / "head.safetensors")
+
+
+def test_a_head_with_nan_is_refused(tmp_path):
+    save_head(Head(torch.full((3, 2), torch.nan), torch.ones(3)), tmp_path / "head.safetensors")
+    with pytest.raises(ValueError, match=r"head\.safetensors: tensor 'weight' has NaN or Inf"):
+        load_head(tmp_path / "head.safetensors")
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.text(max_size=5), lambda x: st.lists(x, max_size=3), max_leaves=4
+)
+
+
+@settings(deadline=None)
+@given(values=st.fixed_dictionaries({}, optional=dict.fromkeys(["pooling", "normalize", "labels", "x"], JSON)))
+def test_settings_are_good_or_an_error_names_the_file(tmp_path_factory, values):
+    path = tmp_path_factory.getbasetemp() / "head.safetensors"
+    save_file({"weight": torch.ones(3, 2), "bias": torch.ones(3)}, path, metadata={"head": json.dumps(values)})
+    try:
+        assert load_head(path).pooling in POOLINGS
+    except ValueError as error:
+        assert str(error).startswith(f"{path}: ")

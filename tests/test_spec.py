@@ -1,13 +1,16 @@
 import copy
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from epmq.grid import BITS, GROUP_SIZES, Grid
 from epmq.merging import METHODS
-from epmq.spec import GUIDED, Merge, Quantize, Recipe, load_recipe
+from epmq.spec import GUIDED, Merge, Quantize, Recipe, load_recipe, read_yaml
 from epmq.spec import METHODS as QUANTIZERS
 
 
@@ -289,3 +292,47 @@ def test_every_field_is_documented():
         assert model["description"]
         for name, field in model["properties"].items():
             assert name in plain or field.get("description"), name
+
+
+TEN = ", ".join(["*a{0}"] * 10)
+BOMB = "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{TEN.format(i - 1)}]\n" for i in range(1, 12))
+MERGES = "b0: &b0 {x: 1}\n" + "".join(f"b{i}: &b{i} {{<<: [{', '.join([f'*b{i - 1}'] * 10)}]}}\n" for i in range(1, 12))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        BOMB,
+        MERGES,
+        "base: &a [*a]\n",
+        "base: &a {b: *a}\n",
+        "[" * 100_000,
+        "- " * 100_000,
+        "base: !!timestamp x\n",
+        "base: !!binary é\n",
+        "base: 2001-99-99\n",
+        "? {a: b}\n: 1\n",
+        "base: \0\n",
+        "base: !!python/object/apply:os.system ['touch sprung']\n",
+        "base: !!python/name:os.system ''\n",
+    ],
+)
+def test_a_recipe_that_is_a_bomb_or_a_program_is_refused(tmp_path, monkeypatch, text):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"recipe\.yaml: not valid YAML"):
+        load_recipe(tmp_path / "recipe.yaml")
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_aliases_may_be_used(tmp_path):
+    text = "base: b\nexperts:\n- {name: x, model: m, calibration: &c {path: d.jsonl}, evaluation: *c}\n"
+    (tmp_path / "recipe.yaml").write_text(text)
+    (expert,) = load_recipe(tmp_path / "recipe.yaml").experts
+    assert expert.calibration == expert.evaluation
+
+
+@given(text=st.text(max_size=100) | st.text(alphabet="&*a:-{}[]!<? \n\"'0", max_size=100))
+def test_yaml_is_a_value_or_an_error(text):
+    with suppress(ValueError):
+        read_yaml(text)

@@ -209,7 +209,7 @@ def head_settings(
         raise ValueError(f"{adapter.path}: {', '.join(tensors)} is not in the base, and no task class is named for it")
     for labels in sorted({len(tensor) for tensor in tensors.values() if tensor.ndim}):
         config.num_labels = labels
-        with init_empty_weights():
+        with blame(adapter.path, "its base's config gives no model with a head"), init_empty_weights():
             state = kind._from_config(config).state_dict()
         if all(name in state and state[name].shape == tensor.shape for name, tensor in tensors.items()):
             prefix = f"{kind.base_model_prefix}."

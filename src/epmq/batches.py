@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from io import BytesIO
 from itertools import chain
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ from epmq.errors import blame
 
 # Tokens of a window where neither the recipe nor the tokenizer asks for fewer.
 WINDOW = 512
+# Far longer than a chat template needs for one conversation.
+TEMPLATE_SECONDS = 3
 
 
 def load_processor(directory: str | Path) -> Any:
@@ -91,12 +94,39 @@ def encode(
     if (needs_images and images is None) or (needs_texts and tokenizer is None):
         wanted = "image processor" if needs_images and images is None else "tokenizer"
         raise ValueError(f"{examples.kind} examples need the base model's {wanted}, found {type(processor).__name__}")
+    if examples.kind == "chat" and len(examples):
+        try_template(tokenizer, examples.inputs[0])
     for start in range(0, len(examples), batch_size):
         with blame(f"{examples.kind} examples", f"the base model's {type(processor).__name__} cannot take them"):
             batch = _encode(
                 examples.take(np.arange(start, min(start + batch_size, len(examples)))), tokenizer, images, max_length
             )
         yield batch
+
+
+def try_template(tokenizer: Any, messages: Any) -> None:
+    """See whether a chat template comes to an end: it is a program that came with the model.
+
+    Raises:
+        ValueError: it does not, or fails.
+    """
+    errors: list[BaseException | None] = []
+
+    def render() -> None:
+        try:
+            tokenizer.apply_chat_template(messages, tokenize=False)
+            errors.append(None)
+        except BaseException as error:
+            errors.append(error)
+
+    # A thread cannot be stopped, but this one does not keep the process from ending.
+    thread = Thread(target=render, daemon=True)
+    thread.start()
+    thread.join(TEMPLATE_SECONDS)
+    with blame(tokenizer.name_or_path, "its chat template cannot be used"):
+        error = errors[0] if errors else TimeoutError(f"no end within {TEMPLATE_SECONDS} s")
+        if error is not None:
+            raise error
 
 
 def _encode(examples: Examples, tokenizer: Any, images: Any, max_length: int | None) -> dict[str, Any]:

@@ -332,6 +332,8 @@ def _read_npz(path: Path) -> Examples:
     images = arrays.get("images")
     if images is None or images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
         raise ValueError(f"{path}: needs an array 'images', uint8 [n, height, width, 3]")
+    if len(images) and not images[0].size:
+        raise ValueError(f"{path}: 'images' of shape {list(images.shape)} have no pixels")
     labels = arrays.get("labels")
     if labels is not None and labels.shape != images.shape[:1]:
         raise ValueError(f"{path}: {len(images)} images but labels of shape {list(labels.shape)}")

@@ -13,7 +13,7 @@ from epmq.batches import encode, load_processor, to_device, tokenizer_of
 from epmq.checkpoint import read_config, resolve
 from epmq.errors import blame
 from epmq.heads import Head, load_head, read_head_file
-from epmq.skeleton import load_model, named_class, rename, set_tensor
+from epmq.skeleton import load_model, named_class, no_larger, rename, set_tensor
 from epmq.writing import save_tensors
 
 HEADS = "heads"
@@ -38,15 +38,20 @@ class NativeHead(nn.Module):
         kind = named_class(architecture)
         if kind is None:
             raise ValueError(f"transformers has no class {architecture}")
-        settings = transformers.AutoConfig.for_model(**config)
+        parameters = list(backbone.parameters())
         # While a model is being built its blocks are empty, and embeddings keep the dtype on disk.
-        place = [parameter for parameter in backbone.parameters() if not parameter.is_meta][-1]
+        place = next((parameter for parameter in reversed(parameters) if not parameter.is_meta), torch.empty(0))
+        entries = 64 * sum(tensor.numel() for tensor in [*parameters, *tensors.values()])
         tensors = {
             name: tensor.to(place.device, place.dtype if tensor.is_floating_point() else None)
             for name, tensor in tensors.items()
         }
-        with init_empty_weights(include_buffers=False):
-            model = kind._from_config(settings).eval()
+        with blame(f"the config of {architecture}", "transformers cannot build it"):
+            settings = transformers.AutoConfig.for_model(**config)
+            with no_larger("it", len(parameters) + len(tensors), entries), torch.device("meta"):
+                kind._from_config(settings)
+            with init_empty_weights(include_buffers=False):
+                model = kind._from_config(settings).eval()
         prefix = kind.base_model_prefix
         setattr(model, prefix, getattr(backbone, prefix, backbone))
         self.own: dict[str, Tensor] = {}

@@ -19,6 +19,7 @@ from epmq.evaluate import metric_of
 from epmq.export import FORMATS
 from epmq.heads import HEAD_FILE, load_head
 from epmq.lineage import check_lineage
+from epmq.multitask import NativeHead
 from epmq.quantize import check_grid
 from epmq.skeleton import vocabulary
 from epmq.sources import Sources
@@ -80,6 +81,8 @@ def prepare(
         if evaluate and (expert.evaluation is not None or expert.name in (evaluation or {})):
             scored[expert.name] = examples_of(sources, expert, processor, "evaluation", evaluation)
         check_head(sources, expert, scored.get(expert.name))
+    if scored:
+        check_task_classes(sources)
     if recipe.quantize.method != "none":  # a mere merge reads the weights once and finds out as early
         steps = sources.check_finite()
         for _ in steps if bar is None else bar.track(steps, total=1 + len(recipe.experts), description="check weights"):
@@ -158,13 +161,15 @@ def examples_of(sources: Sources, expert: Expert, processor: Any, field: str, ob
 
 
 def check_tokens(sources: Sources, batch: dict[str, Any]) -> None:
-    """Check before any compute that the model has an embedding for every token.
+    """Check before any compute that a batch has tokens, and the model an embedding for each.
 
     Raises:
-        ValueError: the tokenizer is not this model's.
+        ValueError: there are none, or the tokenizer is not this model's.
     """
     for name in ("input_ids", "decoder_input_ids", "labels"):
         ids, rows = batch.get(name), vocabulary(sources.model)
+        if name == "input_ids" and isinstance(ids, torch.Tensor) and not ids.numel():
+            raise ValueError("a batch of examples has no tokens at all")
         if isinstance(ids, torch.Tensor) and rows is not None and ids.numel() and int(ids.max()) >= rows:
             raise ValueError(
                 f"token {int(ids.max())} in {name}, but {sources.base.path} has {rows} embeddings: the tokenizer is "
@@ -204,6 +209,22 @@ def check_head(sources: Sources, expert: Expert, evaluation: Examples | None) ->
     if labels is not None and not 0 <= labels.min() <= labels.max() < len(head.weight):
         wrong = labels.min() if labels.min() < 0 else labels.max()
         raise ValueError(f"{place}.evaluation: label {wrong} but the head has {len(head.weight)} classes")
+
+
+def check_task_classes(sources: Sources) -> None:
+    """Check before any compute that heads of task classes can be built: evaluation, at the end, loads all of them.
+
+    Raises:
+        ValueError: one cannot; expert and folder are named.
+    """
+    for expert in sources.recipe.experts:
+        config = sources.head_config(expert.name)
+        if config is None or head_file(sources, expert) is not None:
+            continue
+        try:
+            NativeHead(sources.model, config["architectures"][0], config, sources.head_tensors(expert.name))
+        except ValueError as error:
+            raise ValueError(f"expert {expert.name}: {error} ({sources.experts[expert.name].path})") from None
 
 
 def check_scored(sources: Sources, examples: Examples, data: Data | None) -> None:

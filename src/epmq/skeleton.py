@@ -19,9 +19,9 @@ from epmq.imports import uncollected
 
 # Classes whose weights are all shared between experts: their own architecture is merged. Everything else that is not
 # a plain `…Model` has a task head; its backbone is merged and the head is kept apart.
-# Parameters that a model may have beyond eight times the tensors on disk: some libraries set each more than once.
-SPARE = 1000
 _WHOLE = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+# Parameters that a model may have beyond eight times the tensors on disk: some are set more than once.
+SPARE = 1000
 
 
 def has_task_head(architecture: str | None) -> bool:
@@ -51,24 +51,28 @@ def named_class(architecture: Any) -> Any:
 
 
 @contextmanager
-def only_stored(checkpoint: Checkpoint) -> Iterator[None]:
-    """Refuse to build, in a `with` block, a model that is far larger than what the checkpoint has on disk.
+def no_larger(place: str | Path, tensors: int, entries: int) -> Iterator[None]:
+    """Refuse to build, in a `with` block, a model that is far larger than what there is for it.
 
     A config may say anything; without this a billion layers would be made, one by one, before the first is missed.
 
+    Args:
+        place: what describes the model.
+        tensors: how many tensors there are.
+        entries: no tensor has more entries.
+
     Raises:
-        ValueError: the config describes more; it is named.
+        ValueError: the config describes more; `place` is named.
     """
-    names, most = checkpoint.names, checkpoint.bits
-    place, left = checkpoint.path / checkpoint.CONFIG, SPARE + 8 * len(names)
+    left = SPARE + 8 * tensors
 
     def look(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         nonlocal left
         left -= 1
         if left < 0:
-            raise ValueError(f"{place} describes far more tensors than the {len(names)} on disk")
-        if parameter is not None and parameter.numel() > most:
-            raise ValueError(f"{place} describes a {name} of {list(parameter.shape)}, more than there is on disk")
+            raise ValueError(f"{place} describes far more tensors than the {tensors} that there are")
+        if parameter is not None and parameter.numel() > entries:
+            raise ValueError(f"{place} describes a {name} of {list(parameter.shape)}, more than there is in all")
 
     handle = register_module_parameter_registration_hook(look)
     try:
@@ -106,7 +110,10 @@ def build_skeleton(checkpoint: Checkpoint) -> Any:
         with uncollected():  # the model's modules are imported when they are asked for
             config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
             kind = model_class(config, architecture_of(checkpoint.config))
-        with only_stored(checkpoint), init_empty_weights(include_buffers=False):
+        # Once with nothing allocated at all: real buffers, and a parameter before it is registered, may be of any size.
+        with no_larger(place, len(checkpoint.names), checkpoint.bits), torch.device("meta"):
+            kind._from_config(config, dtype=torch.float32)
+        with init_empty_weights(include_buffers=False):
             return kind._from_config(config, dtype=torch.float32).eval()
 
 
@@ -266,7 +273,8 @@ def load_model(path: str | Path, config: dict[str, Any], **settings: Any) -> Any
     kind: Any = named_class(architecture_of(config)) or transformers.AutoModel
     settings = {"dtype": torch.float32, "trust_remote_code": False, "use_safetensors": True, **settings}
     quantization = config.get("quantization_config") or {}
-    with blame(path, "transformers cannot load this model"), only_stored(checkpoint):
+    bounds = no_larger(checkpoint.path / checkpoint.CONFIG, len(checkpoint.names), checkpoint.bits)
+    with blame(path, "transformers cannot load this model"), bounds:
         if quantization.get("format") != "pack-quantized":
             return kind.from_pretrained(path, **settings).eval()
         plain = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)

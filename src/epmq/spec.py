@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from epmq.data import Examples, Fields, read_dataset, read_examples
+from epmq.errors import reason
 from epmq.grid import BITS, GROUP_SIZES, Grid
 
 # What the two expert-guided methods take where the recipe does not say: e_pmq is the paper's form.
@@ -344,8 +345,8 @@ def read_yaml(text: str) -> Any:
             elif isinstance(node, yaml.SequenceNode):
                 pending += node.value
         return None if root is None else loader.construct_document(root)
-    except (yaml.YAMLError, TypeError, RecursionError) as error:
-        raise ValueError(str(error)) from None
+    except Exception as error:  # a date that is none makes the reader raise AttributeError
+        raise ValueError(reason(error)) from error
 
 
 def load_recipe(source: str | Path | dict[str, Any] | Recipe) -> Recipe:
