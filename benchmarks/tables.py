@@ -1,4 +1,4 @@
-"""`python -m benchmarks.tables`: make the tables of `benchmarks/README.md` from `benchmarks/results/*.json`."""
+"""`python -m benchmarks.tables`: make the tables of READMEs and docs from `benchmarks/results/*.json`."""
 
 from __future__ import annotations
 
@@ -237,6 +237,25 @@ def summary(paths: list[Path]) -> str:
     return "\n".join(lines)
 
 
+def bits_table(paths: list[Path]) -> str:
+    """Markdown for docs/choosing.md: widths across, a line a suite and method, merged by Task Arithmetic."""
+    found = {path.stem: json.loads(path.read_text()) for path in paths}
+    merged = [row for rows in found.values() for row in rows if row["merge"] == "task_arithmetic"]
+    grids = list(dict.fromkeys(grid(row) for row in merged if row["bits"]))
+    head = ["suite", "merged", "method", *(title for name in grids for title in (name, "MB"))]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for suite, rows in found.items():
+        ours = [row for row in rows if row["merge"] == "task_arithmetic"]
+        full = next(row for row in ours if row["method"] == "none")
+        for method in ("gptq", "expert_guided"):
+            shown = [f"{suite}, {NAMES[metric(full)].removeprefix('mean ')}", score(full, full["mean"]), TITLES[method]]
+            for name in grids:
+                same = [row for row in ours if row["method"] == method and grid(row) == name]
+                shown += [score(same[0], same[0]["mean"]), f"{same[0]['bytes'] / 1e6:.1f}"] if same else ["–", "–"]
+            lines.append("| " + " | ".join(shown) + " |")
+    return "\n".join(lines)
+
+
 def faults_table(found: dict[str, Any]) -> str:
     """What became of runs that were killed, of disks that failed, of bad files and wrong merges, of runs done again."""
     kinds = {"write_faults": "writes that fail", "full_disks": "disks that are full"}
@@ -301,7 +320,7 @@ SECTIONS: dict[str, Callable[[Any], str]] = {
 
 
 def main() -> None:
-    """Rewrite both READMEs, or with --check say whether they are up to date."""
+    """Rewrite both READMEs and docs/choosing.md, or with --check say whether they are up to date."""
     paths = [HERE / "results" / f"{suite}.json" for suite in SUITES]
     paths = [path for path in paths if path.exists()]
     texts = {HERE / "README.md": (HERE / "README.md").read_text()}
@@ -312,8 +331,8 @@ def main() -> None:
         if path.exists():
             content = table(json.loads(path.read_text()))
             texts[HERE / "README.md"] = replace_section(texts[HERE / "README.md"], name, content)
-    project = HERE.parent / "README.md"
-    texts[project] = replace_section(project.read_text(), "summary", summary(paths))
+    for page, name, table in (("README.md", "summary", summary), ("docs/choosing.md", "bits", bits_table)):
+        texts[HERE.parent / page] = replace_section((HERE.parent / page).read_text(), name, table(paths))
     if "--check" in sys.argv:
         stale = [str(path) for path, text in texts.items() if text != path.read_text()]
         sys.exit(f"not what the results say, run without --check: {', '.join(stale)}" if stale else 0)

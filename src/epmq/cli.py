@@ -67,7 +67,7 @@ quantize:
   # expert_features: 0.0        # share of the expert's own layer inputs in the other targets; 0.6 without heads
   adapt_heads: true             # fit the last layer of each task's head to the new model's features
 format: pack-quantized          # pack-quantized (compressed-tensors) or dequantized (plain safetensors)
-samples: 128                    # calibration examples a task
+samples: 256                    # calibration examples a task
 batch_size: 32
 # max_length: 128               # tokens a text is cut to, or of a window for a language model
 activations: memory           # or disk: calibration activations wait in files, for many examples on a small machine

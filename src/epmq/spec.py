@@ -278,7 +278,7 @@ class Recipe(_Strict):
         "pack-quantized", description="pack-quantized (compressed-tensors) or dequantized (plain safetensors)"
     )
     output: str | None = Field(None, description="directory to write; it must not exist")
-    samples: int = Field(128, gt=0, description="calibration examples (windows, for a language model) a task")
+    samples: int = Field(256, gt=0, description="calibration examples (windows, for a language model) a task")
     batch_size: int = Field(32, gt=0, description="examples a batch")
     max_length: int | None = Field(
         None, gt=0, description="tokens a text is cut to, or that a language model's windows have (512)"
