@@ -29,6 +29,7 @@ RUNS = (
     ("text8", 128, 4, -1),
     ("text8", 256, 8, 32),
     ("text8", 512, 4, -1),
+    ("causal3", 64, 8, 32),
 )
 
 
@@ -55,7 +56,12 @@ def main() -> None:
             test_samples=TEST_SAMPLES,
             seed=0,
         )
-        row |= {"mean": found["mean_score"], "tasks": found["scores"], "cpu_seconds": found["cpu_seconds"]}
+        row |= {
+            "metric": found["metric"],
+            "mean": found["mean_score"],
+            "tasks": found["scores"],
+            "cpu_seconds": found["cpu_seconds"],
+        }
         row |= {"settings": compare.default(suite), "versions": versions(), "hardware": hardware(), "date": now()}
         write_json(PATH, [*read_rows(PATH), row])
         console.print(f"{name}, {samples} examples, {bits} bits: {show_score(found['metric'], found['mean_score'])}")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.ablation import STEPS
+from benchmarks.crossed import CHOSEN_ON
 from benchmarks.growth import EXPECTED, GROWN, exponent, grown
 from epmq.evaluate import gap_recovered
 
@@ -141,18 +142,38 @@ def ablation_table(rows: list[dict[str, Any]]) -> str:
     return "\n".join([*lines, "", measured(rows)])
 
 
+def suite_rows(suite: str, method: str) -> tuple[dict[str, Any], float, float]:
+    """A method's row of a suite at 4 bits, one scale a row, by Task Arithmetic; then the means of GPTQ there and experts."""
+    rows = json.loads((HERE / "results" / f"{suite}.json").read_text())
+    same = {"merge": "task_arithmetic", "bits": 4, "group_size": -1}
+    found = {row["method"]: row for row in rows if same.items() <= row.items()}
+    return found[method], found["gptq"]["mean"], next(row["mean"] for row in rows if row["merge"] == "experts")
+
+
+def crossed_table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: one line a suite, with the settings that the validation data of other tasks choose."""
+    head = ["suite", "chosen on", "anchor strength, scale", "features", "score", "gap recovered", "the default's"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for suite, other in CHOSEN_ON.items():
+        ours, gptq, experts = suite_rows(suite, "expert_guided")
+        row = next((row for row in rows if row["suite"] == suite), ours)
+        settings = row["settings"]
+        shown = [suite, other, f"{settings['anchor_strength']:g}, {settings['anchor_scale']:g}"]
+        shown += [f"{settings['expert_features']:g}", score(row, row["mean"])]
+        shown += [percent(gap_recovered(found["mean"], gptq, experts), 0) for found in (row, ours)]
+        lines.append("| " + " | ".join(shown) + " |")
+    return "\n".join([*lines, "", measured(rows)])
+
+
 def limits_table(rows: list[dict[str, Any]]) -> str:
     """Markdown: one line a run of `benchmarks.limits`; the gap is that to GPTQ at 4 bits in the suite's table."""
-    same = {"merge": "task_arithmetic", "method": "gptq", "bits": 4, "group_size": -1}
-    head = ["suite", "examples a task", "weights", "mean accuracy", "gap recovered", "s, processor"]
+    head = ["suite", "examples a task", "weights", "score", "gap recovered", "s, processor"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in sorted(rows, key=lambda row: (SUITES.index(row["suite"]), row["samples"], row["bits"])):
-        suite = json.loads((HERE / "results" / f"{row['suite']}.json").read_text())
-        gptq = next(found["mean"] for found in suite if same.items() <= found.items())
-        experts = next(found["mean"] for found in suite if found["merge"] == "experts")
+        _, gptq, experts = suite_rows(row["suite"], "gptq")
         gap, seconds = gap_recovered(row["mean"], gptq, experts), row["cpu_seconds"]["merge and quantize"]
         shown = [row["suite"], f"{row['samples']}", grid({**row, "symmetric": True})]
-        shown += [percent(row["mean"]), percent(gap, 0)]
+        shown += [score(row, row["mean"]), percent(gap, 0)]
         lines.append("| " + " | ".join([*shown, f"{seconds:.0f}"]) + " |")
     return "\n".join([*lines, "", measured(rows)])
 
@@ -312,6 +333,7 @@ SECTIONS: dict[str, Callable[[Any], str]] = {
     "growth": growth_tables,
     "ablation": ablation_table,
     "limits": limits_table,
+    "crossed": crossed_table,
     "solver": solver_table,
     "whole_run": whole_run_table,
     "merging": merging_table,
