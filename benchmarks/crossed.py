@@ -2,8 +2,8 @@
 
 The defaults of expert_guided were chosen on validation examples of the suites' own tasks (`benchmarks.choose`). Here
 every suite gets the candidate that the same rule takes from the validation files of other suites alone, at 4 bits with
-one scale a row, merged by Task Arithmetic, on test data. Where that is the default, the suite has its row already; where
-it is another one it is measured. Goes to `benchmarks/results/crossed.json`; what is there already is kept unless
+one scale a row, merged by Task Arithmetic, on test data. Where that is the default, the suite has its row already;
+another one is measured. Goes to `benchmarks/results/crossed.json`; what is there already is kept unless
 `--fresh` is given.
 """
 

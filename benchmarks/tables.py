@@ -143,7 +143,7 @@ def ablation_table(rows: list[dict[str, Any]]) -> str:
 
 
 def suite_rows(suite: str, method: str) -> tuple[dict[str, Any], float, float]:
-    """A method's row of a suite at 4 bits, one scale a row, by Task Arithmetic; then the means of GPTQ there and experts."""
+    """A method's row at 4 bits, one scale a row, by Task Arithmetic; the means of GPTQ there and of the experts."""
     rows = json.loads((HERE / "results" / f"{suite}.json").read_text())
     same = {"merge": "task_arithmetic", "bits": 4, "group_size": -1}
     found = {row["method"]: row for row in rows if same.items() <= row.items()}
