@@ -39,9 +39,12 @@ def main() -> None:
     """Read the command line and fill in what is missing."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.crossed", description=__doc__)
     parser.add_argument("--fresh", action="store_true", help="measure everything anew")
-    if parser.parse_args().fresh:
+    parser.add_argument("suites", nargs="*", default=tuple(CHOSEN_ON), help="all by default")
+    arguments = parser.parse_args()
+    if arguments.fresh:
         PATH.unlink(missing_ok=True)
-    for name, other in CHOSEN_ON.items():
+    for name in arguments.suites:
+        other = CHOSEN_ON[name]
         suite = importlib.import_module(f"benchmarks.suites.{name}")
         row: dict[str, Any] = {"suite": name, "chosen_on": other, "settings": chosen(suite), "samples": SAMPLES[name]}
         if any(row.items() <= old.items() for old in read_rows(PATH)) or row["settings"] == default(suite):

@@ -36,7 +36,7 @@ from benchmarks.repeats import repeat
 from benchmarks.write_faults import fail_everywhere, fill_disks
 from epmq import spill
 from epmq.pipeline import run
-from epmq.report import hardware, now, versions
+from epmq.report import TIMED, hardware, now, versions
 from epmq.work import BLOCKS
 from epmq.writing import write_json
 
@@ -113,7 +113,7 @@ def repeats(folder: Path) -> dict[str, Any]:
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file's bytes, without the two that tell of times."""
     files = {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-    return {name: content for name, content in files.items() if name not in ("report.json", "README.md")}
+    return {name: content for name, content in files.items() if name not in TIMED}
 
 
 def start(folder: Path, output: str) -> int:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import random
@@ -193,7 +194,7 @@ def retyped(content: bytes, rng: random.Random) -> bytes:
     for _ in range(rng.choice((1, 1, 2))):
         if found := places(tree):
             node, key = rng.choice(found)
-            node[key] = value(rng)
+            node[key] = copy.deepcopy(value(rng))  # the second place may lie within what was put into the first
     return json.dumps(tree).encode()
 
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import BitImageProcessorPil, CLIPImageProcessorPil, CLIPProcessor
 
-from epmq.batches import encode, image_processor_of, load_processor, pack, to_device, tokenizer_of
+from epmq.batches import encode, image_processor_of, load_processor, pack, to_device, tokenizer_of, try_template
 from epmq.data import Examples
 
 
@@ -308,6 +308,8 @@ def test_code_beside_a_tokenizer_is_neither_run_nor_asked_about(pool, tmp_path, 
         "{{ 1 / 0 }}",
         "{{ ''.__class__.__mro__[1].__subclasses__() }}",
         2 * "{% for a in range(3000) %}" + 2 * "{% endfor %}",  # a second or so: what runs on would slow other tests
+        "{{ messages | tojson(indent=10**9) }}",
+        "{{ 'x' * 1000000000 }}",
     ],
 )
 def test_a_chat_template_that_fails_or_never_ends_is_refused(monkeypatch, template):
@@ -315,6 +317,13 @@ def test_a_chat_template_that_fails_or_never_ends_is_refused(monkeypatch, templa
     chats = Examples("chat", [[{"role": "user", "content": "the cat"}]])
     with pytest.raises(ValueError, match="its chat template cannot be used"):
         next(encode(chats, word_tokenizer(chat_template=template)))
+
+
+def test_a_template_that_would_fill_the_memory_is_not_started(monkeypatch):
+    tokenizer = word_tokenizer(chat_template="{{ 'x' * 10**9 }}")
+    monkeypatch.setattr(type(tokenizer), "apply_chat_template", None)
+    with pytest.raises(ValueError, match=r"large numbers: \*\*"):
+        try_template(tokenizer, [{"role": "user", "content": "the cat"}])
 
 
 @pytest.mark.parametrize("content", [b"", b"\x89PNG\r\n\x1a\n", b"no picture"])

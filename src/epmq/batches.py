@@ -19,6 +19,8 @@ from epmq.errors import blame
 WINDOW = 512
 # Far longer than a chat template needs for one conversation.
 TEMPLATE_SECONDS = 3
+# Of a number in a chat template.
+MOST_DIGITS = 6
 
 
 def load_processor(directory: str | Path) -> Any:
@@ -119,6 +121,8 @@ def try_template(tokenizer: Any, messages: Any) -> None:
         except BaseException as error:
             errors.append(error)
 
+    with blame(tokenizer.name_or_path, "its chat template cannot be used"):
+        check_template(tokenizer.get_chat_template())
     # A thread cannot be stopped, but this one does not keep the process from ending.
     thread = Thread(target=render, daemon=True)
     thread.start()
@@ -127,6 +131,21 @@ def try_template(tokenizer: Any, messages: Any) -> None:
         error = errors[0] if errors else TimeoutError(f"no end within {TEMPLATE_SECONDS} s")
         if error is not None:
             raise error
+
+
+def check_template(template: str) -> None:
+    """See whether a chat template computes with numbers so large that it would fill the memory in one step.
+
+    One such step cannot be interrupted, so that a limit of time does not help.
+
+    Raises:
+        ValueError: it does.
+    """
+    from jinja2 import Environment
+
+    for _, kind, value in Environment().lex(template):
+        if (kind, value) == ("operator", "**") or (kind == "integer" and len(value) > MOST_DIGITS):
+            raise ValueError(f"it computes with large numbers: {value}")
 
 
 def _encode(examples: Examples, tokenizer: Any, images: Any, max_length: int | None) -> dict[str, Any]:

@@ -210,6 +210,24 @@ def inspect(
 
 
 @app.command()
+def report(
+    paths: Annotated[list[Path], typer.Argument(help="output directories of epmq run, or their report.json")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="the page to write")] = Path("report.html"),
+    experts: Annotated[
+        Path | None,
+        typer.Option(help="the experts' scores: what `epmq eval DIR RECIPE --experts --json` prints", metavar="FILE"),
+    ] = None,
+    title: Annotated[str | None, typer.Option(help="heading of the page")] = None,
+) -> None:
+    """Put several runs into one page: scores side by side, gap recovered, size, losses by depth."""
+    from epmq.page import read_experts, read_runs, write_page
+
+    runs, found = read_runs(paths)
+    write_page(output, runs, experts=read_experts(experts) if experts else found, title=title)
+    typer.echo(f"wrote {output}: {len(runs)} run{'s' * (len(runs) > 1)}")
+
+
+@app.command()
 def init(path: Annotated[Path, typer.Argument(help="the file to write")]) -> None:
     """Write a commented recipe to start from."""
     if path.exists():

@@ -11,7 +11,8 @@ from rich.table import Table
 from epmq.checkpoint import Checkpoint, architecture_of, read_json, resolve
 from epmq.errors import blame
 from epmq.multitask import HEADS
-from epmq.report import score_title, shown_scores
+from epmq.page import by_block
+from epmq.report import REPORT, score_title, shown_scores
 
 _BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
@@ -34,7 +35,7 @@ def contents(path: str | Path) -> dict[str, Any]:
     with blame(checkpoint.path / "config.json", "quantization_config is not as compressed-tensors writes it"):
         groups = (checkpoint.config.get("quantization_config") or {}).get("config_groups") or {}
         weights = next((group.get("weights") for group in groups.values()), None)
-    report = checkpoint.path / "report.json"
+    report = checkpoint.path / REPORT
     return {
         "architecture": architecture_of(checkpoint.config) or "unknown",
         "tensors": tensors,
@@ -49,6 +50,8 @@ def inspection_tables(path: str | Path, layers: bool = False) -> list[Table]:
     found = contents(path)
     with blame(path, "config.json or report.json is not as epmq writes it"):
         tables = [_overview(path, found), _sizes(found)]
+        if found["report"]:
+            tables += [table for table in (_scores(found["report"]), _depth(found["report"])) if table.row_count]
         if layers and found["report"]:
             tables.append(_layers(found["report"]))
     return tables
@@ -93,6 +96,29 @@ def _sizes(found: dict[str, Any]) -> Table:
     for name, (kind, shape, size) in largest:
         table.add_row(f"  {name}", f"{kind} {shape}", f"{size / 1e6:.1f} MB")
     return table
+
+
+def _scores(report: dict[str, Any]) -> Table:
+    table = Table("task", score_title(report), title="scores", title_justify="left")
+    for task, score in shown_scores(report).items():
+        table.add_row(task, score)
+    return table
+
+
+def _depth(report: dict[str, Any]) -> Table:
+    """Losses by depth, as bars: what the merged weights are off the target, and what the codes are."""
+    table = Table("block", "merging", "", "quantization", "", title="deviation by depth", title_justify="left")
+    blocks = by_block(layer for layer in report["layers"] if layer["loss"] is not None)
+    most = max((value for _, *values in blocks for value in values), default=0.0)
+    for name, *values in blocks:
+        table.add_row(name, *(cell for value in values for cell in (f"{value:.3g}", _bar(value, most))))
+    return table
+
+
+def _bar(value: float, most: float) -> str:
+    """A bar of up to 20 characters, in eighths."""
+    eighths = round(160 * value / most) if most > 0 else 0
+    return "█" * (eighths // 8) + ("", *"▏▎▍▌▋▊▉")[eighths % 8]
 
 
 def _layers(report: dict[str, Any]) -> Table:

@@ -23,6 +23,7 @@ from epmq.grid import QuantizedTensor
 from epmq.heads import Head
 from epmq.multitask import MultiTaskModel, NativeHead, load, load_any_head
 from epmq.output import write_merged, write_quantized, write_rest
+from epmq.page import run_of, write_page
 from epmq.prepare import Job, Objects, check_head, device, examples_of, head_file, prepare
 from epmq.quantize import load_outside, quantize_calibrated, quantize_nearest
 from epmq.skeleton import why_not_direct
@@ -113,8 +114,9 @@ def run(
             with _timed(clocks, "evaluate"):
                 scores = evaluate_model(load(work, device(recipe)), job.evaluation, recipe, bar)
             report |= score_report(job.evaluation, scores)
-        write_json(work / "report.json", report)
-        (work / "README.md").write_text(reporting.model_card(report), encoding="utf-8")
+        write_json(work / reporting.REPORT, report)
+        write_page(work / reporting.PAGE, [run_of(report)])
+        (work / reporting.CARD).write_text(reporting.model_card(report), encoding="utf-8")
     return report
 
 

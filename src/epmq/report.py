@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from epmq.plan import Plan
 
+# Files of an output that tell of times, and so differ from run to run.
+REPORT, PAGE, CARD = TIMED = ("report.json", "report.html", "README.md")
 PACKAGES = ("epmq", "torch", "transformers", "compressed-tensors", "safetensors", "numpy")
 
 

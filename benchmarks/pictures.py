@@ -1,0 +1,53 @@
+"""`python -m benchmarks.pictures [DIR …]`: the pictures of the docs, from the results files and from runs.
+
+`docs/gaps.svg` and `docs/sizes-SUITE.svg` come from `benchmarks/results/*.json`; `docs/depth.svg` from the last of the
+output directories that are given, such as `epmq-demo/expert-guided` after `make demo`.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+from benchmarks.compare import RESULTS
+from epmq import charts
+from epmq.page import gap, page, read_runs
+
+DOCS = Path(__file__).parent.parent / "docs"
+SUITES = ("vision8", "text8", "text8lora", "causal3", "seq2seq")
+
+
+def gaps() -> str:
+    """Gap recovered by bits, expert-guided on Task Arithmetic, a line a suite."""
+    series: charts.Series = {}
+    for suite in SUITES:
+        runs, experts = read_runs([RESULTS / f"{suite}.json"])
+        ours = [run for run in runs if run.method == "expert_guided" and run.merge == "task_arithmetic"]
+        series[suite] = [(run.bits or 0, 100 * (gap(run, runs, experts) or 0)) for run in ours]
+    return charts.lines(series, "bits", "gap recovered, %", lambda value: f"{value:.0f}")
+
+
+def sizes(suite: str) -> str:
+    """Size against score on Task Arithmetic."""
+    runs, _ = read_runs([RESULTS / f"{suite}.json"])
+    return figure(page([run for run in runs if run.merge == "task_arithmetic"]), "Size against score")
+
+
+def figure(text: str, title: str) -> str:
+    """The drawing of a page that has this title."""
+    found = re.findall(r"<figure>(<svg.*?</svg>)<figcaption><b>(.*?)\.</b>", text, re.DOTALL)
+    return next(svg for svg, name in found if name == title)
+
+
+def main() -> None:
+    """Write the pictures."""
+    drawn = {"gaps": gaps(), "sizes-text8": sizes("text8"), "sizes-vision8": sizes("vision8")}
+    if sys.argv[1:]:
+        drawn["depth"] = figure(page(read_runs([Path(sys.argv[-1])])[0]), "Loss by depth")
+    for name, svg in drawn.items():
+        (DOCS / f"{name}.svg").write_text(charts.standalone(svg), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
