@@ -3,9 +3,10 @@
 import logging
 
 import pytest
+import torch
 from conftest import recipe_for
 
-from benchmarks.faults import contents
+from benchmarks.faults import contents, finish, write_models
 from benchmarks.write_faults import fail_everywhere, fill_disks
 from epmq import spill
 from epmq.pipeline import run
@@ -44,6 +45,18 @@ def test_a_full_disk_loses_nothing(work, tmp_path):
         pytest.skip(str(error))
     assert found["full_disks"] == found["full_disks_refused"] == found["full_disks_resumed_identical"] > 2
     assert found["full_disks_torn"] == found["full_disks_left_behind"] == 0
+
+
+def test_the_number_of_threads_makes_no_difference(tmp_path):
+    write_models(tmp_path)  # wide enough that LAPACK's Cholesky would be split among threads
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            finish(tmp_path, f"out-{threads}")
+    finally:
+        torch.set_num_threads(before)
+    assert contents(tmp_path / "out-1") == contents(tmp_path / "out-2") == contents(tmp_path / "out-3")
 
 
 def test_the_order_of_tasks_and_a_second_run_make_no_difference(pool, tmp_path):

@@ -180,7 +180,7 @@ def test_shards_are_the_same_as_one_file(berts):
     assert all(torch.equal(again[name], expected[name]) for name in expected)
 
 
-def test_a_pickle_is_opened_only_if_it_is_named(berts):
+def test_a_pickle_is_opened_only_if_it_is_named(berts, caplog):
     merge(recipe_of(berts, **AVERAGE), progress=False)
     expected = weights(berts / "out")
     for name in ("base", "two"):
@@ -189,7 +189,12 @@ def test_a_pickle_is_opened_only_if_it_is_named(berts):
         with pytest.raises(FileNotFoundError, match=r"base: no .* \(pytorch_model\.bin is a pickle: name that file"):
             sources_of(berts)
     recipe = recipe_of(berts, "one", "two/pytorch_model.bin", **AVERAGE, output=str(berts / "again"))
-    merge({**recipe, "base": str(berts / "base" / "pytorch_model.bin")}, progress=False)
+    report = merge({**recipe, "base": str(berts / "base" / "pytorch_model.bin")}, progress=False)
+    for name in ("base", "two"):
+        note = (
+            f"{berts / name / 'pytorch_model.bin'} is a pickle: only tensors were read from it; safetensors are safer"
+        )
+        assert note in report["notes"] and note in caplog.messages
     found = weights(berts / "again")
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert not list((berts / "again").glob("*.bin"))

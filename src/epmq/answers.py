@@ -8,6 +8,7 @@ so that on the shared model's features it gives the scores that the expert gives
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -45,6 +46,17 @@ class Fit:
         return replace(head, weight=self.weight.cpu(), bias=head.bias if self.bias is None else self.bias.cpu())
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """LAPACK rounds otherwise with another number of threads; what it gives must not depend on that."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def fit(features: Tensor, scores: Tensor, weight: Tensor, bias: Tensor | None) -> Fit:
     """Fit a linear map that gives the wanted scores, near the one there is.
 
@@ -60,7 +72,8 @@ def fit(features: Tensor, scores: Tensor, weight: Tensor, bias: Tensor | None) -
     if bias is not None:  # a constant feature of the usual size
         size = rows.square().mean().sqrt()
         rows = torch.cat([rows, size.expand(len(rows), 1)], dim=1)
-    values, vectors = torch.linalg.eigh(rows.T @ rows / len(rows))
+    with one_thread():
+        values, vectors = torch.linalg.eigh(rows.T @ rows / len(rows))
     turned = rows @ vectors
     wanted = left.T @ turned / len(rows)
 

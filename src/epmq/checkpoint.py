@@ -155,6 +155,11 @@ class Checkpoint:
         return list(self._shard)
 
     @property
+    def pickles(self) -> list[str]:
+        """Names of the files with tensors that are pickles."""
+        return sorted({shard for shard in self._shard.values() if shard.endswith(PICKLES)})
+
+    @property
     def bits(self) -> int:
         """Size of all files with tensors: no tensor in them has more entries."""
         return 8 * sum((self.path / shard).stat().st_size for shard in set(self._shard.values()))

@@ -17,11 +17,13 @@ A layer that is asked to move its present output X_k Wᵀ by a given Δ_k has th
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 
 import torch
 from torch import Tensor
 
 from epmq.moments import Moments
+from epmq.solvers import unit_upper_factor
 
 
 class Objective:
@@ -128,10 +130,12 @@ class Objective:
             return self.anchor, strength
         correction = self.correction if self.drift is None else self.correction.addmm(self.anchor, self.drift)
         for raised in raises(strength):
-            factor, failed = torch.linalg.cholesky_ex(self.damped(raised))
-            if not failed:
-                half = torch.linalg.solve_triangular(factor.T, correction, upper=True, left=False)
-                move = torch.linalg.solve_triangular(factor, half, upper=False, left=False)
+            with suppress(torch.linalg.LinAlgError):
+                # LAPACK's Cholesky rounds otherwise with another number of threads; ours, by blocks, does not.
+                upper, curvature = unit_upper_factor(self.damped(raised))
+                side = {"left": False, "unitriangular": True}
+                half = torch.linalg.solve_triangular(upper, correction, upper=True, **side).div_(curvature)
+                move = torch.linalg.solve_triangular(upper.T, half, upper=False, **side)
                 return move.add_(self.anchor), raised
         raise ValueError(f"the Hessian is not positive definite, even with an anchor strength of {raised:g}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -31,6 +32,8 @@ from epmq.writing import Form
 
 # Entries of a tensor that are read at once when it is merged.
 ROWS = 1 << 22
+
+LOG = logging.getLogger("epmq")
 
 
 class Sources:
@@ -84,6 +87,14 @@ class Sources:
             self._check_tied(task)
         self._heads = {task: self._find_head(task) for task in self.experts}
         self._fill_absent(self.model)
+        self._warn_of_pickles()
+
+    def _warn_of_pickles(self) -> None:
+        for checkpoint in (self.base, *self.experts.values()):
+            for name in checkpoint.pickles:
+                note = f"{checkpoint.path / name} is a pickle: only tensors were read from it; safetensors are safer"
+                self.notes.append(note)
+                LOG.warning(note)
 
     def _rename(self, checkpoint: Checkpoint) -> tuple[dict[str, str], list[str]]:
         try:

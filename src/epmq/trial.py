@@ -216,7 +216,7 @@ def target_seconds(columns: int, rows: int, device: torch.device) -> float:
     """Seconds that the continuous optimum of layers takes."""
     objective = Objective(torch.randn(min(rows, ROWS), min(columns, COLUMNS), device=device))
     objective.hessian = _hessian(len(objective.hessian), device)
-    factor = timed(lambda: torch.linalg.cholesky_ex(objective.damped(1.0)), device)
+    factor = timed(lambda: unit_upper_factor(objective.damped(1.0)), device)
     objective.correction = objective.anchor
     rest = timed(lambda: objective.target(1.0), device) - factor
     wide, tall = columns / objective.anchor.shape[1], rows / objective.anchor.shape[0]
