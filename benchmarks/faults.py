@@ -33,6 +33,8 @@ from transformers import BertConfig, BertModel
 from benchmarks import wrong_merges
 from benchmarks.compare import RESULTS
 from benchmarks.repeats import repeat
+from benchmarks.suites.__main__ import SUITES
+from benchmarks.suites.build import suite_dir
 from benchmarks.write_faults import fail_everywhere, fill_disks
 from epmq import spill
 from epmq.pipeline import run
@@ -43,6 +45,7 @@ from epmq.writing import write_json
 PATH = RESULTS / "faults.json"
 BLOCKS_OF_MODEL = 6
 TASKS = ("one", "two")
+CAMPAIGNS = ("kills", "disks", "wrong", "related", "repeats")
 
 
 def write_models(folder: Path) -> None:
@@ -161,6 +164,11 @@ def kill_until(kills: int, folder: Path, show: Console) -> dict[str, int]:
     return found
 
 
+def built() -> list[str]:
+    """Suites whose experts are there."""
+    return [name for name in SUITES if all((suite_dir(name) / place).is_dir() for place in ("base", "experts"))]
+
+
 def add_results(found: dict[str, Any]) -> None:
     """Put results into the file, beside what other campaigns have found."""
     before = json.loads(PATH.read_text(encoding="utf-8")) if PATH.exists() else {}
@@ -171,7 +179,9 @@ def main() -> None:
     """Read the command line, kill, and write the results."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.faults", description=__doc__)
     parser.add_argument("--kills", type=int, default=100, help="how many runs to kill")
-    parser.add_argument("--only", choices=["kills", "disks", "wrong", "repeats"], help="one of the campaigns alone")
+    parser.add_argument(
+        "--only", choices=["kills", "disks", "wrong", "repeats", "related"], help="one of the campaigns alone"
+    )
     arguments = parser.parse_args()
     logging.getLogger("epmq").setLevel(logging.ERROR)
     torch.set_num_threads(1)  # threads do not survive a fork
@@ -184,6 +194,7 @@ def main() -> None:
             "disks": lambda: disk_faults(folder),
             "wrong": lambda: wrong_merges.count(folder, folder, recipe),
             "repeats": lambda: {"repeats": repeats(folder)},
+            "related": lambda: {"related": {name: wrong_merges.related(name) for name in built()}},
         }
         for campaign in [arguments.only] if arguments.only else campaigns:
             found |= campaigns[campaign]()

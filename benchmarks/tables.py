@@ -302,6 +302,12 @@ def faults_table(found: dict[str, Any]) -> str:
         )
     if "wrong_merges" in found:
         lines.append(f"| wrong merges | {found['wrong_merges']} | {found['wrong_merges_caught']} named |")
+    if "related" in found:
+        head = ["real experts of", "experts", "least correlation with their base", "greatest of a stranger"]
+        lines += ["", "| " + " | ".join([*head, "greatest task vector over the base"]) + " |", "|" + 5 * "---|"]
+        fields = ("least_of_experts", "greatest_of_strangers", "greatest_task_vector")
+        for suite, row in found["related"].items():
+            lines.append(f"| {suite} | {row['experts']} | " + " | ".join(f"{row[name]:.3f}" for name in fields) + " |")
     if "repeats" in found:
         lines += [
             "",
