@@ -262,8 +262,17 @@ def reproduce(
     if dry_run:
         from epmq.foresee import forecast_tables, foresee
 
-        chosen = {"merges": merge or (), "methods": method or (), "bits": bits or ()}
-        for table in forecast_tables(foresee(name, limit=limit, hub=hub, device=device, progress=not quiet, **chosen)):
+        found = foresee(
+            name,
+            limit=limit,
+            hub=hub,
+            merges=merge or (),
+            methods=method or (),
+            bits=bits or (),
+            device=device,
+            progress=not quiet,
+        )
+        for table in forecast_tables(found):
             console.print(table)
         return
     from epmq.reproduce import reproduce as reproduce_table
@@ -274,7 +283,7 @@ def reproduce(
             Console(stderr=True).print(f"{Path(name).stem}: {text}", highlight=False)
 
     place = output or Path("reproduced") / Path(name).stem
-    found = reproduce_table(
+    content = reproduce_table(
         name,
         place,
         limit=limit,
@@ -288,7 +297,7 @@ def reproduce(
         progress=not quiet,
         say=say,
     )
-    console.print(terminal_table(found))
+    console.print(terminal_table(content))
     console.print(f"{place / 'table.md'}", highlight=False)
 
 
