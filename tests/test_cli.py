@@ -17,7 +17,7 @@ from epmq.cli import app, main
 from epmq.pipeline import evaluate_checkpoint, evaluate_experts
 from epmq.spec import load_recipe
 
-COMMANDS = ["run", "merge", "quantize", "eval", "inspect", "init", "demo"]
+COMMANDS = ["run", "merge", "quantize", "eval", "inspect", "init", "demo", "reproduce"]
 ENVIRONMENT = {
     "TRANSFORMERS_VERBOSITY": "error",
     "TQDM_DISABLE": "1",

@@ -343,6 +343,35 @@ def test_a_bad_parquet_is_named(tmp_path):
         read_examples(tmp_path / "a.parquet")
 
 
+def test_texts_and_targets_are_made_of_columns(tmp_path):
+    rows = [{"a": "it's", "b": "so", "label": 1, "score": 2.25}, {"a": "no", "b": "{x}", "label": 0, "score": 4.0}]
+    made = {"use": "seq2seq", "prompt": "'{a}' or '{b}'? Say {{yes}}."}
+    found = read_examples(lines(tmp_path / "a.jsonl", *rows), **made, answers=("no", "yes"))
+    assert found.inputs == ["'it's' or 'so'? Say {yes}.", "'no' or '{x}'? Say {yes}."]
+    assert found.targets == ["yes", "no"]
+    scored = read_examples(lines(tmp_path / "a.jsonl", *rows), **made, answer="{score:.1f}")
+    assert scored.targets == ["2.2", "4.0"]
+    plain = read_examples(lines(tmp_path / "a.jsonl", *rows), prompt="{a}")
+    assert plain.kind == "text" and plain.inputs == ["it's", "no"] and plain.labels.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"prompt": "{c}"}, "no field 'c', which '{c}' asks for"),
+        ({"prompt": "{a:d}"}, "'{a:d}' cannot be filled in"),
+        ({"prompt": "{a"}, "'{a' cannot be filled in"),
+        ({"prompt": "{a.b}"}, "'{a.b}' cannot be filled in"),
+        ({"prompt": "{a}", "answer": "{c}"}, "no field 'c'"),
+        ({"prompt": "{a}", "answers": ("no", "yes")}, "field 'label' is 2, but there are 2 answers"),
+        ({"prompt": "{a}", "answers": ("no", "yes"), "label": "a"}, "field 'a' must be a class index"),
+    ],
+)
+def test_a_template_that_does_not_fit_is_named(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=rf"a\.jsonl, line 1: {message}"):
+        read_examples(lines(tmp_path / "a.jsonl", {"a": "x", "label": 2}), use="seq2seq", **settings)
+
+
 # --- datasets ----------------------------------------------------------------------------------------------------
 
 
@@ -391,6 +420,27 @@ def test_pictures_and_class_names_of_a_dataset(tmp_path):
         assert all(np.array_equal(np.asarray(a), b) for a, b in zip(examples.inputs, images(4)))
     raw = read_examples(tmp_path / "mine" / "train.parquet")
     assert raw.kind == "image" and raw.labels.tolist() == [0, 1, 1, 0] and isinstance(raw.inputs[0]["bytes"], bytes)
+
+
+def test_pictures_of_a_dataset_are_decoded_when_they_are_asked_for(tmp_path, monkeypatch):
+    features = datasets.Features(image=datasets.Image(), label=datasets.Value("bool"), other=datasets.Value("string"))
+    content = {"image": [Image.fromarray(array) for array in images(6)], "label": [True, False] * 3, "other": ["x"] * 6}
+    (tmp_path / "mine").mkdir()
+    datasets.Dataset.from_dict(content, features=features).to_parquet(tmp_path / "mine" / "train.parquet")
+    decoded: list[int] = []
+    original = datasets.Image.decode_example
+    monkeypatch.setattr(
+        datasets.Image, "decode_example", lambda *args, **kwargs: decoded.append(1) or original(*args, **kwargs)
+    )
+    examples = dataset(tmp_path / "mine")
+    assert examples.kind == "image" and len(examples) == 6 and not decoded
+    assert examples.labels.tolist() == [1, 0, 1, 0, 1, 0] and examples.labels.dtype == np.int64
+    taken = examples.take(np.array([4, 1]))
+    assert len(decoded) == 2 and taken.labels.tolist() == [1, 0]
+    assert np.array_equal(np.asarray(taken.inputs[0]), images(6)[4])
+    assert dataset(tmp_path / "mine", label="none").labels is None
+    with pytest.raises(ValueError, match=r"mine/train, row 0: field 'other' must be a class index"):
+        dataset(tmp_path / "mine", label="other")
 
 
 def test_a_dataset_that_is_not_there_is_named(tmp_path, monkeypatch):

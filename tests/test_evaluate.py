@@ -19,10 +19,21 @@ import epmq
 from epmq.batches import encode, pack
 from epmq.cli import app
 from epmq.data import Examples, read_examples
-from epmq.evaluate import METRICS, accuracy, exact_match, gap_recovered, log_perplexity, metric_of, show_score
+from epmq.evaluate import (
+    METRICS,
+    accuracy,
+    exact_match,
+    gap_recovered,
+    log_perplexity,
+    metric_of,
+    rank_correlation,
+    scorer_of,
+    show_score,
+    spearman,
+)
 from epmq.multitask import MultiTaskModel
 from epmq.pipeline import evaluate_experts, run, score_report
-from epmq.report import summary_table
+from epmq.report import shown_scores, summary_table
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +142,42 @@ def test_exact_match_is_the_share_of_texts_that_are_generated(translator):
         assert sum(done) == 2 * len(sources)
 
 
+@pytest.mark.parametrize(
+    ("one", "other", "rho"),
+    [
+        ([1, 2, 3, 4], [10, 20, 30, 40], 1.0),
+        ([1, 2, 3, 4], [4, 3, 2, 1], -1.0),
+        ([1, 2, 3, 4, 5], [5, 6, 7, 8, 7], 0.8207826816681233),  # the example of scipy.stats.spearmanr
+        ([1, 1, 2, 2, 3], [2.5, 0.5, 0.5, 4.0, 3.0], 4.5 / math.sqrt(9 * 9.5)),  # by hand, from the mean ranks
+        ([3, 3, 3], [1, 2, 3], 0.0),
+    ],
+)
+def test_rank_correlations(one, other, rho):
+    assert rank_correlation(one, other) == pytest.approx(rho)
+    assert rank_correlation(np.exp(one), other) == pytest.approx(rho)
+
+
+def test_spearman_compares_the_numbers_that_are_written(translator, monkeypatch):
+    from epmq import evaluate
+
+    texts = iter(["3.0", "nonsense", "5", "inf", "4.5"])
+    monkeypatch.setattr(evaluate, "_written", lambda *args: zip(texts, ["1.0", "2.0", "3.0", "0.5", "2.5"]))
+    found = spearman(translator, "any", Examples("seq2seq", [], targets=[]))
+    assert found == pytest.approx(rank_correlation([3, 0, 5, 0, 4.5], [1, 2, 3, 0.5, 2.5]))
+    monkeypatch.undo()
+    sources = ["the cat", "small blue tree and dog"]
+    assert spearman(translator, "any", Examples("seq2seq", sources, targets=["1.0", "2.0"])) == 0.0
+    with pytest.raises(ValueError, match="task any: the target 'yes' is no number"):
+        spearman(translator, "any", Examples("seq2seq", sources, targets=["1.0", "yes"]))
+
+
+def test_another_metric_may_be_asked_for():
+    rated = Examples("seq2seq", ["a", "b"], targets=["1", "2"], metric="spearman")
+    assert scorer_of(rated) is spearman and metric_of(rated.take(np.array([0]))) == "spearman"
+    with pytest.raises(ValueError, match="metric: text examples are scored by accuracy, not by spearman"):
+        metric_of(Examples("text", [], metric="spearman"))
+
+
 # --- reports -----------------------------------------------------------------------------------------------------
 
 
@@ -148,10 +195,14 @@ def test_scores_for_people():
     assert show_score("accuracy", 0.876) == "87.6 %" and show_score("exact_match", 1.0) == "100.0 %"
 
 
-def test_tasks_of_different_metrics_have_no_mean():
+def test_tasks_of_different_metrics_have_a_mean_where_all_are_shares():
     kinds = {"a": Examples("tokens", np.zeros((1, 2), int)), "b": Examples("seq2seq", ["x"], targets=["y"])}
     mixed = score_report(kinds, {"a": math.log(3), "b": 0.5})
     assert mixed["metric"] == {"a": "log_perplexity", "b": "exact_match"} and mixed["mean_score"] is None
+    rated = Examples("seq2seq", ["x"], targets=["1"], metric="spearman")
+    shares = score_report({"b": kinds["b"], "c": rated}, {"b": 0.5, "c": 0.7})
+    assert shares["metric"] == {"b": "exact_match", "c": "spearman"} and shares["mean_score"] == pytest.approx(0.6)
+    assert shown_scores(shares) == {"b": "50.0 % exact_match", "c": "70.0 spearman", "mean": "60.0"}
     alone = score_report({"a": kinds["a"], "c": kinds["a"]}, {"a": 1.0, "c": 3.0})
     assert alone == {"metric": "log_perplexity", "scores": {"a": 1.0, "c": 3.0}, "mean_score": 2.0}
 

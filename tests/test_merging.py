@@ -68,6 +68,15 @@ def test_ties_by_hand():
     close(ties_merge(BASE, EXPERTS, density=0.0), BASE)
 
 
+def test_ties_can_add_up_what_agrees():
+    # The sum of each column elects +, +, − and +; what agrees is (0.5, 1.5), (3), (−0.25) and (2).
+    thresholds = [0.0, 0.0]
+    summed = ties_merge(BASE, EXPERTS, scaling=0.5, agreed="sum", thresholds=thresholds)
+    close(summed, BASE + 0.5 * torch.tensor([2.0, 3.0, -0.25, 2.0]))
+    mean = ties_merge(BASE, EXPERTS, scaling=0.5, thresholds=thresholds)
+    close(mean, BASE + 0.5 * torch.tensor([1.0, 3.0, -0.25, 2.0]))
+
+
 def test_ties_keeps_every_entry_of_a_tied_magnitude():
     """peft keeps exactly ⌊density · n⌋ entries, arbitrary ones among equals; here equals share one fate."""
     base, expert = torch.zeros(4), torch.ones(4)

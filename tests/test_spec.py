@@ -212,8 +212,8 @@ def test_the_anchor_is_settled_by_whether_there_are_heads_that_follow():
         ({"method": "average"}, {"weights": None}),
         ({"method": "average", "weights": [1, 3]}, {"weights": [1, 3]}),
         ({"scaling": [0.1, 0.2]}, {"scaling": [0.1, 0.2]}),
-        ({"method": "ties"}, {"scaling": 1.0, "density": 0.2}),
-        ({"method": "ties", "scaling": 0.0}, {"scaling": 0.0, "density": 0.2}),
+        ({"method": "ties"}, {"scaling": 1.0, "density": 0.2, "agreed": "mean"}),
+        ({"method": "ties", "scaling": 0.0, "agreed": "sum"}, {"scaling": 0.0, "density": 0.2, "agreed": "sum"}),
         ({"method": "dare", "density": 0.9}, {"scaling": 0.3, "density": 0.9, "combine": "task_arithmetic"}),
     ],
 )

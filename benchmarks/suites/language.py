@@ -98,7 +98,7 @@ def shuffled_batches(
 def measure(model: Any, tokenizer: Any, rows: Sequence[Row], kind: str, max_length: int) -> float:
     """The metric of the kind: log-perplexity (lower is better) or exact match (higher is better)."""
     whole = MultiTaskModel(model.eval(), {}, tokenizer)
-    return METRICS[kind](whole, "", examples_of(rows, kind), 32, max_length)
+    return METRICS[kind][0](whole, "", examples_of(rows, kind), 32, max_length)
 
 
 def train(
@@ -182,7 +182,7 @@ def train_expert(
     start = time.time()
     model, tokenizer = load(base, kind)
     sign = -1 if kind == "causal" else 1
-    record: dict[str, Any] = {"metric": METRICS[kind].__name__}
+    record: dict[str, Any] = {"metric": METRICS[kind][0].__name__}
     for name in ("validation", "test"):
         record[f"base_{name}"] = measure(model, tokenizer, splits[name], kind, max_length)
     history: list[float] = []

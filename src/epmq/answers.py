@@ -135,7 +135,7 @@ class Followers:
 def scored_features(backbone: nn.Module, head: Head | NativeHead, batch: Batch) -> Tensor | None:
     """What a head's last linear map receives [examples, features]; None if the scores are not its output."""
     if isinstance(head, Head):
-        return head.features(backbone(**batch).last_hidden_state, batch.get("attention_mask"))
+        return head.read(backbone(**batch), batch.get("attention_mask"))
     layer, seen = head.scoring, list[tuple[Tensor, Tensor]]()
     if layer is None:
         return None

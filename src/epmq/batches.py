@@ -44,7 +44,11 @@ def load_processor(directory: str | Path) -> Any:
     with warnings.catch_warnings(), blame(directory, "transformers cannot open the tokenizer or image processor"):
         warnings.simplefilter("ignore")
         # Without a value, transformers asks on standard input whether code in the directory may run.
-        return kind.from_pretrained(directory, trust_remote_code=False)
+        found = kind.from_pretrained(directory, trust_remote_code=False)
+        if images and image_processor_of(found) is None:
+            # A vision tower alone is no processor's model: beside its tokenizer's files, transformers sees those only.
+            found = AutoImageProcessor.from_pretrained(directory, trust_remote_code=False)
+    return found
 
 
 def tokenizer_of(processor: Any) -> Any:

@@ -237,6 +237,89 @@ def init(path: Annotated[Path, typer.Argument(help="the file to write")]) -> Non
 
 
 @app.command()
+def reproduce(
+    name: Annotated[str | None, typer.Argument(help="a table by name (see --list), or a YAML file")] = None,
+    list_: Annotated[bool, typer.Option("--list", help="the tables that there are")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="say what would be fetched and what it would cost, and do nothing")
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="folder for the results; by default reproduced/NAME")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="at most so many examples a task, for a quick look")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="keep finished rows, and go on where it was stopped")
+    ] = False,
+    merge: Annotated[list[str] | None, typer.Option("--merge", help="only these merges")] = None,
+    method: Annotated[list[str] | None, typer.Option("--method", help="only these methods")] = None,
+    bits: Annotated[list[int] | None, typer.Option("--bits", help="only these bits")] = None,
+    hub: Annotated[
+        Path | None,
+        typer.Option(
+            "--hub", envvar="EPMQ_HUB", help="folder with OWNER/NAME and datasets/OWNER/NAME, instead of the Hub"
+        ),
+    ] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="keep every row's checkpoint")] = False,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, mps")] = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """Reproduce a published table: our figures beside the published ones, row by row."""
+    from rich.console import Console
+
+    from epmq.imports import uncollected
+
+    with uncollected():
+        from epmq.tables import load_table, names
+    console = Console()
+    if list_ or name is None:
+        for known in names():
+            console.print(f"{known:32} {load_table(known).title}", highlight=False)
+        return
+    if dry_run:
+        from epmq.foresee import forecast_tables, foresee
+
+        found = foresee(
+            name,
+            limit=limit,
+            hub=hub,
+            merges=merge or (),
+            methods=method or (),
+            bits=bits or (),
+            device=device,
+            progress=not quiet,
+        )
+        for table in forecast_tables(found):
+            console.print(table)
+        return
+    from epmq.reproduce import reproduce as reproduce_table
+    from epmq.results import terminal_table
+
+    def say(text: str) -> None:
+        if not quiet:
+            Console(stderr=True).print(f"{Path(name).stem}: {text}", highlight=False)
+
+    place = output or Path("reproduced") / Path(name).stem
+    content = reproduce_table(
+        name,
+        place,
+        limit=limit,
+        resume=resume,
+        hub=hub,
+        keep=keep,
+        merges=merge or (),
+        methods=method or (),
+        bits=bits or (),
+        device=device,
+        progress=not quiet,
+        say=say,
+    )
+    console.print(terminal_table(content))
+    console.print(f"{place / 'table.md'}", highlight=False)
+
+
+@app.command()
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="where the checkpoints go")] = Path("epmq-demo"),
     fetch_only: Annotated[bool, typer.Option("--fetch-only", help="download what the demo needs, then stop")] = False,

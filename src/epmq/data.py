@@ -12,7 +12,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,12 +41,14 @@ class Examples:
             dicts of tensors.
         labels: class index of each example, int64 [n], or None where the source has none.
         targets: for `seq2seq`: n strings.
+        metric: name of the function in `epmq.evaluate` that scores them; None leaves it to their kind.
     """
 
     kind: str
     inputs: Any
     labels: np.ndarray | None = None
     targets: list[str] | None = None
+    metric: str | None = None
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -59,7 +61,7 @@ class Examples:
             inputs = [self.inputs[i] for i in index]
         labels = None if self.labels is None else self.labels[index]
         targets = None if self.targets is None else [self.targets[i] for i in index]
-        return Examples(self.kind, inputs, labels, targets)
+        return replace(self, inputs=inputs, labels=labels, targets=targets)
 
     def draw(self, count: int | None, seed: int) -> Examples:
         """A seeded draw of `count` examples without replacement; all of them, in order, if `count` is None."""
@@ -81,17 +83,44 @@ def _parts(text: str | tuple[str, str]) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Fields:
-    """Names of a table's columns; two text columns make pairs."""
+    """Names of a table's columns; two text columns make pairs.
+
+    Attributes:
+        prompt: a text made of columns, such as `Is "{sentence}" good English?`; takes the place of `text`.
+        answer: a target made of columns, such as `{label:.1f}`; takes the place of `target`.
+        answers: a target for each class index in the label column; takes the place of `target`.
+    """
 
     text: str | tuple[str, str] = "text"
     label: str = "label"
     target: str = "target"
     image: str = "image"
     messages: str = "messages"
+    prompt: str | None = None
+    answer: str | None = None
+    answers: tuple[str, ...] | None = None
+
+
+class Pictures(Sequence[Any]):
+    """The pictures of a `datasets.Dataset`, each decoded when it is asked for: a whole test set need not fit in memory.
+
+    Args:
+        rows: the dataset.
+        column: with the pictures.
+    """
+
+    def __init__(self, rows: Any, column: str) -> None:
+        self._rows, self._column = rows, column
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._rows[int(index)][self._column]
 
 
 def read_examples(
-    path: str | Path, text: Any = "text", label: str = "label", use: str = "text", **names: str
+    path: str | Path, text: Any = "text", label: str = "label", use: str = "text", **names: Any
 ) -> Examples:
     """Read one split from a file or a folder of images.
 
@@ -155,7 +184,20 @@ def read_dataset(
         rows = rows.select(np.sort(order))
     if len(rows) == 0:
         raise ValueError(f"{place}: holds no examples")
+    if isinstance(rows.features.get(fields.image), datasets.Image) and fields.text not in rows.features:
+        return _read_pictures(rows, fields, place)
     return from_rows(((f"row {i}", row) for i, row in enumerate(rows)), fields, use, place)
+
+
+def _read_pictures(rows: Any, fields: Fields, place: str) -> Examples:
+    """The pictures of a dataset and their classes; a column of booleans is one of two classes."""
+    if fields.label not in rows.features:
+        return Examples("image", Pictures(rows, fields.image))
+    found = list(rows.select_columns(fields.label)[fields.label])
+    if getattr(rows.features[fields.label], "dtype", None) == "bool":
+        found = [int(value) for value in found]
+    labels = [_label(value, fields.label, f"{place}, row {i}") for i, value in enumerate(found)]
+    return Examples("image", Pictures(rows, fields.image), np.asarray(labels, dtype=np.int64))
 
 
 def from_objects(items: Iterable[Any], fields: Fields, use: str, place: str) -> Examples:
@@ -195,7 +237,7 @@ def from_rows(rows: Iterable[tuple[str, Any]], fields: Fields, use: str, place: 
         kind = kind or _kind(row, fields, use)
         inputs.append(_input(row, kind, fields, where))
         if kind == "seq2seq":
-            targets.append(_string(row, fields.target, where, "target"))
+            targets.append(_target(row, fields, where))
         if fields.label in row and kind in ("text", "image"):
             labels.append(_label(row[fields.label], fields.label, where))
     if labels and len(labels) != len(inputs):
@@ -220,10 +262,33 @@ def _input(row: Mapping[str, Any], kind: str, fields: Fields, where: str) -> Any
             raise ValueError(f"{where}: no image field {fields.image!r}")
         image = row[fields.image]
         return image if kind == "image" else (image, _string(row, str(fields.text), where, "text"))
+    if fields.prompt is not None:
+        return _filled(fields.prompt, row, where)
     if isinstance(fields.text, str):
         return _string(row, fields.text, where, "text")
     first, second = fields.text
     return _string(row, first, where, "text"), _string(row, second, where, "text")
+
+
+def _target(row: Mapping[str, Any], fields: Fields, where: str) -> str:
+    if fields.answer is not None:
+        return _filled(fields.answer, row, where)
+    if fields.answers is None:
+        return _string(row, fields.target, where, "target")
+    label = _label(row.get(fields.label), fields.label, where)
+    if not 0 <= label < len(fields.answers):
+        raise ValueError(f"{where}: field {fields.label!r} is {label}, but there are {len(fields.answers)} answers")
+    return fields.answers[label]
+
+
+def _filled(template: str, row: Mapping[str, Any], where: str) -> str:
+    """A template with a row's columns in it."""
+    try:
+        return _whole(template.format_map(row), template, where)
+    except KeyError as error:
+        raise ValueError(f"{where}: no field {error.args[0]!r}, which {template!r} asks for") from None
+    except (ValueError, IndexError, TypeError, AttributeError) as error:
+        raise ValueError(f"{where}: {template!r} cannot be filled in ({reason(error)})") from None
 
 
 def _string(row: Mapping[str, Any], field: str, where: str, what: str) -> str:

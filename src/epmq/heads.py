@@ -1,6 +1,7 @@
 """Task heads that sit on a shared backbone: pool the last hidden state, normalise it, apply one linear map.
 
-This is the form of CLIP's zero-shot head, of a class-mean head and of a linear probe. A head is one small
+This is the form of a class-mean head and of a linear probe; with the backbone's own pooled output and a projection
+before the norm it is that of CLIP's zero-shot head. A head is one small
 safetensors file beside the expert's weights (`head.safetensors`); it is never merged and never quantized.
 """
 
@@ -20,6 +21,8 @@ from epmq.writing import save_tensors
 
 HEAD_FILE = "head.safetensors"
 POOLINGS = ("cls", "mean", "cls_mean")
+# … or the pooled output that a backbone gives itself, such as CLIP's.
+POOLER = "pooler"
 
 
 def pool(hidden: Tensor, mask: Tensor | None, pooling: str) -> Tensor:
@@ -53,9 +56,10 @@ class Head:
     Attributes:
         weight: [classes, features], float32.
         bias: [classes], float32.
-        pooling: one of `POOLINGS`.
+        pooling: one of `POOLINGS`, or `pooler`, the pooled output that the backbone gives itself.
         normalize: divide the pooled features by their Euclidean norm first.
         labels: names of the classes, in the order of the rows of `weight`; may be empty.
+        projection: [features, pooled] float32, applied to the pooled features before they are normalised; or None.
     """
 
     weight: Tensor
@@ -63,15 +67,30 @@ class Head:
     pooling: str = "cls"
     normalize: bool = True
     labels: list[str] = field(default_factory=list)
+    projection: Tensor | None = None
+
+    def read(self, outputs: Any, mask: Tensor | None) -> Tensor:
+        """Features, as `features` gives them, from a backbone's outputs: `pooler` takes its pooled output."""
+        if self.pooling == POOLER:
+            return self._project(outputs.pooler_output)
+        return self.features(outputs.last_hidden_state, mask)
 
     def features(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
         """Pooled (and normalised) features in float32, [batch, features]; arguments as in `pool`."""
-        rows = pool(hidden, mask, self.pooling).float()
+        return self._project(pool(hidden, mask, self.pooling))
+
+    def _project(self, pooled: Tensor) -> Tensor:
+        rows = pooled.float()
+        if self.projection is not None:
+            rows = rows @ self.projection.to(rows.device).T
         return torch.nn.functional.normalize(rows, dim=-1) if self.normalize else rows
 
     def logits(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
         """Class scores, [batch, classes] float32; arguments as in `pool`."""
-        features = self.features(hidden, mask)
+        return self.scores(self.features(hidden, mask))
+
+    def scores(self, features: Tensor) -> Tensor:
+        """Class scores of features, [batch, classes] float32."""
         return features @ self.weight.to(features.device).T + self.bias.to(features.device)
 
 
@@ -80,6 +99,8 @@ def save_head(head: Head, path: str | Path) -> None:
     # One entry: safetensors writes several in an order that changes from run to run.
     metadata = {"head": json.dumps({"pooling": head.pooling, "normalize": head.normalize, "labels": head.labels})}
     tensors = {"weight": head.weight.float().contiguous(), "bias": head.bias.float().contiguous()}
+    if head.projection is not None:
+        tensors["projection"] = head.projection.float().contiguous()
     save_tensors(tensors, Path(path), metadata)
 
 
@@ -131,9 +152,12 @@ def load_head(path: str | Path) -> Head:
         raise ValueError(
             f"{path}: weight {list(weight.shape)} and bias {list(bias.shape)} must be [classes, features] and [classes]"
         )
+    projection = tensors["projection"].float() if "projection" in tensors else None
+    if projection is not None and (projection.ndim != 2 or len(projection) != weight.shape[1]):
+        raise ValueError(f"{path}: projection {list(projection.shape)} must be [{weight.shape[1]}, pooled features]")
     pooling = settings.get("pooling", "cls")
-    if pooling not in POOLINGS:
-        raise ValueError(f"{path}: pooling {pooling!r} is not one of {', '.join(POOLINGS)}")
+    if pooling not in (*POOLINGS, POOLER):
+        raise ValueError(f"{path}: pooling {pooling!r} is not one of {', '.join((*POOLINGS, POOLER))}")
     normalize, labels = settings.get("normalize", True), settings.get("labels", [])
     if not isinstance(normalize, bool):
         raise ValueError(f"{path}: normalize must be true or false, found {normalize!r:.100}")
@@ -141,4 +165,4 @@ def load_head(path: str | Path) -> Head:
         raise ValueError(f"{path}: labels must be a list of names, found {labels!r:.100}")
     if labels and len(labels) != len(weight):
         raise ValueError(f"{path}: {len(labels)} labels for {len(weight)} classes")
-    return Head(weight=weight, bias=bias, pooling=pooling, normalize=normalize, labels=labels)
+    return Head(weight, bias, pooling, normalize, labels, projection)

@@ -76,6 +76,7 @@ def ties(
     *,
     scaling: float = 1.0,
     density: float = 0.2,
+    agreed: str = "mean",
     thresholds: Sequence[float] | None = None,
 ) -> Tensor:
     """TIES-Merging: trim each task vector, elect a sign, average what agrees (Yadav et al., arXiv 2306.01708).
@@ -85,6 +86,8 @@ def ties(
         experts: K tensors [*shape].
         scaling: factor on the merged task vector.
         density: share of entries that survive the trim, by magnitude, 0 to 1.
+        agreed: `mean` of the entries that have the elected sign, or their `sum`, as in AdaMerging's and FusionBench's
+            tables (with a `scaling` of 0.3).
         thresholds: K magnitudes; entries below them are trimmed. A whole-model trim passes them in; None trims
             each tensor by itself to `density`.
     """
@@ -95,7 +98,7 @@ def ties(
 
     def add(base: Tensor, experts: Sequence[Tensor]) -> Tensor:
         tau = [hardshrink(expert.sub_(base), cut) for expert, cut in zip(experts, cuts, strict=True)]
-        return disjoint_mean(tau).mul_(scaling).add_(base)
+        return _agreement(tau, agreed).mul_(scaling).add_(base)
 
     return _by_pieces(add, base, experts)
 
@@ -148,16 +151,22 @@ def disjoint_mean(tau: Sequence[Tensor]) -> Tensor:
     Returns:
         [*shape] float32.
     """
+    return _agreement(tau, "mean")
+
+
+def _agreement(tau: Sequence[Tensor], agreed: str) -> Tensor:
+    """Mean or sum, an entry at a time, of the task vectors whose sign is the elected one; see `disjoint_mean`."""
     total = tau[0].clone()
     for vector in tau[1:]:
         total.add_(vector)
     elected = total.ge_(0).mul_(2).sub_(1)  # 1 or -1
-    agreed, votes = torch.zeros_like(elected), torch.zeros_like(elected)
+    same, votes = torch.zeros_like(elected), torch.zeros_like(elected)
     for vector in tau:
         share = (vector * elected).clamp_(min=0)
-        agreed.add_(share)
+        same.add_(share)
         votes.add_(share.gt_(0))
-    return agreed.mul_(elected).div_(votes.clamp_(min=1))
+    same.mul_(elected)
+    return same if agreed == "sum" else same.div_(votes.clamp_(min=1))
 
 
 def magnitude_threshold(pairs: Callable[[], Iterable[Pair]], density: float) -> float:

@@ -132,7 +132,7 @@ class MultiTaskModel(nn.Module):
         head = self.head(task)
         if isinstance(head, NativeHead):
             return head(**inputs)
-        return head.logits(self.backbone(**inputs).last_hidden_state, inputs.get("attention_mask"))
+        return head.scores(head.read(self.backbone(**inputs), inputs.get("attention_mask")))
 
     def labels(self, task: str) -> list[str]:
         """Names of a task's classes, in the order of the scores; empty if they were not recorded."""

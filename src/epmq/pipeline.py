@@ -18,7 +18,7 @@ from epmq.answers import Fit
 from epmq.batches import encode, load_processor, split_first, to_device
 from epmq.blocks import find_stacks
 from epmq.data import Examples
-from epmq.evaluate import METRICS, metric_of
+from epmq.evaluate import SHARES, metric_of, scorer_of
 from epmq.grid import QuantizedTensor
 from epmq.heads import Head
 from epmq.multitask import MultiTaskModel, NativeHead, load, load_any_head
@@ -121,10 +121,11 @@ def run(
 
 
 def score_report(evaluation: dict[str, Examples], scores: dict[str, float]) -> dict[str, Any]:
-    """Scores as the report holds them: one metric with its mean, or without a mean where tasks differ in it."""
+    """Scores as the report holds them: one metric with its mean; without a mean where some are no shares of 1."""
     metrics = {task: metric_of(evaluation[task]) for task in scores}
     if len(set(metrics.values())) > 1:
-        return {"metric": metrics, "scores": scores, "mean_score": None}
+        mean = sum(scores.values()) / len(scores) if set(metrics.values()) <= set(SHARES) else None
+        return {"metric": metrics, "scores": scores, "mean_score": mean}
     metric = next(iter(metrics.values()))
     return {"metric": metric, "scores": scores, "mean_score": sum(scores.values()) / len(scores)}
 
@@ -228,10 +229,10 @@ def inputs_of(job: Job, calibration: list[Calibration]) -> dict[str, Any]:
 def evaluate_model(
     model: MultiTaskModel, evaluation: dict[str, Examples], recipe: Recipe, bar: Progress
 ) -> dict[str, float]:
-    """The score of every task, in the metric of its kind of examples (`epmq.evaluate.METRICS`)."""
+    """The score of every task, in its metric (`epmq.evaluate.METRICS`)."""
     row = bar.add_task("evaluate", total=sum(len(examples) for examples in evaluation.values()))
     return {
-        task: METRICS[examples.kind](
+        task: scorer_of(examples)(
             model, task, examples, recipe.batch_size, recipe.max_length, lambda n: bar.advance(row, n)
         )
         for task, examples in evaluation.items()

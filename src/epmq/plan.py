@@ -93,7 +93,17 @@ def dry_run(
     start = clock(place)
     with bars(progress) as bar:
         job = prepare(recipe, bar, calibration=calibration)
-    opening, sources = clock(place) - start, job.sources
+    return plan_of(job, clock(place) - start)
+
+
+def plan_of(job: Job, opening: float) -> Plan:
+    """The plan of a recipe whose parts are open.
+
+    Args:
+        job: the parts.
+        opening: seconds that opening and checking them takes.
+    """
+    place, sources = device(job.recipe), job.sources
     layers = list(block_linears(sources.model)) if job.recipe.quantize.method != "none" else []
     tried = _try(job) if job.recipe.quantize.calibrates else None
     rates = measure_rates(sources, place)

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.progress import Progress
 from torch import nn
 
 from epmq.batches import encode, load_processor, pack
 from epmq.blocks import block_linears
-from epmq.data import Examples, Fields, from_objects
+from epmq.data import Examples, Fields, Pictures, from_objects
 from epmq.evaluate import metric_of
 from epmq.export import FORMATS
 from epmq.heads import HEAD_FILE, load_head
@@ -151,9 +152,13 @@ def examples_of(sources: Sources, expert: Expert, processor: Any, field: str, ob
             examples = pack(examples, processor, recipe.max_length, count, recipe.seed)
         elif examples.kind != "batches":
             examples = examples.draw(count, recipe.seed)
-        for batch in encode(examples, processor, recipe.batch_size, recipe.max_length):
+        tried = examples
+        if isinstance(examples.inputs, Pictures):  # a large test set is read once, when it is scored
+            tried = examples.take(np.arange(min(len(examples), recipe.batch_size)))
+        for batch in encode(tried, processor, recipe.batch_size, recipe.max_length):
             check_tokens(sources, batch)
         if field == "evaluation":
+            examples = replace(examples, metric=data.metric if data else None)
             check_scored(sources, examples, data)
     except (ValueError, FileNotFoundError) as error:
         raise type(error)(f"{place}: {error}") from None
@@ -202,7 +207,8 @@ def check_head(sources: Sources, expert: Expert, evaluation: Examples | None) ->
             raise ValueError(f"{place}: evaluation needs a head, and neither {HEAD_FILE} nor a task head is there")
         return
     head = load_head(file)
-    features, width = head.weight.shape[1], getattr(sources.model.config, "hidden_size", None)
+    taken = head.weight if head.projection is None else head.projection
+    features, width = taken.shape[1], getattr(sources.model.config, "hidden_size", None)
     if width is not None and features != width * (2 if head.pooling == "cls_mean" else 1):
         raise ValueError(f"{place}: {file} takes {features} features, but the model's hidden size is {width}")
     labels = None if evaluation is None else evaluation.labels

@@ -78,7 +78,9 @@ def shown_scores(report: dict[str, Any], name: str = "mean") -> dict[str, str]:
 
     scores, metric = report.get("scores") or {}, report.get("metric")
     if isinstance(metric, dict):
-        return {task: f"{show_score(metric[task], score)} {metric[task]}" for task, score in scores.items()}
+        shown = {task: f"{show_score(metric[task], score)} {metric[task]}" for task, score in scores.items()}
+        mean = report.get("mean_score")
+        return shown if mean is None else {**shown, name: f"{100 * mean:.1f}"}
     shown = {task: show_score(str(metric), score) for task, score in scores.items()}
     return {**shown, name: show_score(str(metric), report["mean_score"])} if scores else {}
 

@@ -57,11 +57,11 @@ GUIDED_DEFAULTS = "the default depends on the method"
 ANCHOR_DEFAULTS = "expert_guided: by default {} where all experts have heads that follow, else as in e_pmq"
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class Data(_Strict):
+class Data(Strict):
     """Examples of one task: a file or folder (`path`), or something that the datasets library opens (`dataset`)."""
 
     path: str | None = Field(
@@ -76,6 +76,18 @@ class Data(_Strict):
     label: str = Field("label", description="name of the label column (a class index)")
     image: str = Field("image", description="name of the image column (a path beside the file, or a picture)")
     messages: str = Field("messages", description="name of the column with chat messages")
+    prompt: str | None = Field(
+        None, description="a text made of columns, such as 'Is \"{sentence}\" good English?', in place of a text column"
+    )
+    answer: str | None = Field(
+        None, description="a target made of columns, such as '{label:.1f}', in place of a target column"
+    )
+    answers: list[str] | None = Field(
+        None, min_length=2, description="a target for each class index in the label column, in place of a target column"
+    )
+    metric: Literal["accuracy", "exact_match", "spearman", "log_perplexity"] | None = Field(
+        None, description="how evaluation examples are scored; by default as their kind is"
+    )
     pack: bool = Field(
         True, description="language models: put texts end to end and cut windows; if false, cut each text for itself"
     )
@@ -89,12 +101,15 @@ class Data(_Strict):
                 raise ValueError(f"{field}: only a dataset has one; a path is one split")
         if isinstance(self.text, list) and len(self.text) != 2:
             raise ValueError("text: one column, or two for pairs")
+        if self.answer is not None and self.answers is not None:
+            raise ValueError("answer, answers: only one of them")
         return self
 
     @property
     def fields(self) -> Fields:
         text = self.text if isinstance(self.text, str) else (self.text[0], self.text[1])
-        return Fields(text, self.label, self.target, self.image, self.messages)
+        answers = None if self.answers is None else tuple(self.answers)
+        return Fields(text, self.label, self.target, self.image, self.messages, self.prompt, self.answer, answers)
 
     def read(self, use: str, count: int | None, seed: int) -> Examples:
         """The examples; see `epmq.data.read_examples` and `read_dataset` for arguments and errors."""
@@ -104,7 +119,7 @@ class Data(_Strict):
         return read_examples(self.path, use=use, **asdict(self.fields))
 
 
-class Expert(_Strict):
+class Expert(Strict):
     """One fine-tune of the base."""
 
     name: str = Field(pattern=r"^[\w.-]+$", description="name of its task")
@@ -118,7 +133,7 @@ class Expert(_Strict):
     evaluation: Data | None = Field(None, description="labelled examples to evaluate on")
 
 
-class Merge(_Strict):
+class Merge(Strict):
     """How the experts become one model."""
 
     method: Literal["average", "task_arithmetic", "ties", "dare"] = "task_arithmetic"
@@ -128,6 +143,9 @@ class Merge(_Strict):
     weights: list[float] | None = Field(None, description="average: weight of each expert")
     density: float | None = Field(
         None, gt=0, le=1, description="ties: share that survives the trim (0.2); dare: share that is kept (0.5)"
+    )
+    agreed: Literal["mean", "sum"] = Field(
+        "mean", description="ties: the mean of the entries that have the elected sign, or their sum"
     )
     trim: Literal["model", "tensor"] = Field("model", description="ties: trim over the whole model or tensor by tensor")
     combine: Literal["task_arithmetic", "ties"] = Field("task_arithmetic", description="dare: what follows the drop")
@@ -144,6 +162,7 @@ class Merge(_Strict):
             "scaling": self.scaling is not None and self.method == "average",
             "weights": self.weights is not None and self.method != "average",
             "density": self.density is not None and self.method not in ("ties", "dare"),
+            "agreed": self.agreed != "mean" and self.method != "ties",
         }
         for field, wrong in unused.items():
             if wrong:
@@ -157,13 +176,13 @@ class Merge(_Strict):
         default = 1.0 if self.method == "ties" else 0.3
         settings: dict[str, Any] = {"scaling": default if self.scaling is None else self.scaling}
         if self.method == "ties":
-            settings["density"] = self.density or 0.2
+            settings |= {"density": self.density or 0.2, "agreed": self.agreed}
         if self.method == "dare":
             settings |= {"density": self.density or 0.5, "combine": self.combine}
         return settings
 
 
-class Quantize(_Strict):
+class Quantize(Strict):
     """How the merged model becomes a low-bit one."""
 
     method: Literal["none", "rtn", "gptq", "e_pmq", "expert_guided"] = Field(
@@ -267,7 +286,7 @@ class Quantize(_Strict):
         return self.guided or self.method == "gptq"
 
 
-class Recipe(_Strict):
+class Recipe(Strict):
     """One run: K experts in, one checkpoint out."""
 
     base: str = Field(description="the model that all experts were fine-tuned from: Hugging Face directory or Hub id")
@@ -373,11 +392,11 @@ def load_recipe(source: str | Path | dict[str, Any] | Recipe) -> Recipe:
     try:
         recipe = Recipe.model_validate(source)
     except ValidationError as error:
-        raise ValueError(f"{title}: " + "; ".join(_explain(e) for e in error.errors())) from None
+        raise ValueError(f"{title}: " + "; ".join(explain(e) for e in error.errors())) from None
     return recipe if folder is None else _anchor_paths(recipe, folder)
 
 
-def _explain(error: Any) -> str:
+def explain(error: Any) -> str:
     field = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         return f"unknown field {field!r}"
