@@ -66,6 +66,8 @@ def test_a_table_of_clip_models(hub, tmp_path):
     assert reports == set(ours) - {"base", "experts"} and not (tmp_path / "out" / "checkpoints").exists()
     followed = json.loads((tmp_path / "out" / "reports" / "task_arithmetic-gptq+heads-4.json").read_text())
     assert set(followed["heads"]) == set(content["tasks"])
+    shown = (tmp_path / "out" / "report.html").read_text()
+    assert "73.6 %" in shown and "gptq+heads" in shown and "Size against score" in shown and "gap recovered" in shown
     text = (tmp_path / "out" / "table.md").read_text()
     for shown in (text, printed):
         assert "73.6" in shown and "34 %" in shown and "expert_guided" in shown and "svhn" in shown

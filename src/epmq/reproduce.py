@@ -7,12 +7,14 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from epmq.demo.fetch import cache_dir
+from epmq.page import Scores, page, run_of
 from epmq.pipeline import evaluate_experts, run
-from epmq.report import hardware, now, versions
+from epmq.report import PAGE, hardware, now, versions
 from epmq.results import markdown, row_result, with_published
 from epmq.spec import Recipe
 from epmq.tables import Row, Table, base_of, load_table, recipe_of
@@ -44,7 +46,7 @@ def reproduce(
 
     Args:
         name: of a table that comes with epmq, or a YAML file.
-        output: a folder: `table.json` and `table.md` after every row, and each run's report in `reports/`.
+        output: a folder: `table.json`, `table.md` and `report.html` after every row, each run's report in `reports/`.
         limit: at most so many examples a task, to calibrate on and to score.
         resume: go on in an output that is there: finished rows stay, a row that was stopped goes on from its blocks.
         hub: a folder with models as `owner/name` and data sets as `datasets/owner/name`; what is not there is fetched.
@@ -171,7 +173,26 @@ def _write_results(
     }
     _write(output / RESULTS, content)
     write_whole(output / MARKDOWN, markdown(content).encode())
+    _write_page(table, output, content["rows"])
     return content
+
+
+def _write_page(table: Table, output: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """The finished rows as a page, if there are any that have a report."""
+    runs, experts = [], None
+    for entry in rows:
+        file = output / REPORTS / f"{entry['row']}.json"
+        if entry["method"] == "experts" and "mean" in entry:
+            scores = {task: score / 100 for task, score in entry["scores"].items()}
+            experts = Scores(scores, entry["mean"] / 100)
+        elif file.exists():
+            report = json.loads(file.read_text(encoding="utf-8"))
+            names = {"name": entry["row"], "merge": entry["merge"], "method": entry["method"]}
+            runs.append(replace(run_of(report), **names))
+    if runs:
+        published = {(figure.merge or "", figure.method, figure.bits): figure.mean / 100 for figure in table.published}
+        text = page(runs, experts=experts, published=published, title=table.title)
+        write_whole(output / PAGE, text.encode())
 
 
 def _write(file: Path, content: Any) -> None:
