@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 DAMPING, BITS, GROUP, BATCH = 0.01, 4, 128, 16
+# GPTQModel takes one sequence at a time by default; batches of 16 made it several times slower.
+SINGLE = 1
 
 
 def llmcompressor(model: str, ids: torch.Tensor, out: Path) -> None:
@@ -44,7 +46,7 @@ def gptqmodel(model: str, ids: torch.Tensor, out: Path) -> None:
     config = QuantizeConfig(bits=BITS, group_size=GROUP, damp_percent=DAMPING, device="cpu")
     loaded = GPTQModel.load(model, config)
     rows = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in ids]
-    loaded.quantize(rows, batch_size=BATCH)
+    loaded.quantize(rows, batch_size=SINGLE)
     loaded.save(str(out))
 
 
