@@ -29,10 +29,10 @@ CHOSEN_ON = {"vision8": "text8", "text8": "vision8", "text8lora": "vision8", "ca
 GRID = {"bits": 4, "group_size": -1, "symmetric": True}
 
 
-def chosen(suite: Any) -> dict[str, Any]:
+def chosen(name: str) -> dict[str, Any]:
     """The settings that the rule takes for a suite from another one's validation file."""
-    choice = json.loads((RESULTS / f"choice-{CHOSEN_ON[suite.NAME]}.json").read_text())
-    return best([choice], not is_language(suite))
+    choice = json.loads((RESULTS / f"choice-{CHOSEN_ON[name]}.json").read_text())
+    return best([choice], not is_language(importlib.import_module(f"benchmarks.suites.{name}")))
 
 
 def main() -> None:
@@ -46,7 +46,7 @@ def main() -> None:
     for name in arguments.suites:
         other = CHOSEN_ON[name]
         suite = importlib.import_module(f"benchmarks.suites.{name}")
-        row: dict[str, Any] = {"suite": name, "chosen_on": other, "settings": chosen(suite), "samples": SAMPLES[name]}
+        row: dict[str, Any] = {"suite": name, "chosen_on": other, "settings": chosen(name), "samples": SAMPLES[name]}
         if any(row.items() <= old.items() for old in read_rows(PATH)) or row["settings"] == default(suite):
             continue
         quantize = {"method": "expert_guided", **GRID, **row["settings"]}

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.ablation import STEPS
-from benchmarks.crossed import CHOSEN_ON
+from benchmarks.crossed import CHOSEN_ON, chosen
 from benchmarks.growth import EXPECTED, GROWN, exponent, grown
 from epmq.evaluate import gap_recovered
 
@@ -156,8 +156,10 @@ def crossed_table(rows: list[dict[str, Any]]) -> str:
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for suite, other in CHOSEN_ON.items():
         ours, gptq, experts = suite_rows(suite, "expert_guided")
-        row = next((row for row in rows if row["suite"] == suite), ours)
-        settings = row["settings"]
+        settings = chosen(suite)
+        row = next((row for row in [ours, *rows] if row["suite"] == suite and row["settings"] == settings), None)
+        if row is None:  # chosen otherwise than the default, and not measured
+            continue
         shown = [suite, other, f"{settings['anchor_strength']:g}, {settings['anchor_scale']:g}"]
         shown += [f"{settings['expert_features']:g}", score(row, row["mean"])]
         shown += [percent(gap_recovered(found["mean"], gptq, experts), 0) for found in (row, ours)]
