@@ -14,6 +14,7 @@ from typing import Any
 from benchmarks.ablation import STEPS
 from benchmarks.crossed import CHOSEN_ON, chosen
 from benchmarks.growth import EXPECTED, GROWN, exponent, grown
+from benchmarks.whole_run import OWN
 from epmq.evaluate import gap_recovered
 
 SUITES = ("vision8", "text8", "text8lora", "causal3", "seq2seq")
@@ -180,6 +181,15 @@ def limits_table(rows: list[dict[str, Any]]) -> str:
     return "\n".join([*lines, "", measured(rows)])
 
 
+def codes_table(found: dict[str, Any]) -> str:
+    """Markdown: grids across, a line a way to better codes."""
+    head = ["loss over that of GPTQ with searched scales", *(grid(row) for row in found["rows"])]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for way in found["rows"][0]["loss"]:
+        lines.append(f"| {way} | " + " | ".join(f"{row['loss'][way]:.3f}" for row in found["rows"]) + " |")
+    return "\n".join([*lines, "", measured([found])])
+
+
 def solver_table(rows: list[dict[str, Any]]) -> str:
     """Markdown: one line a shape and peer of `benchmarks.solver`."""
     head = ["out × in", "rounds", "ours, s", "over the floor", "peer", "peer, s", "times ours"]
@@ -195,11 +205,21 @@ def solver_table(rows: list[dict[str, Any]]) -> str:
 
 def whole_run_table(results: dict[str, Any]) -> str:
     """Markdown: one line a tool of `benchmarks.whole_run`."""
-    head = ["tool", "s, processor", "over our GPTQ", "s", "peak MB"]
+    head = [
+        "tool",
+        "s, processor",
+        *(f"over our {one}" for one in OWN if f"over {one}" in results["rows"][0]),
+        "s",
+        "peak MB",
+    ]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in results["rows"]:
-        shown = [row["tool"], f"{row['cpu_seconds']:.0f}", f"{row['cpu_ratio']:.2f}×", f"{row['seconds']:.0f}"]
-        lines.append("| " + " | ".join([*shown, f"{row['peak_memory_mb']:.0f}"]) + " |")
+        shown = [
+            row["tool"],
+            f"{row['cpu_seconds']:.0f}",
+            *(f"{row[f'over {one}']:.2f}×" for one in OWN if f"over {one}" in row),
+        ]
+        lines.append("| " + " | ".join([*shown, f"{row['seconds']:.0f}", f"{row['peak_memory_mb']:.0f}"]) + " |")
     return "\n".join([*lines, "", measured([results])])
 
 
@@ -342,6 +362,7 @@ SECTIONS: dict[str, Callable[[Any], str]] = {
     "ablation": ablation_table,
     "limits": limits_table,
     "crossed": crossed_table,
+    "codes": codes_table,
     "solver": solver_table,
     "whole_run": whole_run_table,
     "merging": merging_table,
