@@ -11,8 +11,15 @@ from epmq.export import dequantized, packed
 from epmq.pipeline import run
 
 
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("gptq", "read back, it gives other outputs than the model in memory"),
+        ("rtn", r"read back, encoder\.layer\.1\.output\.dense is not what was quantized"),
+    ],
+)
 @pytest.mark.parametrize("form", [packed, dequantized])
-def test_a_checkpoint_that_reads_otherwise_is_not_published(pool, tmp_path, monkeypatch, form):
+def test_a_checkpoint_that_reads_otherwise_is_not_published(pool, tmp_path, monkeypatch, form, method, message):
     """One layer is written with its rows turned round."""
     tensors = form.tensors
 
@@ -23,10 +30,10 @@ def test_a_checkpoint_that_reads_otherwise_is_not_published(pool, tmp_path, monk
         return found
 
     name = form.__name__.rpartition(".")[2].replace("packed", "pack-quantized")
-    recipe = recipe_for(pool, output=str(tmp_path / "out"), quantize={"method": "gptq"}, format=name)
+    recipe = recipe_for(pool, output=str(tmp_path / "out"), quantize={"method": method}, format=name)
     with monkeypatch.context() as patch:
         patch.setattr(form, "tensors", turned)
-        with pytest.raises(RuntimeError, match="read back, it gives other outputs than the model in memory"):
+        with pytest.raises(RuntimeError, match=message):
             run(recipe, progress=False, evaluate=False)
     assert os.listdir(tmp_path) == [".out.work"]
     report = run(recipe, progress=False, evaluate=False)

@@ -78,6 +78,22 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(pool, tmp_path, monkey
     assert steady(report["layers"]) == steady(whole["layers"]) and report["heads"] == whole["heads"]
 
 
+def test_a_run_that_is_stopped_while_it_is_scored_quantizes_nothing_again(pool, tmp_path, monkeypatch):
+    recipe = recipe_for(pool, output=str(tmp_path / "out"), quantize={"method": "gptq"})
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "evaluate_model", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            pipeline.run(recipe, progress=False)
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(quantize, "_solve", None)  # what solves a layer fails
+    report = pipeline.run(recipe, progress=False)
+    assert report["scores"] and "2 of 2 blocks were finished by a run that was stopped" in report["notes"]
+
+
+def interrupted(*args, **settings):
+    raise KeyboardInterrupt
+
+
 def test_a_stopped_run_says_how_to_go_on(pool, tmp_path, monkeypatch, caplog):
     stop_after(1, monkeypatch)
     with pytest.raises(Stopped):

@@ -31,7 +31,7 @@ from epmq.sources import Sources
 from epmq.spec import Expert, Recipe, load_recipe
 from epmq.spill import Spill
 from epmq.streams import Calibration
-from epmq.verify import check_reloaded
+from epmq.verify import check_reloaded, check_stored
 from epmq.work import Block, Work, hash_batches, hash_file, resumable, sweep
 from epmq.writing import whole_directory, write_json
 
@@ -190,6 +190,8 @@ def write_model(
         sources.notes.append(f"{journal.found} of {blocks} blocks were finished by a run that was stopped")
     quantized, bytes_ = write_quantized(job, work.output, journal)
     write_rest(job, work.output, quantized, fits)
+    if not outputs:
+        check_stored(work.output, journal, sources.model)
     for output in outputs:
         check_reloaded(work.output, calibration[0].batches[0], output)
     heads = {task: {name: getattr(fit, name) for name in FIT} for task, (_, fit) in fits.items()}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from epmq.blocks import as_matrix
 from epmq.checkpoint import Checkpoint
 from epmq.skeleton import (
     build_skeleton,
@@ -22,6 +23,7 @@ from epmq.skeleton import (
     unpacked_weight,
 )
 from epmq.walk import Batch, Walk, first_tensor
+from epmq.work import Block
 
 # Largest difference over largest value that may come of another order of sums.
 TOLERANCE = 1e-3
@@ -45,6 +47,29 @@ def check_reloaded(folder: Path, batch: Batch, wanted: Tensor) -> None:
             f"{folder}: read back, it gives other outputs than the model in memory (off by {off:.2g} of the largest), "
             "so it is not what was quantized; nothing was published"
         )
+
+
+def check_stored(folder: Path, blocks: Iterable[Block], model: nn.Module) -> None:
+    """Check every quantized layer of a checkpoint against its codes, where no data is there to run it on.
+
+    Args:
+        folder: what was written.
+        blocks: of the run, with the codes of their layers.
+        model: has the layers, by the names that they have in the blocks.
+
+    Raises:
+        RuntimeError: a layer is another one, or not finite; it is named.
+    """
+    checkpoint = Checkpoint(folder)
+    quantization = checkpoint.config.pop("quantization_config", None)
+    _, read = _plain(checkpoint, build_skeleton(checkpoint), quantization)
+    for name, weight in ((name, weight) for block in blocks for name, weight in block.layers.items()):
+        found = as_matrix(model.get_submodule(name), read(f"{name}.weight")).float()
+        wanted = weight.dequantize().float()
+        if not torch.isfinite(wanted).all():
+            raise RuntimeError(f"{name}: weights are not finite when quantized; nothing was published")
+        if float((found - wanted).abs().max()) > TOLERANCE * float(wanted.abs().max()):
+            raise RuntimeError(f"{folder}: read back, {name} is not what was quantized; nothing was published")
 
 
 def reloaded_output(folder: Path, batch: Batch) -> Tensor:
