@@ -15,7 +15,7 @@ from epmq.spec import Data, load_recipe
 
 DOCS = Path(__file__).parent.parent / "docs"
 # Pages whose examples are run, one after the other, in one folder and one namespace a page.
-RUN = ("getting-started.md", "choosing.md", "extending.md", "report.md")
+RUN = ("getting-started.md", "choosing.md", "extending.md", "report.md", "recipes.md")
 TASKS = {"sentiment": "one", "topic": "two"}
 
 

@@ -133,3 +133,25 @@ def test_tables_are_listed():
 def test_what_is_nowhere_is_named(hub, tmp_path):
     with pytest.raises(AssertionError, match="something asked the Hub"):
         reproduce("clip-vit-b32-8", tmp_path / "out", hub=tmp_path, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "tasks", "published"),
+    [("clip-vit-l14-20", 20, {"experts": 93.5}), ("flan-t5-base-glue", 8, {"task_arithmetic-gptq-4": 78.26})],
+)
+def test_the_other_tables_run_too(tmp_path, name, tasks, published):
+    table = load_table(name)
+    build(table, tmp_path / "hub")
+    picked = {"merges": ["task_arithmetic"], "methods": ["gptq", "expert_guided"], "bits": [4]}
+    content = reproduce(name, tmp_path / "out", hub=tmp_path / "hub", limit=4, progress=False, **picked)
+    rows = {row["row"]: row for row in content["rows"]}
+    ours = [row for row in rows.values() if "mean" in row]
+    assert len(ours) == 5 and all(len(row["scores"]) == tasks for row in ours)
+    for row in ours:
+        assert row["mean"] == pytest.approx(sum(row["scores"].values()) / tasks, abs=1e-3)
+    assert {row: rows[row]["published_mean"] for row in published} == published
+    metrics = rows["experts"]["metric"]
+    if name.startswith("flan"):
+        assert metrics == {task: "spearman" if task == "stsb" else "exact_match" for task in table.tasks}
+    else:
+        assert metrics == "accuracy"
