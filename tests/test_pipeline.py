@@ -1,4 +1,5 @@
 import copy
+import gc
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import perturbed, recipe_for, tiny_bert, tiny_dinov2
+from greenlet import greenlet
 from safetensors.torch import load_file, save_file
 from transformers import BertModel
 
@@ -562,3 +564,20 @@ def test_what_cannot_be_scored_is_refused_before_any_compute(pool, tmp_path):
     with pytest.raises(ValueError, match="data for 'three', but the recipe has no expert of that name"):
         run(recipe, calibration={"three": chat}, progress=False)
     assert not (tmp_path / "out").exists()
+
+
+def test_nothing_waits_when_a_run_has_ended(pool, tmp_path, monkeypatch):
+    """A greenlet that waits is never collected, and with it a model and its activations."""
+
+    def waiting() -> int:
+        gc.collect()
+        return sum(type(thing) is greenlet and bool(thing) for thing in gc.get_objects())
+
+    before = waiting()
+    run(recipe_for(pool, output=str(tmp_path / "one")), progress=False, evaluate=False)
+    assert waiting() == before
+    with monkeypatch.context() as patch:
+        patch.setattr("epmq.quantize.no_worse", None)  # the first layer that is solved fails
+        with pytest.raises(TypeError):
+            run(recipe_for(pool, output=str(tmp_path / "two")), progress=False, evaluate=False)
+    assert waiting() == before

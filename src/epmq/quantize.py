@@ -6,7 +6,7 @@ import ctypes
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -157,34 +157,37 @@ def quantize_calibrated(
         ValueError: a layer saw no data or not finite data, or its Hessian cannot be factored; it is named.
     """
     streams = expert_streams(sources, calibration, device, spill)
-    batches = [batch for part in calibration for batch in part.batches]
-    apart, aimed = bool(streams and sources.recipe.quantize.expert_stream), False
-    heads = Followers(sources, calibration, streams) if sources.recipe.quantize.adapt_heads else None
-    walk = Walk(sources.model, batches, heads.conclude if heads else None, spill)
-    for number, step in enumerate(walk):
-        if done is not None and number < done.found:
-            reports = _repeat(sources, step, done[number], streams, device, keep)
+    with ExitStack() as stack:  # what waits in an expert's forward would never be freed
+        for stream in streams.values():
+            stack.callback(stream.close)
+        batches = [batch for part in calibration for batch in part.batches]
+        apart, aimed = bool(streams and sources.recipe.quantize.expert_stream), False
+        heads = Followers(sources, calibration, streams) if sources.recipe.quantize.adapt_heads else None
+        walk = Walk(sources.model, batches, heads.conclude if heads else None, spill)
+        for number, step in enumerate(walk):
+            if done is not None and number < done.found:
+                reports = _repeat(sources, step, done[number], streams, device, keep)
+                aimed |= any(report.aims for report in reports)
+                yield reports
+                continue
+            load_block(sources.model, sources.block_names(step.name), sources.merged, device)
+            with naming(step.name):
+                aims = find_aims(step, apart)
+            reports = _quantize_block(sources, step, aims, calibration, streams, emit_layer)
             aimed |= any(report.aims for report in reports)
+            quantized = {f"{report.name}.weight" for report in reports}
+            for name, tensor in step.block.state_dict(prefix=f"{step.name}.").items():
+                if name in sources.names and name not in quantized:
+                    emit(name, tensor.to(sources.stored_dtype(name) or tensor.dtype))
+            step.finish()
+            if not keep:
+                drop_tensors(step.block)
             yield reports
-            continue
-        load_block(sources.model, sources.block_names(step.name), sources.merged, device)
-        with naming(step.name):
-            aims = find_aims(step, apart)
-        reports = _quantize_block(sources, step, aims, calibration, streams, emit_layer)
-        aimed |= any(report.aims for report in reports)
-        quantized = {f"{report.name}.weight" for report in reports}
-        for name, tensor in step.block.state_dict(prefix=f"{step.name}.").items():
-            if name in sources.names and name not in quantized:
-                emit(name, tensor.to(sources.stored_dtype(name) or tensor.dtype))
-        step.finish()
-        if not keep:
-            drop_tensors(step.block)
-        yield reports
-    emit_output(first_tensor(walk.stacks[-1].outputs[0]))
-    for task, head, found in heads.fits() if heads else ():
-        emit_head(task, head, found)
-    if apart and not aimed:
-        sources.notes.append("no layer adds to the residual stream directly: expert_stream changed no target")
+        emit_output(first_tensor(walk.stacks[-1].outputs[0]))
+        for task, head, found in heads.fits() if heads else ():
+            emit_head(task, head, found)
+        if apart and not aimed:
+            sources.notes.append("no layer adds to the residual stream directly: expert_stream changed no target")
 
 
 def _repeat(

@@ -72,7 +72,7 @@ class ExpertStream:
         sources.tie(self.model)
         self._calibration, self._scores = calibration, list[Tensor]()
         self._spill = spill or Spill()
-        self._steps = iter(Walk(self.model, calibration.batches, self._conclude, spill))
+        self._steps = Walk(self.model, calibration.batches, self._conclude, spill).__iter__()
         self.step: Step | None = None
         self._seen: list[dict[Place, list[list[Tensor]]]] = []
 
@@ -114,6 +114,10 @@ class ExpertStream:
     def advance(self) -> None:
         """End the block."""
         self.step, self._seen = None, []
+
+    def close(self) -> None:
+        """Let go of the batches that wait in the expert's forward; it runs no further."""
+        self._steps.close()
 
     def scores(self) -> Tensor:
         """What the expert's head says to all its batches, once, after the last block: [examples, classes].

@@ -9,7 +9,7 @@ differs from block to block) is exactly what the model passes, and no architectu
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -79,7 +79,7 @@ class Walk:
         self._passed: list[int] = []
         self._forwards: list[greenlet] = []
 
-    def __iter__(self) -> Iterator[Step]:
+    def __iter__(self) -> Generator[Step, None, None]:
         count = len(self.batches)
         self._passed, self._arguments = [0] * count, [{} for _ in self.batches]
         for stack in self.stacks:
