@@ -181,6 +181,19 @@ def limits_table(rows: list[dict[str, Any]]) -> str:
     return "\n".join([*lines, "", measured(rows)])
 
 
+def reproduce_table(found: dict[str, Any]) -> str:
+    """Markdown: one line a row of a published table that was run at full size."""
+    lines = ["| row | s | phases | peak MB | MB |", "|" + 5 * "---|"]
+    for row in found["rows"]:
+        phases = ", ".join(f"{phase} {seconds:.0f}" for phase, seconds in row["seconds"].items())
+        peak = "–" if row["peak_memory_mb"] is None else f"{row['peak_memory_mb']:.0f}"
+        size = "–" if row["bytes"] is None else f"{row['bytes'] / 1e6:.0f}"
+        lines.append(f"| {row['row']} | {sum(row['seconds'].values()):.0f} | {phases} | {peak} | {size} |")
+    whole = f"{found['name']}, at most {found['limit']} examples a task: {found['seconds'] / 60:.1f} minutes in all"
+    told = f"{whole}, {found['cpu_seconds'] / 60:.1f} of processor time, {found['peak_memory_mb']:.0f} MB at most."
+    return "\n".join([*lines, "", told, "", measured([found])])
+
+
 def codes_table(found: dict[str, Any]) -> str:
     """Markdown: grids across, a line a way to better codes."""
     head = ["loss over that of GPTQ with searched scales", *(grid(row) for row in found["rows"])]
@@ -363,6 +376,7 @@ SECTIONS: dict[str, Callable[[Any], str]] = {
     "limits": limits_table,
     "crossed": crossed_table,
     "codes": codes_table,
+    "reproduce": reproduce_table,
     "solver": solver_table,
     "whole_run": whole_run_table,
     "merging": merging_table,
