@@ -54,7 +54,15 @@ TINY: dict[str, dict[str, Any]] = {
         "num_decoder_layers": 2,
         "num_heads": 4,
     },
-    "LlamaForCausalLM": {**_TEXT, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 512},
+    "LlamaForCausalLM": {
+        **_TEXT,
+        "hidden_size": 128,
+        "intermediate_size": 128,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+    },
 }
 # Standard deviation of random weights, at tiny sizes such that examples differ in what a model makes of them, and that
 # of what sets an expert apart from the base, over it.
@@ -91,6 +99,8 @@ def build(table: Table, hub: Path, *, tiny: bool = True, rows: int = 12) -> None
         for split in {task.calibration, task.evaluation} - {None}:
             place = hub / DATASETS / str(task.data.dataset)
             _write_split(place, task, str(split), rows, seeds, teacher and teacher.of(name))
+        for lm_task, scored in (task.lm_eval or {}).items():
+            _write_scored(hub / DATASETS / scored.dataset, lm_task, rows, seeds)
 
 
 class Teacher:
@@ -255,19 +265,25 @@ def _write_split(
 ) -> None:
     """One split of a data set: parquet files, or for pictures named after their endings a webdataset."""
     import datasets
-    from pyarrow import parquet
 
     subset = task.data.subset
     if task.data.image == "jpg":
         _write_archive(folder / split / "0.tar", task, rows, random, answer)
         return
+    features, content = _columns(task, rows, random, answer)
+    _write_rows(folder, subset, split, datasets.Dataset.from_dict(content, features=features))
+
+
+def _write_rows(folder: Path, subset: str | None, split: str, rows: Any) -> None:
+    """One split as parquet; the card of a data set with configurations says which files are whose."""
+    from pyarrow import parquet
+
     place = folder / (subset or "data")
     file = place / f"{split}-00000-of-00001.parquet"
     if file.exists():
         return
     place.mkdir(parents=True, exist_ok=True)
-    features, content = _columns(task, rows, random, answer)
-    parquet.write_table(datasets.Dataset.from_dict(content, features=features).with_format("arrow")[:], file)
+    parquet.write_table(rows.with_format("arrow")[:], file)
     if subset:
         listed = {found.name for found in folder.iterdir() if found.is_dir()}
         configs = [
@@ -281,6 +297,39 @@ def _write_split(
             for name in sorted(listed)
         ]
         (folder / "README.md").write_text(f"---\nconfigs: {json.dumps(configs)}\n---\n")
+
+
+def _write_scored(folder: Path, lm_task: str, rows: int, random: np.random.Generator) -> None:
+    """The data of one of lm-eval's tasks: the columns that its definition reads."""
+    import datasets
+
+    kind, _, language = lm_task.rpartition("_")
+    letters = ["A", "B", "C", "D"]
+
+    def row(number: int) -> dict[str, Any]:
+        said = {name: _sentence(random) for name in ("question", "instruction", "ctx_a", "ctx_b", "activity_label")}
+        options = {f"option_{letter.lower()}": _sentence(random) for letter in letters}
+        picked = {"id": str(number), "answer": str(random.choice(letters))}
+        if kind == "m_mmlu":
+            return {"instruction": said["instruction"], **options, **picked}
+        if kind == "arc":
+            return {"instruction": said["instruction"], **options, "option_e": None, **picked}
+        if kind == "hellaswag":
+            asked = {name: said[name] for name in ("ctx_a", "ctx_b", "activity_label")}
+            return {**asked, "endings": list(options.values()), "label": str(random.integers(0, 4))}
+        if kind == "gsm8k":
+            return {"question": said["question"], "answer": f"{_sentence(random)}\n#### {random.integers(0, 100)}"}
+        ways = ["punctuation:no_comma", "change_case:english_lowercase"]
+        return {
+            "key": number,
+            "prompt": said["question"],
+            "instruction_id_list": ways,
+            "kwargs": [{"prompt_to_repeat": ""}] * 2,
+        }
+
+    subset = {"gsm8k": "main", "": None}.get(kind, language)
+    for split in {"gsm8k": ["train", "test"], "hellaswag": ["val"], "": ["train"]}.get(kind, ["train", "val", "test"]):
+        _write_rows(folder, subset, split, datasets.Dataset.from_list([row(number) for number in range(rows)]))
 
 
 def _columns(

@@ -155,3 +155,20 @@ def test_the_other_tables_run_too(tmp_path, name, tasks, published):
         assert metrics == {task: "spearman" if task == "stsb" else "exact_match" for task in table.tasks}
     else:
         assert metrics == "accuracy"
+
+
+def test_a_table_that_lm_eval_scores(tmp_path):
+    table = load_table("llama-mergebench")
+    build(table, tmp_path / "hub", rows=24)
+    picked = {"merges": ["task_arithmetic"], "methods": ["expert_guided"], "bits": [4]}
+    content = reproduce(table, tmp_path / "out", hub=tmp_path / "hub", limit=2, progress=False, **picked)
+    rows = {row["row"]: row for row in content["rows"]}
+    ours = [name for name, row in rows.items() if "mean" in row]
+    assert ours == ["base", "experts", "task_arithmetic", "task_arithmetic-expert_guided-4"]
+    for name in ours:
+        scores = rows[name]["scores"]
+        assert list(scores) == ["math", "multilingual", "instruction"] and rows[name]["metric"] == "lm-eval"
+        assert scores["multilingual"] * 24 / 100 == pytest.approx(round(scores["multilingual"] * 24 / 100), abs=1e-3)
+        assert rows[name]["mean"] == pytest.approx(sum(scores.values()) / 3, abs=1e-3)
+    assert rows[ours[3]]["bytes"] < rows[ours[2]]["bytes"]
+    assert rows["regmean++ofallfiveexperts"]["published_mean"] == 31.43

@@ -129,8 +129,12 @@ def fetches(table: Table, hub: Path | None) -> Iterator[Fetch]:
         splits = [split for split in (task.calibration, task.evaluation) if split is not None]
         files = ", ".join(dict.fromkeys(splits)) + (f" of {task.data.subset}" if task.data.subset else "")
         yield _fetch("data", str(task.data.dataset), files, None, hub)
-    for name in dict.fromkeys(name for scored in table.tasks.values() for name in scored.lm_eval or ()):
-        yield Fetch("data", name, "as lm-eval's task of that name says", None, None)
+    scored: dict[str, list[str]] = {}
+    for task in table.tasks.values():
+        for name, one in (task.lm_eval or {}).items():
+            scored.setdefault(one.dataset, []).append(name)
+    for dataset, tasks in scored.items():
+        yield _fetch("data", dataset, f"what lm-eval's {', '.join(tasks)} read", None, hub)
 
 
 def _fetch(what: str, name: str, files: str, size: int | None, hub: Path | None) -> Fetch:

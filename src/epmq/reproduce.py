@@ -11,11 +11,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from epmq.batches import load_processor, tokenizer_of
 from epmq.demo.fetch import cache_dir
+from epmq.lm_scores import library, lm_eval
+from epmq.multitask import load
 from epmq.page import Scores, page, run_of
 from epmq.pipeline import evaluate_experts, run
+from epmq.prepare import device as device_of
 from epmq.report import PAGE, hardware, now, versions
 from epmq.results import markdown, row_result, with_published
+from epmq.sources import Sources
 from epmq.spec import Recipe
 from epmq.tables import Row, Table, base_of, load_table, recipe_of
 from epmq.work import differences, write_whole
@@ -70,6 +75,8 @@ def reproduce(
     results = _earlier(output, settings, resume)
     base = base_of(table, hub)
     heads = head_files(table, base)
+    if table.by_lm_eval:
+        library()
     for row in wanted:
         if row.name in results:
             say(f"{row.name}: finished before")
@@ -77,7 +84,7 @@ def reproduce(
         say(row.name)
         place = output / CHECKPOINTS / row.name
         recipe = recipe_of(table, row, base, heads, hub=hub, limit=limit, device=device, output=place)
-        report = _run(table, row, recipe, limit, progress)
+        report = _run_lm(table, row, recipe, hub, limit, progress) if table.by_lm_eval else _run(row, recipe, progress)
         results[row.name] = row_result(table, row, report)
         if "layers" in report:
             _write(output / REPORTS / f"{row.name}.json", report)
@@ -123,17 +130,39 @@ def head_files(table: Table, base: str) -> dict[str, Path]:
     return text_heads(base, told, cache_dir() / "heads") if told else {}
 
 
-def _run(table: Table, row: Row, recipe: Recipe, limit: int | None, progress: bool) -> dict[str, Any]:
+def _run(row: Row, recipe: Recipe, progress: bool) -> dict[str, Any]:
     """Do one row; returns a report with scores."""
-    if table.by_lm_eval:
-        from epmq.lm_scores import run_row
-
-        return run_row(table, row, recipe, limit, progress)
     if row.bits is not None or row.method == "none":
         return made(recipe) or run(recipe, progress=progress)
     start = time.perf_counter()
     report = evaluate_experts(recipe, base=row.method == "base", progress=progress)
     return {**report, "seconds": {"evaluate": round(time.perf_counter() - start, 2)}, "date": now()}
+
+
+def _run_lm(
+    table: Table, row: Row, recipe: Recipe, hub: Path | None, limit: int | None, progress: bool
+) -> dict[str, Any]:
+    """Do one row that lm-eval scores; a task's score is the mean over its tasks in lm-eval."""
+    report: dict[str, Any] = {"seconds": {}, "date": now()}
+    if row.merge is not None:
+        report = made(recipe) or run(recipe, evaluate=False, progress=progress)
+    start, sources = time.perf_counter(), Sources(recipe)
+    tokenizer = tokenizer_of(load_processor(sources.base.path))
+    scores: dict[str, float] = {}
+    # Each expert is scored on its own task, every other model on all of them.
+    for tasks in [[task] for task in table.tasks] if row.method == "experts" else [list(table.tasks)]:
+        if row.merge is None:
+            model = sources.whole_model(tasks[0] if row.method == "experts" else None, device_of(recipe))
+        else:
+            model = load(str(recipe.output), device_of(recipe)).backbone
+        wanted = {name: one for task in tasks for name, one in (table.tasks[task].lm_eval or {}).items()}
+        found = lm_eval(model, tokenizer, wanted, hub=hub, limit=limit, batch_size=recipe.batch_size)
+        for task in tasks:
+            parts = [found[name] for name in table.tasks[task].lm_eval or {}]
+            scores[task] = sum(parts) / len(parts)
+    seconds = {**report["seconds"], "evaluate": round(time.perf_counter() - start, 2)}
+    mean = sum(scores.values()) / len(scores)
+    return {**report, "metric": "lm-eval", "scores": scores, "mean_score": mean, "seconds": seconds}
 
 
 def made(recipe: Recipe) -> dict[str, Any] | None:

@@ -23,6 +23,13 @@ WHOLE = ("base", "experts", "none")
 DATASETS = "datasets"
 
 
+class Scored(Strict):
+    """A task of lm-eval."""
+
+    metric: str = Field(description="what is taken from its results, as lm-eval names it, such as 'acc,none'")
+    dataset: str = Field(description="Hub id of its data")
+
+
 class Task(Strict):
     """One task: its data, and what its head is made from."""
 
@@ -31,7 +38,9 @@ class Task(Strict):
     evaluation: str | None = Field("test", description="split to score on; null where lm-eval does")
     classes: list[str] | None = Field(None, min_length=2, description="names, in the order of the labels")
     templates: list[str] | None = Field(None, min_length=1, description="texts with {} in the place of a class's name")
-    lm_eval: dict[str, str] | None = Field(None, description="tasks of lm-eval → the metric that is taken from each")
+    lm_eval: dict[str, Scored] | None = Field(
+        None, min_length=1, description="tasks of lm-eval; the mean of them is taken"
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> Task:
