@@ -39,7 +39,8 @@ def spoiled(pool: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
                     save_file(tensors, target, metadata={"format": "pt"})
                 else:
                     target.write_bytes(file.read_bytes())
-        (tmp_path / "data").symlink_to(pool / "data")
+        if not (tmp_path / "data").exists():
+            (tmp_path / "data").symlink_to(pool / "data")
         return recipe_for(tmp_path, output=str(tmp_path / "out"), quantize=settings, **fields)
 
     return spoil
@@ -118,6 +119,22 @@ def test_inputs_that_overflow_name_the_layer(spoiled, tmp_path, settings):
     with pytest.raises(ValueError, match=r"^encoder\.layer\.[01]\..*NaN or Inf"):
         run(spoiled(overflow, settings), progress=False, evaluate=False)
     assert not (tmp_path / "out").exists()
+
+
+def test_what_overflows_in_half_precision_is_computed_in_single_and_noted(spoiled, tmp_path):
+    def beyond(tensors: dict[str, torch.Tensor]) -> None:
+        for name, tensor in tensors.items():
+            tensors[name] = tensor.half()
+        tensors[f"{NORM}.weight"].fill_(6e4)  # three of those are more than float16 holds
+
+    for settings in SETTINGS[1:]:
+        output = tmp_path / f"out-{'-'.join(map(str, settings.values()))}"
+        report = run({**spoiled(beyond, settings), "output": str(output)}, progress=False, evaluate=False)
+        said = [note for note in report["notes"] if "more than float16 holds" in note]
+        assert any("encoder.layer.1.attention.self.query" in note for note in said)
+        assert not any("encoder.layer.0.attention.self" in note or "self.key" in note for note in said)
+        ids = torch.randint(5, 19, (2, 8))
+        assert torch.isfinite(load(output).backbone(input_ids=ids).last_hidden_state).all()
 
 
 def test_damping_that_was_raised_is_recorded(spoiled, tmp_path):

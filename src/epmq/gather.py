@@ -32,6 +32,7 @@ class LayerGroup:
         merged: their merged weights, stacked, [out, in] float32.
         objective: collected task by task; its anchor is the merged weight, or further along the task vector.
         tokens: calibration tokens seen.
+        largest: the largest input there was, where the weights are stored in float16, which may not hold it.
     """
 
     def __init__(self, sources: Sources, step: Step, group: InputGroup, sum_: Sum | None = None) -> None:
@@ -43,7 +44,7 @@ class LayerGroup:
         self.dtype = sources.stored_dtype(f"{step.name}.{group.names[0]}.weight") or torch.float32
         self.merged = torch.cat(weights).float()
         self.objective = Objective(self._anchor(sources, step.name))
-        self.tokens = 0
+        self.tokens, self.largest = 0, 0.0
 
     def _anchor(self, sources: Sources, block: str) -> Tensor:
         scale = sources.recipe.quantize.anchor_scale
@@ -59,6 +60,11 @@ class LayerGroup:
     def expert(self, sources: Sources, block: str, task: str) -> Tensor:
         """An expert's weights of these layers, stacked: [out, in]."""
         return self._stack(sources.expert_tensor(task, f"{block}.{name}.weight") for name in self.names)
+
+    def see(self, inputs: Tensor) -> None:
+        """Keep the largest input; asked only of float16, as it costs a pass and a wait for the device."""
+        if self.dtype == torch.float16:
+            self.largest = max(self.largest, float(inputs.detach().abs().max()))
 
     def fold(self, sources: Sources, block: str, task: str, moments: Moments, stream: ExpertStream | None) -> None:
         """Fold one task's moments into the objective."""
@@ -151,12 +157,14 @@ class Tap:
             self._move(inputs, self.step.seen(batch, self.sum.rest))  # type: ignore[union-attr]
 
     def _inputs(self, inputs: Tensor) -> None:
+        self.group.see(inputs)
         drift = self.theirs.pop(0).float() - inputs.float() if self.theirs else None
         self.moments.add(inputs, self.step.mask(inputs), drift)
 
     @torch.no_grad()
     def _move(self, inputs: Tensor, rest: Tensor) -> None:
         assert self.sum is not None
+        self.group.see(inputs)
         theirs, written = self.theirs.pop(0).float(), self.group.modules[0](inputs).float()
         move = (theirs - rest.float()) / self.sum.scale - written
         # What reads the stream normalises it, so an error counts by its share of the token's size; otherwise the few

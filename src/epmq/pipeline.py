@@ -39,6 +39,7 @@ from epmq.writing import whole_directory, write_json
 TRIED = 2
 # Files of a model that a result can depend on.
 READ = (".json", ".safetensors", ".bin", ".txt", ".model", ".jinja")
+HALF = 65504  # the largest number in float16
 # What the report says about a head that follows the model.
 FIT = ("strength", "before", "after")
 
@@ -108,7 +109,13 @@ def run(
             "loss": sum(layer["loss"] or 0.0 for layer in layers),
             "layers": layers,
             "heads": heads,
-            "notes": job.sources.notes + _raised(job.recipe, layers) + _rounded(layers) + _unopened(job.recipe, work),
+            "notes": [
+                *job.sources.notes,
+                *_raised(job.recipe, layers),
+                *_rounded(layers),
+                *_too_large(layers),
+                *_unopened(job.recipe, work),
+            ],
         }
         if job.evaluation:
             with _timed(clocks, "evaluate"):
@@ -341,6 +348,15 @@ def _rounded(layers: list[dict[str, Any]]) -> list[str]:
         f"{layer['name']}: {layer['rounded']} rows are rounded to nearest, which loses less there"
         for layer in layers
         if layer["rounded"]
+    ]
+
+
+def _too_large(layers: list[dict[str, Any]]) -> list[str]:
+    return [
+        f"{layer['name']}: inputs reach {layer['largest']:.3g}, more than float16 holds: load the checkpoint with "
+        "dtype float32 or bfloat16"
+        for layer in layers
+        if layer["largest"] > HALF and layer["name"].endswith(layer["group"])
     ]
 
 

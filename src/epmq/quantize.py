@@ -54,6 +54,7 @@ class LayerReport:
         seconds: of the solve, shared evenly in a group.
         aims: whether it aims at a sum in the residual stream.
         rounded: rows that are rounded to nearest after all, see `no_worse`.
+        largest: the largest input, where the weights are stored in float16; else 0.
     """
 
     name: str
@@ -67,6 +68,7 @@ class LayerReport:
     seconds: float = 0.0
     aims: bool = False
     rounded: int = 0
+    largest: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -291,7 +293,7 @@ def _solve(sources: Sources, step: Step, group: LayerGroup, emit_layer: EmitLaye
         emit_layer(full, module, quantized)
         losses = float(lost.sum()), float(off.sum())
         done = LayerReport(full, shape, group.names[0], *losses, strength, damping, group.tokens, seconds)
-        reports.append(replace(done, aims=group.sum is not None, rounded=int(nearest.sum())))
+        reports.append(replace(done, aims=group.sum is not None, rounded=int(nearest.sum()), largest=group.largest))
     return reports
 
 
