@@ -50,6 +50,8 @@ def main() -> None:
         shutil.rmtree(hub)
     fields = ("row", "seconds", "peak_memory_mb", "bytes", "notes")
     rows = [{field: row.get(field) for field in fields} for row in content["rows"] if "mean" in row]
+    for row in rows:
+        row["notes"] = [note.replace(f"{hub}/", "") for note in row["notes"]]
     about = {"name": arguments.name, "limit": arguments.limit, "input_bytes": size, **cost.as_dict()}
     where = {"versions": versions(), "hardware": hardware(), "date": now()}
     write_json(RESULTS / "reproduce.json", {**about, "rows": rows, **where})
