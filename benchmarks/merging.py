@@ -68,14 +68,16 @@ def ours(root: Path, names: list[str], merge: dict[str, Any], work: Path) -> Cos
     return cost_of([program, "merge", work / "recipe.yaml"])
 
 
-def theirs(root: Path, names: list[str], merge: dict[str, Any], work: Path) -> Cost:
-    """Merge with `mergekit-yaml`."""
+def merge_command(
+    root: Path, names: list[str], merge: dict[str, Any], work: Path, dtype: str = "bfloat16"
+) -> list[str | Path]:
+    """The command that merges with `mergekit-yaml`."""
     settings = {"weight": 0.3} if merge["merge_method"] == "task_arithmetic" else {"weight": 1.0, "density": DENSITY}
     models = [{"model": str(root / name), "parameters": settings} for name in names]
-    config = {**merge, "models": models, "base_model": str(root / "base"), "dtype": "bfloat16"}
+    config = {**merge, "models": models, "base_model": str(root / "base"), "dtype": dtype}
     (work / "config.yaml").write_text(yaml.safe_dump(config))
     program = peer_python().parent / "mergekit-yaml"
-    return cost_of([program, work / "config.yaml", work / "theirs", "--no-copy-tokenizer"])
+    return [program, work / "config.yaml", work / "theirs", "--no-copy-tokenizer"]
 
 
 def floor(root: Path, kind: str, work: Path) -> dict[str, float]:
@@ -111,7 +113,7 @@ def main() -> None:
                     costs.append(ours(root, tasks(shape), our, Path(work)))
                 if not arguments.ours and len(measured.setdefault(other, [])) < arguments.rounds:
                     with tempfile.TemporaryDirectory(dir=root) as work:
-                        measured[other].append(theirs(root, tasks(shape), their, Path(work)))
+                        measured[other].append(cost_of(merge_command(root, tasks(shape), their, Path(work))))
             best = {"ours": costs, "mergekit": measured[other]}
             row = _row({tool: min(found, key=lambda cost: cost.cpu_seconds) for tool, found in best.items()})
             rows.append({"method": method, "experts": shape.experts, "dtype": "bfloat16", **row})

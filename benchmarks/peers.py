@@ -29,6 +29,11 @@ class Cost:
     cpu_seconds: float
     peak_memory_mb: float
 
+    def then(self, other: Cost) -> Cost:
+        """What two processes take, one after the other."""
+        peak = max(self.peak_memory_mb, other.peak_memory_mb)
+        return Cost(self.seconds + other.seconds, self.cpu_seconds + other.cpu_seconds, peak)
+
     def as_dict(self) -> dict[str, float]:
         return {name: round(value, 2) for name, value in asdict(self).items()}
 

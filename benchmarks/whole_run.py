@@ -2,8 +2,8 @@
 
 A Llama of 8 blocks of width 1024 with random weights (float32), 64 sequences of 128 tokens, 4 bits, groups of 128, one
 thread. Each tool is a process of its own that opens, quantizes and saves; they take turns. The peers quantize the base;
-ours merges three experts first, and has the 64 sequences shared out among them. Writes
-`benchmarks/results/whole_run.json`; needs `make peers`.
+ours merges three experts first, and has the 64 sequences shared out among them, as mergekit and then a peer would:
+their sums are rows too. Writes `benchmarks/results/whole_run.json`; needs `make peers`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 from benchmarks.compare import RESULTS
+from benchmarks.merging import METHODS, merge_command
 from benchmarks.peers import ROOT, Cost, cost_of, peer_python, peer_versions
 from benchmarks.shapes import LLAMA, Shape, tasks, write_models
 from epmq import pipeline
@@ -54,6 +55,7 @@ OURS = {
     "expert-guided": {"method": "expert_guided"},
 }
 PEERS = ("llm-compressor", "GPTQModel")
+MERGE = "mergekit"
 # Of ours, those that the others are held against.
 OWN = ("gptq, min–max scales", "gptq")
 
@@ -82,6 +84,8 @@ def ours(root: Path, tool: str, out: Path, device: str) -> None:
 
 def command(tool: str, root: Path, out: Path, device: str) -> list[str | Path]:
     """The command that makes one tool do the job."""
+    if tool == MERGE:
+        return merge_command(root, tasks(SHAPE), METHODS["task_arithmetic"][1], out.parent, "float32")
     if tool in PEERS:
         script = Path(__file__).with_name("peer_quantize.py")
         return [peer_python(), script, tool, root / "base", root / "tokens.safetensors", out]
@@ -105,7 +109,7 @@ def main() -> None:
     """Read the command line and measure."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.whole_run", description=__doc__)
     parser.add_argument("--rounds", type=int, default=3, help="each tool runs so often; the least time counts")
-    parser.add_argument("--tools", nargs="*", default=(*OURS, *PEERS), help="all by default")
+    parser.add_argument("--tools", nargs="*", default=(*OURS, *PEERS, MERGE), help="all by default")
     parser.add_argument("--quick", action="store_true", help="two blocks instead of eight; nothing is written")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
@@ -126,7 +130,7 @@ def main() -> None:
                 with tempfile.TemporaryDirectory(dir=root) as work:
                     line = command(tool, root, Path(work) / "out", arguments.device)
                     # Peers leave logs where they are started.
-                    found.append(cost_of(line, Path(work) if tool in PEERS else ROOT))
+                    found.append(cost_of(line, ROOT if tool in OURS else Path(work)))
                 console.print(f"{tool}: {found[-1].as_dict()}")
     finally:
         shutil.rmtree(root, ignore_errors=True)
@@ -137,11 +141,13 @@ def main() -> None:
 def write_results(best: dict[str, Cost], arguments: Any) -> None:
     """Write the results file: a row a tool, with its processor time over that of our GPTQ."""
     rows = []
+    if MERGE in best:
+        best |= {f"{MERGE}, then {peer}": best[MERGE].then(best[peer]) for peer in PEERS if peer in best}
     for tool, cost in best.items():
         ratios = {f"over {one}": round(cost.cpu_seconds / best[one].cpu_seconds, 2) for one in OWN if one in best}
         rows.append({"tool": tool, **cost.as_dict(), **ratios})
     job = {"blocks": SHAPE.layers, "width": 1024, "samples": SAMPLES, "tokens": TOKENS, "experts": SHAPE.experts}
-    found = versions() | peer_versions(["llmcompressor", "gptqmodel", "torch"])
+    found = versions() | peer_versions(["llmcompressor", "gptqmodel", "mergekit", "torch"])
     where = {"device": arguments.device, "versions": found, "hardware": hardware(), "date": now()}
     write_json(RESULTS / "whole_run.json", {**job, "rounds": arguments.rounds, "rows": rows, **where})
 

@@ -4,7 +4,7 @@ import torch
 from epmq.grid import Grid
 from epmq.moments import Moments
 from epmq.objective import Objective
-from epmq.solvers import gptq, rtn
+from epmq.solvers import gptq, hessian_loss, rtn
 
 
 def moments_of(inputs: torch.Tensor) -> Moments:
@@ -112,16 +112,27 @@ def test_moments_leave_padding_out():
     torch.testing.assert_close(masked.mean, inputs[mask].mean(0))
 
 
-def test_a_move_is_added_to_what_the_layer_gives():
-    """min Σ ‖X Qᵀ − (X Wᵀ + Δ)‖²/n + λ̄ ‖Q − A‖², solved directly."""
-    inputs, move = torch.randn(50, 6), torch.randn(50, 3)
-    current, anchor = torch.randn(3, 6), torch.randn(3, 6)
-    for start in (current, anchor):
-        moments, objective = Moments(6), Objective(anchor)
-        moments.add(inputs, beside=move)
-        objective.add_move(moments, 1.0, start)
-        target, hessian = objective.target(0.1)[0], objective.damped(0.1)
-        wanted = torch.linalg.solve(
-            hessian, (inputs.T @ (inputs @ start.T + move) / 50 + (hessian - inputs.T @ inputs / 50) @ anchor.T)
-        ).T
-        torch.testing.assert_close(target, wanted, rtol=1e-4, atol=1e-4)
+def test_given_outputs_are_the_target():
+    """min Σ ‖X Qᵀ − Y‖²/n + λ̄ ‖Q − A‖², solved directly."""
+    inputs, outputs, anchor = torch.randn(50, 6), torch.randn(50, 3), torch.randn(3, 6)
+    moments, objective = Moments(6), Objective(anchor)
+    moments.add(inputs, beside=outputs)
+    objective.add_outputs(moments, 1.0)
+    target, hessian = objective.target(0.1)[0], objective.damped(0.1)
+    wanted = torch.linalg.solve(hessian, inputs.T @ outputs / 50 + (hessian - inputs.T @ inputs / 50) @ anchor.T).T
+    torch.testing.assert_close(target, wanted, rtol=1e-4, atol=1e-4)
+    assert target.is_contiguous()
+
+
+@pytest.mark.parametrize("damping", [0.05, 0.3])
+def test_the_loss_of_the_anchor_needs_no_hessian(layer, damping):
+    merged, experts, inputs = layer
+    objective = Objective(merged)
+    for expert, rows in zip(experts, inputs):
+        moments = Moments(32)
+        moments.add(rows, beside=0.1 * torch.randn_like(rows))
+        objective.add(moments, 0.5, expert, features=0.5)
+    target, strength = objective.target(0.05)
+    wanted = hessian_loss(merged - target, objective.damped(damping))
+    torch.testing.assert_close(objective.anchor_loss(target, strength, damping), wanted, rtol=1e-3, atol=1e-5)
+    assert not Objective(merged).anchor_loss(merged, 0.05, damping).any()

@@ -73,7 +73,7 @@ class LayerGroup:
         if not settings.guided:
             self.objective.add(moments, weight)
         elif stream is not None and self.sum is not None:
-            self.objective.add_move(moments, weight, self.merged)
+            self.objective.add_outputs(moments, weight)
         else:
             expert, shift = self.expert(sources, block, task), self.shift(sources, block, task)
             self.objective.add(moments, weight, expert, shift, settings.expert_features or 0.0)
@@ -154,7 +154,7 @@ class Tap:
         if inputs is not None and self.sum is None:
             self._inputs(inputs)
         elif inputs is not None:
-            self._move(inputs, self.step.seen(batch, self.sum.rest))  # type: ignore[union-attr]
+            self._outputs(inputs, self.step.seen(batch, self.sum.rest))  # type: ignore[union-attr]
 
     def _inputs(self, inputs: Tensor) -> None:
         self.group.see(inputs)
@@ -162,16 +162,18 @@ class Tap:
         self.moments.add(inputs, self.step.mask(inputs), drift)
 
     @torch.no_grad()
-    def _move(self, inputs: Tensor, rest: Tensor) -> None:
+    def _outputs(self, inputs: Tensor, rest: Tensor) -> None:
         assert self.sum is not None
         self.group.see(inputs)
-        theirs, written = self.theirs.pop(0).float(), self.group.modules[0](inputs).float()
-        move = (theirs - rest.float()) / self.sum.scale - written
+        theirs, bias = self.theirs.pop(0).float(), self.group.modules[0].bias
+        wanted = (theirs - rest.float()) / self.sum.scale
+        if isinstance(bias, Tensor):
+            wanted -= bias.float()
         # What reads the stream normalises it, so an error counts by its share of the token's size; otherwise the few
         # very large tokens of a decoder, such as the first, would decide everything.
         size = theirs.square().mean(-1, keepdim=True).sqrt()
         size = size.clamp(min=max(SMALLEST * float(size.median()), 1e-6))
-        self.moments.add(inputs.float() / size, self.step.mask(inputs), move / size)
+        self.moments.add(inputs.float() / size, self.step.mask(inputs), wanted / size)
 
 
 @contextmanager

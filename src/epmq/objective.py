@@ -10,8 +10,7 @@ the case W_k = A; RegMean (arXiv 2212.09849) is λ̄ = 0 without a grid.
 With a share α of the expert's own inputs X̃_k in the target, ((1 − α) X_k + α X̃_k) W_kᵀ, the correction gains
 α Σ ω_k W_k D_k, where D_k = (X̃_k − X_k)ᵀ X_k / n_k is the drift.
 
-A layer that is asked to move its present output X_k Wᵀ by a given Δ_k has the target X_k Wᵀ + Δ_k, and the correction
-Σ ω_k ((W − A) G_k + Δ_kᵀ X_k / n_k).
+A layer that is asked for given outputs Y_k in place of X_k W_kᵀ has the correction Σ ω_k (Y_kᵀ X_k / n_k − A G_k).
 """
 
 from __future__ import annotations
@@ -33,8 +32,10 @@ class Objective:
 
     Attributes:
         hessian: Σ ω_k G_k so far, [in, in] float32, without the anchor.
-        correction: Σ ω_k (W_k − A) (G_k + α D_k) so far, [out, in] float32 (stacked layers), or None while it is zero.
-        drift: α Σ ω_k D_k so far, [in, in] float32, or None while it is zero; A times it is the correction's rest.
+        correction: Σ ω_k (W_k − A) (G_k + α D_k), or Σ ω_k Y_kᵀ X_k / n_k, so far, [out, in] float32 (stacked layers);
+            None while it is zero.
+        drift: α Σ ω_k D_k, less Σ ω_k G_k over the tasks with given outputs, so far, [in, in] float32, or None while it
+            is zero; A times it is the correction's rest, and is added by `target`.
     """
 
     def __init__(self, anchor: Tensor) -> None:
@@ -74,30 +75,31 @@ class Objective:
         drift = moments.cross if features else None
         if drift is not None:
             gram.add_(drift, alpha=features)
-            if self.drift is None:
-                self.drift = torch.zeros_like(self.hessian)
-            self.drift.add_(drift, alpha=weight * features)
+            self._drift(drift, weight * features)
         self.correction.addmm_(expert.float() - self.anchor, gram, alpha=weight)
 
-    def add_move(self, moments: Moments, weight: float, current: Tensor) -> None:
-        """Fold in one task that asks the layers to move their output.
+    def add_outputs(self, moments: Moments, weight: float) -> None:
+        """Fold in one task that asks the layers for given outputs.
 
         Args:
-            moments: of the layers' input on that task's calibration data; `cross` must be Δ_kᵀ X_k / n_k [out, in].
+            moments: of the layers' input on that task's calibration data; `cross` must be Y_kᵀ X_k / n_k [out, in].
             weight: ω_k.
-            current: W [out, in], the weights that the output to move was computed with.
 
         Raises:
             ValueError: no token was seen.
         """
-        gram, move = moments.gram, moments.cross
-        assert move is not None
+        gram, wanted = moments.gram, moments.cross
+        assert wanted is not None
         self.hessian.add_(gram, alpha=weight)
         if self.correction is None:
             self.correction = torch.zeros_like(self.anchor)
-        self.correction.add_(move, alpha=weight)
-        if current is not self.anchor:
-            self.correction.addmm_(current.float() - self.anchor, gram, alpha=weight)
+        self.correction.add_(wanted, alpha=weight)
+        self._drift(gram, -weight)
+
+    def _drift(self, part: Tensor, weight: float) -> None:
+        if self.drift is None:
+            self.drift = torch.zeros_like(self.hessian)
+        self.drift.add_(part, alpha=weight)
 
     def damped(self, strength: float) -> Tensor:
         """H = Σ ω_k G_k + strength · (mean of its diagonal) · I, [in, in] float32.
@@ -108,7 +110,7 @@ class Objective:
         if not torch.isfinite(self.hessian).all():
             raise ValueError("the layer's inputs hold NaN or Inf")
         hessian = self.hessian.clone()
-        hessian.diagonal().add_(strength * (float(hessian.diagonal().mean()) or 1.0))
+        hessian.diagonal().add_(strength * self._unit())
         return hessian
 
     def target(self, strength: float) -> tuple[Tensor, float]:
@@ -128,16 +130,39 @@ class Objective:
         """
         if self.correction is None:
             return self.anchor, strength
-        correction = self.correction if self.drift is None else self.correction.addmm(self.anchor, self.drift)
+        if self.drift is not None:
+            self.correction.addmm_(self.anchor, self.drift)
+            self.drift = None
         for raised in raises(strength):
             with suppress(torch.linalg.LinAlgError):
                 # LAPACK's Cholesky rounds otherwise with another number of threads; ours, by blocks, does not.
                 upper, curvature = unit_upper_factor(self.damped(raised))
                 side = {"left": False, "unitriangular": True}
-                half = torch.linalg.solve_triangular(upper, correction, upper=True, **side).div_(curvature)
+                half = torch.linalg.solve_triangular(upper, self.correction, upper=True, **side).div_(curvature)
                 move = torch.linalg.solve_triangular(upper.T, half, upper=False, **side)
-                return move.add_(self.anchor), raised
+                # Into a tensor of its own: the solve leaves its result by columns, and what comes next goes by rows.
+                return torch.add(self.anchor, move, out=torch.empty_like(self.anchor)), raised
         raise ValueError(f"the Hessian is not positive definite, even with an anchor strength of {raised:g}")
+
+    def anchor_loss(self, target: Tensor, strength: float, damping: float) -> Tensor:
+        """tr((A − W*) H (A − W*)ᵀ) under the H that `damped` gives, a row at a time: [out] float32.
+
+        (W* − A) times the H that W* was solved under is the correction, so it takes no product with a Hessian.
+
+        Args:
+            target: W*, from `target`.
+            strength: with which W* was solved.
+            damping: of the H that is meant.
+        """
+        if self.correction is None:
+            return torch.zeros_like(self.anchor[:, 0])
+        move = target - self.anchor
+        share = (damping - strength) * self._unit()
+        return (move * self.correction).sum(-1).add_(move.square().sum(-1), alpha=share)
+
+    def _unit(self) -> float:
+        """What a strength or a damping is a multiple of."""
+        return float(self.hessian.diagonal().mean()) or 1.0
 
 
 def raises(strength: float) -> Iterator[float]:

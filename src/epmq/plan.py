@@ -230,14 +230,14 @@ def _group(
     gathered += rates.change * tokens * (2 * n + 3 * beside)
     targets, solved = rates.change * 4 * n * n, codes_seconds(n, rows, settings, rates.product, place)
     if group.aims:
-        gathered += rates.product * rows * n * tokens + rates.change * tokens * (n + 6 * rows)
+        gathered += rates.change * tokens * (n + 5 * rows)
         targets += rates.change * 2 * rows * n
-        targets += rates.product * rows * n * n * (settings.anchor_scale not in (None, 1))
     elif settings.guided:
-        targets += rates.product * rows * n * n * (2 if settings.expert_features else 1)
-        targets += (rates.read + 3 * rates.change) * rows * n
+        targets += rates.product * rows * n * n + (rates.read + 3 * rates.change) * rows * n
     if settings.guided:
-        solved += target_seconds(n, rows, place) + rates.product * rows * n * n
+        # The drift, and the loss of merged weights that are not the anchor, take a product each.
+        products = bool(group.aims or settings.expert_features) + (settings.anchor_scale not in (None, 1))
+        solved += target_seconds(n, rows, place) + rates.product * rows * n * n * products
     solved += rates.change * (8 * rows * n + 4 * n * n)
     return {"moments": gathered, "targets": experts * targets, "solve": solved}
 

@@ -280,8 +280,10 @@ def _solve(sources: Sources, step: Step, group: LayerGroup, emit_layer: EmitLaye
         target, strength = objective.target(settings.anchor_strength)
     solved, loss, hessian, damping = _round(settings, objective, target, settings.damping or strength, group.dtype)
     solved, loss, rounded = no_worse(solved, loss, target, hessian)
-    same = target is group.merged
-    merge_loss = torch.zeros_like(loss) if same else hessian_loss(group.merged - target, hessian)
+    if group.merged is objective.anchor:
+        merge_loss = objective.anchor_loss(target, strength or 0.0, damping)
+    else:
+        merge_loss = hessian_loss(group.merged - target, hessian)
     seconds = (time.perf_counter() - start) / len(group.names)
     reports = []
     by_row = (part.split(group.rows) for part in (loss, merge_loss, rounded))

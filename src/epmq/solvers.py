@@ -19,7 +19,7 @@ from epmq.grid import Grid, QuantizedTensor
 # Factors on the min–max range that `search_scales` tries.
 SHRINKS = tuple(1 - 0.05 * i for i in range(13))
 # Entries of a weight whose scales are searched at once on a CPU.
-PIECE = 1 << 16
+PIECE = 1 << 18
 # Columns that are factored, or rounded, before what they mean for the others goes through one matrix product.
 BLOCK = 128
 # Columns within a block that are rounded one by one, without a matrix product.
