@@ -22,6 +22,8 @@ SHRINKS = tuple(1 - 0.05 * i for i in range(13))
 PIECE = 1 << 18
 # Columns that are factored, or rounded, before what they mean for the others goes through one matrix product.
 BLOCK = 128
+# Blocks are twice as wide where a weight has at least so many columns: the product's rate counts for more there.
+WIDE = 2048
 # Columns within a block that are rounded one by one, without a matrix product.
 PANEL = 16
 # Rows of a solution that are compared with rounding to nearest.
@@ -277,26 +279,29 @@ def gptq(
     importance = torch.empty_like(curvature)
     importance[order] = curvature
     scale, zero = search_scales(target, grid, scale_dtype, importance) if search else grid.scales(target, scale_dtype)
-    # Rows are columns of the weight from here on: contiguous in memory.
+    # Rows are columns of the weight from here on, contiguous in memory and in the order in which they are taken. Each is
+    # W* until its column is fixed, then the error W* − Q.
     weight, steps, zeros = (part.T.to(target.dtype).contiguous() for part in (target, scale, zero))
+    weight = weight.index_select(0, order)
     group = order // grid.width(columns)
     bounds = target.new_tensor([grid.lowest, grid.highest])[:, None, None]
-    error, loss = torch.empty_like(weight), torch.zeros_like(target[:, 0])
+    width = BLOCK if columns < WIDE else 2 * BLOCK
+    loss = torch.zeros_like(target[:, 0])
     codes = torch.empty(columns, rows, dtype=torch.int8, device=target.device)
     with torch.inference_mode():  # for calls that cost less
-        blocks = {width: _Block(width, target, grid) for width in {len(part) for part in order.split(BLOCK)}}
-        for start in reversed(range(0, columns, BLOCK)):
-            part, rest = slice(start, start + BLOCK), slice(start + BLOCK, columns)
+        blocks = {size: _Block(size, target, grid) for size in {len(part) for part in order.split(width)}}
+        for start in reversed(range(0, columns, width)):
+            part, rest = slice(start, start + width), slice(start + width, columns)
             own = group[part]
             block = blocks[len(own)]
-            torch.index_select(weight, 0, order[part], out=block.weight)
+            block.weight.copy_(weight[part])
             torch.index_select(steps, 0, own, out=block.step)
             if not grid.symmetric:
                 torch.sub(bounds, zeros.index_select(0, own), out=block.bounds)
             block.feedback.copy_(feedback[part, part])
-            torch.addmm(block.weight, feedback[part, rest], error[rest], out=block.wanted)
+            torch.addmm(block.weight, feedback[part, rest], weight[rest], out=block.wanted)
             block.run()
-            error[part] = block.error
+            weight[part] = block.error
             codes[part] = block.code if grid.symmetric else block.code + zeros.index_select(0, own)
             loss.addmv_(block.wanted.addcmul_(block.code, block.step, value=-1).square_().T, curvature[part])
     return QuantizedTensor(codes.index_select(0, torch.argsort(order)).T.contiguous(), scale, zero, grid), loss
