@@ -279,8 +279,8 @@ def gptq(
     importance = torch.empty_like(curvature)
     importance[order] = curvature
     scale, zero = search_scales(target, grid, scale_dtype, importance) if search else grid.scales(target, scale_dtype)
-    # Rows are columns of the weight from here on, contiguous in memory and in the order in which they are taken. Each is
-    # W* until its column is fixed, then the error W* − Q.
+    # Rows are columns of the weight from here on, contiguous in memory and in the order in which they are taken. Each
+    # is W* until its column is fixed, then the error W* − Q.
     weight, steps, zeros = (part.T.to(target.dtype).contiguous() for part in (target, scale, zero))
     weight = weight.index_select(0, order)
     group = order // grid.width(columns)
