@@ -46,12 +46,15 @@ def test_a_model_without_blocks_is_refused():
 
 
 def embedded(family: str = "bert", count: int = 3):
-    """A small model and batches of different lengths, so that what belongs to one batch cannot pass for another's."""
+    """A small model and batches of different lengths, so that what belongs to one batch cannot pass for another's.
+
+    The first batch has padding.
+    """
     model = FAMILIES[family].build()
     ids = [torch.randint(1, 32, (2 + i, 4 + i), generator=torch.Generator().manual_seed(i)) for i in range(count)]
-    return model, [
-        {"input_ids": x, "attention_mask": torch.ones_like(x).index_fill(1, torch.tensor(0), 1)} for x in ids
-    ]
+    batches = [{"input_ids": x, "attention_mask": torch.ones_like(x)} for x in ids]
+    batches[0]["attention_mask"][0, -1] = 0
+    return model, batches
 
 
 @torch.no_grad()
@@ -67,7 +70,8 @@ def test_each_layer_runs_once_on_each_batch_and_sees_what_lies_before_it_changed
             for i in reversed(range(len(batches))):
                 inputs = step.reach(i, layer)
                 assert step.reach(i, layer) is inputs  # it waits there
-                assert step.mask(inputs).shape == batches[i]["input_ids"].shape
+                mask = step.mask(inputs)
+                assert mask is None if i else torch.equal(mask, batches[0]["attention_mask"].bool())
                 assert len(step.seen(i, "attention")) == len(batches[i]["input_ids"])
                 seen[step.name, layer, i] = inputs.clone()
             step.block.get_submodule(layer).weight.mul_(0.5)
@@ -123,6 +127,27 @@ def test_grad_mode_is_left_alone_and_errors_come_through():
         for step in Walk(model, batches):
             step.finish()
     assert all("forward" not in block.__dict__ for block in model.encoder.layer)
+
+
+@torch.no_grad()
+def test_what_nobody_asks_for_is_not_run_at_the_end():
+    for shown, conclude in ((None, None), (1, None), (1, lambda batch: None)):
+        model, batches = embedded()
+        calls: list[str] = []
+        for name, linear in linears(model.encoder):
+            linear.register_forward_hook(lambda *_, name=name, calls=calls: calls.append(name))
+        walk = Walk(model, batches, conclude, shown=shown)
+        for step in walk:
+            step.stop_at(["output.dense"])
+            for batch in range(3):
+                assert step.reach(batch, "output.dense") is not None
+            step.passed("output.dense")
+            step.finish()
+        outputs = walk.stacks[0].outputs
+        if shown and not conclude:
+            assert outputs[1:] == [None, None] and calls.count("layer.1.output.dense") == 1
+        assert calls.count("layer.0.output.dense") == 3
+        torch.testing.assert_close(outputs[0][0], model(**batches[0]).last_hidden_state[0])
 
 
 def test_a_walk_goes_on_only_from_a_finished_block():

@@ -165,7 +165,7 @@ def quantize_calibrated(
         batches = [batch for part in calibration for batch in part.batches]
         apart, aimed = bool(streams and sources.recipe.quantize.expert_stream), False
         heads = Followers(sources, calibration, streams) if sources.recipe.quantize.adapt_heads else None
-        walk = Walk(sources.model, batches, heads.conclude if heads else None, spill)
+        walk = Walk(sources.model, batches, heads.conclude if heads else None, spill, shown=1)
         for number, step in enumerate(walk):
             if done is not None and number < done.found:
                 reports = _repeat(sources, step, done[number], streams, device, keep)

@@ -58,6 +58,8 @@ class Walk:
         conclude: called with the number of each batch when all blocks are finished: a forward of the model then costs
             no more than what lies outside of its blocks.
         spill: takes what batches hold while they wait.
+        shown: how many batches, from the first on, the last block is asked to give its output on; None for all. The
+            others stay before the last layers that they are taken to. Without `conclude` only.
 
     `for step in Walk(model, batches)` yields a `Step` a block, in the order of the model's forward. The body loads
     the block, tries it (`step.run`), takes the batches from layer to layer (`step.reach`) while it changes the layers
@@ -70,7 +72,9 @@ class Walk:
         batches: Sequence[Batch],
         conclude: Callable[[int], None] | None = None,
         spill: Spill | None = None,
+        shown: int | None = None,
     ) -> None:
+        self.shown = len(batches) if shown is None or conclude is not None else shown
         self.model, self.batches, self.conclude, self.spill = model, batches, conclude, spill or Spill()
         self.stacks = find_stacks(model)
         self.length = sum(len(stack.blocks) for stack in self.stacks)
@@ -125,6 +129,10 @@ class Walk:
             kind = type(self.model).__name__
             raise ValueError(f"the forward of {kind} ended before all blocks of {missing} were called")
         return reached
+
+    def at_last_block(self) -> bool:
+        """Whether no block lies ahead of any batch but the one that it is in."""
+        return min(self._passed) >= self.length - 1
 
     def waits(self) -> bool:
         """Whether the code that asks is a batch's forward, not a call from outside."""
@@ -281,9 +289,11 @@ class Step:
             self._resume(batch)
 
     def finish(self) -> None:
-        """Take all batches to the next block."""
-        for batch in range(len(self._entries)):
+        """Take all batches to the next block; at the last one, those that are to be shown to its end."""
+        count = self._walk.shown if self._walk.at_last_block() else len(self._entries)
+        for batch in range(count):
             self.proceed(batch)
+        self._gone[count:] = [True] * (len(self._gone) - count)
         self._undo.close()
 
     def mask(self, inputs: Tensor) -> Tensor | None:
@@ -299,7 +309,8 @@ class Step:
         if not isinstance(mask, Tensor) or not is_padding_mask(mask):
             return None
         if tuple(mask.shape) == tuple(inputs.shape[:-1]) or (inputs.ndim == 2 and mask.numel() == len(inputs)):
-            return mask.bool()
+            mask = mask.bool()
+            return None if bool(mask.all()) else mask
         return None
 
     def rest(self, batch: int) -> None:
