@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -56,21 +55,31 @@ def peer_versions(names: Sequence[str]) -> dict[str, str]:
     return json.loads(subprocess.run([peer_python(), "-c", code], check=True, capture_output=True, text=True).stdout)
 
 
+# Starts a command and says what it took. A process begins with the peak of memory of the one that started it, so that
+# must be a small one, and not this one.
+STARTER = """
+import json, os, subprocess, sys, time
+start = time.perf_counter()
+process = subprocess.Popen(sys.argv[1:], stdout=2)
+_, status, usage = os.wait4(process.pid, 0)
+spent = time.perf_counter() - start, usage.ru_utime + usage.ru_stime, usage.ru_maxrss
+print(json.dumps([os.waitstatus_to_exitcode(status), *spent]))
+"""
+
+
 def cost_of(command: Sequence[str | Path], folder: Path = ROOT) -> Cost:
     """Run a command to its end, in a folder.
 
     Raises:
         RuntimeError: it failed; the end of what it said is given.
     """
+    line = [sys.executable, "-I", "-S", "-c", STARTER, *map(str, command)]
     with tempfile.TemporaryFile() as said:
-        start = time.perf_counter()
-        process = subprocess.Popen([str(part) for part in command], stdout=said, stderr=subprocess.STDOUT, cwd=folder)
-        _, status, usage = os.wait4(process.pid, 0)
-        seconds = time.perf_counter() - start
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
+        told = subprocess.run(line, stdout=subprocess.PIPE, stderr=said, cwd=folder, check=True).stdout
+        code, seconds, cpu, peak = json.loads(told)
+        if code:
             said.seek(0)
             end = said.read().decode(errors="replace")[-2000:]
-            raise RuntimeError(f"{' '.join(map(str, command))} ended with {process.returncode}:\n{end}")
+            raise RuntimeError(f"{' '.join(map(str, command))} ended with {code}:\n{end}")
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes here
-    return Cost(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * unit / 2**20)
+    return Cost(seconds, cpu, peak * unit / 2**20)
