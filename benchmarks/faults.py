@@ -32,7 +32,7 @@ from transformers import BertConfig, BertModel
 
 from benchmarks import wrong_merges
 from benchmarks.compare import RESULTS
-from benchmarks.repeats import repeat
+from benchmarks.repeats import halve_real_batches, repeat
 from benchmarks.suites.__main__ import SUITES
 from benchmarks.suites.build import suite_dir
 from benchmarks.write_faults import fail_everywhere, fill_disks
@@ -45,7 +45,7 @@ from epmq.writing import write_json
 PATH = RESULTS / "faults.json"
 BLOCKS_OF_MODEL = 6
 TASKS = ("one", "two")
-CAMPAIGNS = ("kills", "disks", "wrong", "related", "repeats")
+CAMPAIGNS = ("kills", "disks", "wrong", "repeats", "related", "batches")
 
 
 def write_models(folder: Path) -> None:
@@ -179,9 +179,7 @@ def main() -> None:
     """Read the command line, kill, and write the results."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.faults", description=__doc__)
     parser.add_argument("--kills", type=int, default=100, help="how many runs to kill")
-    parser.add_argument(
-        "--only", choices=["kills", "disks", "wrong", "repeats", "related"], help="one of the campaigns alone"
-    )
+    parser.add_argument("--only", choices=CAMPAIGNS, help="one of the campaigns alone")
     arguments = parser.parse_args()
     logging.getLogger("epmq").setLevel(logging.ERROR)
     torch.set_num_threads(1)  # threads do not survive a fork
@@ -195,6 +193,7 @@ def main() -> None:
             "wrong": lambda: wrong_merges.count(folder, folder, recipe),
             "repeats": lambda: {"repeats": repeats(folder)},
             "related": lambda: {"related": {name: wrong_merges.related(name) for name in built()}},
+            "batches": lambda: {"batches": {name: halve_real_batches(name, folder) for name in built()}},
         }
         for campaign in [arguments.only] if arguments.only else campaigns:
             found |= campaigns[campaign]()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from benchmarks.suites.build import suite_dir
+from epmq import pipeline
+from epmq.demo.pool import pool_recipe
 from epmq.writing import SINGLE
 
 # Share of the largest weight that is less than a step of a grid.
 STEP = 1e-2
+# Runs of real models: calibration examples a task, batch sizes and methods.
+SAMPLES, SIZES, METHODS = 64, (32, 16), ("gptq", "expert_guided")
 Examples = dict[str, list[dict[str, Tensor]]]
 
 
@@ -49,6 +55,20 @@ def repeat(
             found[name] = difference(folder / "repeat-0" / SINGLE, folder / f"repeat-{number}" / SINGLE)
     torch.set_num_threads(before)
     found["global random state"] = {"changed": float(not torch.equal(state, torch.get_rng_state()))}
+    return found
+
+
+def halve_real_batches(suite: str, folder: Path) -> dict[str, dict[str, float]]:
+    """What half the batch size does to the codes of a suite's real models, by method; as `repeat` returns it."""
+    module, found = importlib.import_module(f"benchmarks.suites.{suite}"), {}
+    shared = {"max_length": module.MAX_LENGTH, "data": getattr(module, "DATA", None), "format": "dequantized"}
+    for method in METHODS:
+        outputs = [folder / f"{suite}-{method}-{size}" for size in SIZES]
+        for size, output in zip(SIZES, outputs):
+            settings = {"quantize": {"method": method}, "samples": SAMPLES, "batch_size": size, "output": str(output)}
+            recipe = pool_recipe(suite_dir(suite), list(module.TASKS), **shared, **settings)
+            pipeline.run(recipe, progress=False, evaluate=False)
+        found[method] = difference(*(output / SINGLE for output in outputs))
     return found
 
 

@@ -354,6 +354,11 @@ def faults_table(found: dict[str, Any]) -> str:
             for name, row in found["repeats"].items()
             if "differing" in row
         ]
+        lines += [
+            f"| half the batch size, {suite}, {method} | {100 * row['differing']:.3g} % | {row['largest']:.2g} |"
+            for suite, rows in found.get("batches", {}).items()
+            for method, row in rows.items()
+        ]
     return "\n".join([*lines, "", measured([found])])
 
 
