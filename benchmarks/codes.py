@@ -7,7 +7,6 @@ tr((Q − W*) H (Q − W*)ᵀ) over all layers, over that of GPTQ as the solver 
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
@@ -40,7 +39,7 @@ def pairs() -> list[Pair]:
         found.append((target.clone(), objective.damped(damping)))
         return original(settings, objective, target, damping, dtype)
 
-    with patch.object(quantize, "_round", note), tempfile.TemporaryDirectory():
+    with patch.object(quantize, "_round", note):
         fields = {"test_samples": 1, "seed": 0}
         measure(text8, build(text8), list(text8.TASKS), "task_arithmetic", {"method": "expert_guided"}, **fields)
     return found

@@ -150,9 +150,9 @@ class Objective:
         (W* − A) times the H that W* was solved under is the correction, so it takes no product with a Hessian.
 
         Args:
-            target: W*, from `target`.
-            strength: with which W* was solved.
-            damping: of the H that is meant.
+            target: W* [out, in] float32, as `target` has just given it.
+            strength: λ̄ over the mean of the Gram matrix's diagonal, with which it was solved.
+            damping: the same for the H that is meant.
         """
         if self.correction is None:
             return torch.zeros_like(self.anchor[:, 0])

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
@@ -39,7 +40,6 @@ from epmq.writing import whole_directory, write_json
 TRIED = 2
 # Files of a model that a result can depend on.
 READ = (".json", ".safetensors", ".bin", ".txt", ".model", ".jinja")
-HALF = 65504  # the largest number in float16
 # What the report says about a head that follows the model.
 FIT = ("strength", "before", "after")
 
@@ -356,7 +356,7 @@ def _too_large(layers: list[dict[str, Any]]) -> list[str]:
         f"{layer['name']}: inputs reach {layer['largest']:.3g}, more than float16 holds: load the checkpoint with "
         "dtype float32 or bfloat16"
         for layer in layers
-        if layer["largest"] > HALF and layer["name"].endswith(layer["group"])
+        if layer["largest"] > torch.finfo(torch.float16).max and layer["name"].endswith(layer["group"])
     ]
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from epmq.batches import load_processor, tokenizer_of
 from epmq.demo.fetch import cache_dir
@@ -73,10 +75,10 @@ def reproduce(
     wanted = chosen(table, merges, methods, bits)
     settings = {"table": table.model_dump(mode="json"), "limit": limit, "versions": versions()}
     results = _earlier(output, settings, resume)
+    if table.by_lm_eval:
+        library()  # or say that it is missing, before anything is fetched
     base = base_of(table, hub)
     heads = head_files(table, base)
-    if table.by_lm_eval:
-        library()
     for row in wanted:
         if row.name in results:
             say(f"{row.name}: finished before")
@@ -146,15 +148,8 @@ def _run_lm(
     report: dict[str, Any] = {"seconds": {}, "date": now()}
     if row.merge is not None:
         report = made(recipe) or run(recipe, evaluate=False, progress=progress)
-    start, sources = time.perf_counter(), Sources(recipe)
-    tokenizer = tokenizer_of(load_processor(sources.base.path))
-    scores: dict[str, float] = {}
-    # Each expert is scored on its own task, every other model on all of them.
-    for tasks in [[task] for task in table.tasks] if row.method == "experts" else [list(table.tasks)]:
-        if row.merge is None:
-            model = sources.whole_model(tasks[0] if row.method == "experts" else None, device_of(recipe))
-        else:
-            model = load(str(recipe.output), device_of(recipe)).backbone
+    start, scores = time.perf_counter(), dict[str, float]()
+    for model, tokenizer, tasks in _models(table, row, recipe):
         wanted = {name: one for task in tasks for name, one in (table.tasks[task].lm_eval or {}).items()}
         found = lm_eval(model, tokenizer, wanted, hub=hub, limit=limit, batch_size=recipe.batch_size)
         for task in tasks:
@@ -163,6 +158,21 @@ def _run_lm(
     seconds = {**report["seconds"], "evaluate": round(time.perf_counter() - start, 2)}
     mean = sum(scores.values()) / len(scores)
     return {**report, "metric": "lm-eval", "scores": scores, "mean_score": mean, "seconds": seconds}
+
+
+def _models(table: Table, row: Row, recipe: Recipe) -> Iterator[tuple[nn.Module, Any, list[str]]]:
+    """Each model of a row, its tokenizer and the tasks that it is scored on: an expert's own, or all."""
+    if row.merge is not None:
+        found = load(str(recipe.output), device_of(recipe))
+        yield found.backbone, tokenizer_of(found.processor), list(table.tasks)
+        return
+    sources = Sources(recipe)
+    tokenizer = tokenizer_of(load_processor(sources.base.path))
+    if row.method == "base":
+        yield sources.whole_model(None, device_of(recipe)), tokenizer, list(table.tasks)
+        return
+    for task in table.tasks:
+        yield sources.whole_model(task, device_of(recipe)), tokenizer, [task]
 
 
 def made(recipe: Recipe) -> dict[str, Any] | None:
