@@ -1,9 +1,10 @@
 """`python -m benchmarks.whole_run`: what a whole quantization costs, beside llm-compressor and GPTQModel.
 
 A Llama of 8 blocks of width 1024 with random weights (float32), 64 sequences of 128 tokens, 4 bits, groups of 128, one
-thread. Each tool is a process of its own that opens, quantizes and saves; they take turns. The peers quantize the base;
-ours merges three experts first, and has the 64 sequences shared out among them, as mergekit and then a peer would:
-their sums are rows too. Writes `benchmarks/results/whole_run.json`; needs `make peers`.
+thread. Each tool is a process of its own that opens, quantizes and saves; they take turns. The peers quantize the base,
+on the plain range of the weights, and one row of ours does the very same. The others merge three experts first, and
+have the 64 sequences shared out among them, as mergekit and then a peer would: their sums are rows too. Writes
+`benchmarks/results/whole_run.json`; needs `make peers`.
 """
 
 from __future__ import annotations
@@ -47,9 +48,10 @@ SHAPE = Shape(
     tokens=TOKENS,
 )
 QUICK_LAYERS = 2
-# The peers take the plain range of the weights for their scales; our own default searches them.
+# The peers' own job: nothing is merged, and scales are the plain range of the weights, where our default searches them.
+ALONE = "gptq of one model"
 OURS = {
-    "gptq, min–max scales": {"method": "gptq", "scales": "minmax"},
+    ALONE: {"method": "gptq", "scales": "minmax"},
     "gptq": {"method": "gptq"},
     "E-PMQ": {"method": "e_pmq"},
     "expert-guided": {"method": "expert_guided"},
@@ -57,7 +59,7 @@ OURS = {
 PEERS = ("llm-compressor", "GPTQModel")
 MERGE = "mergekit"
 # Of ours, those that the others are held against.
-OWN = ("gptq, min–max scales", "gptq")
+OWN = (ALONE, "gptq")
 
 
 def sequences(device: str = "cpu") -> torch.Tensor:
@@ -68,13 +70,14 @@ def sequences(device: str = "cpu") -> torch.Tensor:
 
 def ours(root: Path, tool: str, out: Path, device: str) -> None:
     """Merge and quantize in this process."""
-    names, calibration = tasks(SHAPE), {}
-    for name, ids in zip(names, sequences().tensor_split(len(names))):
+    models = {"base": root / "base"} if tool == ALONE else {name: root / name for name in tasks(SHAPE)}
+    calibration = {}
+    for name, ids in zip(models, sequences().tensor_split(len(models))):
         parts = ids.split(BATCH)
         calibration[name] = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in parts]
     recipe = {
         "base": str(root / "base"),
-        "experts": [{"name": name, "model": str(root / name)} for name in names],
+        "experts": [{"name": name, "model": str(path)} for name, path in models.items()],
         "quantize": {**OURS[tool], "bits": 4, "group_size": 128},
         "output": str(out),
         "device": device,

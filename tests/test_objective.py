@@ -136,3 +136,15 @@ def test_the_loss_of_the_anchor_needs_no_hessian(layer, damping):
     wanted = hessian_loss(merged - target, objective.damped(damping))
     torch.testing.assert_close(objective.anchor_loss(target, strength, damping), wanted, rtol=1e-3, atol=1e-5)
     assert not Objective(merged).anchor_loss(merged, 0.05, damping).any()
+
+
+def test_a_factor_is_kept_until_something_is_added(layer):
+    merged, experts, inputs = layer
+    objective = Objective(merged)
+    objective.add(moments_of(inputs[0]), 0.5, experts[0])
+    first, used = objective.factor(0.1)
+    assert objective.factor(0.1)[0] is first and used == 0.1
+    assert objective.factor(0.2)[0] is not first
+    again = objective.factor(0.1)[0]
+    objective.add(moments_of(inputs[1]), 0.5, experts[1])
+    assert not torch.equal(objective.factor(0.1)[0].curvature, again.curvature)

@@ -3,8 +3,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from epmq.factor import factorize
 from epmq.grid import BITS, Grid
-from epmq.solvers import gptq, hessian_loss, rtn, search_scales, unit_upper_factor
+from epmq.solvers import gptq, hessian_loss, rtn, search_scales
 
 
 def hessian_of(columns: int, seed: int, damping: float = 0.01) -> torch.Tensor:
@@ -146,14 +147,12 @@ def test_rows_are_independent():
         assert torch.equal(part.codes, gptq(rows, hessian, grid)[0].codes)
 
 
-@pytest.mark.parametrize("size", [48, 128, 300])
-def test_factor_rebuilds_the_hessian(size):
-    hessian, order = hessian_of(size, 7).double(), torch.randperm(size)
-    upper, diagonal = unit_upper_factor(hessian, order)
-    torch.testing.assert_close(upper.T @ torch.diag(diagonal) @ upper, hessian[order][:, order])
-    upper, diagonal = unit_upper_factor(hessian)
-    torch.testing.assert_close(upper.T @ torch.diag(diagonal) @ upper, hessian)
-    assert torch.equal(upper, upper.triu()) and torch.allclose(upper.diagonal(), torch.ones(size).double())
+def test_a_factor_that_is_given_changes_nothing():
+    weight, hessian, grid = torch.randn(12, 192), hessian_of(192, 5), Grid(4, 32)
+    for act_order in (True, False):
+        alone, loss = gptq(weight, hessian, grid, act_order=act_order)
+        given, other = gptq(weight, hessian, grid, factor=factorize(hessian, act_order))
+        assert torch.equal(alone.codes, given.codes) and torch.equal(loss, other)
 
 
 def test_indefinite_hessian_is_refused():

@@ -21,8 +21,8 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
+from epmq.factor import Factor, factorize
 from epmq.moments import Moments
-from epmq.solvers import unit_upper_factor
 
 
 class Objective:
@@ -43,6 +43,7 @@ class Objective:
         self.hessian = torch.zeros(anchor.shape[1], anchor.shape[1], device=anchor.device)
         self.correction: Tensor | None = None
         self.drift: Tensor | None = None
+        self._factored: tuple[tuple[float, bool], Factor, float] | None = None
 
     def add(
         self,
@@ -64,8 +65,7 @@ class Objective:
         Raises:
             ValueError: no token was seen.
         """
-        gram = moments.gram
-        self.hessian.add_(gram, alpha=weight)
+        gram = self._fold(moments, weight)
         if expert is None:
             return
         if self.correction is None:
@@ -88,13 +88,18 @@ class Objective:
         Raises:
             ValueError: no token was seen.
         """
-        gram, wanted = moments.gram, moments.cross
+        gram, wanted = self._fold(moments, weight), moments.cross
         assert wanted is not None
-        self.hessian.add_(gram, alpha=weight)
         if self.correction is None:
             self.correction = torch.zeros_like(self.anchor)
         self.correction.add_(wanted, alpha=weight)
         self._drift(gram, -weight)
+
+    def _fold(self, moments: Moments, weight: float) -> Tensor:
+        """Add a task's Gram matrix to H, and return it."""
+        gram, self._factored = moments.gram, None
+        self.hessian.add_(gram, alpha=weight)
+        return gram
 
     def _drift(self, part: Tensor, weight: float) -> None:
         if self.drift is None:
@@ -113,36 +118,48 @@ class Objective:
         hessian.diagonal().add_(strength * self._unit())
         return hessian
 
-    def target(self, strength: float) -> tuple[Tensor, float]:
+    def factor(self, strength: float, act_order: bool = True) -> tuple[Factor, float]:
+        """The factor of `damped(strength)`. It is kept: whoever asks for the same again has it at once.
+
+        If H is not positive definite in float32, the strength is raised tenfold until it is.
+
+        Returns:
+            the factor, and the strength that was used.
+
+        Raises:
+            ValueError: the moments are not finite, or H stays indefinite.
+        """
+        if self._factored is None or self._factored[0] != (strength, act_order):
+            for raised in raises(strength):
+                with suppress(torch.linalg.LinAlgError):
+                    self._factored = (strength, act_order), factorize(self.damped(raised), act_order), raised
+                    break
+            else:
+                raise ValueError(f"the Hessian is not positive definite, even with {raised:g} times its mean diagonal")
+        return self._factored[1:]
+
+    def target(self, strength: float, act_order: bool = True) -> tuple[Tensor, float]:
         """The continuous optimum.
 
-        Dead inputs (zero Gram diagonal) keep the anchor's weight: their row of H is λ̄ alone. If H is not positive
-        definite in float32, λ̄ is raised tenfold until it is.
+        Dead inputs (zero Gram diagonal) keep the anchor's weight: their row of H is λ̄ alone.
 
         Args:
             strength: λ̄ over the mean of the Gram matrix's diagonal.
+            act_order: the order of the factor, see `factor`; it changes no more than rounding does.
 
         Returns:
             W* [out, in] float32, and the strength that was used.
 
         Raises:
-            ValueError: the moments are not finite, or H stays indefinite.
+            ValueError: see `factor`.
         """
         if self.correction is None:
             return self.anchor, strength
         if self.drift is not None:
             self.correction.addmm_(self.anchor, self.drift)
             self.drift = None
-        for raised in raises(strength):
-            with suppress(torch.linalg.LinAlgError):
-                # LAPACK's Cholesky rounds otherwise with another number of threads; ours, by blocks, does not.
-                upper, curvature = unit_upper_factor(self.damped(raised))
-                side = {"left": False, "unitriangular": True}
-                half = torch.linalg.solve_triangular(upper, self.correction, upper=True, **side).div_(curvature)
-                move = torch.linalg.solve_triangular(upper.T, half, upper=False, **side)
-                # Into a tensor of its own: the solve leaves its result by columns, and what comes next goes by rows.
-                return torch.add(self.anchor, move, out=torch.empty_like(self.anchor)), raised
-        raise ValueError(f"the Hessian is not positive definite, even with an anchor strength of {raised:g}")
+        factor, used = self.factor(strength, act_order)
+        return factor.solve(self.correction).add_(self.anchor), used
 
     def anchor_loss(self, target: Tensor, strength: float, damping: float) -> Tensor:
         """tr((A − W*) H (A − W*)ᵀ) under the H that `damped` gives, a row at a time: [out] float32.

@@ -22,6 +22,7 @@ from epmq.data import Examples
 from epmq.evaluate import SHARES, metric_of, scorer_of
 from epmq.grid import QuantizedTensor
 from epmq.heads import Head
+from epmq.imports import settled
 from epmq.multitask import MultiTaskModel, NativeHead, load, load_any_head
 from epmq.output import write_merged, write_quantized, write_rest
 from epmq.page import run_of, write_page
@@ -83,6 +84,7 @@ def run(
     with bars(progress) as bar, ExitStack() as stack:
         with _timed(clocks, "open"):
             job = prepare(recipe, bar, evaluate=evaluate, calibration=calibration, evaluation=evaluation)
+        stack.enter_context(settled())  # all modules are imported
         layers: list[dict[str, Any]] = []
         heads: dict[str, dict[str, float]] = {}
         if job.recipe.quantize.method == "none":

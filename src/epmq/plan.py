@@ -19,6 +19,7 @@ from torch import Tensor
 from epmq.batches import encode, split_first, to_device
 from epmq.blocks import as_matrix, block_linears, find_stacks
 from epmq.export import FORMATS
+from epmq.imports import settled
 from epmq.pipeline import TRIED, bars, device
 from epmq.prepare import Job, Objects, prepare
 from epmq.quantize import return_freed_memory
@@ -31,6 +32,7 @@ from epmq.trial import (
     StackTrial,
     clock,
     codes_seconds,
+    factor_seconds,
     measure_rates,
     moments_seconds,
     rounding_seconds,
@@ -103,6 +105,11 @@ def plan_of(job: Job, opening: float) -> Plan:
         job: the parts.
         opening: seconds that opening and checking them takes.
     """
+    with settled():  # as a run does
+        return _plan_of(job, opening)
+
+
+def _plan_of(job: Job, opening: float) -> Plan:
     place, sources = device(job.recipe), job.sources
     layers = list(block_linears(sources.model)) if job.recipe.quantize.method != "none" else []
     tried = _try(job) if job.recipe.quantize.calibrates else None
@@ -229,6 +236,9 @@ def _group(
     gathered = moments_seconds(n, place) * tokens * tried.real + rates.product * beside * n * tokens
     gathered += rates.change * tokens * (2 * n + 3 * beside)
     targets, solved = rates.change * 4 * n * n, codes_seconds(n, rows, settings, rates.product, place)
+    solved += factor_seconds(n, place) * (
+        1 + (settings.guided and settings.damping not in (None, settings.anchor_strength))
+    )
     if group.aims:
         gathered += rates.change * tokens * (n + 5 * rows)
         targets += rates.change * 2 * rows * n

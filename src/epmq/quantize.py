@@ -6,9 +6,8 @@ import ctypes
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from epmq.gather import LayerGroup, gather, naming, place_of
 from epmq.grid import QuantizedTensor
 from epmq.heads import Head
 from epmq.multitask import NativeHead
-from epmq.objective import Objective, raises
+from epmq.objective import Objective
 from epmq.residual import Sum, find_sums
 from epmq.skeleton import drop_tensors, load_block, load_embeddings, set_tensor
 from epmq.solvers import gptq, hessian_loss, no_worse, rtn, search_scales
@@ -279,7 +278,7 @@ def _solve(sources: Sources, step: Step, group: LayerGroup, emit_layer: EmitLaye
     start = time.perf_counter()
     target, strength = group.merged, None
     if settings.anchor_strength is not None:
-        target, strength = objective.target(settings.anchor_strength)
+        target, strength = objective.target(settings.anchor_strength, settings.act_order)
     solved, loss, hessian, damping = _round(settings, objective, target, settings.damping or strength, group.dtype)
     solved, loss, rounded = no_worse(solved, loss, target, hessian)
     if group.merged is objective.anchor:
@@ -306,12 +305,10 @@ def _round(
 ) -> tuple[QuantizedTensor, Tensor, Tensor, float]:
     """Codes, loss a row, the Hessian, and its damping: raised tenfold until it can be factored."""
     assert damping is not None
-    solve = partial(gptq, act_order=settings.act_order, search=settings.scales == "search", scale_dtype=dtype)
-    for raised in raises(damping):
-        hessian = objective.damped(raised)
-        with suppress(torch.linalg.LinAlgError):
-            return *solve(target, hessian, settings.grid), hessian, raised
-    raise ValueError(f"the Hessian is not positive definite, even with a damping of {raised:g}")
+    factor, raised = objective.factor(damping, settings.act_order)
+    hessian, search = objective.damped(raised), settings.scales == "search"
+    solved, loss = gptq(target, hessian, settings.grid, search=search, scale_dtype=dtype, factor=factor)
+    return solved, loss, hessian, raised
 
 
 def _blocks(model: nn.Module) -> Iterator[tuple[Stack, int, nn.Module]]:

@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from epmq.factor import Factor, factorize
 from epmq.grid import Grid, QuantizedTensor
 
 # Factors on the min–max range that `search_scales` tries.
 SHRINKS = tuple(1 - 0.05 * i for i in range(13))
 # Entries of a weight whose scales are searched at once on a CPU.
 PIECE = 1 << 18
-# Columns that are factored, or rounded, before what they mean for the others goes through one matrix product.
+# Columns that are rounded before what they mean for the others goes through one matrix product.
 BLOCK = 128
 # Blocks are twice as wide where a weight has at least so many columns: the product's rate counts for more there.
 WIDE = 2048
@@ -98,45 +99,6 @@ def _search(weight: Tensor, grid: Grid, scale_dtype: torch.dtype, importance: Te
     best = torch.stack(errors).argmin(0, keepdim=True)
     scales, zeros = (torch.stack(parts).gather(0, best)[0] for parts in zip(*tried))
     return scales, zeros
-
-
-def unit_upper_factor(hessian: Tensor, order: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """H = Uᵀ D U with U unit upper triangular and D diagonal.
-
-    By block rows, left-looking (Golub & Van Loan, Matrix Computations, section 4.2); each is taken from H when it is
-    its turn, so that H is never copied whole.
-
-    Args:
-        hessian: [n, n] float, symmetric positive definite.
-        order: [n] int64, a permutation in which rows and columns of H are taken; None leaves them where they are.
-
-    Returns:
-        U [n, n] and the diagonal of D [n].
-
-    Raises:
-        torch.linalg.LinAlgError: H is not positive definite.
-    """
-    columns = len(hessian)
-    if order is None:
-        order = torch.arange(columns, device=hessian.device)
-    upper, curvature = torch.zeros_like(hessian), torch.empty_like(hessian[0])
-    # An accelerator's own factorization is faster than one that waits for every block's corner.
-    width = BLOCK if hessian.device.type == "cpu" else columns
-    for start in range(0, columns, width):
-        part, rest = slice(start, min(start + width, columns)), slice(start + width, columns)
-        rows = hessian.index_select(0, order[part]).index_select(1, order[start:])
-        if start:
-            scaled = upper[:start, part] * curvature[:start, None]
-            rows.addmm_(scaled.T, upper[:start, start:], alpha=-1)
-        corner = torch.linalg.cholesky(rows[:, :width], upper=True)
-        root = corner.diagonal()
-        curvature[part] = root.square()
-        upper[part, part] = corner / root[:, None]
-        if start + width < columns:
-            identity = torch.eye(width, dtype=hessian.dtype, device=hessian.device)
-            inverse = torch.linalg.solve_triangular(corner.T, identity, upper=False)
-            torch.mm(inverse / root[:, None], rows[:, width:], out=upper[part, rest])
-    return upper, curvature
 
 
 def no_worse(
@@ -246,6 +208,7 @@ def gptq(
     act_order: bool = True,
     search: bool = False,
     scale_dtype: torch.dtype = torch.float32,
+    factor: Factor | None = None,
 ) -> tuple[QuantizedTensor, Tensor]:
     """GPTQ (Frantar et al., arXiv 2210.17323) in LDL form (Chee et al., arXiv 2307.13304, Theorem 6).
 
@@ -262,6 +225,7 @@ def gptq(
         search: search the scales (`search_scales`), each column weighed by D_i, what its rounding error costs after
             the feedback; otherwise they are min–max.
         scale_dtype: dtype the scales are stored in.
+        factor: of H, if known already; its order is then the order of the columns.
 
     Returns:
         the codes, and the loss tr((Q − W*) H (Q − W*)ᵀ) a row, [out] float32.
@@ -271,18 +235,15 @@ def gptq(
         ValueError: the group size does not divide the columns.
     """
     rows, columns = target.shape
-    order = torch.arange(columns, device=target.device)
-    if act_order:
-        order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-    order = order.flip(0)
-    feedback, curvature = unit_upper_factor(hessian, order)
+    factor = factor or factorize(hessian, act_order)
+    order, feedback, curvature = factor.order, factor.upper, factor.curvature
     importance = torch.empty_like(curvature)
     importance[order] = curvature
     scale, zero = search_scales(target, grid, scale_dtype, importance) if search else grid.scales(target, scale_dtype)
-    # Rows are columns of the weight from here on, contiguous in memory and in the order in which they are taken. Each
-    # is W* until its column is fixed, then the error W* − Q.
+    # Rows are columns of the weight from here on, contiguous in memory; errors W* − Q are in the order in which they
+    # are taken.
     weight, steps, zeros = (part.T.to(target.dtype).contiguous() for part in (target, scale, zero))
-    weight = weight.index_select(0, order)
+    errors = torch.empty_like(weight)
     group = order // grid.width(columns)
     bounds = target.new_tensor([grid.lowest, grid.highest])[:, None, None]
     width = BLOCK if columns < WIDE else 2 * BLOCK
@@ -294,14 +255,14 @@ def gptq(
             part, rest = slice(start, start + width), slice(start + width, columns)
             own = group[part]
             block = blocks[len(own)]
-            block.weight.copy_(weight[part])
+            torch.index_select(weight, 0, order[part], out=block.weight)
             torch.index_select(steps, 0, own, out=block.step)
             if not grid.symmetric:
                 torch.sub(bounds, zeros.index_select(0, own), out=block.bounds)
             block.feedback.copy_(feedback[part, part])
-            torch.addmm(block.weight, feedback[part, rest], weight[rest], out=block.wanted)
+            torch.addmm(block.weight, feedback[part, rest], errors[rest], out=block.wanted)
             block.run()
-            weight[part] = block.error
+            errors[part] = block.error
             codes[part] = block.code if grid.symmetric else block.code + zeros.index_select(0, own)
             loss.addmv_(block.wanted.addcmul_(block.code, block.step, value=-1).square_().T, curvature[part])
     return QuantizedTensor(codes.index_select(0, torch.argsort(order)).T.contiguous(), scale, zero, grid), loss

@@ -10,19 +10,19 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from epmq.blocks import as_matrix, find_stacks, hooks, linears
+from epmq.factor import factorize
 from epmq.grid import QuantizedTensor
 from epmq.moments import Moments
 from epmq.objective import Objective
 from epmq.quantize import find_aims, return_freed_memory
 from epmq.skeleton import load_block, load_embeddings
-from epmq.solvers import gptq, rtn, search_scales, unit_upper_factor
+from epmq.solvers import gptq, rtn, search_scales
 from epmq.sources import Sources
 from epmq.spec import Quantize
 from epmq.walk import Batch, Step, Walk
@@ -212,19 +212,24 @@ def moments_seconds(columns: int, device: torch.device) -> float:
     return timed(lambda: moments.add(inputs), device) / TOKENS * (columns / tried) ** 2
 
 
+def factor_seconds(columns: int, device: torch.device) -> float:
+    """Seconds that the factor of a Hessian takes."""
+    hessian = _hessian(min(columns, COLUMNS), device)
+    return timed(lambda: factorize(hessian), device) * (columns / len(hessian)) ** 3
+
+
 def target_seconds(columns: int, rows: int, device: torch.device) -> float:
-    """Seconds that the continuous optimum of layers takes."""
+    """Seconds that the continuous optimum of layers takes, given the factor."""
     objective = Objective(torch.randn(min(rows, ROWS), min(columns, COLUMNS), device=device))
     objective.hessian = _hessian(len(objective.hessian), device)
-    factor = timed(lambda: unit_upper_factor(objective.damped(1.0)), device)
     objective.correction = objective.anchor
-    rest = timed(lambda: objective.target(1.0), device) - factor
+    objective.factor(1.0)
     wide, tall = columns / objective.anchor.shape[1], rows / objective.anchor.shape[0]
-    return factor * wide**3 + rest * tall * wide**2
+    return timed(lambda: objective.target(1.0), device) * tall * wide**2
 
 
 def codes_seconds(columns: int, rows: int, settings: Quantize, product: float, device: torch.device) -> float:
-    """Seconds that it takes to choose codes by GPTQ.
+    """Seconds that it takes to choose codes by GPTQ, given the factor.
 
     Args:
         columns, rows: of the weight.
@@ -234,12 +239,11 @@ def codes_seconds(columns: int, rows: int, settings: Quantize, product: float, d
     """
     weight = torch.randn(min(rows, ROWS), min(columns, COLUMNS), device=device)
     hessian, search = _hessian(weight.shape[1], device), settings.scales == "search"
-    factor = timed(lambda: unit_upper_factor(hessian), device)
-    solve = partial(gptq, weight, hessian, settings.grid, act_order=settings.act_order, search=search)
-    whole = timed(solve, device)
+    factor = factorize(hessian, settings.act_order)
+    whole = timed(lambda: gptq(weight, hessian, settings.grid, search=search, factor=factor), device)
     products = product * weight.numel() * weight.shape[1] / 2
     wide, tall = columns / weight.shape[1], rows / len(weight)
-    return factor * wide**3 + products * tall * wide**2 + max(whole - factor - products, 0) * tall * wide
+    return products * tall * wide**2 + max(whole - products, 0) * tall * wide
 
 
 def rounding_seconds(settings: Quantize, device: torch.device) -> float:

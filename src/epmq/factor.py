@@ -1,0 +1,92 @@
+"""The factor of a Hessian: what solving for the target and choosing codes share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Columns that are factored or solved for before what they mean for the others goes through one matrix product.
+BLOCK = 128
+
+
+@dataclass(frozen=True)
+class Factor:
+    """H = Uᵀ D U with rows and columns of H in the order in which GPTQ takes them, last first.
+
+    Attributes:
+        order: [n] int64, which column of H each column of U is.
+        upper: U [n, n], unit upper triangular. What lies below its diagonal blocks was never written and is not to be
+            read: `torch.triu` gives U alone.
+        curvature: the diagonal of D [n].
+    """
+
+    order: Tensor
+    upper: Tensor
+    curvature: Tensor
+
+    def solve(self, right: Tensor) -> Tensor:
+        """R H⁻¹, [rows, n] for R [rows, n], by blocks of columns: R U⁻¹, then D⁻¹, then U⁻ᵀ."""
+        rest = right.index_select(1, self.order)
+        found, parts = torch.empty_like(rest), _parts(len(self.order), BLOCK)
+        inverses = [self._corner_inverse(*part) for part in parts]
+        for (start, end), inverse in zip(parts, inverses):
+            part = rest[:, start:end]
+            if start:
+                part.addmm_(found[:, :start], self.upper[:start, start:end], alpha=-1)
+            torch.mm(part, inverse, out=found[:, start:end])
+        rest, found = found.div_(self.curvature), rest
+        for (start, end), inverse in zip(reversed(parts), reversed(inverses)):
+            part = rest[:, start:end]
+            if end < len(self.order):
+                part.addmm_(found[:, end:], self.upper[start:end, end:].T, alpha=-1)
+            torch.mm(part, inverse.T, out=found[:, start:end])
+        return found.index_select(1, torch.argsort(self.order))
+
+    def _corner_inverse(self, start: int, end: int) -> Tensor:
+        corner = self.upper[start:end, start:end]
+        identity = torch.eye(end - start, dtype=corner.dtype, device=corner.device)
+        return torch.linalg.solve_triangular(corner, identity, upper=True, unitriangular=True)
+
+
+def factorize(hessian: Tensor, act_order: bool = True) -> Factor:
+    """Factor a Hessian, by block rows, left-looking (Golub & Van Loan, Matrix Computations, section 4.2).
+
+    Each block row is taken from H when it is its turn, so that H is never copied whole. LAPACK's Cholesky rounds
+    otherwise with another number of threads; this does not.
+
+    Args:
+        hessian: [n, n] float, symmetric positive definite.
+        act_order: GPTQ is to take columns by falling diag(H); otherwise as they are.
+
+    Raises:
+        torch.linalg.LinAlgError: H is not positive definite.
+    """
+    order = torch.arange(len(hessian), device=hessian.device)
+    if act_order:
+        order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+    order = order.flip(0)
+    upper, curvature = torch.empty_like(hessian), torch.empty_like(hessian[0])
+    # An accelerator's own factorization is faster than one that waits for every block's corner.
+    for start, end in _parts(len(hessian), BLOCK if hessian.device.type == "cpu" else len(hessian)):
+        part = slice(start, end)
+        rows = hessian.index_select(0, order[part]).index_select(1, order[start:])
+        if start:
+            scaled = upper[:start, part] * curvature[:start, None]
+            rows.addmm_(scaled.T, upper[:start, start:], alpha=-1)
+        width = end - start
+        corner = torch.linalg.cholesky(rows[:, :width], upper=True)
+        root = corner.diagonal()
+        curvature[part] = root.square()
+        upper[part, part] = corner / root[:, None]
+        if end < len(hessian):
+            identity = torch.eye(width, dtype=hessian.dtype, device=hessian.device)
+            inverse = torch.linalg.solve_triangular(corner.T, identity, upper=False)
+            torch.mm(inverse / root[:, None], rows[:, width:], out=upper[part, end:])
+    return Factor(order, upper, curvature)
+
+
+def _parts(columns: int, width: int) -> list[tuple[int, int]]:
+    """First and end column of each block."""
+    return [(start, min(start + width, columns)) for start in range(0, columns, width)]
