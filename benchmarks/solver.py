@@ -27,7 +27,7 @@ from epmq.writing import write_json
 def main() -> None:
     """Read the command line and measure."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.solver", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=3, help="each solver runs so often; the least time counts")
+    parser.add_argument("--rounds", type=int, default=6, help="each solver runs so often; the least time counts")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--quick", action="store_true", help="the smallest shape only; nothing is written")
     arguments = parser.parse_args()

@@ -40,7 +40,7 @@ def test_a_forecast_is_made_before_anything_is_fetched(clip, found, monkeypatch)
     guided = found.plans["ties", "expert_guided"]
     assert guided.tokens == 8 * 6 * 5 and guided.layers == 2 * 6 and guided.blocks == 2  # tokens: 4 patches and a class
     assert guided.recipe.quantize.anchor_scale == 3 and guided.peak_memory_mb > 0  # heads that follow
-    assert {"open", "merge", "forward", "moments", "targets", "solve"} <= guided.seconds.keys()
+    assert {"open", "merge", "forward", "moments", "targets", "solve", "read back"} <= guided.seconds.keys()
     assert found.scored == 48 and found.scoring > 0
     rows = {row.name: found.seconds(row) for row in found.rows}
     assert rows["base"] is None and rows["ties-rtn-4"] == rows["ties-rtn-2"] > 0

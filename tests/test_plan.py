@@ -51,7 +51,7 @@ def test_every_family_can_be_planned(tmp_path, name):
     }
     found = dry_run(recipe, calibration={"one": family.batches()}, progress=False)
     assert found.blocks == sum(family.stacks.values())
-    assert {"open", "merge", "forward", "moments", "targets", "solve"} == found.seconds.keys()
+    assert {"open", "merge", "forward", "moments", "targets", "solve", "read back"} == found.seconds.keys()
     assert found.tokens > 0 and found.output_bytes > 0
 
 

@@ -214,13 +214,16 @@ def _guiding(sources: Sources, tried: Tried, rates: Rates, place: torch.device) 
     settings, experts = sources.recipe.quantize, len(sources.experts)
     streams = streaming(settings)
     seconds = {"merge": rates.merge * _entries(sources, sources.names)}
-    seconds["merge"] += experts * streams * timed(sources.skeleton, place)
+    building = timed(sources.skeleton, place)
+    seconds["merge"] += experts * streams * building
     seconds |= dict.fromkeys(("forward", "moments", "targets", "solve"), 0.0)
+    seconds["read back"] = building + rates.read * _entries(sources, sources.names)
     for stack in tried.stacks:
         aiming = sum(group.aims for group in stack.groups)
         tries = tried.few * (2 + aiming if settings.expert_stream else 1)
         seconds["forward"] += stack.blocks * stack.seconds * (tried.times * (1 + streams) + tries)
         seconds["merge"] += stack.blocks * stack.size * rates.read * experts * streams
+        seconds["read back"] += stack.blocks * stack.seconds * tried.few
         for group in stack.groups:
             for phase, spent in _group(group, settings, tried, rates, experts, place).items():
                 seconds[phase] += stack.blocks * spent
