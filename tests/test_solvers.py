@@ -1,18 +1,12 @@
 import pytest
 import torch
+from hessians import hessian_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from epmq.factor import factorize
 from epmq.grid import BITS, Grid
 from epmq.solvers import gptq, hessian_loss, rtn, search_scales
-
-
-def hessian_of(columns: int, seed: int, damping: float = 0.01) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    inputs = torch.randn(4 * columns, columns, generator=generator) @ torch.randn(columns, columns, generator=generator)
-    gram = inputs.T @ inputs / len(inputs)
-    return gram + damping * gram.diagonal().mean() * torch.eye(columns)
 
 
 def textbook_gptq(weight: torch.Tensor, hessian: torch.Tensor, grid: Grid, act_order: bool) -> torch.Tensor:
@@ -151,7 +145,7 @@ def test_a_factor_that_is_given_changes_nothing():
     weight, hessian, grid = torch.randn(12, 192), hessian_of(192, 5), Grid(4, 32)
     for act_order in (True, False):
         alone, loss = gptq(weight, hessian, grid, act_order=act_order)
-        given, other = gptq(weight, hessian, grid, factor=factorize(hessian, act_order))
+        given, other = gptq(weight, factorize(hessian, act_order), grid)
         assert torch.equal(alone.codes, given.codes) and torch.equal(loss, other)
 
 

@@ -19,7 +19,7 @@ class Factor:
         order: [n] int64, which column of H each column of U is.
         upper: U [n, n], unit upper triangular. What lies below its diagonal blocks was never written and is not to be
             read: `torch.triu` gives U alone.
-        curvature: the diagonal of D [n].
+        curvature: the diagonal of D [n]; like U in the dtype of H.
     """
 
     order: Tensor
@@ -27,7 +27,14 @@ class Factor:
     curvature: Tensor
 
     def solve(self, right: Tensor) -> Tensor:
-        """R H⁻¹, [rows, n] for R [rows, n], by blocks of columns: R U⁻¹, then D⁻¹, then U⁻ᵀ."""
+        """R H⁻¹, by blocks of columns: R U⁻¹, then D⁻¹, then U⁻ᵀ.
+
+        Args:
+            right: R [rows, n], columns as in H, in the dtype of the factor.
+
+        Returns:
+            [rows, n] in the same dtype, contiguous.
+        """
         rest = right.index_select(1, self.order)
         found, parts = torch.empty_like(rest), _parts(len(self.order), BLOCK)
         inverses = [self._corner_inverse(*part) for part in parts]

@@ -130,6 +130,7 @@ class Objective:
             ValueError: the moments are not finite, or H stays indefinite.
         """
         if self._factored is None or self._factored[0] != (strength, act_order):
+            self._factored = None  # two at a time would be the peak of the memory
             for raised in raises(strength):
                 with suppress(torch.linalg.LinAlgError):
                     self._factored = (strength, act_order), factorize(self.damped(raised), act_order), raised

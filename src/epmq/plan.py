@@ -98,6 +98,7 @@ def dry_run(
     return plan_of(job, clock(place) - start)
 
 
+@settled()  # as a run is
 def plan_of(job: Job, opening: float) -> Plan:
     """The plan of a recipe whose parts are open.
 
@@ -105,11 +106,6 @@ def plan_of(job: Job, opening: float) -> Plan:
         job: the parts.
         opening: seconds that opening and checking them takes.
     """
-    with settled():  # as a run does
-        return _plan_of(job, opening)
-
-
-def _plan_of(job: Job, opening: float) -> Plan:
     place, sources = device(job.recipe), job.sources
     layers = list(block_linears(sources.model)) if job.recipe.quantize.method != "none" else []
     tried = _try(job) if job.recipe.quantize.calibrates else None
@@ -239,9 +235,8 @@ def _group(
     gathered = moments_seconds(n, place) * tokens * tried.real + rates.product * beside * n * tokens
     gathered += rates.change * tokens * (2 * n + 3 * beside)
     targets, solved = rates.change * 4 * n * n, codes_seconds(n, rows, settings, rates.product, place)
-    solved += factor_seconds(n, place) * (
-        1 + (settings.guided and settings.damping not in (None, settings.anchor_strength))
-    )
+    apart = settings.guided and settings.damping not in (None, settings.anchor_strength)
+    solved += (2 if apart else 1) * factor_seconds(n, place)
     if group.aims:
         gathered += rates.change * tokens * (n + 5 * rows)
         targets += rates.change * 2 * rows * n

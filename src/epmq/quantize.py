@@ -306,9 +306,9 @@ def _round(
     """Codes, loss a row, the Hessian, and its damping: raised tenfold until it can be factored."""
     assert damping is not None
     factor, raised = objective.factor(damping, settings.act_order)
-    hessian, search = objective.damped(raised), settings.scales == "search"
-    solved, loss = gptq(target, hessian, settings.grid, search=search, scale_dtype=dtype, factor=factor)
-    return solved, loss, hessian, raised
+    search = settings.scales == "search"
+    solved, loss = gptq(target, factor, settings.grid, search=search, scale_dtype=dtype)
+    return solved, loss, objective.damped(raised), raised
 
 
 def _blocks(model: nn.Module) -> Iterator[tuple[Stack, int, nn.Module]]:

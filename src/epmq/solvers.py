@@ -202,13 +202,12 @@ class _Block:
 
 def gptq(
     target: Tensor,
-    hessian: Tensor,
+    hessian: Tensor | Factor,
     grid: Grid,
     *,
     act_order: bool = True,
     search: bool = False,
     scale_dtype: torch.dtype = torch.float32,
-    factor: Factor | None = None,
 ) -> tuple[QuantizedTensor, Tensor]:
     """GPTQ (Frantar et al., arXiv 2210.17323) in LDL form (Chee et al., arXiv 2307.13304, Theorem 6).
 
@@ -218,14 +217,13 @@ def gptq(
 
     Args:
         target: W* [out, in] float32.
-        hessian: H [in, in] float32, positive definite.
+        hessian: H [in, in] float32, positive definite; or its factor, which says in what order columns are taken.
         grid: the grid.
-        act_order: take columns by falling diag(H). Groups stay where they are in the weight (static groups), so
-            that nothing but codes, scales and zero points has to be stored.
+        act_order: take columns by falling diag(H), where H is given. Groups stay where they are in the weight (static
+            groups), so that nothing but codes, scales and zero points has to be stored.
         search: search the scales (`search_scales`), each column weighed by D_i, what its rounding error costs after
             the feedback; otherwise they are min–max.
         scale_dtype: dtype the scales are stored in.
-        factor: of H, if known already; its order is then the order of the columns.
 
     Returns:
         the codes, and the loss tr((Q − W*) H (Q − W*)ᵀ) a row, [out] float32.
@@ -235,7 +233,7 @@ def gptq(
         ValueError: the group size does not divide the columns.
     """
     rows, columns = target.shape
-    factor = factor or factorize(hessian, act_order)
+    factor = hessian if isinstance(hessian, Factor) else factorize(hessian, act_order)
     order, feedback, curvature = factor.order, factor.upper, factor.curvature
     importance = torch.empty_like(curvature)
     importance[order] = curvature

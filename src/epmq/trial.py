@@ -240,7 +240,7 @@ def codes_seconds(columns: int, rows: int, settings: Quantize, product: float, d
     weight = torch.randn(min(rows, ROWS), min(columns, COLUMNS), device=device)
     hessian, search = _hessian(weight.shape[1], device), settings.scales == "search"
     factor = factorize(hessian, settings.act_order)
-    whole = timed(lambda: gptq(weight, hessian, settings.grid, search=search, factor=factor), device)
+    whole = timed(lambda: gptq(weight, factor, settings.grid, search=search), device)
     products = product * weight.numel() * weight.shape[1] / 2
     wide, tall = columns / weight.shape[1], rows / len(weight)
     return products * tall * wide**2 + max(whole - products, 0) * tall * wide
