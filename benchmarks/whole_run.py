@@ -23,14 +23,13 @@ from safetensors.torch import save_file
 
 from benchmarks.compare import RESULTS
 from benchmarks.merging import METHODS, merge_command
-from benchmarks.peers import ROOT, Cost, cost_of, peer_python, peer_versions
+from benchmarks.peers import Cost, cost_of, peer_python, peer_versions
 from benchmarks.shapes import LLAMA, Shape, tasks, write_models
-from epmq import pipeline
 from epmq.demo.fetch import cache_dir
 from epmq.report import hardware, now, versions
 from epmq.writing import write_json
 
-SAMPLES, TOKENS, BATCH, VOCABULARY = 64, 128, 16, 32000
+SAMPLES, TOKENS, VOCABULARY = 64, 128, 32000
 SHAPE = Shape(
     "LlamaForCausalLM",
     {
@@ -62,37 +61,33 @@ MERGE = "mergekit"
 OWN = (ALONE, "gptq")
 
 
-def sequences(device: str = "cpu") -> torch.Tensor:
+def sequences() -> torch.Tensor:
     """Random calibration tokens, [samples, tokens] int64."""
-    size = (SAMPLES, TOKENS)
-    return torch.randint(2, VOCABULARY, size, generator=torch.Generator().manual_seed(0)).to(device)
+    return torch.randint(2, VOCABULARY, (SAMPLES, TOKENS), generator=torch.Generator().manual_seed(0))
 
 
-def ours(root: Path, tool: str, out: Path, device: str) -> None:
-    """Merge and quantize in this process."""
+def recipe(root: Path, tool: str, out: Path, device: str) -> dict[str, Any]:
+    """The recipe of one of our rows."""
     models = {"base": root / "base"} if tool == ALONE else {name: root / name for name in tasks(SHAPE)}
-    calibration = {}
-    for name, ids in zip(models, sequences().tensor_split(len(models))):
-        parts = ids.split(BATCH)
-        calibration[name] = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in parts]
-    recipe = {
+    return {
         "base": str(root / "base"),
         "experts": [{"name": name, "model": str(path)} for name, path in models.items()],
         "quantize": {**OURS[tool], "bits": 4, "group_size": 128},
         "output": str(out),
         "device": device,
     }
-    pipeline.run(recipe, calibration=calibration, evaluate=False, progress=False)
 
 
 def command(tool: str, root: Path, out: Path, device: str) -> list[str | Path]:
     """The command that makes one tool do the job."""
     if tool == MERGE:
         return merge_command(root, tasks(SHAPE), METHODS["task_arithmetic"][1], out.parent, "float32")
+    tokens, here = root / "tokens.safetensors", Path(__file__)
     if tool in PEERS:
-        script = Path(__file__).with_name("peer_quantize.py")
-        return [peer_python(), script, tool, root / "base", root / "tokens.safetensors", out]
-    return [sys.executable, "-m", "benchmarks.whole_run", "--worker", tool, root, out, "--device", device]
+        return [peer_python(), here.with_name("peer_quantize.py"), tool, root / "base", tokens, out]
+    file = out.parent / "recipe.json"
+    write_json(file, recipe(root, tool, out, device))
+    return [sys.executable, here.with_name("our_quantize.py"), file, tokens]
 
 
 def write_inputs(shape: Shape, root: Path) -> None:
@@ -115,12 +110,7 @@ def main() -> None:
     parser.add_argument("--tools", nargs="*", default=(*OURS, *PEERS, MERGE), help="all by default")
     parser.add_argument("--quick", action="store_true", help="two blocks instead of eight; nothing is written")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.worker:
-        tool, root, out = arguments.worker
-        ours(Path(root), tool, Path(out), arguments.device)
-        return
     # GPTQModel refuses to start with fewer than two workers.
     os.environ |= {"OMP_NUM_THREADS": "1", "GPTQMODEL_CPU_WORKERS": "2"}
     console, costs = Console(stderr=True), {tool: list[Cost]() for tool in arguments.tools}
@@ -133,7 +123,7 @@ def main() -> None:
                 with tempfile.TemporaryDirectory(dir=root) as work:
                     line = command(tool, root, Path(work) / "out", arguments.device)
                     # Peers leave logs where they are started.
-                    found.append(cost_of(line, ROOT if tool in OURS else Path(work)))
+                    found.append(cost_of(line, Path(work)))
                 console.print(f"{tool}: {found[-1].as_dict()}")
     finally:
         shutil.rmtree(root, ignore_errors=True)

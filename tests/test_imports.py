@@ -1,4 +1,6 @@
 import gc
+import subprocess
+import sys
 
 import pytest
 
@@ -30,3 +32,22 @@ def test_what_there_is_stays_out_of_collections_for_a_while(before):
         assert bool(gc.get_freeze_count()) == before
     finally:
         gc.unfreeze()
+
+
+def test_what_was_imported_counts_as_old():
+    code = (
+        "import gc; from epmq.imports import uncollected\n"
+        "with uncollected():\n    import pydantic\n"
+        "assert gc.isenabled() and not gc.get_freeze_count()\n"
+        "print(len(gc.get_objects(generation=2)) > 10 * len(gc.get_objects(generation=0)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "True\n"
+
+
+def test_the_end_looks_through_nothing():
+    code = (
+        "import atexit, gc; from epmq.imports import leave_at_exit\n"
+        "atexit.register(lambda: print(gc.get_freeze_count() > 1000))\n"
+        "leave_at_exit()"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "True\n"

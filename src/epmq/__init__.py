@@ -49,4 +49,7 @@ _HOME = {
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'epmq' has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
+    from epmq.imports import uncollected
+
+    with uncollected():
+        return getattr(import_module(_HOME[name]), name)

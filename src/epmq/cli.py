@@ -77,10 +77,8 @@ seed: 0
 
 
 def _recipe(path: Path, overrides: list[str] | None, output: Path | None = None, need_output: bool = True) -> Any:
-    from epmq.imports import uncollected
-
-    with uncollected():
-        from epmq.spec import load_recipe, read_yaml
+    from epmq import load_recipe
+    from epmq.spec import read_yaml
 
     content = load_recipe(path).model_dump(mode="json", exclude_unset=True)
     for override in overrides or []:
@@ -131,12 +129,12 @@ def run(
     if dry_run:
         from rich.console import Console
 
-        from epmq.plan import dry_run as predict
+        from epmq import dry_run as predict
         from epmq.report import plan_table
 
         Console().print(plan_table(predict(wanted, progress=not quiet)))
         return
-    from epmq.pipeline import run as run_recipe
+    from epmq import run as run_recipe
 
     _finish(run_recipe(wanted, progress=not quiet, restart=restart))
 
@@ -145,7 +143,7 @@ def run(
 def merge(recipe: RecipeFile, output: Output = None, set_: Set = None, quiet: Quiet = False) -> None:
     """Merge only, in full precision: no quantization, no calibration data."""
     wanted = _recipe(recipe, set_, output)
-    from epmq.pipeline import merge as merge_recipe
+    from epmq import merge as merge_recipe
 
     _finish(merge_recipe(wanted, progress=not quiet))
 
@@ -156,7 +154,7 @@ def quantize(
 ) -> None:
     """Merge and quantize, without the evaluation at the end."""
     wanted = _recipe(recipe, set_, output)
-    from epmq.pipeline import run as run_recipe
+    from epmq import run as run_recipe
 
     _finish(run_recipe(wanted, progress=not quiet, evaluate=False, restart=restart))
 
@@ -175,7 +173,7 @@ def evaluate(
     from rich.table import Table
 
     wanted = _recipe(recipe, set_, need_output=False)
-    from epmq.pipeline import evaluate_checkpoint, evaluate_experts
+    from epmq import evaluate_checkpoint, evaluate_experts
 
     columns = {str(checkpoint): evaluate_checkpoint(checkpoint, wanted, progress=not quiet)}
     if experts:
@@ -335,6 +333,9 @@ def demo(
 
 def main() -> None:
     """Entry point: errors that a user can mend are one line on standard error and exit status 1."""
+    from epmq.imports import leave_at_exit
+
+    leave_at_exit()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")  # one set of bars is enough: ours
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from epmq.products import add_times, times
+
 # Columns that are factored or solved for before what they mean for the others goes through one matrix product.
 BLOCK = 128
 
@@ -27,7 +29,7 @@ class Factor:
     curvature: Tensor
 
     def solve(self, right: Tensor) -> Tensor:
-        """R H⁻¹, by blocks of columns: R U⁻¹, then D⁻¹, then U⁻ᵀ.
+        """R H⁻¹, that is (U⁻¹ D⁻¹ U⁻ᵀ Rᵀ)ᵀ in the order of the factor, by blocks.
 
         Args:
             right: R [rows, n], columns as in H, in the dtype of the factor.
@@ -35,21 +37,21 @@ class Factor:
         Returns:
             [rows, n] in the same dtype, contiguous.
         """
-        rest = right.index_select(1, self.order)
+        rest = right.T.contiguous().index_select(0, self.order)
         found, parts = torch.empty_like(rest), _parts(len(self.order), BLOCK)
         inverses = [self._corner_inverse(*part) for part in parts]
         for (start, end), inverse in zip(parts, inverses):
-            part = rest[:, start:end]
+            part = rest[start:end]
             if start:
-                part.addmm_(found[:, :start], self.upper[:start, start:end], alpha=-1)
-            torch.mm(part, inverse, out=found[:, start:end])
-        rest, found = found.div_(self.curvature), rest
+                add_times(part, self.upper[:start, start:end].T, found[:start], alpha=-1)
+            found[start:end] = times(inverse.T, part)
+        rest, found = found.div_(self.curvature[:, None]), rest
         for (start, end), inverse in zip(reversed(parts), reversed(inverses)):
-            part = rest[:, start:end]
+            part = rest[start:end]
             if end < len(self.order):
-                part.addmm_(found[:, end:], self.upper[start:end, end:].T, alpha=-1)
-            torch.mm(part, inverse.T, out=found[:, start:end])
-        return found.index_select(1, torch.argsort(self.order))
+                add_times(part, self.upper[start:end, end:], found[end:], alpha=-1)
+            found[start:end] = times(inverse, part)
+        return found.index_select(0, torch.argsort(self.order)).T.contiguous()
 
     def _corner_inverse(self, start: int, end: int) -> Tensor:
         corner = self.upper[start:end, start:end]
@@ -58,9 +60,9 @@ class Factor:
 
 
 def factorize(hessian: Tensor, act_order: bool = True) -> Factor:
-    """Factor a Hessian, by block rows, left-looking (Golub & Van Loan, Matrix Computations, section 4.2).
+    """Factor a Hessian, by block columns of Uᵀ, left-looking (Golub & Van Loan, Matrix Computations, section 4.2).
 
-    Each block row is taken from H when it is its turn, so that H is never copied whole. LAPACK's Cholesky rounds
+    Each block column is taken from H when it is its turn, so that H is never copied whole. LAPACK's Cholesky rounds
     otherwise with another number of threads; this does not.
 
     Args:
@@ -74,24 +76,24 @@ def factorize(hessian: Tensor, act_order: bool = True) -> Factor:
     if act_order:
         order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
     order = order.flip(0)
-    upper, curvature = torch.empty_like(hessian), torch.empty_like(hessian[0])
+    lower, curvature = torch.empty_like(hessian), torch.empty_like(hessian[0])
     # An accelerator's own factorization is faster than one that waits for every block's corner.
     for start, end in _parts(len(hessian), BLOCK if hessian.device.type == "cpu" else len(hessian)):
         part = slice(start, end)
-        rows = hessian.index_select(0, order[part]).index_select(1, order[start:])
+        columns = hessian.index_select(0, order[part]).index_select(1, order[start:]).T
         if start:
-            scaled = upper[:start, part] * curvature[:start, None]
-            rows.addmm_(scaled.T, upper[:start, start:], alpha=-1)
+            scaled = lower[part, :start] * curvature[:start]
+            columns = columns - times(lower[start:, :start], scaled.T)
         width = end - start
-        corner = torch.linalg.cholesky(rows[:, :width], upper=True)
+        corner = torch.linalg.cholesky(columns[:width])
         root = corner.diagonal()
         curvature[part] = root.square()
-        upper[part, part] = corner / root[:, None]
+        lower[part, part] = corner / root
         if end < len(hessian):
             identity = torch.eye(width, dtype=hessian.dtype, device=hessian.device)
-            inverse = torch.linalg.solve_triangular(corner.T, identity, upper=False)
-            torch.mm(inverse / root[:, None], rows[:, width:], out=upper[part, end:])
-    return Factor(order, upper, curvature)
+            inverse = torch.linalg.solve_triangular(corner, identity, upper=False)
+            lower[end:, part] = times(columns[width:], (inverse / root[:, None]).T)
+    return Factor(order, lower.T, curvature)
 
 
 def _parts(columns: int, width: int) -> list[tuple[int, int]]:

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from epmq.products import add_times, transposed
+
 # Rows of the Gram matrix that are added up at once, at least; what lies below them is left to symmetry.
 ROWS = 128
 
@@ -38,17 +40,18 @@ class Moments:
         rows = _real_rows(inputs, mask)
         self.count += len(rows)
         self.total += rows.sum(0)
+        columns = transposed(rows)
         for start, end in self._parts():
-            self._gram[start:end, start:].addmm_(rows[:, start:end].T, rows[:, start:])
+            add_times(self._gram[start:end, start:], columns[start:end], columns[start:].T)
         if beside is not None:
             others = _real_rows(beside, mask)
             if self._cross is None:
                 self._cross = torch.zeros(others.shape[1], rows.shape[1], device=rows.device)
-            self._cross.addmm_(others.T, rows)
+            add_times(self._cross, others.T, rows)
 
     def _parts(self) -> Iterator[tuple[int, int]]:
         """First and end row of each part of the Gram matrix; a part holds nothing left of its own columns."""
-        step = max(ROWS, len(self._gram) // 8)
+        step = max(ROWS, len(self._gram) // 16)
         return ((start, start + step) for start in range(0, len(self._gram), step))
 
     @property

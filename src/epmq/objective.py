@@ -23,6 +23,7 @@ from torch import Tensor
 
 from epmq.factor import Factor, factorize
 from epmq.moments import Moments
+from epmq.products import add_times
 
 
 class Objective:
@@ -76,7 +77,7 @@ class Objective:
         if drift is not None:
             gram.add_(drift, alpha=features)
             self._drift(drift, weight * features)
-        self.correction.addmm_(expert.float() - self.anchor, gram, alpha=weight)
+        add_times(self.correction, expert.float() - self.anchor, gram, alpha=weight)
 
     def add_outputs(self, moments: Moments, weight: float) -> None:
         """Fold in one task that asks the layers for given outputs.
@@ -112,7 +113,7 @@ class Objective:
         Raises:
             ValueError: the moments are not finite.
         """
-        if not torch.isfinite(self.hessian).all():
+        if not torch.isfinite(self.hessian.diagonal()).all():  # no entry beside it is larger
             raise ValueError("the layer's inputs hold NaN or Inf")
         hessian = self.hessian.clone()
         hessian.diagonal().add_(strength * self._unit())
@@ -157,7 +158,7 @@ class Objective:
         if self.correction is None:
             return self.anchor, strength
         if self.drift is not None:
-            self.correction.addmm_(self.anchor, self.drift)
+            add_times(self.correction, self.anchor, self.drift)
             self.drift = None
         factor, used = self.factor(strength, act_order)
         return factor.solve(self.correction).add_(self.anchor), used

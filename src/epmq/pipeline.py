@@ -28,7 +28,7 @@ from epmq.output import write_merged, write_quantized, write_rest
 from epmq.page import run_of, write_page
 from epmq.prepare import Job, Objects, check_head, device, examples_of, head_file, prepare
 from epmq.quantize import load_outside, quantize_calibrated, quantize_nearest
-from epmq.skeleton import why_not_direct
+from epmq.skeleton import quicken, why_not_direct
 from epmq.sources import Sources
 from epmq.spec import Expert, Recipe, load_recipe
 from epmq.spill import Spill
@@ -241,6 +241,7 @@ def evaluate_model(
     model: MultiTaskModel, evaluation: dict[str, Examples], recipe: Recipe, bar: Progress
 ) -> dict[str, float]:
     """The score of every task, in its metric (`epmq.evaluate.METRICS`)."""
+    quicken(model)
     row = bar.add_task("evaluate", total=sum(len(examples) for examples in evaluation.values()))
     return {
         task: scorer_of(examples)(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from epmq.factor import Factor, factorize
 from epmq.grid import Grid, QuantizedTensor
+from epmq.products import times
 
 # Factors on the min–max range that `search_scales` tries.
 SHRINKS = tuple(1 - 0.05 * i for i in range(13))
@@ -36,7 +37,7 @@ SLACK = 1e-3
 def hessian_loss(delta: Tensor, hessian: Tensor) -> Tensor:
     """tr(Δ H Δᵀ), a row at a time: [out] float32 for Δ [out, in] and H [in, in]."""
     delta = delta.float()
-    return ((delta @ hessian) * delta).sum(-1)
+    return times(delta, hessian).mul_(delta).sum(-1)
 
 
 def rtn(
@@ -258,7 +259,7 @@ def gptq(
             if not grid.symmetric:
                 torch.sub(bounds, zeros.index_select(0, own), out=block.bounds)
             block.feedback.copy_(feedback[part, part])
-            torch.addmm(block.weight, feedback[part, rest], errors[rest], out=block.wanted)
+            torch.add(block.weight, times(feedback[part, rest], errors[rest]), out=block.wanted)
             block.run()
             errors[part] = block.error
             codes[part] = block.code if grid.symmetric else block.code + zeros.index_select(0, own)

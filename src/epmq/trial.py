@@ -20,6 +20,7 @@ from epmq.factor import factorize
 from epmq.grid import QuantizedTensor
 from epmq.moments import Moments
 from epmq.objective import Objective
+from epmq.products import times
 from epmq.quantize import find_aims, return_freed_memory
 from epmq.skeleton import load_block, load_embeddings
 from epmq.solvers import gptq, rtn, search_scales
@@ -198,7 +199,7 @@ def measure_rates(sources: Sources, device: torch.device) -> Rates:
     sizes = {name: math.prod(sources.base_shape(name)) for name in sources.block_names(stack.block_name(0))}
     name, task = max(sizes, key=lambda name: sizes[name]), next(iter(sources.experts))
     return Rates(
-        timed(lambda: left @ right, device) / (TOKENS * COLUMNS * ROWS),
+        timed(lambda: times(left, right), device) / (TOKENS * COLUMNS * ROWS),
         timed(lambda: entries * 2, device) / entries.numel(),
         timed(lambda: tensorwise.merged(name).to(device), device) / sizes[name],
         timed(lambda: sources.expert_tensor(task, name).to(device) * 2, device) / sizes[name],

@@ -1,0 +1,65 @@
+"""Matrix products in float32, by whichever of PyTorch's libraries is fast on the processor.
+
+PyTorch multiplies float32 with Intel's MKL, which leaves AVX-512 alone on processors of other makers; oneDNN, the other
+library that comes with it, uses it there, and takes less than half the time. Both compute in float32, in another order.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+@cache
+def by_onednn() -> bool:
+    """Whether oneDNN takes the products of this processor: it has AVX-512, and is not Intel's."""
+    found: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    other = bool(found.get("avx512_f") and found.get("sse4a"))  # SSE4a is AMD's alone
+    return other and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def times(left: Tensor, right: Tensor) -> Tensor:
+    """left · right, without gradients.
+
+    Args:
+        left: [m, k] of any float dtype.
+        right: [k, n] in the same dtype.
+
+    Returns:
+        [m, n] in that dtype.
+    """
+    return _onednn(left, right.T) if _suits(left) else left @ right
+
+
+def add_times(total: Tensor, left: Tensor, right: Tensor, alpha: float = 1.0) -> Tensor:
+    """Add alpha · left · right to `total` [m, n], in its place; the rest is as in `times`."""
+    if not _suits(left):
+        return total.addmm_(left, right, alpha=alpha)
+    return total.add_(_onednn(left, right.T), alpha=alpha)
+
+
+def transposed(rows: Tensor) -> Tensor:
+    """rowsᵀ [m, n] for rows [n, m], so that neither rows of it nor the transpose of some are slow in a product."""
+    return rows.T.contiguous() if _suits(rows) else rows.T
+
+
+def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """What `torch.nn.functional.linear` gives, and that itself where gradients are asked for."""
+    same = inputs.dtype == weight.dtype == (weight if bias is None else bias).dtype
+    if torch.is_grad_enabled() or not same or not _suits(inputs):
+        return functional.linear(inputs, weight, bias)
+    return _onednn(inputs, weight, bias)
+
+
+def _suits(left: Tensor) -> bool:
+    return by_onednn() and left.dtype == torch.float32 and left.device.type == "cpu" and left.numel() > 0
+
+
+def _onednn(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
+    """left · rightᵀ + bias."""
+    if not (right.is_contiguous() or right.T.is_contiguous()):
+        right = right.contiguous()  # oneDNN has nothing but a loop of scalars for other layouts
+    return torch.ops.mkldnn._linear_pointwise(left, right, bias, "none", [], "")
