@@ -205,12 +205,13 @@ def codes_table(found: dict[str, Any]) -> str:
 
 def solver_table(rows: list[dict[str, Any]]) -> str:
     """Markdown: one line a shape and peer of `benchmarks.solver`."""
-    head = ["out × in", "rounds", "ours, s", "over the floor", "peer", "peer, s", "times ours"]
+    head = ["out × in", "rounds", "ours, s", "over the floor", "at `@`'s rate", "peer", "peer, s", "times ours"]
     head += ["error, ours", "error, peer"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in rows:
         shown = [f"{row['out']} × {row['in']}", f"{row['rounds']}", f"{row['ours_seconds']:.3f}"]
-        shown += [f"{row['floor_ratio']:.1f}×", row["peer"], f"{row['peer_seconds']:.3f}", f"{row['ratio']:.1f}×"]
+        shown += [f"{row['floor_ratio']:.1f}×", f"{row['torch_floor_ratio']:.1f}×"]
+        shown += [row["peer"], f"{row['peer_seconds']:.3f}", f"{row['ratio']:.1f}×"]
         shown += [f"{row['hessian_error_ours']:.5f}", f"{row['hessian_error_peer']:.5f}"]
         lines.append("| " + " | ".join(shown) + " |")
     return "\n".join([*lines, "", measured(rows)])
