@@ -238,15 +238,14 @@ def _quantize_block(
     for shared, sum_ in aims:
         group = LayerGroup(sources, step, shared, sum_)
         gather(sources, step, group, calibration, streams, places)
-        if streams:  # their activations lie between what is freed
-            return_freed_memory()
+        return_freed_memory()  # activations that stay lie between what is freed
         with naming(f"{step.name}.{group.names[0]}"):
             reports += _solve(sources, step, group, emit_layer)
         step.passed(group.names[0])
         del group
     for stream in streams.values():
         stream.advance()
-    return_freed_memory()  # more often, solves would wait for pages that were given back a moment before
+    return_freed_memory()
     return reports
 
 
