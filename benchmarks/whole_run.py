@@ -49,8 +49,11 @@ SHAPE = Shape(
 QUICK_LAYERS = 2
 # The peers' own job: nothing is merged, and scales are the plain range of the weights, where our default searches them.
 ALONE = "gptq of one model"
+# The same where matrix products are PyTorch's own, in which the peers work.
+PLAIN = "gptq of one model, by @"
 OURS = {
     ALONE: {"method": "gptq", "scales": "minmax"},
+    PLAIN: {"method": "gptq", "scales": "minmax"},
     "gptq": {"method": "gptq"},
     "E-PMQ": {"method": "e_pmq"},
     "expert-guided": {"method": "expert_guided"},
@@ -68,7 +71,7 @@ def sequences() -> torch.Tensor:
 
 def recipe(root: Path, tool: str, out: Path, device: str) -> dict[str, Any]:
     """The recipe of one of our rows."""
-    models = {"base": root / "base"} if tool == ALONE else {name: root / name for name in tasks(SHAPE)}
+    models = {"base": root / "base"} if tool in (ALONE, PLAIN) else {name: root / name for name in tasks(SHAPE)}
     return {
         "base": str(root / "base"),
         "experts": [{"name": name, "model": str(path)} for name, path in models.items()],
@@ -87,7 +90,8 @@ def command(tool: str, root: Path, out: Path, device: str) -> list[str | Path]:
         return [peer_python(), here.with_name("peer_quantize.py"), tool, root / "base", tokens, out]
     file = out.parent / "recipe.json"
     write_json(file, recipe(root, tool, out, device))
-    return [sys.executable, here.with_name("our_quantize.py"), file, tokens]
+    switch = ["env", "EPMQ_ONEDNN=0"] if tool == PLAIN else []
+    return [*switch, sys.executable, here.with_name("our_quantize.py"), file, tokens]
 
 
 def write_inputs(shape: Shape, root: Path) -> None:

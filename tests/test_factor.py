@@ -20,6 +20,15 @@ def test_it_rebuilds_the_hessian(size, act_order):
     assert (hessian.diagonal()[taken].diff() <= 0).all() if act_order else torch.equal(taken, torch.arange(size))
 
 
+def test_a_wide_hessian_is_factored_in_panels(monkeypatch):
+    hessian = hessian_of(1100, 7).double()
+    plain = factorize(hessian)
+    monkeypatch.setattr("epmq.factor.WIDE", 1000)
+    panels = factorize(hessian)
+    torch.testing.assert_close(panels.upper.triu(), plain.upper.triu())
+    torch.testing.assert_close(panels.curvature, plain.curvature)
+
+
 @pytest.mark.parametrize("size", [48, 128, 300])
 def test_it_solves(size):
     hessian, right = hessian_of(size, 7).double(), torch.randn(7, size).double()

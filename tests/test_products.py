@@ -121,9 +121,13 @@ def test_it_is_taken_where_it_is_faster(monkeypatch):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
         return products.by_onednn.__wrapped__()
 
+    monkeypatch.delenv("EPMQ_ONEDNN", raising=False)
     assert found(avx512_f=True, sse4a=True)
     assert not found(avx512_f=True, sse4a=False)  # Intel: MKL uses all there is
     assert not found(avx512_f=False, sse4a=True)
     assert not found()
+    monkeypatch.setenv("EPMQ_ONEDNN", "0")
+    assert not found(avx512_f=True, sse4a=True)
+    monkeypatch.delenv("EPMQ_ONEDNN")
     monkeypatch.delattr(torch.cpu, "get_capabilities")
     assert not products.by_onednn.__wrapped__()

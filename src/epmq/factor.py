@@ -11,6 +11,8 @@ from epmq.products import add_times, times
 
 # Columns that are factored or solved for before what they mean for the others goes through one matrix product.
 BLOCK = 128
+# With so many columns blocks are factored in panels of four: the product takes a copy of all that is done already.
+WIDE = 8192
 
 
 @dataclass(frozen=True)
@@ -78,22 +80,30 @@ def factorize(hessian: Tensor, act_order: bool = True) -> Factor:
     order = order.flip(0)
     lower, curvature = torch.empty_like(hessian), torch.empty_like(hessian[0])
     # An accelerator's own factorization is faster than one that waits for every block's corner.
-    for start, end in _parts(len(hessian), BLOCK if hessian.device.type == "cpu" else len(hessian)):
-        part = slice(start, end)
-        columns = hessian.index_select(0, order[part]).index_select(1, order[start:]).T
-        if start:
-            scaled = lower[part, :start] * curvature[:start]
-            columns = columns - times(lower[start:, :start], scaled.T)
-        width = end - start
-        corner = torch.linalg.cholesky(columns[:width])
-        root = corner.diagonal()
-        curvature[part] = root.square()
-        lower[part, part] = corner / root
-        if end < len(hessian):
-            identity = torch.eye(width, dtype=hessian.dtype, device=hessian.device)
-            inverse = torch.linalg.solve_triangular(corner, identity, upper=False)
-            lower[end:, part] = times(columns[width:], (inverse / root[:, None]).T)
+    block = BLOCK if hessian.device.type == "cpu" else len(hessian)
+    for first, last in _parts(len(hessian), block if len(hessian) < WIDE else 4 * block):
+        panel = hessian.index_select(0, order[first:last]).index_select(1, order[first:]).T
+        if first:
+            panel = panel - _given(lower, curvature, slice(0, first), slice(first, last))
+        for start, end in _parts(last - first, block):
+            columns, part = panel[start:, start:end], slice(first + start, first + end)
+            if start:
+                columns = columns - _given(lower, curvature, slice(first, first + start), part)
+            width = end - start
+            corner = torch.linalg.cholesky(columns[:width])
+            root = corner.diagonal()
+            curvature[part] = root.square()
+            lower[part, part] = corner / root
+            if part.stop < len(hessian):
+                identity = torch.eye(width, dtype=hessian.dtype, device=hessian.device)
+                inverse = torch.linalg.solve_triangular(corner, identity, upper=False)
+                lower[part.stop :, part] = times(columns[width:], (inverse / root[:, None]).T)
     return Factor(order, lower.T, curvature)
+
+
+def _given(lower: Tensor, curvature: Tensor, done: slice, part: slice) -> Tensor:
+    """What the columns that are done make of H in some columns after them, from the first of these rows on."""
+    return times(lower[part.start :, done], (lower[part, done] * curvature[done]).T)
 
 
 def _parts(columns: int, width: int) -> list[tuple[int, int]]:

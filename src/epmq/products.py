@@ -6,6 +6,7 @@ library that comes with it, uses it there, and takes less than half the time. Bo
 
 from __future__ import annotations
 
+import os
 from functools import cache
 
 import torch
@@ -15,7 +16,12 @@ from torch.nn import functional
 
 @cache
 def by_onednn() -> bool:
-    """Whether oneDNN takes the products of this processor: it has AVX-512, and is not Intel's."""
+    """Whether oneDNN takes the products of this processor: it has AVX-512, and is not Intel's.
+
+    EPMQ_ONEDNN=0 in the environment leaves them to PyTorch.
+    """
+    if os.environ.get("EPMQ_ONEDNN") == "0":
+        return False
     found: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
     other = bool(found.get("avx512_f") and found.get("sse4a"))  # SSE4a is AMD's alone
     return other and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
