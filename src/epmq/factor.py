@@ -62,9 +62,9 @@ class Factor:
 
 
 def factorize(hessian: Tensor, act_order: bool = True) -> Factor:
-    """Factor a Hessian, by block columns of Uᵀ, left-looking (Golub & Van Loan, Matrix Computations, section 4.2).
+    """Factor a Hessian, by block rows, left-looking (Golub & Van Loan, Matrix Computations, section 4.2).
 
-    Each block column is taken from H when it is its turn, so that H is never copied whole. LAPACK's Cholesky rounds
+    Each block row is taken from H when it is its turn, so that H is never copied whole. LAPACK's Cholesky rounds
     otherwise with another number of threads; this does not.
 
     Args:
@@ -78,32 +78,33 @@ def factorize(hessian: Tensor, act_order: bool = True) -> Factor:
     if act_order:
         order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
     order = order.flip(0)
-    lower, curvature = torch.empty_like(hessian), torch.empty_like(hessian[0])
+    upper, curvature = torch.empty_like(hessian), torch.empty_like(hessian[0])
     # An accelerator's own factorization is faster than one that waits for every block's corner.
     block = BLOCK if hessian.device.type == "cpu" else len(hessian)
     for first, last in _parts(len(hessian), block if len(hessian) < WIDE else 4 * block):
-        panel = hessian.index_select(0, order[first:last]).index_select(1, order[first:]).T
+        panel = hessian.index_select(0, order[first:last]).index_select(1, order[first:])
         if first:
-            panel = panel - _given(lower, curvature, slice(0, first), slice(first, last))
+            _take(panel, upper, curvature, slice(0, first), slice(first, last))
         for start, end in _parts(last - first, block):
-            columns, part = panel[start:, start:end], slice(first + start, first + end)
+            rows, part = panel[start:end, start:], slice(first + start, first + end)
             if start:
-                columns = columns - _given(lower, curvature, slice(first, first + start), part)
+                _take(rows, upper, curvature, slice(first, first + start), part)
             width = end - start
-            corner = torch.linalg.cholesky(columns[:width])
+            corner = torch.linalg.cholesky(rows[:, :width], upper=True)
             root = corner.diagonal()
             curvature[part] = root.square()
-            lower[part, part] = corner / root
+            upper[part, part] = corner / root[:, None]
             if part.stop < len(hessian):
                 identity = torch.eye(width, dtype=hessian.dtype, device=hessian.device)
-                inverse = torch.linalg.solve_triangular(corner, identity, upper=False)
-                lower[part.stop :, part] = times(columns[width:], (inverse / root[:, None]).T)
-    return Factor(order, lower.T, curvature)
+                inverse = torch.linalg.solve_triangular(corner.T, identity, upper=False)
+                upper[part, part.stop :] = times(inverse / root[:, None], rows[:, width:])
+    return Factor(order, upper, curvature)
 
 
-def _given(lower: Tensor, curvature: Tensor, done: slice, part: slice) -> Tensor:
-    """What the columns that are done make of H in some columns after them, from the first of these rows on."""
-    return times(lower[part.start :, done], (lower[part, done] * curvature[done]).T)
+def _take(rows: Tensor, upper: Tensor, curvature: Tensor, done: slice, part: slice) -> None:
+    """Take off some rows of H, from their diagonal on, what the rows of U that are done already make of them."""
+    scaled = upper[done, part] * curvature[done, None]
+    add_times(rows, scaled.T, upper[done, part.start :], alpha=-1)
 
 
 def _parts(columns: int, width: int) -> list[tuple[int, int]]:

@@ -66,6 +66,6 @@ def _suits(left: Tensor) -> bool:
 
 def _onednn(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
     """left · rightᵀ + bias."""
-    if not (right.is_contiguous() or right.T.is_contiguous()):
-        right = right.contiguous()  # oneDNN has nothing but a loop of scalars for other layouts
+    if not (right.is_contiguous() or right.T.is_contiguous()):  # for which oneDNN has nothing but a loop of scalars
+        right = right.T.contiguous().T if right.stride(0) == 1 else right.contiguous()
     return torch.ops.mkldnn._linear_pointwise(left, right, bias, "none", [], "")
