@@ -11,7 +11,7 @@ import sys
 import epmq
 from epmq.imports import leave_at_exit
 
-BATCH = 16
+BATCH = 16  # as in peer_quantize.py
 
 
 def quantize(recipe: str, tokens: str) -> None:

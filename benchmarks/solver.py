@@ -3,8 +3,7 @@
 Ours and theirs run in turn in one process with one thread (`benchmarks.solver_worker`, in the peers' interpreter), on
 the same weight and Hessian. The floor is what the operations of the factor (n³/3) and of the updates (out · n²) would
 take at the rate of a large matrix product on the same machine in the same run: of the fastest that there is, and of
-PyTorch's `@`, in which the peers work. Writes `benchmarks/results/solver.json`;
-needs `make peers`.
+PyTorch's `@`, in which the peers work. Writes `benchmarks/results/solver.json`; needs `make peers`.
 """
 
 from __future__ import annotations

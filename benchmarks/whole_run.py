@@ -2,9 +2,9 @@
 
 A Llama of 8 blocks of width 1024 with random weights (float32), 64 sequences of 128 tokens, 4 bits, groups of 128, one
 thread. Each tool is a process of its own that opens, quantizes and saves; they take turns. The peers quantize the base,
-on the plain range of the weights, and one row of ours does the very same. The others merge three experts first, and
-have the 64 sequences shared out among them, as mergekit and then a peer would: their sums are rows too. Writes
-`benchmarks/results/whole_run.json`; needs `make peers`.
+on the plain range of the weights, and two rows of ours do the very same, one of them with PyTorch's own matrix products
+(`EPMQ_ONEDNN=0`). The others merge three experts first, and have the 64 sequences shared out among them, as mergekit
+and then a peer would: their sums are rows too. Writes `benchmarks/results/whole_run.json`; needs `make peers`.
 """
 
 from __future__ import annotations

@@ -51,3 +51,9 @@ def test_the_end_looks_through_nothing():
         "leave_at_exit()"
     )
     assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "True\n"
+
+
+@pytest.mark.parametrize("module", ["epmq.inspection", "epmq.page", "epmq.tables"])
+def test_what_only_reads_and_draws_starts_without_transformers(module):
+    code = f"import sys, {module}; print('transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "False\n"

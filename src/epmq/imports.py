@@ -13,7 +13,7 @@ from contextlib import contextmanager
 def uncollected() -> Iterator[None]:
     """Collect no garbage for the length of a `with` block.
 
-    torch and transformers make so many objects that stay that looking through them time and again is a quarter of
+    torch and transformers make so many objects that stay that looking through them time and again is a good part of
     their import. What they have made counts as old afterwards: young, it would be looked through at once.
     """
     before, modules = gc.isenabled(), len(sys.modules)
@@ -29,7 +29,7 @@ def uncollected() -> Iterator[None]:
 
 
 def leave_at_exit() -> None:
-    """Let the process end without a last look through all that is imported; it takes half a second."""
+    """Let the process end without a last look through all that is imported, which takes long."""
     atexit.register(gc.freeze)
 
 

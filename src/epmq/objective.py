@@ -113,7 +113,7 @@ class Objective:
         Raises:
             ValueError: the moments are not finite.
         """
-        if not torch.isfinite(self.hessian.diagonal()).all():  # no entry beside it is larger
+        if not torch.isfinite(self.hessian.diagonal()).all():  # G_ij² ≤ G_ii G_jj
             raise ValueError("the layer's inputs hold NaN or Inf")
         hessian = self.hessian.clone()
         hessian.diagonal().add_(strength * self._unit())

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from epmq import report as reporting
 from epmq.answers import Fit
 from epmq.batches import encode, load_processor, split_first, to_device
-from epmq.blocks import find_stacks
+from epmq.blocks import find_stacks, quicken
 from epmq.data import Examples
 from epmq.evaluate import SHARES, metric_of, scorer_of
 from epmq.grid import QuantizedTensor
@@ -28,7 +28,7 @@ from epmq.output import write_merged, write_quantized, write_rest
 from epmq.page import run_of, write_page
 from epmq.prepare import Job, Objects, check_head, device, examples_of, head_file, prepare
 from epmq.quantize import load_outside, quantize_calibrated, quantize_nearest
-from epmq.skeleton import quicken, why_not_direct
+from epmq.skeleton import why_not_direct
 from epmq.sources import Sources
 from epmq.spec import Expert, Recipe, load_recipe
 from epmq.spill import Spill
@@ -240,7 +240,7 @@ def inputs_of(job: Job, calibration: list[Calibration]) -> dict[str, Any]:
 def evaluate_model(
     model: MultiTaskModel, evaluation: dict[str, Examples], recipe: Recipe, bar: Progress
 ) -> dict[str, float]:
-    """The score of every task, in its metric (`epmq.evaluate.METRICS`)."""
+    """The score of every task, in its metric (`epmq.evaluate.METRICS`). The model's layers are quickened."""
     quicken(model)
     row = bar.add_task("evaluate", total=sum(len(examples) for examples in evaluation.values()))
     return {

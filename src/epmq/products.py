@@ -37,12 +37,12 @@ def times(left: Tensor, right: Tensor) -> Tensor:
     Returns:
         [m, n] in that dtype.
     """
-    return _onednn(left, right.T) if _suits(left) else left @ right
+    return _onednn(left, right.T) if _suits(left, right) else left @ right
 
 
 def add_times(total: Tensor, left: Tensor, right: Tensor, alpha: float = 1.0) -> Tensor:
-    """Add alpha · left · right to `total` [m, n], in its place; the rest is as in `times`."""
-    if not _suits(left):
+    """Add alpha · left · right to `total` [m, n], in its place, and return it; the rest is as in `times`."""
+    if not _suits(left, right):
         return total.addmm_(left, right, alpha=alpha)
     return total.add_(_onednn(left, right.T), alpha=alpha)
 
@@ -53,15 +53,27 @@ def transposed(rows: Tensor) -> Tensor:
 
 
 def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """What `torch.nn.functional.linear` gives, and that itself where gradients are asked for."""
-    same = inputs.dtype == weight.dtype == (weight if bias is None else bias).dtype
-    if torch.is_grad_enabled() or not same or not _suits(inputs):
+    """What `torch.nn.functional.linear` gives, and that itself where gradients are asked for.
+
+    Args:
+        inputs: [..., in] of any float dtype.
+        weight: [out, in] in the same dtype.
+        bias: [out] in the same dtype.
+
+    Returns:
+        [..., out] in that dtype.
+    """
+    given = (inputs, weight) if bias is None else (inputs, weight, bias)
+    if torch.is_grad_enabled() or not _suits(*given):
         return functional.linear(inputs, weight, bias)
     return _onednn(inputs, weight, bias)
 
 
-def _suits(left: Tensor) -> bool:
-    return by_onednn() and left.dtype == torch.float32 and left.device.type == "cpu" and left.numel() > 0
+def _suits(*given: Tensor) -> bool:
+    """Whether oneDNN can take a product of these, and should; it refuses empty ones."""
+    return by_onednn() and all(
+        tensor.dtype == torch.float32 and tensor.device.type == "cpu" and tensor.numel() for tensor in given
+    )
 
 
 def _onednn(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from epmq.batches import load_processor, tokenizer_of
+from epmq.blocks import quicken
 from epmq.demo.fetch import cache_dir
 from epmq.lm_scores import library, lm_eval
 from epmq.multitask import load
@@ -164,6 +165,7 @@ def _models(table: Table, row: Row, recipe: Recipe) -> Iterator[tuple[nn.Module,
     """Each model of a row, its tokenizer and the tasks that it is scored on: an expert's own, or all."""
     if row.merge is not None:
         found = load(str(recipe.output), device_of(recipe))
+        quicken(found.backbone)  # as base and experts are
         yield found.backbone, tokenizer_of(found.processor), list(table.tasks)
         return
     sources = Sources(recipe)

@@ -12,13 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
-from transformers.pytorch_utils import Conv1D
 
-from epmq.blocks import as_matrix, linears
 from epmq.checkpoint import Checkpoint, architecture_of
 from epmq.errors import blame
 from epmq.imports import uncollected
-from epmq.products import by_onednn, linear
 
 # Classes whose weights are all shared between experts: their own architecture is merged. Everything else that is not
 # a plain `…Model` has a task head; its backbone is merged and the head is kept apart.
@@ -106,6 +103,8 @@ def build_skeleton(checkpoint: Checkpoint) -> Any:
     from accelerate import init_empty_weights
     from transformers import AutoConfig
 
+    from epmq.blocks import quicken
+
     place = checkpoint.path / "config.json"
     if checkpoint.config.get("quantization_config"):
         raise ValueError(f"{place}: the model is quantized already; give the one it was quantized from")
@@ -120,17 +119,6 @@ def build_skeleton(checkpoint: Checkpoint) -> Any:
             model = kind._from_config(config, dtype=torch.float32).eval()
     quicken(model)
     return model
-
-
-def quicken(model: nn.Module) -> None:
-    """Let a model's linear layers multiply by `epmq.products`."""
-    for _, layer in linears(model) if by_onednn() else ():
-        if type(layer).forward in (nn.Linear.forward, Conv1D.forward):  # not what a subclass makes of it
-            layer.forward = partial(_multiply, layer)  # type: ignore[method-assign]
-
-
-def _multiply(layer: Any, inputs: Tensor) -> Tensor:
-    return linear(inputs, as_matrix(layer, layer.weight), layer.bias)
 
 
 def rename(model: Any, stored: Iterable[str]) -> tuple[dict[str, str], list[str]]:
