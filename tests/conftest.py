@@ -88,8 +88,13 @@ def write_texts(path: Path, count: int, classes: int, seed: int) -> Path:
 
 @pytest.fixture(scope="session")
 def pool(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `base`, `experts/{one,two}` (BERT, with heads) and `data/{one,two}.jsonl`."""
-    folder = tmp_path_factory.mktemp("pool")
+    """A folder as `build_pool` makes it; tests that spoil it take a copy."""
+    return build_pool(tmp_path_factory.mktemp("pool"))
+
+
+def build_pool(folder: Path) -> Path:
+    """Write `base`, `experts/{one,two}` (BERT, with heads) and `data/{one,two}.jsonl` into a folder."""
+    folder.mkdir(exist_ok=True)
     torch.manual_seed(0)
     base = tiny_bert()
     base.save_pretrained(folder / "base")
