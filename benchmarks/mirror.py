@@ -96,7 +96,7 @@ def build(table: Table, hub: Path, *, tiny: bool = True, rows: int = 12) -> None
             _write_model(folder, table.shapes.get("expert", shape), tiny, number, None)
             if "expert" not in table.shapes:
                 _write_processor(folder, shape.model, tiny)
-        for split in {task.calibration, task.evaluation} - {None}:
+        for split in sorted({task.calibration, task.evaluation or task.calibration}):  # in one order
             place = hub / DATASETS / str(task.data.dataset)
             _write_split(place, task, str(split), rows, seeds, teacher and teacher.of(name))
         for lm_task, scored in (task.lm_eval or {}).items():

@@ -24,11 +24,11 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
-import torch
-from conftest import build_pool, padded_batches, perturbed, recipe_for, tiny_bert, word_tokenizer, write_texts
-from families import FAMILIES
+import torch  # noqa: E402
+from conftest import build_pool, padded_batches, perturbed, recipe_for, tiny_bert, word_tokenizer, write_texts  # noqa: E402
+from families import FAMILIES  # noqa: E402
 
-import epmq
+import epmq  # noqa: E402
 
 QUIET = {"progress": False}
 TIMED = ("date", "seconds", "cpu_seconds", "peak_memory_mb", "hardware", "versions")
