@@ -18,11 +18,12 @@ from torch import Tensor
 from benchmarks.compare import GRIDS, RESULTS, measure
 from benchmarks.suites import text8
 from benchmarks.suites.__main__ import build
-from epmq import quantize, solvers
-from epmq.grid import Grid, QuantizedTensor
-from epmq.report import hardware, now, versions
-from epmq.solvers import gptq, hessian_loss
-from epmq.writing import write_json
+from epmq.calibration import engine as quantize
+from epmq.models.writer import write_json
+from epmq.quantization import gptq as solvers
+from epmq.quantization.gptq import gptq, hessian_loss
+from epmq.quantization.grid import Grid, QuantizedTensor
+from epmq.reporting.report import hardware, now, versions
 
 PATH = RESULTS / "codes.json"
 Pair = tuple[Tensor, Tensor]
@@ -86,7 +87,7 @@ def best_scales(solved: QuantizedTensor, target: Tensor, hessian: Tensor) -> Ten
 
 
 WAYS: dict[str, Callable[[QuantizedTensor, Tensor, Tensor], Tensor]] = {
-    "one sweep of coordinate descent": lambda *pair: descend(*pair, sweeps=1),
+    "one remove_stale_workdir of coordinate descent": lambda *pair: descend(*pair, sweeps=1),
     "three sweeps": lambda *pair: descend(*pair, sweeps=3),
     "scales refitted to the codes": refitted,
     "three solves, each row's best scales": best_scales,

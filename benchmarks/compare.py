@@ -20,13 +20,13 @@ from rich.console import Console
 
 from benchmarks.suites.__main__ import SUITES, build
 from benchmarks.suites.build import suite_dir
-from epmq import spec
+from epmq import recipe as spec
 from epmq.demo.pool import pool_recipe
-from epmq.evaluate import gap_recovered, show_score
-from epmq.multitask import load
-from epmq.pipeline import evaluate_experts, run
-from epmq.report import hardware, now, versions
-from epmq.writing import write_json
+from epmq.models.multitask import load
+from epmq.models.writer import write_json
+from epmq.pipeline.evaluation import gap_recovered, show_score
+from epmq.pipeline.run import evaluate_experts, run
+from epmq.reporting.report import hardware, now, versions
 
 RESULTS = Path(__file__).parent / "results"
 MERGES: dict[str, dict[str, Any]] = {
@@ -51,8 +51,8 @@ def is_language(suite: ModuleType) -> bool:
 
 def default(suite: ModuleType) -> dict[str, Any]:
     """The default recipe of expert_guided, spelled out, so that a row can be told from one with other defaults."""
-    settled = spec.Quantize(method="expert_guided").settled(not is_language(suite))
-    return {name: getattr(settled, name) for name in spec.GUIDED["expert_guided"]}
+    gc_frozen = spec.Quantize(method="expert_guided").gc_frozen(not is_language(suite))
+    return {name: getattr(gc_frozen, name) for name in spec.GUIDED["expert_guided"]}
 
 
 def settings(suite: ModuleType) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -31,12 +31,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from epmq.heads import HEAD_FILE, Head, save_head
-from epmq.inspection import inspection_tables
-from epmq.multitask import load
-from epmq.pipeline import run
-from epmq.prepare import prepare
-from epmq.spec import load_recipe
+from epmq.models.heads import HEAD_FILE, Head, save_head
+from epmq.models.multitask import load
+from epmq.pipeline.prepare import prepare
+from epmq.pipeline.run import run
+from epmq.recipe import load_recipe
+from epmq.reporting.inspection import inspection_tables
 
 RECIPE, OUTPUT = "recipe.yaml", "out"
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "user", "assistant"]

@@ -25,8 +25,8 @@ from benchmarks.compare import RESULTS
 from benchmarks.peers import Cost, cost_of, peer_python, peer_versions
 from benchmarks.shapes import find_shape, tasks, write_models
 from epmq.demo.fetch import cache_dir
-from epmq.report import hardware, now, versions
-from epmq.writing import write_json
+from epmq.models.writer import write_json
+from epmq.reporting.report import hardware, now, versions
 
 FILE = "merging.json"
 DENSITY = 0.2

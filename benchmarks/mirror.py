@@ -23,7 +23,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-from epmq.tables import DATASETS, Shape, Table, Task
+from epmq.reproduce.tables import DATASETS, Shape, Table, Task
 
 # What `tiny` sizes are, by class in transformers.
 _VISION = {

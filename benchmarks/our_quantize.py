@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 
 import epmq
-from epmq.imports import leave_at_exit
+from epmq.runtime import skip_gc_at_exit
 
 BATCH = 16  # as in peer_quantize.py
 
@@ -29,5 +29,5 @@ def quantize(recipe: str, tokens: str) -> None:
 
 
 if __name__ == "__main__":
-    leave_at_exit()
+    skip_gc_at_exit()
     quantize(*sys.argv[1:])

@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 from benchmarks.compare import RESULTS
-from epmq import charts
-from epmq.page import gap, page, read_runs
+from epmq.reporting import charts
+from epmq.reporting.page import gap, page, read_runs
 
 DOCS = Path(__file__).parent.parent / "docs"
 SUITES = ("vision8", "text8", "text8lora", "causal3", "seq2seq")

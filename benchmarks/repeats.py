@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from benchmarks.suites.build import suite_dir
-from epmq import pipeline
 from epmq.demo.pool import pool_recipe
-from epmq.writing import SINGLE
+from epmq.models.writer import SINGLE
+from epmq.pipeline import run as pipeline
 
 # Share of the largest weight that is less than a step of a grid.
 STEP = 1e-2

@@ -21,9 +21,9 @@ from benchmarks.compare import RESULTS
 from benchmarks.mirror import build
 from benchmarks.peers import cost_of
 from epmq.demo.fetch import cache_dir
-from epmq.report import hardware, now, versions
-from epmq.tables import load_table
-from epmq.writing import write_json
+from epmq.models.writer import write_json
+from epmq.reporting.report import hardware, now, versions
+from epmq.reproduce.tables import load_table
 
 
 def main() -> None:

@@ -28,17 +28,18 @@ import transformers
 from rich.console import Console
 
 from benchmarks.compare import RESULTS, read_rows
-from epmq import pipeline, quantize
-from epmq.blocks import block_linears
-from epmq.checkpoint import Checkpoint
+from epmq.calibration import engine as quantize
+from epmq.calibration.sequential import BlockStep, SequentialCalibrator
 from epmq.demo.fetch import cache_dir
-from epmq.moments import Moments
-from epmq.objective import Objective
-from epmq.report import hardware, now, versions
-from epmq.skeleton import tied_names
-from epmq.sources import Sources
-from epmq.walk import Step, Walk
-from epmq.writing import CheckpointWriter, whole_directory, write_json
+from epmq.merging.experts import Sources
+from epmq.models.blocks import block_linears
+from epmq.models.checkpoint import Checkpoint
+from epmq.models.meta import tied_names
+from epmq.models.writer import CheckpointWriter, whole_directory, write_json
+from epmq.pipeline import run as pipeline
+from epmq.quantization.hessian import Moments
+from epmq.quantization.objective import Objective
+from epmq.reporting.report import hardware, now, versions
 
 VISION = {"image_size": 224, "projection_dim": 512}
 LLAMA = {"vocab_size": 128256, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "tie_word_embeddings": True}
@@ -51,8 +52,8 @@ WATCHED: tuple[tuple[Any, str, str], ...] = (
     (Sources, "__init__", "open"),
     (Checkpoint, "check_finite", "check"),
     (Sources, "merged", "merge"),
-    (Walk, "resume", "forward"),
-    (Step, "run", "forward"),
+    (SequentialCalibrator, "resume", "forward"),
+    (BlockStep, "run", "forward"),
     (Moments, "add", "moments"),
     (Objective, "add", "targets"),
     (quantize, "_solve", "solve"),

@@ -20,8 +20,8 @@ from rich.console import Console
 
 from benchmarks.compare import RESULTS
 from benchmarks.peers import ROOT, peer_python, peer_versions
-from epmq.report import hardware, now, versions
-from epmq.writing import write_json
+from epmq.models.writer import write_json
+from epmq.reporting.report import hardware, now, versions
 
 
 def main() -> None:

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from epmq import products
-from epmq.grid import Grid, QuantizedTensor
-from epmq.solvers import gptq, hessian_loss
+from epmq import matmul as products
+from epmq.quantization.gptq import gptq, hessian_loss
+from epmq.quantization.grid import Grid, QuantizedTensor
 
 GRID = Grid(bits=4, group_size=128, symmetric=True)
 DAMPING = 0.01
@@ -116,7 +116,7 @@ def measure(rows: int, columns: int, rounds: int, device: torch.device) -> list[
     errors: dict[str, float] = {}
     for _ in range(rounds):
         for _ in range(3):
-            times["product"].append(seconds(lambda: products.times(square, square), device)[0])
+            times["product"].append(seconds(lambda: products.matmul(square, square), device)[0])
             times["torch product"].append(seconds(lambda: square @ square, device)[0])
         for name, solver in solvers.items():
             taken, quantized = seconds(solver(weight, hessian), device)

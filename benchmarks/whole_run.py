@@ -26,8 +26,8 @@ from benchmarks.merging import METHODS, merge_command
 from benchmarks.peers import Cost, cost_of, peer_python, peer_versions
 from benchmarks.shapes import LLAMA, Shape, tasks, write_models
 from epmq.demo.fetch import cache_dir
-from epmq.report import hardware, now, versions
-from epmq.writing import write_json
+from epmq.models.writer import write_json
+from epmq.reporting.report import hardware, now, versions
 
 SAMPLES, TOKENS, VOCABULARY = 64, 128, 32000
 SHAPE = Shape(

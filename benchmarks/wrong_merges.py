@@ -14,13 +14,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks.suites.build import suite_dir
-from epmq.blocks import find_stacks, linears
 from epmq.demo.pool import pool_recipe
-from epmq.heads import HEAD_FILE, Head, save_head
-from epmq.lineage import SAMPLE, correlation
-from epmq.prepare import prepare
-from epmq.sources import Sources
-from epmq.spec import load_recipe
+from epmq.merging.compatibility import SAMPLE, correlation
+from epmq.merging.experts import Sources
+from epmq.models.blocks import find_stacks, linears
+from epmq.models.heads import HEAD_FILE, Head, save_head
+from epmq.pipeline.prepare import prepare
+from epmq.recipe import load_recipe
 
 Spoil = Callable[[Path], None]
 CLASSES = ["yes", "no", "maybe"]

@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 import epmq
 from epmq.cli import app, main
-from epmq.pipeline import evaluate_checkpoint, evaluate_experts
-from epmq.spec import load_recipe
+from epmq.pipeline.run import evaluate_checkpoint, evaluate_experts
+from epmq.recipe import load_recipe
 
 COMMANDS = ["run", "merge", "quantize", "eval", "inspect", "init", "demo", "reproduce"]
 ENVIRONMENT = {
@@ -294,7 +294,7 @@ def test_an_interrupt_leaves_nothing_and_says_so(call, recipe, tmp_path, monkeyp
     def interrupt(*args: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("epmq.pipeline.write_model", interrupt)
+    monkeypatch.setattr("epmq.pipeline.run.write_model", interrupt)
     before = sorted(os.listdir(tmp_path))
     status, _, err = call("run", recipe, "-q")
     assert status == 130 and err.startswith("epmq: stopped; no output was written; the same command goes on")
@@ -327,6 +327,6 @@ def test_too_little_memory_is_said_with_what_helps(call, recipe, tmp_path, monke
     def fail(*args: Any) -> None:
         raise error
 
-    monkeypatch.setattr("epmq.pipeline.write_model", fail)
+    monkeypatch.setattr("epmq.pipeline.run.write_model", fail)
     status, _, err = call("run", recipe, "-q")
     assert status == 1 and "memory" in err and "activations: disk" in err

@@ -22,8 +22,8 @@ from transformers import (
 
 import epmq
 from epmq.export import FORMATS, packed
-from epmq.grid import BITS, Grid, QuantizedTensor
-from epmq.pipeline import run
+from epmq.pipeline.run import run
+from epmq.quantization.grid import BITS, Grid, QuantizedTensor
 
 LAYERS = [
     f"encoder.layer.{i}.{name}"

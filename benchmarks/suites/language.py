@@ -21,14 +21,14 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.suites.build import chosen_tasks, suite_dir
-from epmq.batches import encode
-from epmq.data import Examples
+from epmq.data.encoding import encode
+from epmq.data.readers import Examples
 from epmq.demo.build import SPLITS, whole_folder
 from epmq.demo.finetune import training_order
 from epmq.demo.texts import TextTask, split
-from epmq.evaluate import METRICS
-from epmq.multitask import MultiTaskModel
-from epmq.writing import write_json
+from epmq.models.multitask import MultiTaskModel
+from epmq.models.writer import write_json
+from epmq.pipeline.evaluation import METRICS
 
 IGNORED = -100
 QUICK_SIZES = {"train": 64, "validation": 16, "test": 24}

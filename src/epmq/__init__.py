@@ -15,10 +15,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from epmq.multitask import MultiTaskModel, load
-    from epmq.pipeline import evaluate_checkpoint, evaluate_experts, merge, run
-    from epmq.plan import dry_run
-    from epmq.spec import Recipe, load_recipe
+    from epmq.models.multitask import MultiTaskModel, load
+    from epmq.pipeline.cost import dry_run
+    from epmq.pipeline.run import evaluate_checkpoint, evaluate_experts, merge, run
+    from epmq.recipe import Recipe, load_recipe
 
 __version__ = "0.1.0"
 __all__ = [
@@ -34,22 +34,22 @@ __all__ = [
 ]
 
 _HOME = {
-    "MultiTaskModel": "epmq.multitask",
-    "Recipe": "epmq.spec",
-    "dry_run": "epmq.plan",
-    "evaluate_checkpoint": "epmq.pipeline",
-    "evaluate_experts": "epmq.pipeline",
-    "load": "epmq.multitask",
-    "load_recipe": "epmq.spec",
-    "merge": "epmq.pipeline",
-    "run": "epmq.pipeline",
+    "MultiTaskModel": "epmq.models.multitask",
+    "Recipe": "epmq.recipe",
+    "dry_run": "epmq.pipeline.cost",
+    "evaluate_checkpoint": "epmq.pipeline.run",
+    "evaluate_experts": "epmq.pipeline.run",
+    "load": "epmq.models.multitask",
+    "load_recipe": "epmq.recipe",
+    "merge": "epmq.pipeline.run",
+    "run": "epmq.pipeline.run",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'epmq' has no attribute {name!r}")
-    from epmq.imports import uncollected
+    from epmq.runtime import gc_paused
 
-    with uncollected():
+    with gc_paused():
         return getattr(import_module(_HOME[name]), name)

@@ -78,7 +78,7 @@ seed: 0
 
 def _recipe(path: Path, overrides: list[str] | None, output: Path | None = None, need_output: bool = True) -> Any:
     from epmq import load_recipe
-    from epmq.spec import read_yaml
+    from epmq.recipe import read_yaml
 
     content = load_recipe(path).model_dump(mode="json", exclude_unset=True)
     for override in overrides or []:
@@ -105,7 +105,7 @@ def _recipe(path: Path, overrides: list[str] | None, output: Path | None = None,
 def _finish(report: dict[str, Any]) -> None:
     from rich.console import Console
 
-    from epmq.report import summary_table
+    from epmq.reporting.report import summary_table
 
     Console().print(summary_table(report))
 
@@ -130,7 +130,7 @@ def run(
         from rich.console import Console
 
         from epmq import dry_run as predict
-        from epmq.report import plan_table
+        from epmq.reporting.report import plan_table
 
         Console().print(plan_table(predict(wanted, progress=not quiet)))
         return
@@ -181,7 +181,7 @@ def evaluate(
     if as_json:
         print(json.dumps(columns, indent=2))
         return
-    from epmq.report import score_title, shown_scores
+    from epmq.reporting.report import score_title, shown_scores
 
     shown = [shown_scores(column) for column in columns.values()]
     table = Table("task", *columns, title=score_title(next(iter(columns.values()))), title_justify="left")
@@ -200,7 +200,7 @@ def inspect(
     """What is in a checkpoint: layers, bits, sizes, how it was made."""
     from rich.console import Console
 
-    from epmq.inspection import inspection_tables
+    from epmq.reporting.inspection import inspection_tables
 
     console = Console()
     for table in inspection_tables(path, layers):
@@ -218,7 +218,7 @@ def report(
     title: Annotated[str | None, typer.Option(help="heading of the page")] = None,
 ) -> None:
     """Put several runs into one page: scores side by side, gap recovered, size, losses by depth."""
-    from epmq.page import read_experts, read_runs, write_page
+    from epmq.reporting.page import read_experts, read_runs, write_page
 
     runs, found = read_runs(paths)
     write_page(output, runs, experts=read_experts(experts) if experts else found, title=title)
@@ -266,19 +266,19 @@ def reproduce(
     """Reproduce a published table: our figures beside the published ones, row by row."""
     from rich.console import Console
 
-    from epmq.imports import uncollected
+    from epmq.runtime import gc_paused
 
-    with uncollected():
-        from epmq.tables import load_table, names
+    with gc_paused():
+        from epmq.reproduce.tables import load_table, names
     console = Console()
     if list_ or name is None:
         for known in names():
             console.print(f"{known:32} {load_table(known).title}", highlight=False)
         return
     if dry_run:
-        from epmq.foresee import forecast_tables, foresee
+        from epmq.reproduce.forecast import forecast, forecast_tables
 
-        found = foresee(
+        found = forecast(
             name,
             limit=limit,
             hub=hub,
@@ -291,8 +291,8 @@ def reproduce(
         for table in forecast_tables(found):
             console.print(table)
         return
-    from epmq.reproduce import reproduce as reproduce_table
-    from epmq.results import terminal_table
+    from epmq.reproduce.results import terminal_table
+    from epmq.reproduce.run import reproduce as reproduce_table
 
     def say(text: str) -> None:
         if not quiet:
@@ -333,9 +333,9 @@ def demo(
 
 def main() -> None:
     """Entry point: errors that a user can mend are one line on standard error and exit status 1."""
-    from epmq.imports import leave_at_exit
+    from epmq.runtime import skip_gc_at_exit
 
-    leave_at_exit()
+    skip_gc_at_exit()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")  # one set of bars is enough: ours
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

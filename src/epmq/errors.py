@@ -14,7 +14,7 @@ def reason(error: BaseException) -> str:
 
 
 @contextmanager
-def blame(place: str | Path, what: str) -> Iterator[None]:
+def error_context(place: str | Path, what: str) -> Iterator[None]:
     """Say of everything that is raised in a `with` block where it comes from.
 
     Damaged files make libraries raise what they were never meant to raise, and which of it differs from version to

@@ -8,7 +8,7 @@ import pytest
 from benchmarks import choose
 from benchmarks.choose import CANDIDATES
 from benchmarks.compare import RESULTS, is_language
-from epmq.spec import Quantize
+from epmq.recipe import Quantize
 
 
 def test_candidates_that_are_there_are_not_measured_again(tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from benchmarks import shapes, tables
-from epmq.checkpoint import Checkpoint
+from epmq.models.checkpoint import Checkpoint
 
 TINY = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
 

@@ -4,7 +4,7 @@ import torch
 
 from benchmarks import solver_worker
 from benchmarks.tables import solver_table
-from epmq.solvers import gptq
+from epmq.quantization.gptq import gptq
 
 
 def test_a_row_says_what_was_measured(monkeypatch):

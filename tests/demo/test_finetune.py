@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from epmq.batches import encode, load_processor
-from epmq.data import Examples
+from epmq.data.encoding import encode, load_processor
+from epmq.data.readers import Examples
 from epmq.demo import finetune
 from epmq.demo.build import build_pool
 from epmq.demo.finetune import accuracy, class_mean_head, train_expert, training_order
 from epmq.demo.texts import TextTask, write_task
-from epmq.heads import HEAD_FILE, load_head
+from epmq.models.heads import HEAD_FILE, load_head
 
 WORDS = ["red", "green", "blue", "one", "two", "three", "the", "a"]
 LABELS = ["colour", "number"]

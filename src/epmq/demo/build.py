@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from epmq.data import Examples, read_examples
+from epmq.data.readers import Examples, read_examples
 from epmq.demo.pool import split_file
-from epmq.writing import whole_directory
+from epmq.models.writer import whole_directory
 
 SPLITS = ("train", "validation", "test")
 Report = Callable[[str, float], None]

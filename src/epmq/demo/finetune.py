@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from epmq import evaluate
-from epmq.batches import encode
-from epmq.data import Examples
-from epmq.heads import HEAD_FILE, Head, save_head
-from epmq.multitask import MultiTaskModel
+from epmq.data.encoding import encode
+from epmq.data.readers import Examples
+from epmq.models.heads import HEAD_FILE, Head, save_head
+from epmq.models.multitask import MultiTaskModel
+from epmq.pipeline import evaluation as evaluate
 
 
 def hidden_states(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -66,7 +66,7 @@ def class_mean_head(
         processor: its tokenizer or image processor.
         train: labelled examples.
         labels: the names of the classes.
-        pooling: see `epmq.heads.pool`.
+        pooling: see `epmq.models.heads.pool`.
         max_length: tokens a text is cut to.
         scale: inverse temperature of the cosine scores.
     """
@@ -120,7 +120,7 @@ def train_expert(
         out: where the expert goes; `training.json` in it records settings, accuracies and seconds.
         train, validation, test: labelled splits.
         labels: names of the classes.
-        pooling: how the head pools (see `epmq.heads.pool`).
+        pooling: how the head pools (see `epmq.models.heads.pool`).
         max_length: tokens a text is cut to.
         epochs, learning_rate, batch_size, scale, seed: of the training (AdamW, linear warm-up and decay).
         adapter: a `peft` configuration, such as a `LoraConfig`: only the adapter is trained, and written in place
@@ -132,7 +132,7 @@ def train_expert(
     """
     from transformers import AutoModel
 
-    from epmq.batches import load_processor
+    from epmq.data.encoding import load_processor
 
     out = Path(out)
     if (out / "training.json").exists():

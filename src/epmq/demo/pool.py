@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from epmq.spec import Recipe, load_recipe
+from epmq.recipe import Recipe, load_recipe
 
 
 def split_file(folder: Path, split: str) -> Path:

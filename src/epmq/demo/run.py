@@ -15,7 +15,7 @@ from rich.table import Table
 from epmq.demo import fetch as packages
 from epmq.demo.pool import pool_recipe
 from epmq.demo.texts import BASE, DEMO_TASKS, MAX_LENGTH, ORANGE, VADER, prepare_demo
-from epmq.writing import write_json
+from epmq.models.writer import write_json
 
 METHODS = ("none", "rtn", "gptq", "expert_guided")
 TITLES = {"none": "merged", "rtn": "RTN", "gptq": "GPTQ", "expert_guided": "expert-guided"}
@@ -43,7 +43,7 @@ def run_demo(output: str | Path = "epmq-demo") -> dict[str, dict[str, Any]]:
         FileExistsError: `output` exists and is not a demo's.
         RuntimeError: pip could not fetch a package.
     """
-    from epmq.pipeline import run
+    from epmq.pipeline.run import run
 
     start, output = time.perf_counter(), Path(output)
     if output.exists():

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from epmq.blocks import as_matrix
-from epmq.grid import Grid, QuantizedTensor
+from epmq.models.blocks import as_matrix
+from epmq.quantization.grid import Grid, QuantizedTensor
 
 NEEDS_LINEAR = False
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from epmq.grid import Grid, QuantizedTensor
+from epmq.quantization.grid import Grid, QuantizedTensor
 
 NEEDS_LINEAR = True
 

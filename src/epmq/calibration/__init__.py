@@ -1,0 +1,1 @@
+"""Block by block: collect moments, aim at the experts, solve."""

@@ -1,0 +1,149 @@
+"""Find the layers that write to a block's residual stream, and where the stream can be read after each of them.
+
+Nothing here knows an architecture. A layer's output is disturbed; the first tensor in the block that moves by exactly
+that disturbance, up to one factor a channel, and that is more than the output itself, is the sum it was added into.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Share of a movement that may be left unexplained; rounding leaves about 1e-5.
+TOLERANCE = 1e-2
+# A module of a block by its name, or the block's own output.
+Place = str | None
+
+
+@dataclass(frozen=True)
+class ResidualAdd:
+    """Where the output y of a layer ends up: in z = h + s ∘ y.
+
+    Attributes:
+        place: the module of the block that receives z; None if z is the block's output.
+        scale: s, [out] float32, such as a layer scale; ones for a plain sum.
+        rest: the module of the block that receives h.
+    """
+
+    place: Place
+    scale: Tensor
+    rest: str
+
+
+def find_residual_adds(block: nn.Module, layers: Sequence[str], run: Callable[[], Any]) -> dict[str, ResidualAdd]:
+    """The sums that the named layers write to.
+
+    Left out are layers that write to none or are called more than once, and sums of which the rest h is the input of no
+    module that is called before the layer.
+
+    Args:
+        block: the block.
+        layers: names of linear layers in it.
+        run: calls the block on real data; it must do the same each time.
+    """
+    before = _record(block, run)
+    found = {}
+    for name in layers:
+        with _disturbed(block.get_submodule(name)) as calls:
+            after = _record(block, run)
+        if len(calls) != 1:
+            continue
+        output, noise = calls[0]
+        for place, tensors in before.items():
+            if len(tensors) != 1 or len(after[place]) != 1:
+                continue
+            scale = _scale(tensors[0], after[place][0], output, noise)
+            if scale is None:
+                continue
+            rest = _rest(before, name, tensors[0], scale * output.float())
+            if rest is not None:
+                found[name] = ResidualAdd(place, scale, rest)
+            break
+    return found
+
+
+def _rest(before: dict[Place, list[Tensor]], layer: str, total: Tensor, share: Tensor) -> str | None:
+    """The first module called before the layer whose input is what the layer's share is added to."""
+    wanted = total.float() - share
+    for place, tensors in before.items():
+        if place is None or place == layer:
+            return None
+        if len(tensors) != 1 or tensors[0].shape != wanted.shape:
+            continue
+        if (tensors[0].float() - wanted).norm() <= TOLERANCE * share.norm():
+            return place
+    return None
+
+
+@contextmanager
+def _disturbed(layer: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Add noise as large as the layer's output to it; yields (output, noise), one pair a call."""
+    calls: list[tuple[Tensor, Tensor]] = []
+
+    def disturb(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        noise = torch.randn(output.shape, generator=torch.Generator().manual_seed(len(calls))).to(output)
+        noise *= output.std()
+        calls.append((output, noise))
+        return output + noise
+
+    handle = layer.register_forward_hook(disturb)
+    try:
+        yield calls
+    finally:
+        handle.remove()
+
+
+def _scale(old: Tensor, new: Tensor, output: Tensor, noise: Tensor) -> Tensor | None:
+    """s, if new − old = s ∘ noise and `old` is more than s ∘ output."""
+    if not old.shape == new.shape == noise.shape:
+        return None
+    old, new, output, noise = (tensor.flatten(0, -2).float() for tensor in (old, new, output, noise))
+    scale = (noise * (new - old)).sum(0) / noise.square().sum(0)
+    if not (scale.isfinite() & (scale != 0)).all():
+        return None
+    explained = scale * noise
+    if (new - old - explained).norm() > TOLERANCE * explained.norm():
+        return None
+    return scale if (old - scale * output).norm() > TOLERANCE * old.norm() else None
+
+
+def _record(block: nn.Module, run: Callable[[], Any]) -> dict[Place, list[Tensor]]:
+    """What every module of the block receives, in order of its first call, and last what the block gives."""
+    seen: dict[Place, list[Tensor]] = {}
+    places = [name for name, _ in block.named_modules() if name]
+    with ExitStack() as stack:
+        for place in [*places, None]:
+            stack.enter_context(at(block, place, lambda z, place=place: seen.setdefault(place, []).append(z)))  # type: ignore[misc]
+        run()
+    return seen
+
+
+@contextmanager
+def at(block: nn.Module, place: Place, note: Callable[[Tensor], None]) -> Iterator[None]:
+    """For the length of a `with` block, hand over the tensor at a place of a block each time that it is computed.
+
+    That is the first tensor among a module's arguments, or the first of what the block returns.
+    """
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, Tensor):
+                note(value)
+                return
+
+    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        note(output if isinstance(output, Tensor) else output[0])
+
+    if place is None:
+        handle = block.register_forward_hook(after, prepend=True)
+    else:
+        handle = block.get_submodule(place).register_forward_pre_hook(before, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()

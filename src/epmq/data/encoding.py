@@ -1,0 +1,259 @@
+"""From examples to model inputs: tokenizers, image processors, chat templates, packing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from io import BytesIO
+from itertools import chain
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import numpy as np
+import torch
+
+from epmq.data.readers import Examples
+from epmq.errors import error_context
+
+# Tokens of a window where neither the recipe nor the tokenizer asks for fewer.
+WINDOW = 512
+# Far longer than a chat template needs for one conversation.
+TEMPLATE_SECONDS = 3
+# Of a number in a chat template.
+MOST_DIGITS = 6
+
+
+def load_processor(directory: str | Path) -> Any:
+    """What lies in a model directory: a tokenizer, an image processor, both in one (CLIP), or None.
+
+    Raises:
+        ValueError: transformers cannot open it, or not without code that lies there; the directory is named.
+    """
+    import warnings
+
+    from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
+
+    directory = Path(directory)
+    images = (directory / "preprocessor_config.json").exists() or (directory / "processor_config.json").exists()
+    texts = any(
+        (directory / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json")
+    )
+    if not images and not texts:
+        return None
+    kind = AutoTokenizer if not images else AutoProcessor if texts else AutoImageProcessor
+    with (
+        warnings.catch_warnings(),
+        error_context(directory, "transformers cannot open the tokenizer or image processor"),
+    ):
+        warnings.simplefilter("ignore")
+        # Without a value, transformers asks on standard input whether code in the directory may run.
+        found = kind.from_pretrained(directory, trust_remote_code=False)
+        if images and image_processor_of(found) is None:
+            # A vision tower alone is no processor's model: beside its tokenizer's files, transformers sees those only.
+            found = AutoImageProcessor.from_pretrained(directory, trust_remote_code=False)
+    return found
+
+
+def tokenizer_of(processor: Any) -> Any:
+    """The tokenizer in a processor; None if there is none."""
+    found = getattr(processor, "tokenizer", processor)
+    if not hasattr(found, "convert_ids_to_tokens"):
+        return None
+    if found.pad_token_id is None and found.eos_token_id is not None:
+        found.pad_token = found.eos_token  # decoders often come without; padding is masked out anyway
+    found.padding_side = "right"  # whatever it was to generate with: positions count from the first token
+    return found
+
+
+def image_processor_of(processor: Any) -> Any:
+    """The image processor in a processor; None if there is none."""
+    found = getattr(processor, "image_processor", processor)
+    return found if hasattr(found, "image_mean") or hasattr(found, "do_resize") else None
+
+
+def encode(
+    examples: Examples, processor: Any, batch_size: int = 32, max_length: int | None = None
+) -> Iterator[dict[str, Any]]:
+    """Model inputs, batch by batch, in the order of the examples.
+
+    Args:
+        examples: what to encode. Documents (`causal`) are taken one by one, each cut; see `pack` for windows.
+        processor: the tokenizer, the image processor or both in one.
+        batch_size: samples a batch.
+        max_length: texts are cut to this many tokens; None leaves it to the tokenizer.
+
+    Yields:
+        keyword arguments of the model's forward: `input_ids` and `attention_mask` [batch, tokens] int64,
+        `pixel_values` [batch, 3, height, width] float32, `labels` and `decoder_attention_mask` [batch, targets]
+        (teacher forcing: the decoder's inputs are the labels moved to the right, and so is its mask).
+
+    Raises:
+        ValueError: the processor does not fit the kind of data.
+    """
+    if examples.kind == "batches":
+        yield from examples.inputs
+        return
+    if examples.kind == "tokens":
+        for start in range(0, len(examples), batch_size):
+            ids = torch.from_numpy(examples.inputs[start : start + batch_size])
+            yield {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        return
+    tokenizer, images = tokenizer_of(processor), image_processor_of(processor)
+    needs_images, needs_texts = examples.kind.startswith("image"), examples.kind != "image"
+    if (needs_images and images is None) or (needs_texts and tokenizer is None):
+        wanted = "image processor" if needs_images and images is None else "tokenizer"
+        raise ValueError(f"{examples.kind} examples need the base model's {wanted}, found {type(processor).__name__}")
+    if examples.kind == "chat" and len(examples):
+        try_template(tokenizer, examples.inputs[0])
+    for start in range(0, len(examples), batch_size):
+        with error_context(
+            f"{examples.kind} examples", f"the base model's {type(processor).__name__} cannot take them"
+        ):
+            batch = _encode(
+                examples.take(np.arange(start, min(start + batch_size, len(examples)))), tokenizer, images, max_length
+            )
+        yield batch
+
+
+def try_template(tokenizer: Any, messages: Any) -> None:
+    """See whether a chat template comes to an end: it is a program that came with the model.
+
+    Raises:
+        ValueError: it does not, or fails.
+    """
+    errors: list[BaseException | None] = []
+
+    def render() -> None:
+        try:
+            tokenizer.apply_chat_template(messages, tokenize=False)
+            errors.append(None)
+        except BaseException as error:
+            errors.append(error)
+
+    with error_context(tokenizer.name_or_path, "its chat template cannot be used"):
+        check_template(tokenizer.get_chat_template())
+    # A thread cannot be stopped, but this one does not keep the process from ending.
+    thread = Thread(target=render, daemon=True)
+    thread.start()
+    thread.join(TEMPLATE_SECONDS)
+    with error_context(tokenizer.name_or_path, "its chat template cannot be used"):
+        error = errors[0] if errors else TimeoutError(f"no end within {TEMPLATE_SECONDS} s")
+        if error is not None:
+            raise error
+
+
+def check_template(template: str) -> None:
+    """See whether a chat template computes with numbers so large that it would fill the memory in one step.
+
+    One such step cannot be interrupted, so that a limit of time does not help.
+
+    Raises:
+        ValueError: it does.
+    """
+    from jinja2 import Environment
+
+    for _, kind, value in Environment().lex(template):
+        if (kind, value) == ("operator", "**") or (kind == "integer" and len(value) > MOST_DIGITS):
+            raise ValueError(f"it computes with large numbers: {value}")
+
+
+def _encode(examples: Examples, tokenizer: Any, images: Any, max_length: int | None) -> dict[str, Any]:
+    """One batch of model inputs, of all the examples."""
+    kind, inputs = examples.kind, examples.inputs
+    cut = {"padding": True, "truncation": True, "max_length": max_length, "return_tensors": "pt"}
+    if kind == "image":
+        return _pixels(inputs, images)
+    if kind == "image_text":
+        return {**_pixels([x[0] for x in inputs], images), **tokenizer([x[1] for x in inputs], **cut)}
+    if kind == "chat":
+        return dict(tokenizer.apply_chat_template(list(inputs), tokenize=True, return_dict=True, **cut))
+    if kind == "seq2seq":
+        assert examples.targets is not None
+        return {**tokenizer(list(inputs), **cut), **_targets(examples.targets, tokenizer, cut)}
+    # Pairs go in as lists, which is what tokenizers take for a pair.
+    return dict(tokenizer([x if isinstance(x, str) else list(x) for x in inputs], **cut))
+
+
+def _targets(targets: list[str], tokenizer: Any, cut: dict[str, Any]) -> dict[str, torch.Tensor]:
+    found = tokenizer(text_target=targets, **cut)
+    ids, mask = found["input_ids"], found["attention_mask"]
+    shifted = torch.cat([torch.ones_like(mask[:, :1]), mask[:, :-1]], dim=1)
+    return {"labels": ids.masked_fill(mask == 0, -100), "decoder_attention_mask": shifted}
+
+
+def _pixels(chunk: Any, processor: Any) -> dict[str, torch.Tensor]:
+    return {"pixel_values": processor([_image(x) for x in chunk], return_tensors="pt")["pixel_values"]}
+
+
+def _image(source: Any) -> Any:
+    from PIL import Image
+
+    if isinstance(source, Image.Image):
+        return source.convert("RGB")
+    if isinstance(source, Mapping):  # as parquet files of pictures hold them
+        source = source.get("path") if source.get("bytes") is None else source["bytes"]
+    if isinstance(source, bytes):
+        source = BytesIO(source)
+    if not isinstance(source, (str, Path, BytesIO)):
+        return source  # an array
+    place = source if isinstance(source, (str, Path)) else "a picture"
+    with error_context(place, "not a readable image"), Image.open(source) as image:
+        return image.convert("RGB")
+
+
+def pack(examples: Examples, processor: Any, length: int | None, count: int | None, seed: int) -> Examples:
+    """Put documents end to end, with the end-of-text token between them, and cut them into windows.
+
+    Args:
+        examples: documents, of kind `causal`.
+        processor: the tokenizer.
+        length: tokens a window; None means what the tokenizer allows, at most 512.
+        count: windows wanted, from documents in a seeded order; None makes all windows, in order.
+        seed: of that order.
+
+    Returns:
+        examples of kind `tokens`, [windows, length] int64; what is left at the end is dropped.
+
+    Raises:
+        ValueError: there is no tokenizer, or not enough text for one window.
+    """
+    tokenizer = tokenizer_of(processor)
+    if tokenizer is None:
+        raise ValueError(f"texts need the base model's tokenizer, found {type(processor).__name__}")
+    length = length or min(tokenizer.model_max_length, WINDOW)
+    order = np.arange(len(examples)) if count is None else np.random.default_rng(seed).permutation(len(examples))
+    end, parts, total = tokenizer.eos_token_id, [], 0
+    for start in range(0, len(order), 256):
+        if count is not None and total >= count * length:
+            break
+        with error_context("texts", f"the base model's {type(processor).__name__} cannot take them"):
+            found = tokenizer([examples.inputs[i] for i in order[start : start + 256]])["input_ids"]
+        for part in found:
+            parts.append(part if end is None or (part and part[-1] == end) else [*part, end])
+            total += len(parts[-1])
+    windows = total // length if count is None else min(count, total // length)
+    if windows == 0:
+        raise ValueError(f"the texts have {total} tokens in all, which is not one window of {length}")
+    ids = np.fromiter(chain.from_iterable(parts), dtype=np.int64, count=windows * length)
+    return Examples("tokens", ids.reshape(windows, length))
+
+
+def to_device(batch: dict[str, Any], device: torch.device | str) -> dict[str, Any]:
+    """A batch with its tensors on a device."""
+    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+
+
+def split_first(batches: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """The same examples, the first few in a batch of their own: what is tried on the first batch costs little.
+
+    Args:
+        batches: model inputs. Unless the first is nothing but tensors that agree in their first dimension, all stay as
+            they are.
+        count: examples of the new batch.
+    """
+    first = batches[0] if batches else {}
+    sizes = {len(value) if isinstance(value, torch.Tensor) and value.ndim else 0 for value in first.values()}
+    if len(sizes) != 1 or not sizes.pop() > count:
+        return batches
+    head, tail = ({name: value[part] for name, value in first.items()} for part in (slice(count), slice(count, None)))
+    return [head, tail, *batches[1:]]

@@ -1,0 +1,418 @@
+"""Examples: what calibration and evaluation feed to a model, from files, from `datasets` or from Python objects.
+
+Tables are read row by row: `.jsonl` (one object a line), `.csv` (with a header), `.parquet`, a name or folder that
+`datasets` knows, or any iterable of dicts. What a row holds decides what it is: chat messages, an image (with a text:
+a pair for CLIP), a text with a target (for encoder–decoders), a text or a pair of texts. Two more forms hold images:
+`.npz` (arrays `images` [n, height, width, 3] uint8 and `labels` [n] integers; never unpickled) and a folder of images
+with one sub-folder a class.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from epmq.errors import error_context, reason
+
+IMAGE_ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+TABLES = (".jsonl", ".csv", ".parquet")
+# How a model takes its texts: as they are, as the beginning of a running text, or as source and target.
+USES = ("text", "causal", "seq2seq")
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Inputs and labels of one split of one task.
+
+    Attributes:
+        kind: `text`, `image`, `image_text`, `seq2seq`, `causal` (documents for a language model), `chat`, `tokens`
+            (windows of token ids, see `epmq.data.encoding.pack`) or `batches` (ready model inputs).
+        inputs: n of them: strings or pairs of strings; images (one uint8 array [n, height, width, 3], file paths or
+            pictures) or pairs of image and string; conversations (lists of messages); an int64 array [n, tokens];
+            dicts of tensors.
+        labels: class index of each example, int64 [n], or None where the source has none.
+        targets: for `seq2seq`: n strings.
+        metric: name of the function in `epmq.pipeline.evaluation` that scores them; None leaves it to their kind.
+    """
+
+    kind: str
+    inputs: Any
+    labels: np.ndarray | None = None
+    targets: list[str] | None = None
+    metric: str | None = None
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def take(self, index: np.ndarray) -> Examples:
+        """The examples at the positions `index`, in that order."""
+        if isinstance(self.inputs, np.ndarray):
+            inputs: Any = self.inputs[index]
+        else:
+            inputs = [self.inputs[i] for i in index]
+        labels = None if self.labels is None else self.labels[index]
+        targets = None if self.targets is None else [self.targets[i] for i in index]
+        return replace(self, inputs=inputs, labels=labels, targets=targets)
+
+    def draw(self, count: int | None, seed: int) -> Examples:
+        """A seeded draw of `count` examples without replacement; all of them, in order, if `count` is None."""
+        if count is None or count >= len(self):
+            return self
+        order = np.random.default_rng(seed).permutation(len(self))
+        return self.take(np.sort(order[:count]))
+
+    def by_length(self) -> Examples:
+        """Texts in order of their length, so that batches carry little padding; anything else as it is."""
+        if self.kind not in ("text", "seq2seq", "causal"):
+            return self
+        return self.take(np.argsort([sum(map(len, _parts(text))) for text in self.inputs], kind="stable"))
+
+
+def _parts(text: str | tuple[str, str]) -> tuple[str, ...]:
+    return (text,) if isinstance(text, str) else text
+
+
+@dataclass(frozen=True)
+class Fields:
+    """Names of a table's columns; two text columns make pairs.
+
+    Attributes:
+        prompt: a text made of columns, such as `Is "{sentence}" good English?`; takes the place of `text`.
+        answer: a target made of columns, such as `{label:.1f}`; takes the place of `target`.
+        answers: a target for each class index in the label column; takes the place of `target`.
+    """
+
+    text: str | tuple[str, str] = "text"
+    label: str = "label"
+    target: str = "target"
+    image: str = "image"
+    messages: str = "messages"
+    prompt: str | None = None
+    answer: str | None = None
+    answers: tuple[str, ...] | None = None
+
+
+class Pictures(Sequence[Any]):
+    """The pictures of a `datasets.Dataset`, each decoded when it is asked for: a whole test set need not fit in memory.
+
+    Args:
+        rows: the dataset.
+        column: with the pictures.
+    """
+
+    def __init__(self, rows: Any, column: str) -> None:
+        self._rows, self._column = rows, column
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._rows[int(index)][self._column]
+
+
+def read_examples(
+    path: str | Path, text: Any = "text", label: str = "label", use: str = "text", **names: Any
+) -> Examples:
+    """Read one split from a file or a folder of images.
+
+    Args:
+        path: a `.jsonl`, `.csv`, `.parquet` or `.npz` file, or a folder of images.
+        text, label, names: the columns' names, see `Fields`.
+        use: one of `USES`: what the model makes of texts.
+
+    Raises:
+        FileNotFoundError: there is nothing at `path`.
+        ValueError: the content is not of the form above, or there are no examples; file and line are named.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such data file or folder")
+    if path.is_dir():
+        examples = _read_image_folder(path)
+    elif path.suffix == ".npz":
+        examples = _read_npz(path)
+    elif path.suffix in TABLES:
+        rows = {".jsonl": _jsonl_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}[path.suffix](path)
+        examples = from_rows(rows, Fields(text, label, **names), use, f"{path}")
+        if examples.kind in ("image", "image_text"):
+            examples = _beside(examples, path.parent)
+    else:
+        raise ValueError(f"{path}: expected a {', '.join(TABLES)} or .npz file, or a folder of images")
+    if len(examples) == 0:
+        raise ValueError(f"{path}: holds no examples")
+    return examples
+
+
+def read_dataset(
+    name: str, subset: str | None, split: str, fields: Fields, use: str, count: int | None, seed: int
+) -> Examples:
+    """Read a split with the `datasets` library (extra `data`).
+
+    Args:
+        name: a Hub id or a local folder.
+        subset: name of one of its configurations.
+        split: such as `train`.
+        fields, use: see `read_examples`.
+        count: where given, only a seeded draw of that many rows (more for a language model) is read.
+        seed: of the draw.
+
+    Raises:
+        FileNotFoundError: `datasets` cannot open it.
+        ValueError: the library is missing, there are no rows, or they are not of a known form.
+    """
+    try:
+        import datasets
+    except ImportError:
+        raise ValueError(f"dataset {name}: needs the datasets library (pip install 'epmq[data]')") from None
+    place = f"dataset {'/'.join(part for part in (name, subset, split) if part)}"
+    try:
+        rows: Any = datasets.load_dataset(name, subset, split=split)
+    except Exception as error:  # whatever the library and its file systems raise
+        raise FileNotFoundError(f"{place}: datasets cannot open it ({reason(error)})") from None
+    if count is not None:
+        wanted = count if use != "causal" else 20 * count
+        order = np.random.default_rng(seed).permutation(len(rows))[:wanted]
+        rows = rows.select(np.sort(order))
+    if len(rows) == 0:
+        raise ValueError(f"{place}: holds no examples")
+    if isinstance(rows.features.get(fields.image), datasets.Image) and fields.text not in rows.features:
+        return _read_pictures(rows, fields, place)
+    return from_rows(((f"row {i}", row) for i, row in enumerate(rows)), fields, use, place)
+
+
+def _read_pictures(rows: Any, fields: Fields, place: str) -> Examples:
+    """The pictures of a dataset and their classes; a column of booleans is one of two classes."""
+    if fields.label not in rows.features:
+        return Examples("image", Pictures(rows, fields.image))
+    found = list(rows.select_columns(fields.label)[fields.label])
+    if getattr(rows.features[fields.label], "dtype", None) == "bool":
+        found = [int(value) for value in found]
+    labels = [_label(value, fields.label, f"{place}, row {i}") for i, value in enumerate(found)]
+    return Examples("image", Pictures(rows, fields.image), np.asarray(labels, dtype=np.int64))
+
+
+def from_objects(items: Iterable[Any], fields: Fields, use: str, place: str) -> Examples:
+    """Examples from Python objects: rows as dicts, or ready batches (dicts with tensors), as from a data loader.
+
+    Raises:
+        ValueError: there are none, or they are neither; `place` is named.
+    """
+    found = list(items)
+    if found and all(isinstance(item, Mapping) and _has_tensor(item) for item in found):
+        return Examples("batches", [dict(item) for item in found])
+    examples = from_rows(((f"item {i}", row) for i, row in enumerate(found)), fields, use, place)
+    if len(examples) == 0:
+        raise ValueError(f"{place}: holds no examples")
+    return examples
+
+
+def from_rows(rows: Iterable[tuple[str, Any]], fields: Fields, use: str, place: str) -> Examples:
+    """Examples from rows, each with what to call it in an error.
+
+    Args:
+        rows: (such as `line 3`, the row) pairs.
+        fields, use: see `read_examples`.
+        place: where the rows come from.
+
+    Raises:
+        ValueError: a row lacks a field, or holds something else in it; it is named.
+    """
+    kind = ""
+    inputs: list[Any] = []
+    targets: list[str] = []
+    labels: list[int] = []
+    for where, row in rows:
+        where = f"{place}, {where}"
+        if not isinstance(row, Mapping):
+            raise ValueError(f"{where}: no text field {fields.text!r} (not an object with named fields)")
+        kind = kind or _kind(row, fields, use)
+        inputs.append(_input(row, kind, fields, where))
+        if kind == "seq2seq":
+            targets.append(_target(row, fields, where))
+        if fields.label in row and kind in ("text", "image"):
+            labels.append(_label(row[fields.label], fields.label, where))
+    if labels and len(labels) != len(inputs):
+        raise ValueError(f"{place}: only {len(labels)} of {len(inputs)} lines have the field {fields.label!r}")
+    known = np.asarray(labels, dtype=np.int64) if labels else None
+    return Examples(kind or "text", inputs, known, targets if kind == "seq2seq" else None)
+
+
+def _kind(row: Mapping[str, Any], fields: Fields, use: str) -> str:
+    if fields.messages in row:
+        return "chat"
+    if fields.image in row:
+        return "image_text" if fields.text in row else "image"
+    return use
+
+
+def _input(row: Mapping[str, Any], kind: str, fields: Fields, where: str) -> Any:
+    if kind == "chat":
+        return _messages(row.get(fields.messages), fields.messages, where)
+    if kind in ("image", "image_text"):
+        if row.get(fields.image) is None:
+            raise ValueError(f"{where}: no image field {fields.image!r}")
+        image = row[fields.image]
+        return image if kind == "image" else (image, _string(row, str(fields.text), where, "text"))
+    if fields.prompt is not None:
+        return _filled(fields.prompt, row, where)
+    if isinstance(fields.text, str):
+        return _string(row, fields.text, where, "text")
+    first, second = fields.text
+    return _string(row, first, where, "text"), _string(row, second, where, "text")
+
+
+def _target(row: Mapping[str, Any], fields: Fields, where: str) -> str:
+    if fields.answer is not None:
+        return _filled(fields.answer, row, where)
+    if fields.answers is None:
+        return _string(row, fields.target, where, "target")
+    label = _label(row.get(fields.label), fields.label, where)
+    if not 0 <= label < len(fields.answers):
+        raise ValueError(f"{where}: field {fields.label!r} is {label}, but there are {len(fields.answers)} answers")
+    return fields.answers[label]
+
+
+def _filled(template: str, row: Mapping[str, Any], where: str) -> str:
+    """A template with a row's columns in it."""
+    try:
+        return _whole(template.format_map(row), template, where)
+    except KeyError as error:
+        raise ValueError(f"{where}: no field {error.args[0]!r}, which {template!r} asks for") from None
+    except (ValueError, IndexError, TypeError, AttributeError) as error:
+        raise ValueError(f"{where}: {template!r} cannot be filled in ({reason(error)})") from None
+
+
+def _string(row: Mapping[str, Any], field: str, where: str, what: str) -> str:
+    value = row.get(field)
+    if not isinstance(value, str):
+        raise ValueError(f"{where}: no {what} field {field!r}")
+    return _whole(value, field, where)
+
+
+def _whole(value: str, field: str, where: str) -> str:
+    """A text that can be encoded: JSON may hold one half of a character of two."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where}: field {field!r} has half a character ({error.reason})") from None
+    return value
+
+
+def _label(value: Any, field: str, where: str) -> int:
+    if isinstance(value, str):  # csv knows nothing else
+        with suppress(ValueError):
+            value = int(value)
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise ValueError(f"{where}: field {field!r} must be a class index (an integer)")
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{where}: field {field!r} is {value:.3g}, which is no class index")
+    return int(value)
+
+
+def _messages(value: Any, field: str, where: str) -> list[dict[str, str]]:
+    good = isinstance(value, (list, tuple, np.ndarray)) and len(value) > 0
+    if not good or not all(isinstance(m, Mapping) and {"role", "content"} <= m.keys() for m in value):
+        raise ValueError(f"{where}: field {field!r} must be a list of messages with 'role' and 'content'")
+    return [{key: _whole(str(m[key]), field, where) for key in ("role", "content")} for m in value]
+
+
+def _has_tensor(item: Mapping[str, Any]) -> bool:
+    return any(isinstance(value, Tensor) for value in item.values())
+
+
+def _beside(examples: Examples, folder: Path) -> Examples:
+    """Image paths in a file are relative to that file."""
+
+    def place(image: Any) -> Any:
+        if not isinstance(image, str):
+            return image
+        if not (folder / image).is_file():
+            raise ValueError(f"{folder / image}: no such image")
+        return folder / image
+
+    paired = examples.kind == "image_text"
+    inputs = [(place(x[0]), x[1]) if paired else place(x) for x in examples.inputs]
+    return replace(examples, inputs=inputs)
+
+
+def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                yield f"line {number}", json.loads(line.decode("utf-8"))
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path}, line {number}: not UTF-8 ({error.reason})") from None
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{path}, line {number}: not JSON ({reason(error)})") from None
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file, strict=True)
+        try:
+            for row in reader:
+                if None in row:
+                    raise csv.Error("more values than the header has names")
+                yield f"line {reader.line_num}", {name: value for name, value in row.items() if value != ""}
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: not UTF-8 ({error.reason})") from None
+        except csv.Error as error:
+            raise ValueError(f"{path}, line {reader.line_num}: not CSV ({error})") from None
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    try:
+        from pyarrow import parquet
+    except ImportError:
+        raise ValueError(f"{path}: needs pyarrow (pip install 'epmq[data]')") from None
+    wrong, number = "not a readable parquet file", 0
+    with error_context(path, wrong):
+        batches = iter(parquet.ParquetFile(path).iter_batches())
+    while True:
+        with error_context(path, wrong):
+            batch = next(batches, None)
+            rows = [] if batch is None else batch.to_pylist()
+        for row in rows:
+            yield f"row {number}", row
+            number += 1
+        if batch is None:
+            return
+
+
+def _read_npz(path: Path) -> Examples:
+    with error_context(path, "not a plain .npz file"), np.load(path, allow_pickle=False) as file:
+        arrays = {name: np.asarray(file[name]) for name in ("images", "labels") if name in file}
+    images = arrays.get("images")
+    if images is None or images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+        raise ValueError(f"{path}: needs an array 'images', uint8 [n, height, width, 3]")
+    if len(images) and not images[0].size:
+        raise ValueError(f"{path}: 'images' of shape {list(images.shape)} have no pixels")
+    labels = arrays.get("labels")
+    if labels is not None and labels.shape != images.shape[:1]:
+        raise ValueError(f"{path}: {len(images)} images but labels of shape {list(labels.shape)}")
+    if labels is not None and labels.dtype.kind not in "iu":
+        raise ValueError(f"{path}: labels of dtype {labels.dtype}, but they must be integers")
+    return Examples("image", images, None if labels is None else labels.astype(np.int64))
+
+
+def _read_image_folder(path: Path) -> Examples:
+    classes = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
+    if classes:
+        pairs = [(file, k) for k, name in enumerate(classes) for file in sorted((path / name).rglob("*"))]
+    else:
+        pairs = [(file, 0) for file in sorted(path.iterdir())]
+    pairs = [(file, k) for file, k in pairs if file.suffix.lower() in IMAGE_ENDINGS]
+    labels = np.asarray([k for _, k in pairs], dtype=np.int64) if classes else None
+    return Examples("image", [file for file, _ in pairs], labels)

@@ -1,0 +1,83 @@
+"""Matrix products in float32, by whichever of PyTorch's libraries is fast on the processor.
+
+PyTorch multiplies float32 with Intel's MKL, which leaves AVX-512 alone on processors of other makers; oneDNN, the other
+library that comes with it, uses it there, and takes less than half the time. Both compute in float32, in another order.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+@cache
+def uses_onednn() -> bool:
+    """Whether oneDNN takes the products of this processor: it has AVX-512, and is not Intel's.
+
+    EPMQ_ONEDNN=0 in the environment leaves them to PyTorch.
+    """
+    if os.environ.get("EPMQ_ONEDNN") == "0":
+        return False
+    found: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    other = bool(found.get("avx512_f") and found.get("sse4a"))  # SSE4a is AMD's alone
+    return other and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def matmul(left: Tensor, right: Tensor) -> Tensor:
+    """left · right, without gradients.
+
+    Args:
+        left: [m, k] of any float dtype.
+        right: [k, n] in the same dtype.
+
+    Returns:
+        [m, n] in that dtype.
+    """
+    return _onednn(left, right.T) if _suits(left, right) else left @ right
+
+
+def addmm_(total: Tensor, left: Tensor, right: Tensor, alpha: float = 1.0) -> Tensor:
+    """Add alpha · left · right to `total` [m, n], in its place, and return it; the rest is as in `times`."""
+    if not _suits(left, right):
+        return total.addmm_(left, right, alpha=alpha)
+    return total.add_(_onednn(left, right.T), alpha=alpha)
+
+
+def transposed(rows: Tensor) -> Tensor:
+    """rowsᵀ [m, n] for rows [n, m], so that neither rows of it nor the transpose of some are slow in a product."""
+    return rows.T.contiguous() if _suits(rows) else rows.T
+
+
+def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """What `torch.nn.functional.linear` gives, and that itself where gradients are asked for.
+
+    Args:
+        inputs: [..., in] of any float dtype.
+        weight: [out, in] in the same dtype.
+        bias: [out] in the same dtype.
+
+    Returns:
+        [..., out] in that dtype.
+    """
+    given = (inputs, weight) if bias is None else (inputs, weight, bias)
+    if torch.is_grad_enabled() or not _suits(*given):
+        return functional.linear(inputs, weight, bias)
+    return _onednn(inputs, weight, bias)
+
+
+def _suits(*given: Tensor) -> bool:
+    """Whether oneDNN can take a product of these, and should; it refuses empty ones."""
+    return uses_onednn() and all(
+        tensor.dtype == torch.float32 and tensor.device.type == "cpu" and tensor.numel() for tensor in given
+    )
+
+
+def _onednn(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
+    """left · rightᵀ + bias."""
+    if not (right.is_contiguous() or right.T.is_contiguous()):  # for which oneDNN has nothing but a loop of scalars
+        right = right.T.contiguous().T if right.stride(0) == 1 else right.contiguous()
+    return torch.ops.mkldnn._linear_pointwise(left, right, bias, "none", [], "")

@@ -1,0 +1,1 @@
+"""Base and experts as readers of tensors, and the merge of them."""

@@ -1,0 +1,1 @@
+"""Checkpoints, models without weights, their blocks and their task heads."""

@@ -1,0 +1,246 @@
+"""LoRA adapters as experts: a PEFT directory, opened lazily and applied on read (Hu et al., arXiv 2106.09685)."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from epmq.errors import error_context
+from epmq.models.checkpoint import Checkpoint
+from epmq.models.meta import named_class
+
+CONFIG = "adapter_config.json"
+# Fields of a LoRA config that need nothing done here, whatever they hold: training, bookkeeping, or read below.
+_HARMLESS = {
+    "alpha_pattern",
+    "auto_mapping",
+    "base_model_name_or_path",
+    "bias",
+    "ensure_weight_tying",
+    "eva_config",
+    "exclude_modules",
+    "fan_in_fan_out",
+    "inference_mode",
+    "init_lora_weights",
+    "layers_pattern",
+    "layers_to_transform",
+    "lora_alpha",
+    "lora_dropout",
+    "megatron_core",
+    "modules_to_save",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "r",
+    "rank_pattern",
+    "revision",
+    "runtime_config",
+    "target_modules",
+    "task_type",
+    "use_rslora",
+}
+# α/r is a factor on weights: one that is larger leaves nothing of them.
+LARGEST_ALPHA = 1e6
+# Initial values that change the base's own weights: the adapter alone does not say what the expert is.
+_MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_HEADS = {
+    "SEQ_CLS": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
+    "TOKEN_CLS": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING",
+    "QUESTION_ANS": "MODEL_FOR_QUESTION_ANSWERING_MAPPING",
+}
+
+
+def is_adapter(path: str | Path) -> bool:
+    """Whether a model directory holds an adapter and no weights of its own."""
+    path = Path(path)
+    folder = path.parent if path.name.startswith("adapter_model") else path
+    whole = any((folder / name).exists() for name in (Checkpoint.SINGLE, Checkpoint.INDEX))
+    return (folder / CONFIG).is_file() and not whole
+
+
+class Adapter(Checkpoint):
+    """A LoRA adapter, read lazily. It names only the tensors that it changes or replaces.
+
+    Args:
+        source: a PEFT directory or Hub id; or, by name, its `adapter_model.bin`.
+
+    Raises:
+        FileNotFoundError: there is no `adapter_config.json` or no `adapter_model.safetensors`.
+        ValueError: the adapter asks for something that is not applied here, such as DoRA; it is named.
+    """
+
+    CONFIG, SINGLE, INDEX = CONFIG, "adapter_model.safetensors", "adapter_model.safetensors.index.json"
+
+    def __init__(self, source: str | Path) -> None:
+        super().__init__(source)
+        self._check_config()
+        self._parts: dict[str, dict[str, str]] = {}
+        for name in self._shard:
+            if ".original_module." in name:
+                continue  # with bias="all", PEFT also writes what `modules_to_save` took the place of
+            target, part = _parse(name)
+            if part is None:
+                raise ValueError(f"{self.path}: tensor {name!r} is of no kind that is applied here")
+            self._parts.setdefault(target, {})[part] = name
+        for target, parts in self._parts.items():
+            if len({"A", "B"} & parts.keys()) == 1:
+                raise ValueError(f"{self.path}: {target!r} has only one of its two LoRA factors")
+            if any(len(self._stored_shape(stored)) != 2 for part, stored in parts.items() if part != "full"):
+                raise ValueError(f"{self.path}: {target!r} is not a linear layer or an embedding: not applied here")
+
+    def _check_config(self) -> None:
+        place = self.path / CONFIG
+        if self.config.get("peft_type") != "LORA":
+            raise ValueError(f"{place}: peft_type {self.config.get('peft_type')!r} is not applied here, only LORA")
+        unknown = [name for name, value in self.config.items() if value and name not in _HARMLESS]
+        if unknown:
+            raise ValueError(f"{place}: {', '.join(unknown)} is not applied here; merge the adapter with peft first")
+        self._check_scaling(place)
+        if not isinstance(self.config.get("auto_mapping"), dict | None):
+            raise ValueError(f"{place}: auto_mapping must be an object")
+        start = self.config.get("init_lora_weights")
+        if isinstance(start, str) and start.lower().startswith(_MOVES_BASE):
+            raise ValueError(f"{place}: init_lora_weights {start!r} moves the base's weights; merge it with peft first")
+
+    def _check_scaling(self, place: Path) -> None:
+        patterns = self.config.get("alpha_pattern")
+        if not isinstance(patterns, dict | None):
+            raise ValueError(f"{place}: alpha_pattern must be an object, found {patterns!r:.100}")
+        for name, alpha in {"lora_alpha": self.config.get("lora_alpha", 8), **(patterns or {})}.items():
+            if type(alpha) not in (int, float) or not abs(alpha) < LARGEST_ALPHA:
+                raise ValueError(f"{place}: {name} must be a number of a sensible size, found {alpha!r:.100}")
+            with error_context(place, f"{name!r:.100} is no pattern"):
+                re.compile(name)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the base's tensors that the adapter changes or replaces."""
+        return list(self._parts)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._parts
+
+    def replaces(self, name: str) -> bool:
+        """Whether the adapter brings the tensor itself (`modules_to_save`, biases, embeddings beside their change)."""
+        return "full" in self._parts[name]
+
+    def changes(self, name: str) -> bool:
+        """Whether the adapter adds s·B·A to the tensor."""
+        return "A" in self._parts[name]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor that the adapter replaces."""
+        return self._stored_shape(self._parts[name]["full"])
+
+    def change_shape(self, name: str) -> tuple[int, int]:
+        """Shape [out, in] of what the adapter adds to a tensor."""
+        parts = self._parts[name]
+        return self._stored_shape(parts["B"])[0], self._stored_shape(parts["A"])[1]
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor that the adapter replaces, as stored."""
+        return self._read(self._parts[name]["full"])
+
+    def change(self, name: str, rows: slice = slice(None), columns: slice = slice(None)) -> Tensor:
+        """s·B·A in float32, [out, in], or some rows and columns of it.
+
+        s is α/r, or α/√r with rslora (Kalajdzievski, arXiv 2312.03732).
+        """
+        parts = self._parts[name]
+        down, up = self._read(parts["A"]).float(), self._read(parts["B"]).float()
+        return self._scaling(name.rpartition(".")[0], len(down)) * (up[rows] @ down[:, columns])
+
+    def check_finite(self, names: list[str] | None = None) -> None:
+        """As `Checkpoint.check_finite`, of the factors."""
+        wanted = self.names if names is None else names
+        super().check_finite([stored for name in wanted for stored in self._parts[name].values()])
+
+    def _stored_shape(self, stored: str) -> tuple[int, ...]:
+        return tuple(self._slice(stored).get_shape())
+
+    def _scaling(self, module: str, rank: int) -> float:
+        patterns: dict[str, float] = self.config.get("alpha_pattern") or {}
+        own = [value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)]
+        alpha = own[0] if own else self.config.get("lora_alpha", 8)
+        return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+
+
+def _parse(name: str) -> tuple[str, str | None]:
+    """Which tensor of the base a tensor of an adapter belongs to, and as what: `A`, `B`, `full` or nothing known."""
+    name = name.removeprefix("base_model.model.").replace(".modules_to_save.", ".").replace(".base_layer.", ".")
+    found = re.fullmatch(r"(.+)\.lora_(embedding_)?([AB])(?:\.weight)?", name)
+    if found:
+        # An embedding's factors are A [r, vocabulary] and B [features, r]: their product is its weight's transpose.
+        return f"{found[1]}.weight", found[3]
+    return name, None if ".lora_" in name else "full"
+
+
+def head_settings(
+    adapter: Adapter, base_config: dict[str, Any], tensors: dict[str, Tensor], absent: list[str]
+) -> dict[str, Any]:
+    """The config of the task class whose head an adapter brings in `modules_to_save`.
+
+    An adapter does not say how many labels it has: every size that its tensors offer is tried.
+
+    Args:
+        adapter: the adapter.
+        base_config: content of the base's config.json.
+        tensors: what the adapter brings that the base does not have.
+        absent: tensors of the shared model that the base does not have.
+
+    Raises:
+        ValueError: the adapter names no task class, no number of labels fits, or a part of the head is missing.
+    """
+    import transformers
+    from accelerate import init_empty_weights
+
+    with error_context(adapter.path, "its base's config cannot be made into one with a head"):
+        config = transformers.AutoConfig.for_model(**base_config)
+    table = getattr(transformers, _HEADS.get(str(adapter.config.get("task_type")), ""), {})
+    # Without a task type, PEFT writes down the class that was trained.
+    trained = (adapter.config.get("auto_mapping") or {}).get("base_model_class")
+    kind: Any = table[type(config)] if type(config) in table else named_class(trained)
+    if kind is None:
+        raise ValueError(f"{adapter.path}: {', '.join(tensors)} is not in the base, and no task class is named for it")
+    for labels in sorted({len(tensor) for tensor in tensors.values() if tensor.ndim}):
+        config.num_labels = labels
+        with error_context(adapter.path, "its base's config gives no model with a head"), init_empty_weights():
+            state = kind._from_config(config).state_dict()
+        if all(name in state and state[name].shape == tensor.shape for name, tensor in tensors.items()):
+            prefix = f"{kind.base_model_prefix}."
+            known = {name for name in state if name.startswith(prefix) and name.removeprefix(prefix) not in absent}
+            missing = state.keys() - known - tensors.keys()
+            if missing:
+                raise ValueError(
+                    f"{adapter.path}: of the head of {kind.__name__}, {', '.join(sorted(missing))} is neither in the "
+                    "base nor in the adapter; name it in modules_to_save when training"
+                )
+            return {**base_config, "architectures": [kind.__name__], **_labels(labels)}
+    raise ValueError(f"{adapter.path}: its head ({', '.join(tensors)}) does not fit {kind.__name__}")
+
+
+def _labels(count: int) -> dict[str, Any]:
+    names = {str(i): f"LABEL_{i}" for i in range(count)}
+    return {"id2label": names, "label2id": {name: int(i) for i, name in names.items()}}
+
+
+def apply(base: Tensor, change: Tensor, transposed: bool) -> Tensor:
+    """W + ΔW in float32.
+
+    Args:
+        base: the base's weight as its module stores it.
+        change: s·B·A, [out, in].
+        transposed: the module stores [in, out] (`Conv1D`) or is an embedding.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    change = change.T if transposed else change
+    if change.shape != base.shape:
+        raise ValueError(f"the adapter's change is {list(change.shape)}, but the base's weight is {list(base.shape)}")
+    return torch.add(base.float(), change)

@@ -1,0 +1,160 @@
+"""Find a model's repeated blocks and the groups of linear layers that share an input.
+
+Nothing here knows an architecture: blocks are the entries of the outermost `ModuleList`s that hold linear weights,
+and layers belong together when they receive the same tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from epmq import matmul as products
+
+LINEAR = (nn.Linear, Conv1D)
+# A list of modules with a smaller share of the model's linear weights than this is not a stack of blocks.
+SMALLEST_SHARE = 0.05
+
+
+@dataclass
+class Stack:
+    """One chain of blocks, such as an encoder.
+
+    Attributes:
+        name: the `ModuleList`'s name in the model, such as `encoder.layer`.
+        blocks: its modules, in order.
+        outputs: what the last finished block returned, one entry a batch (kept by `epmq.calibration.sequential`).
+    """
+
+    name: str
+    blocks: list[nn.Module]
+    outputs: list[Any] = field(default_factory=list)
+
+    def block_name(self, index: int) -> str:
+        return f"{self.name}.{index}"
+
+
+def find_stacks(model: nn.Module) -> list[Stack]:
+    """The model's stacks of repeated blocks, in order of definition.
+
+    Raises:
+        ValueError: the model has none.
+    """
+    total = sum(_linear_size(module) for module in model.modules() if isinstance(module, LINEAR)) or 1
+    stacks: list[Stack] = []
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or any(name.startswith(stack.name + ".") for stack in stacks):
+            continue
+        size = sum(_linear_size(linear) for _, linear in linears(module))
+        if size >= SMALLEST_SHARE * total:
+            stacks.append(Stack(name, list(module)))
+    if not stacks:
+        raise ValueError(f"{type(model).__name__} has no list of repeated blocks with linear layers to quantize")
+    return stacks
+
+
+def linears(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Names (within `module`) and modules of all linear layers in it."""
+    return [(name, child) for name, child in module.named_modules() if isinstance(child, LINEAR)]
+
+
+def block_linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Full names and modules of the linear layers in the model's blocks: everything that is quantized."""
+    for stack in find_stacks(model):
+        for index, block in enumerate(stack.blocks):
+            for name, linear in linears(block):
+                yield f"{stack.block_name(index)}.{name}", linear
+
+
+def is_transposed(linear: nn.Module) -> bool:
+    """Whether a linear layer stores its weight as [in, out], as GPT-2's `Conv1D` does."""
+    return isinstance(linear, Conv1D)
+
+
+def as_matrix(linear: nn.Module, weight: Tensor) -> Tensor:
+    """A linear layer's stored weight as [out, in]. Its own inverse."""
+    return weight.T if is_transposed(linear) else weight
+
+
+def use_fast_matmul(model: nn.Module) -> None:
+    """Let a model's linear layers multiply by `epmq.matmul`, as long as no gradients are asked for."""
+    for _, layer in linears(model) if products.uses_onednn() else ():
+        if type(layer).forward in [kind.forward for kind in LINEAR]:  # not what a subclass makes of it
+            layer.forward = partial(_multiply, layer)  # type: ignore[method-assign]
+
+
+def _multiply(layer: Any, inputs: Tensor) -> Tensor:
+    return products.linear(inputs, as_matrix(layer, layer.weight), layer.bias)
+
+
+@dataclass(frozen=True)
+class InputGroup:
+    """Linear layers of a block that receive the same input.
+
+    Attributes:
+        names: within the block, in order of call.
+        calls: how often each is called in one forward of the block.
+    """
+
+    names: list[str]
+    calls: int
+
+
+def input_groups(block: nn.Module, run: Callable[[], object]) -> list[InputGroup]:
+    """The block's linear layers, put together where they receive the same input, in order of first call.
+
+    Args:
+        block: the block.
+        run: calls the block once on real data.
+
+    Raises:
+        ValueError: a linear layer was not called; it is named.
+    """
+    seen: dict[str, list[Tensor]] = {}
+
+    def note(name: str) -> Callable[..., None]:
+        return lambda module, args: seen.setdefault(name, []).append(args[0])
+
+    # The tensors are kept until the end: a freed one could lend its address to another.
+    with hooks([(module, note(name)) for name, module in linears(block)]):
+        run()
+    missing = [name for name, _ in linears(block) if name not in seen]
+    if missing:
+        raise ValueError(f"linear layers that saw no calibration data: {', '.join(missing)}")
+    groups: dict[tuple, list[str]] = {}
+    for name, inputs in seen.items():
+        groups.setdefault(tuple(_identity(tensor) for tensor in inputs), []).append(name)
+    return [InputGroup(names, len(inputs)) for inputs, names in groups.items()]
+
+
+@contextmanager
+def hooks(pairs: list[tuple[nn.Module, Callable[..., None]]]) -> Iterator[None]:
+    """Forward pre-hooks, for the length of a `with` block."""
+    handles = [module.register_forward_pre_hook(hook) for module, hook in pairs]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _identity(tensor: Tensor) -> tuple:
+    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype
+
+
+def _linear_size(linear: nn.Module) -> int:
+    weight = linear.weight
+    assert isinstance(weight, Tensor)
+    return weight.numel()
+
+
+def is_padding_mask(value: object) -> bool:
+    """Whether a model input is a padding mask: [batch, tokens] of integers or booleans."""
+    return isinstance(value, Tensor) and value.ndim == 2 and not torch.is_floating_point(value)

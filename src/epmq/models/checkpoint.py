@@ -1,0 +1,287 @@
+"""Checkpoints on disk, read lazily: tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+from zipfile import is_zipfile
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from epmq.errors import error_context, reason
+from epmq.models.writer import INDEX, SINGLE, TensorSpec
+
+# What is fetched from the Hub: never code, and pickles only where the user names one.
+PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+# Weights in pickles, which are opened only by name and only as tensors (`torch.load(weights_only=True)`).
+PICKLES = (".bin", ".bin.index.json")
+# Fields of a config that say how many there are of something, and more than any model has.
+COUNTS, MOST = ("layers", "n_layer", "num_labels", "depth"), 100_000
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_INTEGERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
+
+
+def resolve(source: str | Path) -> Path:
+    """The local directory of a model: `source` itself, or a snapshot of the Hub id `owner/name`.
+
+    Where `source` names a pickle (`directory/pytorch_model.bin` or `owner/name/pytorch_model.bin`, or the index of
+    several), the path of that file is returned.
+
+    Raises:
+        FileNotFoundError: there is no such directory and no such model on the Hub.
+    """
+    path = Path(source).expanduser()
+    pickled = str(source).endswith(PICKLES)
+    if path.is_dir() or (pickled and path.is_file()):
+        return path
+    found = re.fullmatch(r"([\w.-]+/[\w.-]+)" + (r"/([\w.-]+)" if pickled else "()"), str(source))
+    if not found:
+        raise FileNotFoundError(f"{source}: no such directory (and not a Hub id of the form owner/name)")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        patterns = [*PATTERNS, "*.bin"] if pickled else PATTERNS
+        return Path(snapshot_download(found[1], allow_patterns=patterns)) / found[2]
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise FileNotFoundError(f"{source}: no such directory, and the Hub did not give it ({reason(error)})") from None
+
+
+class _Pickled:
+    """Tensors of a pickle, behind the interface of `safe_open`."""
+
+    def __init__(self, path: Path) -> None:
+        # The form before torch 1.6, which older models on the Hub still have, is no zip file and cannot be mapped.
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
+        except Exception as error:  # a damaged pickle can raise anything
+            raise ValueError(str(error) or type(error).__name__) from None
+        if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+            raise ValueError("it holds something else than named tensors")
+        self._tensors: dict[str, Tensor] = content
+
+    def keys(self) -> list[str]:
+        return list(self._tensors)
+
+    def get_tensor(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    def get_slice(self, name: str) -> _Pickled._Header:
+        return self._Header(self._tensors[name])
+
+    class _Header:
+        def __init__(self, tensor: Tensor) -> None:
+            self._tensor = tensor
+
+        def get_shape(self) -> list[int]:
+            return list(self._tensor.shape)
+
+        def get_dtype(self) -> str:
+            kinds = {dtype: kind for kind, dtype in {**_DTYPES, **_INTEGERS, "BOOL": torch.bool}.items()}
+            return kinds.get(self._tensor.dtype, str(self._tensor.dtype).removeprefix("torch."))
+
+
+class Checkpoint:
+    """A Hugging Face directory, read lazily: opening it reads headers only.
+
+    Args:
+        source: directory or Hub id; or, by name, a `pytorch_model.bin` (a pickle) or its index.
+
+    Attributes:
+        path: the local directory.
+        config: content of `config.json`.
+
+    Raises:
+        FileNotFoundError: no directory, no `config.json` or no weights; the path is named.
+        ValueError: a file cannot be read as what it should be; it is named.
+    """
+
+    CONFIG, SINGLE, INDEX = "config.json", SINGLE, INDEX
+
+    def __init__(self, source: str | Path) -> None:
+        path = resolve(source)
+        self.path = path.parent if str(source).endswith(PICKLES) else path
+        self.config: dict[str, Any] = read_config(self.path / self.CONFIG)
+        self._files: dict[str, Any] = {}
+        named = path.name if path != self.path else None
+        self._shard: dict[str, str] = self._read_index(named)
+
+    def _read_index(self, named: str | None) -> dict[str, str]:
+        index = self.path / (named if named and named.endswith(".json") else self.INDEX)
+        if named and not named.endswith(".json"):
+            return dict.fromkeys(self._open(named).keys(), named)
+        if index.exists():
+            shards = read_json(index).get("weight_map")
+            if not isinstance(shards, dict):
+                raise ValueError(f"{index}: no 'weight_map'")
+            for name, shard in shards.items():
+                if not isinstance(shard, str) or Path(shard).name != shard:
+                    raise ValueError(f"{index}: tensor {name!r} lies in {shard!r}, which is not a plain file name")
+                if shard.endswith(PICKLES) and not named:
+                    raise ValueError(f"{index}: {shard} is a pickle")
+                if not (self.path / shard).exists():
+                    raise FileNotFoundError(f"{self.path / shard}: named in {index.name} but missing")
+            listed = {name: file for file in sorted(set(shards.values())) for name in self._open(file).keys()}
+            for name, shard in shards.items():
+                if listed.get(name) != shard:
+                    raise ValueError(f"{index}: tensor {name!r} is not in {shard}")
+            return shards
+        if (self.path / self.SINGLE).exists():
+            return dict.fromkeys(self._open(self.SINGLE).keys(), self.SINGLE)
+        pickles = [file.name for file in sorted(self.path.glob("*.bin*")) if file.name.endswith(PICKLES)]
+        named_pickle = next((name for name in reversed(pickles) if "model" in name), None)
+        hint = f" ({named_pickle} is a pickle: name that file to have it opened)" if named_pickle else ""
+        raise FileNotFoundError(f"{self.path}: no {self.SINGLE} and no {self.INDEX}{hint}")
+
+    def _open(self, shard: str) -> Any:
+        if shard not in self._files:
+            try:
+                if shard.endswith(PICKLES):
+                    self._files[shard] = _Pickled(self.path / shard)
+                else:
+                    self._files[shard] = safe_open(str(self.path / shard), framework="pt")
+            except (SafetensorError, OSError, ValueError) as error:
+                kind = "pickle of tensors" if shard.endswith(PICKLES) else "safetensors file"
+                raise ValueError(f"{self.path / shard}: not a readable {kind} ({reason(error)})") from None
+        return self._files[shard]
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all tensors, as on disk."""
+        return list(self._shard)
+
+    @property
+    def pickles(self) -> list[str]:
+        """Names of the files with tensors that are pickles."""
+        return sorted({shard for shard in self._shard.values() if shard.endswith(PICKLES)})
+
+    @property
+    def bits(self) -> int:
+        """Size of all files with tensors: no tensor in them has more entries."""
+        return 8 * sum((self.path / shard).stat().st_size for shard in set(self._shard.values()))
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._shard
+
+    def _slice(self, name: str) -> Any:
+        if name not in self._shard:
+            raise KeyError(f"{self.path}: no tensor {name!r}")
+        return self._open(self._shard[name]).get_slice(name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, from the header."""
+        return tuple(self._slice(name).get_shape())
+
+    def kind(self, name: str) -> str:
+        """What safetensors calls a tensor's dtype, such as `F32` or `I32`."""
+        return self._slice(name).get_dtype()
+
+    def dtype(self, name: str) -> torch.dtype | None:
+        """Float dtype of a tensor, from the header; None for any other kind."""
+        return _DTYPES.get(self.kind(name))
+
+    def form(self, name: str) -> TensorSpec:
+        """Dtype, as safetensors calls it, and shape of a tensor, from the header."""
+        return self.kind(name), self.shape(name)
+
+    def tensor(self, name: str) -> Tensor:
+        """Read one tensor.
+
+        Raises:
+            KeyError: there is no tensor of that name.
+        """
+        return self._read(name)
+
+    def rows(self, name: str, rows: slice) -> Tensor:
+        """Read some rows of a tensor, along its first dimension.
+
+        Raises:
+            KeyError: there is no tensor of that name.
+        """
+        return self._read(name, rows)
+
+    def _read(self, name: str, rows: slice | None = None) -> Tensor:
+        if name not in self._shard:
+            raise KeyError(f"{self.path}: no tensor {name!r}")
+        shard = self._shard[name]
+        if shard.endswith(PICKLES):
+            tensor = self._open(shard).get_tensor(name)
+            return tensor if rows is None else tensor[rows]
+        # A map for this tensor alone: pages that were read stay resident until their map is closed, and with one map
+        # for the file all weights would be in the end.
+        with error_context(self.path / shard, f"tensor {name!r} cannot be read"):
+            file = safe_open(str(self.path / shard), framework="pt")
+            return file.get_tensor(name) if rows is None else file.get_slice(name)[rows]
+
+    def check_finite(self, names: list[str] | None = None) -> None:
+        """Read all tensors once and look for NaN and Inf.
+
+        Raises:
+            ValueError: a tensor has one; file and tensor are named.
+        """
+        for name in self.names if names is None else names:
+            tensor = self._read(name)
+            if not is_finite(tensor):
+                bad = int((~torch.isfinite(tensor)).sum())
+                raise ValueError(f"{self.path / self._shard[name]}: tensor {name!r} has {bad} NaN or Inf entries")
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor has neither NaN nor Inf; integers never have."""
+    if not torch.is_floating_point(tensor) or not tensor.numel():
+        return True
+    # Smallest and largest entry show them without a copy of the tensor, which a sum in float64 takes.
+    return bool(torch.isfinite(torch.stack(tensor.aminmax())).all())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        FileNotFoundError, ValueError: there is none; the file is named.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        json.dumps(content, ensure_ascii=False).encode()  # half a character cannot be written again
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: missing") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object")
+    return content
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The content of a `config.json`, with what is read here of the kind that it should be.
+
+    Raises:
+        FileNotFoundError, ValueError: there is none, or a field holds something else; the file is named.
+    """
+    config = read_json(path)
+    named = config.get("architectures")
+    if named is not None and not (isinstance(named, list) and all(isinstance(name, str) for name in named)):
+        raise ValueError(f"{path}: architectures must be a list of names, found {named!r:.100}")
+    for field, kind in (("model_type", str), ("quantization_config", dict)):
+        if not isinstance(config.get(field), kind | None):
+            raise ValueError(f"{path}: {field} must be a {kind.__name__}, found {config[field]!r:.100}")
+    _check_counts(path, config)
+    return config
+
+
+def _check_counts(path: Path, config: dict[str, Any]) -> None:
+    """Refuse counts so large that merely making the config, which lists layers and labels, would take for ever."""
+    for field, value in config.items():
+        if isinstance(value, dict):
+            _check_counts(path, value)
+        elif isinstance(value, int) and field.endswith(COUNTS) and value > MOST:
+            raise ValueError(f"{path}: {field} is {value}, which no model has")
+
+
+def architecture_of(config: dict[str, Any]) -> str | None:
+    """Name of the class that a config is of, if it says so."""
+    return (config.get("architectures") or [None])[0]

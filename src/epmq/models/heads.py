@@ -1,0 +1,168 @@
+"""Task heads that sit on a shared backbone: pool the last hidden state, normalise it, apply one linear map.
+
+This is the form of a class-mean head and of a linear probe; with the backbone's own pooled output and a projection
+before the norm it is that of CLIP's zero-shot head. A head is one small
+safetensors file beside the expert's weights (`head.safetensors`); it is never merged and never quantized.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from epmq.errors import error_context, reason
+from epmq.models.writer import save_tensors
+
+HEAD_FILE = "head.safetensors"
+POOLINGS = ("cls", "mean", "cls_mean")
+# … or the pooled output that a backbone gives itself, such as CLIP's.
+POOLER = "pooler"
+
+
+def pool(hidden: Tensor, mask: Tensor | None, pooling: str) -> Tensor:
+    """One feature row a sample.
+
+    Args:
+        hidden: last hidden state, [batch, tokens, features].
+        mask: 1 for a real token and 0 for padding, [batch, tokens]; None means that all are real.
+        pooling: `cls` takes the first token, `mean` averages the real tokens, `cls_mean` puts the first
+            token beside the mean of the others (as `Dinov2ForImageClassification` does).
+
+    Returns:
+        [batch, features], or [batch, 2·features] for `cls_mean`.
+    """
+    if pooling == "cls":
+        return hidden[:, 0]
+    if mask is None:
+        mask = torch.ones(hidden.shape[:2], dtype=torch.long, device=hidden.device)
+    if pooling == "cls_mean":
+        return torch.cat([hidden[:, 0], pool(hidden[:, 1:], mask[:, 1:], "mean")], dim=-1)
+    if pooling != "mean":
+        raise ValueError(f"pooling: {pooling!r} is not one of {', '.join(POOLINGS)}")
+    weight = mask.to(hidden.dtype).unsqueeze(-1)
+    return (hidden * weight).sum(1) / weight.sum(1).clamp(min=1)
+
+
+@dataclass(frozen=True)
+class Head:
+    """A linear task head: `logits = normalise(pool(hidden)) @ weight.T + bias`.
+
+    Attributes:
+        weight: [classes, features], float32.
+        bias: [classes], float32.
+        pooling: one of `POOLINGS`, or `pooler`, the pooled output that the backbone gives itself.
+        normalize: divide the pooled features by their Euclidean norm first.
+        labels: names of the classes, in the order of the rows of `weight`; may be empty.
+        projection: [features, pooled] float32, applied to the pooled features before they are normalised; or None.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    pooling: str = "cls"
+    normalize: bool = True
+    labels: list[str] = field(default_factory=list)
+    projection: Tensor | None = None
+
+    def read(self, outputs: Any, mask: Tensor | None) -> Tensor:
+        """Features, as `features` gives them, from a backbone's outputs: `pooler` takes its pooled output."""
+        if self.pooling == POOLER:
+            return self._project(outputs.pooler_output)
+        return self.features(outputs.last_hidden_state, mask)
+
+    def features(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
+        """Pooled (and normalised) features in float32, [batch, features]; arguments as in `pool`."""
+        return self._project(pool(hidden, mask, self.pooling))
+
+    def _project(self, pooled: Tensor) -> Tensor:
+        rows = pooled.float()
+        if self.projection is not None:
+            rows = rows @ self.projection.to(rows.device).T
+        return torch.nn.functional.normalize(rows, dim=-1) if self.normalize else rows
+
+    def logits(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
+        """Class scores, [batch, classes] float32; arguments as in `pool`."""
+        return self.scores(self.features(hidden, mask))
+
+    def scores(self, features: Tensor) -> Tensor:
+        """Class scores of features, [batch, classes] float32."""
+        return features @ self.weight.to(features.device).T + self.bias.to(features.device)
+
+
+def save_head(head: Head, path: str | Path) -> None:
+    """Write a head as one safetensors file; its settings go into the file's metadata."""
+    # One entry: safetensors writes several in an order that changes from run to run.
+    metadata = {"head": json.dumps({"pooling": head.pooling, "normalize": head.normalize, "labels": head.labels})}
+    tensors = {"weight": head.weight.float().contiguous(), "bias": head.bias.float().contiguous()}
+    if head.projection is not None:
+        tensors["projection"] = head.projection.float().contiguous()
+    save_tensors(tensors, Path(path), metadata)
+
+
+def head_settings(path: str | Path, metadata: dict[str, str]) -> dict[str, Any]:
+    """The settings in the metadata of a head file; each may also have an entry of its own.
+
+    Raises:
+        ValueError: they are not JSON; `path` is named.
+    """
+    try:
+        if "head" not in metadata:
+            parsed = ("normalize", "labels")
+            return {name: json.loads(value) if name in parsed else value for name, value in metadata.items()}
+        settings = json.loads(metadata["head"])
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: the settings in its metadata are not JSON ({reason(error)})") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path}: the settings in its metadata must be a JSON object")
+    return settings
+
+
+def read_head_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and settings of a head file of either form.
+
+    Raises:
+        ValueError: it cannot be read; the file is named.
+    """
+    with error_context(path, "not a readable safetensors file"), safe_open(str(path), framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        metadata = file.metadata() or {}
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor.float()).all():
+            raise ValueError(f"{path}: tensor {name!r} has NaN or Inf entries")
+    return tensors, head_settings(path, metadata)
+
+
+def load_head(path: str | Path) -> Head:
+    """Read a head written by `save_head`.
+
+    Raises:
+        ValueError: a tensor or a setting is missing or of the wrong shape; the file is named.
+    """
+    tensors, settings = read_head_file(path)
+    missing = {"weight", "bias"} - tensors.keys()
+    if missing:
+        raise ValueError(f"{path}: a head file holds 'weight' and 'bias'; missing: {sorted(missing)}")
+    weight, bias = tensors["weight"].float(), tensors["bias"].float()
+    if weight.ndim != 2 or bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"{path}: weight {list(weight.shape)} and bias {list(bias.shape)} must be [classes, features] and [classes]"
+        )
+    projection = tensors["projection"].float() if "projection" in tensors else None
+    if projection is not None and (projection.ndim != 2 or len(projection) != weight.shape[1]):
+        raise ValueError(f"{path}: projection {list(projection.shape)} must be [{weight.shape[1]}, pooled features]")
+    pooling = settings.get("pooling", "cls")
+    if pooling not in (*POOLINGS, POOLER):
+        raise ValueError(f"{path}: pooling {pooling!r} is not one of {', '.join((*POOLINGS, POOLER))}")
+    normalize, labels = settings.get("normalize", True), settings.get("labels", [])
+    if not isinstance(normalize, bool):
+        raise ValueError(f"{path}: normalize must be true or false, found {normalize!r:.100}")
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        raise ValueError(f"{path}: labels must be a list of names, found {labels!r:.100}")
+    if labels and len(labels) != len(weight):
+        raise ValueError(f"{path}: {len(labels)} labels for {len(weight)} classes")
+    return Head(weight, bias, pooling, normalize, labels, projection)

@@ -1,0 +1,112 @@
+"""The factor of a Hessian: what solving for the target and choosing codes share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from epmq.matmul import addmm_, matmul
+
+# Columns that are factored or solved for before what they mean for the others goes through one matrix product.
+BLOCK = 128
+# With so many columns blocks are factored in panels of four: the product takes a copy of all that is done already.
+WIDE = 8192
+
+
+@dataclass(frozen=True)
+class Factor:
+    """H = Uᵀ D U with rows and columns of H in the order in which GPTQ takes them, last first.
+
+    Attributes:
+        order: [n] int64, which column of H each column of U is.
+        upper: U [n, n], unit upper triangular. What lies below its diagonal blocks was never written and is not to be
+            read: `torch.triu` gives U alone.
+        curvature: the diagonal of D [n]; like U in the dtype of H.
+    """
+
+    order: Tensor
+    upper: Tensor
+    curvature: Tensor
+
+    def solve(self, right: Tensor) -> Tensor:
+        """R H⁻¹, that is (U⁻¹ D⁻¹ U⁻ᵀ Rᵀ)ᵀ in the order of the factor, by blocks.
+
+        Args:
+            right: R [rows, n], columns as in H, in the dtype of the factor.
+
+        Returns:
+            [rows, n] in the same dtype, contiguous.
+        """
+        rest = right.T.contiguous().index_select(0, self.order)
+        found, parts = torch.empty_like(rest), _parts(len(self.order), BLOCK)
+        inverses = [self._corner_inverse(*part) for part in parts]
+        for (start, end), inverse in zip(parts, inverses):
+            part = rest[start:end]
+            if start:
+                addmm_(part, self.upper[:start, start:end].T, found[:start], alpha=-1)
+            found[start:end] = matmul(inverse.T, part)
+        rest, found = found.div_(self.curvature[:, None]), rest
+        for (start, end), inverse in zip(reversed(parts), reversed(inverses)):
+            part = rest[start:end]
+            if end < len(self.order):
+                addmm_(part, self.upper[start:end, end:], found[end:], alpha=-1)
+            found[start:end] = matmul(inverse, part)
+        return found.index_select(0, torch.argsort(self.order)).T.contiguous()
+
+    def _corner_inverse(self, start: int, end: int) -> Tensor:
+        corner = self.upper[start:end, start:end]
+        identity = torch.eye(end - start, dtype=corner.dtype, device=corner.device)
+        return torch.linalg.solve_triangular(corner, identity, upper=True, unitriangular=True)
+
+
+def factorize(hessian: Tensor, act_order: bool = True) -> Factor:
+    """Factor a Hessian, by block rows, left-looking (Golub & Van Loan, Matrix Computations, section 4.2).
+
+    Each block row is taken from H when it is its turn, so that H is never copied whole. LAPACK's Cholesky rounds
+    otherwise with another number of threads; this does not.
+
+    Args:
+        hessian: [n, n] float, symmetric positive definite.
+        act_order: GPTQ is to take columns by falling diag(H); otherwise as they are.
+
+    Raises:
+        torch.linalg.LinAlgError: H is not positive definite.
+    """
+    order = torch.arange(len(hessian), device=hessian.device)
+    if act_order:
+        order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+    order = order.flip(0)
+    upper, curvature = torch.empty_like(hessian), torch.empty_like(hessian[0])
+    # An accelerator's own factorization is faster than one that waits for every block's corner.
+    block = BLOCK if hessian.device.type == "cpu" else len(hessian)
+    for first, last in _parts(len(hessian), block if len(hessian) < WIDE else 4 * block):
+        panel = hessian.index_select(0, order[first:last]).index_select(1, order[first:])
+        if first:
+            _take(panel, upper, curvature, slice(0, first), slice(first, last))
+        for start, end in _parts(last - first, block):
+            rows, part = panel[start:end, start:], slice(first + start, first + end)
+            if start:
+                _take(rows, upper, curvature, slice(first, first + start), part)
+            width = end - start
+            corner = torch.linalg.cholesky(rows[:, :width], upper=True)
+            root = corner.diagonal()
+            curvature[part] = root.square()
+            upper[part, part] = corner / root[:, None]
+            if part.stop < len(hessian):
+                identity = torch.eye(width, dtype=hessian.dtype, device=hessian.device)
+                inverse = torch.linalg.solve_triangular(corner.T, identity, upper=False)
+                upper[part, part.stop :] = matmul(inverse / root[:, None], rows[:, width:])
+    return Factor(order, upper, curvature)
+
+
+def _take(rows: Tensor, upper: Tensor, curvature: Tensor, done: slice, part: slice) -> None:
+    """Take off some rows of H, from their diagonal on, what the rows of U that are done already make of them."""
+    scaled = upper[done, part] * curvature[done, None]
+    addmm_(rows, scaled.T, upper[done, part.start :], alpha=-1)
+
+
+def _parts(columns: int, width: int) -> list[tuple[int, int]]:
+    """First and end column of each block."""
+    return [(start, min(start + width, columns)) for start in range(0, columns, width)]

@@ -1,0 +1,1 @@
+"""What a run did: numbers, pages, pictures, tables in the terminal."""

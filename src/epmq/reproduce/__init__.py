@@ -1,0 +1,1 @@
+"""Published tables, run row by row beside the published figures."""

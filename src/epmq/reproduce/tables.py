@@ -1,0 +1,306 @@
+"""Published tables as data: one YAML a table under `recipes/`, with the published figures in it.
+
+A table names a base, its experts and their tasks, and a grid of merges, methods and bits. Each cell of the grid is a
+row, and each row is an ordinary recipe (`epmq.recipe.Recipe`), so what `epmq reproduce` does can be done by hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from epmq.models.checkpoint import INDEX, SINGLE, resolve
+from epmq.recipe import Data, Expert, Merge, Quantize, Recipe, Strict, explain, read_yaml
+from epmq.reproduce.zeroshot import check_template
+
+# What a row is that no quantizer made.
+WHOLE = ("base", "experts", "none")
+# Folder of the data sets in a mirror of the Hub.
+DATASETS = "datasets"
+
+
+class Scored(Strict):
+    """A task of lm-eval."""
+
+    metric: str = Field(description="what is taken from its results, as lm-eval names it, such as 'acc,none'")
+    dataset: str = Field(description="Hub id of its data")
+
+
+class Task(Strict):
+    """One task: its data, and what its head is made from."""
+
+    data: Data = Field(description="dataset, configuration and columns, without a split")
+    calibration: str = Field("train", description="split to calibrate on")
+    evaluation: str | None = Field("test", description="split to score on; null where lm-eval does")
+    classes: list[str] | None = Field(None, min_length=2, description="names, in the order of the labels")
+    templates: list[str] | None = Field(None, min_length=1, description="texts with {} in the place of a class's name")
+    lm_eval: dict[str, Scored] | None = Field(
+        None, min_length=1, description="tasks of lm-eval; the mean of them is taken"
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> Task:
+        if self.data.split is not None or self.data.samples is not None:
+            raise ValueError("data: split and samples are the table's to say")
+        if (self.classes is None) != (self.templates is None):
+            raise ValueError("classes, templates: a head from the text tower needs both")
+        if (self.evaluation is None) == (self.lm_eval is None):
+            raise ValueError("evaluation, lm_eval: a task is scored on a split or by lm-eval")
+        return self
+
+    @field_validator("templates")
+    @classmethod
+    def _templates(cls, value: list[str] | None) -> list[str] | None:
+        return None if value is None else [check_template(template) for template in value]
+
+
+class Published(Strict):
+    """A figure that somebody published."""
+
+    merge: str | None = Field(None, description="name of a merge; none for base and experts")
+    method: str = Field(description="base, experts, none (a merge in full precision) or a quantizer, as rows are named")
+    bits: int | None = None
+    mean: float = Field(description="mean score over the tasks, 0 to 100")
+    scores: dict[str, float] = Field({}, description="by task, 0 to 100")
+    source: str = Field(description="where it stands")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Published:
+        if (self.bits is None) != (self.method in WHOLE):
+            raise ValueError("bits: a quantizer's figure has them, and no other")
+        if (self.merge is None) != (self.method in ("base", "experts")):
+            raise ValueError("merge: base and experts have none, and every other figure has one")
+        return self
+
+
+class Shape(Strict):
+    """The architecture of a published model, so that a plan can be made before it is fetched."""
+
+    model: str = Field(description="class in transformers")
+    config: dict[str, Any] = Field(description="what its config.json says")
+    dtype: Literal["float32", "float16", "bfloat16"] = Field("float32", description="of the weights on the Hub")
+    tokens: int | None = Field(None, gt=0, description="of a calibration text, about; none for images")
+    targets: int = Field(0, ge=0, description="of a target text, about")
+
+
+class Table(Strict):
+    """One published table."""
+
+    title: str
+    base: str = Field(description="Hub id")
+    pickle: str | None = Field(
+        None, description="a pickle with the base's weights, opened as tensors only, where it has no safetensors"
+    )
+    experts: str | dict[str, str] = Field(description="Hub ids: a pattern with {task}, or task → id")
+    tasks: dict[str, Task] = Field(min_length=1)
+    merges: dict[str, Merge] = Field(min_length=1, description="name → merge")
+    methods: dict[str, dict[str, Any]] = Field(min_length=1, description="name → quantizer's settings, without bits")
+    bits: list[int] = Field([4], min_length=1, description="in the order in which they are run")
+    group_size: int = -1
+    samples: int = Field(128, gt=0, description="calibration examples a task")
+    batch_size: int = Field(32, gt=0)
+    max_length: int | None = Field(None, gt=0)
+    seed: int = 0
+    published: list[Published] = Field([], description="figures to set ours against")
+    shapes: dict[Literal["base", "expert"], Shape] = Field(description="of the base, and of an expert where it differs")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Table:
+        if isinstance(self.experts, str) and "{task}" not in self.experts:
+            raise ValueError("experts: has no {task}, the place of a task's name")
+        if isinstance(self.experts, dict) and set(self.experts) != set(self.tasks):
+            raise ValueError(f"experts: needs exactly the tasks {', '.join(self.tasks)}")
+        if "base" not in self.shapes:
+            raise ValueError("shapes: the base's is missing")
+        ways = {name: task.lm_eval is None for name, task in self.tasks.items()}
+        if len(set(ways.values())) > 1:
+            raise ValueError("tasks: either all are scored by lm-eval or none")
+        rows = {(row.merge, row.method) for row in self.rows()}
+        for bits in self.bits:
+            for name, settings in self.methods.items():
+                try:
+                    Quantize(**settings, bits=bits, group_size=self.group_size)
+                except (ValidationError, TypeError) as error:
+                    raise ValueError(f"methods.{name}: {_first(error)}") from None
+        for figure in self.published:
+            for task in figure.scores:
+                if task not in self.tasks:
+                    raise ValueError(f"published: a score for {task!r}, which is no task")
+            if figure.bits is not None and (figure.merge, figure.method) not in rows:
+                raise ValueError(f"published: no row is {figure.merge}, {figure.method}")
+        return self
+
+    @property
+    def by_lm_eval(self) -> bool:
+        """Whether lm-eval scores the tasks."""
+        return any(task.lm_eval is not None for task in self.tasks.values())
+
+    def expert(self, task: str) -> str:
+        """Hub id of a task's expert."""
+        return self.experts.format(task=task) if isinstance(self.experts, str) else self.experts[task]
+
+    def rows(self) -> list[Row]:
+        """All rows: base, experts, merges in full precision, then the grid, by bits."""
+        found = [Row(None, "base", None), Row(None, "experts", None)]
+        found += [Row(merge, "none", None) for merge in self.merges]
+        return found + [Row(m, q, bits) for bits in self.bits for m in self.merges for q in self.methods]
+
+    def figures(self, row: Row) -> list[Published]:
+        """What was published for a row."""
+        return [one for one in self.published if (one.merge, one.method, one.bits) == (row.merge, row.method, row.bits)]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a table.
+
+    Attributes:
+        merge: name of a merge; None for base and experts.
+        method: `base`, `experts`, `none` (the merge in full precision) or name of a quantizer.
+        bits: None where nothing is quantized.
+    """
+
+    merge: str | None
+    method: str
+    bits: int | None
+
+    @property
+    def name(self) -> str:
+        """Such as `ties-gptq-4`; fit for a file's name."""
+        parts = [self.merge, None if self.merge and self.method == "none" else self.method, self.bits]
+        return "-".join(str(part).replace(" ", "") for part in parts if part is not None)
+
+
+def folder() -> Path:
+    """Where the published tables lie."""
+    return Path(__file__).parent / "recipes"
+
+
+def names() -> list[str]:
+    """The tables that `epmq reproduce` knows by name."""
+    return sorted(file.stem for file in folder().glob("*.yaml"))
+
+
+def load_table(name: str | Path) -> Table:
+    """Read a table: one that comes with epmq, by its name, or a YAML file.
+
+    `tasks` may be a list of names, which are then looked up in the YAML file that `task_file` gives.
+
+    Raises:
+        FileNotFoundError: there is no such table; the ones there are are named.
+        ValueError: not a table; every offending field is named, with what it should be.
+    """
+    path = Path(name) if Path(name).suffix in (".yaml", ".yml") else folder() / f"{name}.yaml"
+    if not path.is_file():
+        raise FileNotFoundError(f"{name}: no such table; there are {', '.join(names())}, or give a .yaml file")
+    content = _mapping(path)
+    listed, file = content.get("tasks"), content.pop("task_file", None)
+    if file is not None:
+        known = _mapping(path.parent / str(file))
+        if not isinstance(listed, list) or not all(isinstance(task, str) for task in listed):
+            raise ValueError(f"{path}: tasks must be a list of names out of {file}")
+        if missing := [task for task in listed if task not in known]:
+            raise ValueError(f"{path}: tasks: {', '.join(missing)} not in {file}")
+        content["tasks"] = {task: known[task] for task in listed}
+    try:
+        return Table.model_validate(content)
+    except ValidationError as error:
+        raise ValueError(f"{path}: " + "; ".join(explain(e) for e in error.errors())) from None
+
+
+def _mapping(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        content = read_yaml(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid YAML ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: must be a mapping")
+    return content
+
+
+def _first(error: Exception) -> str:
+    return explain(error.errors()[0]) if isinstance(error, ValidationError) else str(error)
+
+
+def located(source: str, hub: Path | None, kind: str = "") -> str:
+    """A Hub id as a folder of a mirror where it is there; else the id.
+
+    Args:
+        source: such as `openai/clip-vit-base-patch32`.
+        hub: a folder with models as `owner/name` and data sets as `datasets/owner/name`, or None.
+        kind: `DATASETS`, or nothing for a model.
+    """
+    found = None if hub is None else hub / kind / source
+    return str(found) if found is not None and found.exists() else source
+
+
+def base_of(table: Table, hub: Path | None) -> str:
+    """The base as a recipe names it: its folder or id, or the pickle in it where there are no safetensors.
+
+    Raises:
+        FileNotFoundError: it is nowhere.
+    """
+    source = located(table.base, hub)
+    path = resolve(source)
+    if table.pickle is None or (path / SINGLE).exists() or (path / INDEX).exists():
+        return source
+    return f"{source}/{table.pickle}"
+
+
+def recipe_of(
+    table: Table,
+    row: Row,
+    base: str,
+    heads: Mapping[str, Path],
+    *,
+    hub: Path | None = None,
+    limit: int | None = None,
+    device: str = "auto",
+    output: Path | None = None,
+) -> Recipe:
+    """The recipe of a row.
+
+    Args:
+        table: the table.
+        row: one of its rows; base and experts take any merge, which plays no part in them.
+        base: see `base_of`.
+        heads: task → head file.
+        hub: see `located`.
+        limit: at most so many examples a task, to calibrate on and to score.
+        device: as in a recipe.
+        output: where the checkpoint goes.
+    """
+    experts = []
+    for name, task in table.tasks.items():
+        data = task.data.model_copy(update={"dataset": located(str(task.data.dataset), hub, DATASETS)})
+        scored = data.model_copy(update={"split": task.evaluation, "samples": limit})
+        experts.append(
+            Expert(
+                name=name,
+                model=located(table.expert(name), hub),
+                head=str(heads[name]) if name in heads else None,
+                calibration=data.model_copy(update={"split": task.calibration, "metric": None}),
+                evaluation=scored if task.evaluation is not None else None,
+            )
+        )
+    settings: dict[str, Any] = {"method": "none"}
+    if row.bits is not None:
+        settings = {**table.methods[row.method], "bits": row.bits, "group_size": table.group_size}
+    return Recipe(
+        base=base,
+        experts=experts,
+        merge=table.merges[row.merge] if row.merge else next(iter(table.merges.values())),
+        quantize=Quantize(**settings),
+        samples=min(table.samples, limit or table.samples),
+        batch_size=table.batch_size,
+        max_length=table.max_length,
+        device=device,
+        seed=table.seed,
+        output=None if output is None else str(output),
+    )

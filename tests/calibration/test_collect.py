@@ -1,0 +1,50 @@
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+
+from epmq.calibration.collect import InputCollector
+from epmq.calibration.residual import ResidualAdd
+from epmq.quantization.hessian import Moments
+
+
+class Block(nn.Module):
+    """z = h + 2 (W x), read by a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.norm = nn.Linear(5, 5), nn.RMSNorm(5)
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        return self.norm(h + 2 * self.inner(torch.tanh(h)))
+
+
+@torch.no_grad()
+def test_errors_in_the_stream_count_by_their_share_of_the_experts_token():
+    torch.manual_seed(0)
+    block, rows, theirs = Block(), torch.randn(2, 4, 5), torch.randn(2, 4, 5)
+    theirs[:, 0] *= 1e3  # such as a decoder's first token
+    theirs[1, 3] = 0
+    mask = torch.ones(2, 4, dtype=torch.bool)
+    mask[0, 2] = False
+    step = SimpleNamespace(
+        reach=lambda batch, layer: torch.tanh(rows), seen=lambda batch, place: rows, mask=lambda x: mask
+    )
+    group = SimpleNamespace(
+        names=("inner",),
+        modules=[block.inner],
+        calls=1,
+        sum=ResidualAdd("norm", torch.full((5,), 2.0), "x"),
+        see=lambda inputs: None,
+    )
+    tap = InputCollector(step, group, Moments(5), streamed=True)
+    tap.theirs = [theirs]
+    tap.listen(0)
+
+    inputs = torch.tanh(rows)
+    size = theirs.square().mean(-1).sqrt()
+    weights = (1 / size.clamp(min=0.01 * float(size.median())) ** 2)[mask]
+    x, wanted = inputs[mask].double(), ((theirs - rows) / 2 - block.inner.bias)[mask].double()
+    assert tap.moments.count == 7
+    torch.testing.assert_close(tap.moments.gram.double(), (x.T * weights) @ x / 7, rtol=1e-4, atol=0)
+    torch.testing.assert_close(tap.moments.cross.double(), (wanted.T * weights) @ x / 7, rtol=1e-4, atol=0)

@@ -1,0 +1,315 @@
+import math
+import zlib
+
+import pytest
+import torch
+from conftest import recipe_for
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft.utils import merge_utils as peft
+
+from epmq.merging import methods as merging
+from epmq.merging.experts import Sources
+from epmq.merging.methods import METHODS, average, dare, disjoint_mean, magnitude_threshold, task_arithmetic
+from epmq.merging.methods import ties as ties_merge
+from epmq.recipe import load_recipe
+
+BASE = torch.tensor([1.0, 2.0, 3.0, 4.0])
+TAU = torch.tensor([[0.5, -1.0, 0.0, 2.0], [1.5, 3.0, -0.25, -2.0]])
+EXPERTS = [BASE + tau for tau in TAU]
+
+DENSITIES = st.floats(0.0, 1.0)
+# Any finite float32, the small ones (and zero) often enough to repeat.
+MAGNITUDES = st.lists(
+    st.one_of(
+        st.floats(width=32, allow_nan=False, allow_infinity=False, allow_subnormal=True),
+        st.sampled_from([0.0, -0.0, 1.0, -1.0, 1e-45, -1e-45, 1.1754944e-38, 3.4028235e38, -3.4028235e38]),
+    ),
+    min_size=1,
+    max_size=60,
+)
+
+
+def close(found: torch.Tensor, expected: list[float] | torch.Tensor) -> None:
+    torch.testing.assert_close(found, torch.as_tensor(expected), rtol=1e-6, atol=1e-6)
+
+
+def threshold_of(pieces, density: float) -> float:
+    """Of a task vector that starts at zero."""
+    return magnitude_threshold(lambda: [(torch.zeros_like(piece), piece) for piece in pieces], density)
+
+
+def two_tasks(*shape: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    base = torch.randn(shape)
+    return base, [base + torch.randn(shape), base + torch.randn(shape)]
+
+
+def test_average_by_hand():
+    close(average(BASE, EXPERTS), [2.0, 3.0, 2.875, 4.0])
+    close(average(BASE, EXPERTS, weights=[3.0, 1.0]), [1.75, 2.0, 2.9375, 5.0])
+    assert torch.equal(average(torch.zeros(4), EXPERTS), average(BASE, EXPERTS))
+
+
+def test_task_arithmetic_by_hand():
+    close(task_arithmetic(BASE, EXPERTS, scaling=0.5), [2.0, 3.0, 2.875, 4.0])
+    close(task_arithmetic(BASE, EXPERTS, scaling=[1.0, 0.0]), EXPERTS[0])
+    close(task_arithmetic(BASE, EXPERTS, scaling=[1.0, 2.0]), [4.5, 7.0, 2.5, 2.0])
+    close(task_arithmetic(BASE, EXPERTS, scaling=0.0), BASE)
+
+
+def test_ties_by_hand():
+    # Half of each vector survives: [0, -1, 0, 2] and [0, 3, 0, -2]. Signs of the sums: 0, +, 0, and +0.
+    close(ties_merge(BASE, EXPERTS, density=0.5, scaling=1.0), [1.0, 5.0, 3.0, 6.0])
+    close(ties_merge(BASE, EXPERTS, density=0.5, scaling=0.5), [1.0, 3.5, 3.0, 5.0])
+    # Nothing is trimmed: the first entry is a mean of two, the third has one voter.
+    close(ties_merge(BASE, EXPERTS, density=1.0), [2.0, 5.0, 2.75, 6.0])
+    # Thresholds of a whole-model trim take the place of the density.
+    close(ties_merge(BASE, EXPERTS, density=1.0, thresholds=[2.0, 3.0]), [1.0, 5.0, 3.0, 6.0])
+    close(ties_merge(BASE, EXPERTS, density=0.0), BASE)
+
+
+def test_ties_can_add_up_what_agrees():
+    # The sum of each column elects +, +, − and +; what agrees is (0.5, 1.5), (3), (−0.25) and (2).
+    thresholds = [0.0, 0.0]
+    summed = ties_merge(BASE, EXPERTS, scaling=0.5, agreed="sum", thresholds=thresholds)
+    close(summed, BASE + 0.5 * torch.tensor([2.0, 3.0, -0.25, 2.0]))
+    mean = ties_merge(BASE, EXPERTS, scaling=0.5, thresholds=thresholds)
+    close(mean, BASE + 0.5 * torch.tensor([1.0, 3.0, -0.25, 2.0]))
+
+
+def test_ties_keeps_every_entry_of_a_tied_magnitude():
+    """peft keeps exactly ⌊density · n⌋ entries, arbitrary ones among equals; here equals share one fate."""
+    base, expert = torch.zeros(4), torch.ones(4)
+    assert torch.equal(ties_merge(base, [expert], density=0.5), expert)
+    assert peft.magnitude_based_pruning(expert, 0.5).sum() == 2
+
+
+def test_disjoint_mean_loses_no_entry_where_the_sum_is_zero():
+    tau = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
+    close(disjoint_mean(tau), [1.0, 0.0])
+
+
+def test_dare_by_hand(monkeypatch):
+    masks = {"0/w/0": torch.tensor([1.0, 0.0, 1.0, 1.0]), "0/w/1": torch.tensor([1.0, 1.0, 1.0, 0.0])}
+    monkeypatch.setattr(merging, "_bernoulli", lambda shape, density, key: masks[key])
+    close(dare(BASE, EXPERTS, density=0.5, scaling=0.5, name="w"), [3.0, 5.0, 2.75, 6.0])
+    close(dare(BASE, EXPERTS, density=0.5, scaling=[1.0, 0.0], name="w"), [2.0, 2.0, 3.0, 8.0])
+    close(dare(BASE, EXPERTS, density=0.5, scaling=1.0, name="w", combine="ties"), [3.0, 8.0, 2.5, 8.0])
+
+
+def test_dare_keeps_the_share_and_the_mean():
+    base, expert = torch.zeros(200, 100), torch.ones(200, 100)
+    for density in (0.1, 0.5, 0.9):
+        merged = dare(base, [expert], density=density, scaling=1.0)
+        kept = merged != 0
+        torch.testing.assert_close(merged[kept], torch.full_like(merged[kept], 1 / density))
+        # Five standard deviations of a mean of 20 000 Bernoulli draws.
+        assert abs(float(kept.float().mean()) - density) < 5 * math.sqrt(density * (1 - density) / 20_000)
+
+
+def test_dare_that_keeps_all_is_task_arithmetic():
+    base, experts = two_tasks(5, 7)
+    assert torch.equal(dare(base, experts, density=1.0, scaling=0.3), task_arithmetic(base, experts, scaling=0.3))
+
+
+def test_dare_is_seeded_by_seed_name_and_expert_alone():
+    base, experts = two_tasks(64, 64)
+    state = torch.get_rng_state()
+    first = dare(base, experts, seed=1, name="a")
+    other_name, other_seed = dare(base, experts, seed=1, name="b"), dare(base, experts, seed=2, name="a")
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(99)
+    assert torch.equal(dare(base, experts, seed=1, name="a"), first)
+    assert not torch.equal(other_name, first) and not torch.equal(other_seed, first)
+    # Experts that are equal get masks of their own.
+    alone = [dare(base, experts[:1] * 2, scaling=scaling) - base for scaling in ([1.0, 0.0], [0.0, 1.0])]
+    assert not torch.equal(alone[0] == 0, alone[1] == 0)
+
+
+def test_the_mask_of_dare_is_fixed():
+    """The draw is part of what a recipe promises: it must not change between versions."""
+    generator = torch.Generator().manual_seed(zlib.crc32(b"7/encoder.weight/0"))
+    mask = torch.rand((3, 4), generator=generator) < 0.5
+    merged = dare(torch.zeros(3, 4), [torch.ones(3, 4)], seed=7, name="encoder.weight", scaling=1.0)
+    assert torch.equal(merged, 2.0 * mask)
+
+
+@pytest.mark.parametrize("scaling", [0.3, [0.3, 0.7]])
+def test_task_arithmetic_is_pefts(scaling):
+    base, experts = two_tasks(6, 5)
+    weights = torch.tensor([scaling] * 2 if isinstance(scaling, float) else scaling)
+    expected = base + peft.task_arithmetic([expert - base for expert in experts], weights)
+    close(task_arithmetic(base, experts, scaling=scaling), expected)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    count=st.integers(1, 4),
+    shape=st.tuples(st.integers(1, 6), st.integers(1, 12)),
+    density=st.floats(0, 0.99),
+    scaling=st.floats(0.1, 2),
+    seed=st.integers(0, 1000),
+)
+def test_ties_is_pefts(count, shape, density, scaling, seed):
+    """peft weighs the vectors before their mean and has no base; with equal weights that is our scaling."""
+    generator = torch.Generator().manual_seed(seed)
+    experts = [torch.randn(shape, generator=generator) for _ in range(count)]
+    expected = peft.ties(experts, torch.full((count,), scaling), density, majority_sign_method="total")
+    close(ties_merge(torch.zeros(shape), experts, density=density, scaling=scaling), expected)
+
+
+def test_ties_elects_by_the_sum_and_not_by_the_number_of_votes():
+    base, experts = torch.zeros(1), [torch.tensor([x]) for x in (5.0, -1.0, -1.0)]
+    weights = torch.ones(3)
+    assert float(ties_merge(base, experts, density=0.99)) == 0.0  # one entry a vector: ⌊0.99⌋ = 0 are kept
+    assert float(ties_merge(base, experts, density=1.0)) == 5.0
+    with pytest.warns(UserWarning, match="no pruning"):
+        assert float(peft.ties(experts, weights, 1.0, "total")) == 5.0
+        assert float(peft.ties(experts, weights, 1.0, "frequency")) == -1.0
+
+
+@settings(deadline=None, max_examples=40)
+@given(size=st.integers(1, 200), density=st.floats(0, 0.99), seed=st.integers(0, 1000))
+def test_the_trim_is_pefts_where_magnitudes_differ(size, density, seed):
+    vector = torch.randperm(size, generator=torch.Generator().manual_seed(seed)).float() + 1
+    vector[::2] *= -1
+    kept = torch.where(vector.abs() >= threshold_of([vector], density), vector, 0.0)
+    assert torch.equal(kept, peft.magnitude_based_pruning(vector, density))
+
+
+@pytest.mark.parametrize("combine", ["task_arithmetic", "ties"])
+def test_dare_is_pefts_under_the_same_masks(monkeypatch, combine):
+    base, experts = torch.zeros(8, 9), two_tasks(8, 9)[1]
+    masks = [(torch.rand(8, 9) < 0.4).float() for _ in experts]
+    ours, theirs = iter(masks), iter(masks)
+    monkeypatch.setattr(merging, "_bernoulli", lambda shape, density, key: next(ours))
+    monkeypatch.setattr(torch, "bernoulli", lambda probabilities: next(theirs))
+    method = peft.dare_ties if combine == "ties" else peft.dare_linear
+    expected = method([expert.clone() for expert in experts], torch.full((2,), 0.3), 0.4)
+    close(dare(base, experts, density=0.4, scaling=0.3, combine=combine), expected)
+
+
+@settings(deadline=None, max_examples=100)
+@given(values=MAGNITUDES, density=DENSITIES)
+def test_the_threshold_is_the_kth_largest_magnitude(values, density):
+    tensor = torch.tensor(values, dtype=torch.float32)
+    keep = int(density * len(values))
+    ranked = sorted((abs(float(x)) for x in tensor), reverse=True)
+    assert threshold_of([tensor], density) == (ranked[keep - 1] if keep else math.inf)
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    values=MAGNITUDES,
+    density=DENSITIES,
+    cuts=st.lists(st.integers(0, 60), max_size=4),
+    stride=st.integers(1, 70),
+    slack=st.sampled_from([0.0, 0.1, 5.0]),
+)
+def test_the_search_over_pieces_is_exact_wherever_it_begins(values, density, cuts, stride, slack):
+    """A draw that misleads costs passes, never the result."""
+    whole = torch.tensor(values, dtype=torch.float32)
+    pieces = whole.tensor_split(sorted(min(cut, len(values)) for cut in cuts))
+    expected = threshold_of([whole], density)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(merging, "STRIDE", stride)
+        patch.setattr(merging, "SLACK", slack or 1e-9)
+        assert threshold_of(pieces, density) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_threshold_takes_one_pass_beside_the_draw(monkeypatch, dtype):
+    passes = []
+    found = merging._rank_between
+    monkeypatch.setattr(merging, "_rank_between", lambda *given: passes.append(1) or found(*given))
+    values = torch.randn(300_000).to(dtype)
+    for density in (0.01, 0.2, 0.9):
+        threshold = threshold_of([values.reshape(300, 1000)], density)
+        ranked = values.float().abs().sort(descending=True).values
+        assert threshold == float(ranked[int(density * 300_000) - 1])
+    assert len(passes) == 3
+
+
+def test_the_search_takes_any_shape_and_16_bit_numbers():
+    pieces = [torch.randn(3, 4, 5).bfloat16(), torch.randn(7, 2).T, torch.zeros(2, 2), torch.randn(10_000)]
+    whole = torch.cat([piece.float().flatten() for piece in pieces])
+    threshold = threshold_of(pieces, 0.2)
+    assert threshold == threshold_of([whole], 0.2)
+    assert int((whole.abs() >= threshold).sum()) == int(0.2 * len(whole))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_one_expert_is_enough(method, dtype):
+    base = torch.randn(4, 6).to(dtype)
+    expert = (base + torch.randn(4, 6).to(dtype)).to(dtype)
+    settings = {"average": {}, "ties": {"density": 1.0}, "dare": {"density": 1.0, "scaling": 1.0}}
+    merged = METHODS[method](base, [expert], **settings.get(method, {"scaling": 1.0}))
+    assert merged.dtype == dtype
+    torch.testing.assert_close(merged, expert, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("settings", [("average", {"weights": [0, 1]}), *((method, {}) for method in METHODS)])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("where", range(3))
+def test_what_is_not_finite_stays_so(settings, value, where):
+    """The merge is looked through for NaN and infinity in place of the weights."""
+    method, given = settings
+    base, experts = two_tasks(40, 6)
+    tensors = [base, *experts]
+    tensors[where][3, 2] = value
+    merged = METHODS[method](base, experts, **given)
+    if method == "average" and where == 0:
+        assert merged.isfinite().all()  # the base is not used
+    else:
+        assert not merged[3, 2].isfinite()
+
+
+def test_infinities_that_cancel_stay_in_the_merge():
+    base, experts = two_tasks(4, 6)
+    experts[0][3, 2], experts[1][3, 2] = float("inf"), float("-inf")
+    assert not any(METHODS[method](base, experts)[3, 2].isfinite() for method in METHODS)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_inputs_are_left_alone(method):
+    base, experts = two_tasks(4, 6)
+    copies = [tensor.clone() for tensor in (base, *experts)]
+    METHODS[method](base, experts)
+    assert all(torch.equal(tensor, copy) for tensor, copy in zip((base, *experts), copies))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3), (2, 1, 3, 3)])
+def test_tensors_of_any_shape(method, shape):
+    base, experts = two_tasks(*shape)
+    assert METHODS[method](base, experts).shape == base.shape
+
+
+@pytest.mark.parametrize(
+    ("method", "wrong", "message"),
+    [
+        (average, {"weights": [1.0]}, "merge.weights: 1 values for 2 experts"),
+        (task_arithmetic, {"scaling": [1.0, 1.0, 1.0]}, "merge.scaling: 3 values for 2 experts"),
+        (task_arithmetic, {"scaling": []}, "merge.scaling: 0 values for 2 experts"),
+        (dare, {"scaling": [0.3]}, "merge.scaling: 1 values for 2 experts"),
+        (dare, {"scaling": [0.3, 0.3], "combine": "ties"}, "merge.scaling: dare with combine: ties"),
+        (dare, {"combine": "average"}, "merge.combine: 'average'"),
+        (ties_merge, {"thresholds": [0.1]}, "shorter"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(method, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        method(BASE, EXPERTS, **wrong)
+
+
+@pytest.mark.parametrize("merge", [{"method": "ties"}, {"method": "ties", "trim": "tensor"}, {"method": "average"}])
+def test_rows_at_a_time_give_the_same_merge(pool, monkeypatch, merge):
+    """What a large tensor goes through, on small ones."""
+    recipe = load_recipe(recipe_for(pool, merge=merge))
+    whole = Sources(recipe)
+    expected = {name: whole.merged(name) for name in whole.names}
+    monkeypatch.setattr("epmq.merging.experts.ROWS", 1000)
+    pieces = Sources(recipe)
+    for name, tensor in expected.items():
+        assert torch.equal(pieces.merged(name), tensor), name

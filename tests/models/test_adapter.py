@@ -1,0 +1,463 @@
+"""LoRA experts against PEFT itself: what is read is what `merge_and_unload` makes of them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TEXTS, padded_batches, perturbed, recipe_for, tiny_bert, tiny_dinov2
+from families import FAMILIES
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertModel,
+    LlamaForSequenceClassification,
+)
+
+import epmq
+from epmq.data.encoding import load_processor
+from epmq.merging.experts import Sources
+from epmq.models.adapter import CONFIG, Adapter
+from epmq.pipeline.run import evaluate_experts, merge, run
+from epmq.recipe import load_recipe
+
+WEIGHTS = "adapter_model.safetensors"
+TARGETS = {
+    "bert": ["query", "value", "output.dense"],
+    "llama": ["q_proj", "down_proj"],
+    "t5": ["q", "wi"],
+    "gpt2": ["c_attn", "mlp.c_proj"],
+}
+EMBEDDINGS = {"bert": "word_embeddings", "llama": "embed_tokens", "t5": "shared", "gpt2": "wte"}
+SAVED = {"bert": ["pooler"], "llama": ["norm", "lm_head"], "t5": ["final_layer_norm"], "gpt2": ["ln_f"]}
+VARIANTS = ["plain", "rslora", "patterns", "embedding", "modules_to_save", "bias_all", "bias_lora_only"]
+
+
+def settings_of(variant: str, family: str) -> dict[str, Any]:
+    """Arguments of a `LoraConfig`."""
+    targets = TARGETS[family]
+    deep = r"^.*\.1\..*" + targets[0].replace(".", r"\.")
+    return {
+        "plain": {"lora_alpha": 3, "target_modules": targets},
+        "rslora": {"use_rslora": True, "target_modules": targets},
+        "patterns": {
+            "target_modules": targets,
+            "rank_pattern": {targets[0]: 2, targets[1]: 5},
+            "alpha_pattern": {deep: 1, targets[0]: 12, f"nothing.{targets[1]}": 99},
+        },
+        "embedding": {"target_modules": [*targets, EMBEDDINGS[family]]},
+        "modules_to_save": {"target_modules": targets[:1], "modules_to_save": SAVED[family]},
+        "bias_all": {"target_modules": targets, "bias": "all"},
+        "bias_lora_only": {"target_modules": targets, "bias": "lora_only"},
+    }[variant]
+
+
+def adapt(model: Any, folder: Path, moved: bool = True, **fields: Any) -> Any:
+    """A PEFT model whose adapter is written to `folder`, with every trained weight moved off its start."""
+    model = get_peft_model(model, LoraConfig(**{"r": 4, **fields}))
+    if moved:
+        generator = torch.Generator().manual_seed(3)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+def sources_of(base: Path, *experts: Path) -> Sources:
+    names = [{"name": f"t{i}", "model": str(path)} for i, path in enumerate(experts)]
+    return Sources(load_recipe({"base": str(base), "experts": names}))
+
+
+def edit(folder: Path, **fields: Any) -> None:
+    path = folder / CONFIG
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("bases")
+    torch.manual_seed(0)
+    for family in [*TARGETS, "smollm2"]:
+        FAMILIES[family].build().save_pretrained(folder / family)
+    return {family: folder / family for family in [*TARGETS, "smollm2"]}
+
+
+@pytest.fixture
+def plain(bases: dict[str, Path], tmp_path: Path) -> Path:
+    """A good adapter of the small BERT, to be spoilt."""
+    adapt(BertModel.from_pretrained(bases["bert"]), tmp_path / "lora", target_modules=["query"])
+    return tmp_path / "lora"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("family", TARGETS)
+def test_an_adapter_is_what_peft_merges(bases, tmp_path, family, variant):
+    kind = type(FAMILIES[family].build())
+    adapt(kind.from_pretrained(bases[family]), tmp_path / "lora", **settings_of(variant, family))
+    merged = PeftModel.from_pretrained(kind.from_pretrained(bases[family]), tmp_path / "lora").merge_and_unload()
+    expected, base = merged.state_dict(), kind.from_pretrained(bases[family]).state_dict()
+    sources = sources_of(bases[family], tmp_path / "lora")
+    assert not sources.absent and sources.head_tensors("t0") == {}
+    moved = 0
+    for name in sources.names:
+        found = sources.expert_tensor("t0", name)
+        torch.testing.assert_close(found, expected[name], rtol=0, atol=1e-6, msg=name)
+        moved += not torch.equal(expected[name], base[name])
+    assert moved >= 2
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("variant", ["embedding", "modules_to_save"])
+@pytest.mark.parametrize("family", TARGETS)
+def test_rows_of_an_adapter_are_those_of_the_whole(bases, tmp_path, monkeypatch, family, variant):
+    """What a large tensor goes through, on small ones."""
+    kind = type(FAMILIES[family].build())
+    adapt(kind.from_pretrained(bases[family]), tmp_path / "lora", **settings_of(variant, family))
+    sources = sources_of(bases[family], tmp_path / "lora")
+    whole = {name: sources.merged(name) for name in sources.names}
+    monkeypatch.setattr("epmq.merging.experts.ROWS", 200)
+    for name, tensor in whole.items():
+        torch.testing.assert_close(sources.merged(name), tensor, rtol=0, atol=1e-6, msg=name)
+
+
+@settings(deadline=None, max_examples=20)
+@given(
+    rank=st.integers(1, 9),
+    alpha=st.one_of(st.integers(1, 64), st.floats(0.1, 64)),
+    rslora=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+)
+def test_the_change_is_scaled_by_alpha_over_the_rank_or_its_root(tmp_path_factory, rank, alpha, rslora, dtype):
+    folder = tmp_path_factory.mktemp("lora")
+    config = {"peft_type": "LORA", "r": 99, "lora_alpha": alpha, "use_rslora": rslora}
+    (folder / CONFIG).write_text(json.dumps(config))
+    down, up = torch.randn(rank, 6).to(dtype), torch.randn(5, rank).to(dtype)
+    save_file({"base_model.model.x.lora_A.weight": down, "base_model.model.x.lora_B.weight": up}, folder / WEIGHTS)
+    adapter = Adapter(folder)
+    assert adapter.names == ["x.weight"] and adapter.change_shape("x.weight") == (5, 6)
+    expected = alpha / (rank**0.5 if rslora else rank) * (up.double() @ down.double())
+    torch.testing.assert_close(adapter.change("x.weight").double(), expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", TARGETS)
+def test_an_adapter_that_was_not_trained_is_the_base(bases, tmp_path, family):
+    kind = type(FAMILIES[family].build())
+    adapt(kind.from_pretrained(bases[family]), tmp_path, moved=False, target_modules=TARGETS[family])
+    sources = sources_of(bases[family], tmp_path)
+    for name in sources.names:
+        assert torch.equal(sources.expert_tensor("t0", name), sources.base_tensor(name)), name
+
+
+def test_a_base_in_half_precision_is_changed_in_float32(tmp_path):
+    model = perturbed(tiny_bert(), 1).bfloat16()
+    model.save_pretrained(tmp_path / "base")
+    adapt(model.float(), tmp_path / "lora", target_modules=["query"])
+    sources, name = sources_of(tmp_path / "base", tmp_path / "lora"), "encoder.layer.0.attention.self.query.weight"
+    merged = PeftModel.from_pretrained(
+        BertModel.from_pretrained(tmp_path / "base", dtype=torch.float32), tmp_path / "lora"
+    ).merge_and_unload()
+    found = sources.expert_tensor("t0", name)
+    assert found.dtype == torch.float32 and sources.merged(name).dtype == torch.bfloat16
+    torch.testing.assert_close(found, merged.state_dict()[name], rtol=0, atol=1e-6)
+
+
+# --- tied weights ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": ["embed_tokens"], "ensure_weight_tying": True},
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    ],
+)
+@torch.no_grad()
+def test_tied_embeddings_that_were_trained_together_are_the_trained_model(bases, tmp_path, fields):
+    """The trained model, not its merge: PEFT 0.21 adds the change to the shared weight twice."""
+    model = adapt(type(FAMILIES["smollm2"].build()).from_pretrained(bases["smollm2"]), tmp_path, **fields)
+    sources, ids = sources_of(bases["smollm2"], tmp_path), torch.arange(32)[None]
+    found = sources.whole_model("t0", torch.device("cpu"))(ids).logits
+    torch.testing.assert_close(found, model(ids).logits, rtol=0, atol=1e-5)
+    assert sources.notes == []
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_embeddings_that_were_trained_alone_take_the_output_layer_with_them(bases, tmp_path):
+    kind = type(FAMILIES["smollm2"].build())
+    adapt(kind.from_pretrained(bases["smollm2"]), tmp_path, target_modules=["embed_tokens"])
+    merged = PeftModel.from_pretrained(kind.from_pretrained(bases["smollm2"]), tmp_path).merge_and_unload()
+    sources = sources_of(bases["smollm2"], tmp_path)
+    for name in sources.names:
+        torch.testing.assert_close(sources.expert_tensor("t0", name), merged.state_dict()[name], rtol=0, atol=1e-6)
+    assert sources.notes == [
+        "expert t0 was trained on model.embed_tokens.weight alone; lm_head.weight, its equal, follows it"
+    ]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("field", ["target_modules", "modules_to_save"])
+def test_one_half_of_a_tied_pair_cannot_change_alone(bases, tmp_path, field):
+    fields = {"target_modules": ["q_proj"], field: ["lm_head"]}
+    adapt(type(FAMILIES["smollm2"].build()).from_pretrained(bases["smollm2"]), tmp_path, **fields)
+    with pytest.raises(ValueError, match=r"expert t0: 'lm_head\.weight' differs from 'model\.embed_tokens\.weight'"):
+        sources_of(bases["smollm2"], tmp_path)
+
+
+# --- what is not applied -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"use_dora": True}, "use_dora is not applied here"),
+        ({"peft_type": "LOHA"}, "peft_type 'LOHA' is not applied here, only LORA"),
+        ({"peft_type": "ADALORA"}, "peft_type 'ADALORA'"),
+        ({"peft_type": None}, "peft_type None"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa' moves the base's weights"),
+        ({"init_lora_weights": "pissa_niter_16"}, "init_lora_weights 'pissa_niter_16'"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights 'olora'"),
+        ({"init_lora_weights": "OLoRA"}, "init_lora_weights 'OLoRA'"),
+        ({"init_lora_weights": "corda"}, "init_lora_weights 'corda'"),
+        ({"init_lora_weights": "loftq"}, "init_lora_weights 'loftq'"),
+        ({"init_lora_weights": "lora_ga"}, "init_lora_weights 'lora_ga'"),
+        ({"layer_replication": [[0, 2], [0, 2]]}, "layer_replication is not applied here"),
+        ({"target_parameters": ["mlp.experts.gate_up_proj"]}, "target_parameters is not applied here"),
+        ({"trainable_token_indices": [1, 2]}, "trainable_token_indices is not applied here"),
+        ({"lora_bias": True}, "lora_bias is not applied here"),
+        ({"use_qalora": True}, "use_qalora is not applied here"),
+        ({"some_day": {"a": 1}, "another": 1}, "some_day, another is not applied here"),
+    ],
+)
+def test_what_an_adapter_asks_for_in_vain_is_named(bases, plain, fields, message):
+    sources_of(bases["bert"], plain)
+    edit(plain, **fields)
+    with pytest.raises(ValueError, match=rf"adapter_config\.json: {message}"):
+        sources_of(bases["bert"], plain)
+
+
+@pytest.mark.parametrize("start", [True, False, "gaussian", "eva", "orthogonal"])
+def test_how_the_factors_started_does_not_matter(bases, plain, start):
+    edit(plain, init_lora_weights=start, some_day=None, another=[])
+    sources_of(bases["bert"], plain)
+
+
+def rewrite(folder: Path, change: Any) -> None:
+    save_file(change(load_file(folder / WEIGHTS)), folder / WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: {k: v for k, v in t.items() if "0.attention.self.query.lora_B" not in k}, "only one of its two"),
+        (lambda t: {k.replace("lora_A.weight", "lora_magnitude_vector"): v for k, v in t.items()}, "of no kind"),
+        (lambda t: {k.replace("query", "quarry"): v for k, v in t.items()}, "changes no tensor of the base"),
+        (lambda t: {k.replace("layer.1", "layer.7"): v for k, v in t.items()}, r"'encoder\.layer\.7.*the base lacks"),
+        (
+            lambda t: {k: v[:, :3].clone() if "lora_A" in k else v for k, v in t.items()},
+            r"is \[64, 3\], but \[64, 64\]",
+        ),
+        (lambda t: {k: v[..., None] for k, v in t.items()}, "is not a linear layer or an embedding"),
+        (lambda t: {k: v * float("nan") for k, v in t.items()}, "NaN"),
+        (lambda t: {}, "changes no tensor of the base"),
+    ],
+)
+def test_an_adapter_that_does_not_fit_is_refused_by_name(bases, plain, change, message):
+    rewrite(plain, change)
+    with pytest.raises(ValueError, match=message):
+        list(sources_of(bases["bert"], plain).check_finite())
+
+
+def test_an_adapter_of_a_convolution_is_refused(tmp_path):
+    tiny_dinov2().save_pretrained(tmp_path / "base")
+    adapt(tiny_dinov2(), tmp_path / "lora", target_modules=["projection"])
+    with pytest.raises(ValueError, match=r"projection\.weight' is not a linear layer or an embedding"):
+        sources_of(tmp_path / "base", tmp_path / "lora")
+
+
+def test_an_adapter_of_another_family_is_refused(bases, plain):
+    with pytest.raises(ValueError, match="expert t0: the adapter changes"):
+        sources_of(bases["llama"], plain)
+
+
+# --- files -------------------------------------------------------------------------------------------------------
+
+
+def test_a_pickled_adapter_is_opened_only_by_name(bases, plain):
+    names = ["encoder.layer.1.attention.self.query.weight", "encoder.layer.0.attention.self.key.weight"]
+    expected = {name: sources_of(bases["bert"], plain).expert_tensor("t0", name) for name in names}
+    torch.save(load_file(plain / WEIGHTS), plain / "adapter_model.bin")
+    (plain / WEIGHTS).unlink()
+    with pytest.raises(FileNotFoundError, match=r"adapter_model\.bin is a pickle: name that file"):
+        sources_of(bases["bert"], plain)
+    sources = sources_of(bases["bert"], plain / "adapter_model.bin")
+    assert all(torch.equal(sources.expert_tensor("t0", name), expected[name]) for name in names)
+
+
+def test_an_adapter_without_weights_names_the_folder(bases, plain):
+    (plain / WEIGHTS).unlink()
+    with pytest.raises(FileNotFoundError, match=r"lora: no adapter_model\.safetensors"):
+        sources_of(bases["bert"], plain)
+
+
+def test_weights_of_the_whole_model_come_before_an_adapter_beside_them(bases, plain):
+    perturbed(BertModel.from_pretrained(bases["bert"]), 4).save_pretrained(plain, max_shard_size="50KB")
+    expert = sources_of(bases["bert"], plain).experts["t0"]
+    assert not isinstance(expert, Adapter) and "pooler.dense.weight" in expert
+
+
+def test_an_adapter_on_the_hub_is_an_adapter(bases, plain, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **settings: str(plain))
+    assert isinstance(sources_of(bases["bert"], Path("owner/name")).experts["t0"], Adapter)
+
+
+# --- heads -------------------------------------------------------------------------------------------------------
+
+
+def classifier(pool: Path, folder: Path, **fields: Any) -> Any:
+    """A sequence classifier with three labels, adapted."""
+    model = BertForSequenceClassification.from_pretrained(pool / "base", num_labels=3)
+    return adapt(model, folder, target_modules=["query", "value"], **fields)
+
+
+@pytest.mark.parametrize("fields", [{"task_type": TaskType.SEQ_CLS}, {"modules_to_save": ["classifier"]}])
+@torch.no_grad()
+def test_an_adapter_brings_its_own_head(pool, tmp_path, fields):
+    """Whether PEFT wrote down the task or only the class that was trained."""
+    model = classifier(pool, tmp_path / "lora", **fields)
+    recipe = recipe_for(pool, output=str(tmp_path / "out"), merge={"method": "average"})
+    recipe["experts"] = [{**recipe["experts"][0], "model": str(tmp_path / "lora")}]
+    rows = [json.loads(line) for line in (pool / "data" / "one.jsonl").read_text().splitlines()]
+    batch = load_processor(pool / "base")([row["text"] for row in rows], padding=True, return_tensors="pt")
+    logits = model(**batch).logits
+    right = (logits.argmax(-1) == torch.tensor([row["label"] for row in rows])).float().mean().item()
+    assert evaluate_experts(recipe, progress=False)["scores"]["one"] == pytest.approx(right)
+
+    report = merge(recipe, progress=False, evaluate=True)
+    loaded = epmq.load(tmp_path / "out")
+    torch.testing.assert_close(loaded("one", **batch), logits, rtol=0, atol=1e-5)
+    assert loaded.answer("one", [row["text"] for row in rows]) == [f"LABEL_{i}" for i in logits.argmax(-1)]
+    assert report["scores"]["one"] == pytest.approx(right) and report["notes"] == []
+
+
+def test_adapters_and_whole_checkpoints_in_one_recipe(pool, tmp_path):
+    classifier(pool, tmp_path / "lora", task_type="SEQ_CLS", bias="all")
+    recipe = recipe_for(pool, output=str(tmp_path / "out"))
+    recipe["experts"][1]["model"] = str(tmp_path / "lora")
+    report = run(recipe, progress=False)
+    model = epmq.load(tmp_path / "out")
+    assert model.tasks == ["one", "two"] and set(report["scores"]) == {"one", "two"}
+    assert model.answer("one", TEXTS)[0] in "xyz" and model.answer("two", TEXTS)[0].startswith("LABEL_")
+    # By hand: the merge of what peft and transformers make of the two.
+    merge({**recipe, "output": str(tmp_path / "merged")}, progress=False)
+    lora = PeftModel.from_pretrained(
+        BertForSequenceClassification.from_pretrained(pool / "base", num_labels=3), tmp_path / "lora"
+    )
+    two, base = lora.merge_and_unload().bert.state_dict(), load_file(pool / "base" / "model.safetensors")
+    one = load_file(pool / "experts" / "one" / "model.safetensors")
+    for name, tensor in load_file(tmp_path / "merged" / "model.safetensors").items():
+        expected = base[name] + 0.3 * (one[name] - base[name]) + 0.3 * (two[name] - base[name])
+        torch.testing.assert_close(tensor, expected, rtol=0, atol=2e-6, msg=name)
+
+
+@torch.no_grad()
+def test_a_decoder_with_an_adapted_classifier(bases, tmp_path):
+    model = LlamaForSequenceClassification.from_pretrained(bases["llama"], num_labels=5)
+    model = adapt(model, tmp_path / "lora", target_modules=["q_proj"], task_type="SEQ_CLS")
+    recipe = {"base": str(bases["llama"]), "experts": [{"name": "t", "model": str(tmp_path / "lora")}]}
+    merge({**recipe, "merge": {"method": "average"}, "output": str(tmp_path / "out")}, progress=False)
+    batch = padded_batches(1)[0]
+    torch.testing.assert_close(epmq.load(tmp_path / "out")("t", **batch), model(**batch).logits, rtol=0, atol=1e-5)
+
+
+def test_a_head_that_was_not_saved_is_named(tmp_path):
+    FAMILIES["distilbert"].build().save_pretrained(tmp_path / "base")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=3)
+    adapt(model, tmp_path / "lora", target_modules=["q_lin"], task_type="SEQ_CLS")
+    rewrite(tmp_path / "lora", lambda tensors: {k: v for k, v in tensors.items() if "pre_classifier" not in k})
+    with pytest.raises(ValueError, match=r"pre_classifier\.bias, pre_classifier\.weight is neither in the base nor"):
+        sources_of(tmp_path / "base", tmp_path / "lora")
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_a_pooler_that_the_base_lacks_must_come_with_the_adapter(tmp_path, saved):
+    config = tiny_bert().config
+    BertForMaskedLM(config).save_pretrained(tmp_path / "base")
+    model = BertForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=3)
+    modules = ["classifier", "pooler"] if saved else ["classifier"]
+    model = adapt(model, tmp_path / "lora", target_modules=["query"], task_type="SEQ_CLS", modules_to_save=modules)
+    recipe = {"base": str(tmp_path / "base"), "experts": [{"name": "t", "model": str(tmp_path / "lora")}]}
+    recipe |= {"merge": {"method": "average"}, "output": str(tmp_path / "out")}
+    if not saved:
+        with pytest.raises(ValueError, match=r"pooler\.dense\.weight is neither in the base nor in the adapter"):
+            merge(recipe, progress=False)
+        return
+    merge(recipe, progress=False)
+    with torch.no_grad():
+        batch = padded_batches(1)[0]
+        torch.testing.assert_close(epmq.load(tmp_path / "out")("t", **batch), model(**batch).logits, rtol=0, atol=1e-5)
+
+
+def test_a_change_to_what_the_base_lacks_is_refused(tmp_path):
+    BertForMaskedLM(tiny_bert().config).save_pretrained(tmp_path / "base")
+    adapt(tiny_bert(), tmp_path / "lora", target_modules=["pooler.dense"])
+    with pytest.raises(ValueError, match=r"changes 'pooler\.dense\.weight', which the base lacks"):
+        sources_of(tmp_path / "base", tmp_path / "lora")
+
+
+def test_a_head_of_no_known_class_is_refused(pool, tmp_path):
+    class Mine(BertModel):
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            self.answer = nn.Linear(64, 3)
+
+    adapt(Mine.from_pretrained(pool / "base"), tmp_path, target_modules=["query"], modules_to_save=["answer"])
+    with pytest.raises(ValueError, match=r"answer\.weight.* is not in the base, and no task class is named for it"):
+        sources_of(pool / "base", tmp_path)
+
+
+def test_the_written_checkpoint_needs_no_adapter(pool, tmp_path):
+    classifier(pool, tmp_path / "lora", task_type="SEQ_CLS")
+    recipe = recipe_for(pool, output=str(tmp_path / "out"), quantize={"method": "rtn"})
+    recipe["experts"][1]["model"] = str(tmp_path / "lora")
+    run(recipe, progress=False, evaluate=False)
+    shutil.rmtree(tmp_path / "lora")
+    assert not list((tmp_path / "out").glob("adapter*"))
+    assert epmq.load(tmp_path / "out").answer("two", TEXTS)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"lora_alpha": "4"},
+        {"lora_alpha": None},
+        {"lora_alpha": True},
+        {"lora_alpha": float("nan")},
+        {"lora_alpha": 10**30},
+        {"alpha_pattern": ["query"]},
+        {"alpha_pattern": {"query": []}},
+        {"alpha_pattern": {"(": 1}},
+        {"auto_mapping": "BertModel"},
+    ],
+)
+def test_an_adapter_config_with_something_else_in_it_is_refused(plain, fields):
+    edit(plain, **fields)
+    with pytest.raises(ValueError, match=r"adapter_config\.json: .*(must be|is no pattern)"):
+        Adapter(plain)
+
+
+def test_a_class_that_is_no_model_is_not_looked_up(plain):
+    edit(plain, auto_mapping={"base_model_class": "pipeline"})
+    assert Adapter(plain).names  # it brings no head, so no class is asked for

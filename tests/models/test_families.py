@@ -1,0 +1,127 @@
+"""Every supported family through the whole pipeline: merge, expert-guided 4 bits, export, reload."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from conftest import perturbed
+from families import FAMILIES
+
+import epmq
+from epmq.calibration.sequential import SequentialCalibrator
+from epmq.models.blocks import find_stacks, linears
+from epmq.models.meta import load_model
+from epmq.pipeline.run import run
+
+QUIET: dict[str, Any] = {"progress": False, "evaluate": False}
+
+
+def tensors_of(output: Any) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in output.items() if isinstance(value, torch.Tensor)}
+
+
+def recipe_of(family: str, folder: Path, **fields: Any) -> dict[str, Any]:
+    """Base and two experts of a family on disk."""
+    base = FAMILIES[family].build()
+    base.save_pretrained(folder / "base")
+    for seed, name in enumerate(("one", "two"), start=1):
+        perturbed(copy.deepcopy(base), seed).save_pretrained(folder / name)
+    experts = [{"name": name, "model": str(folder / name)} for name in ("one", "two")]
+    return {"base": str(folder / "base"), "experts": experts, **fields}
+
+
+def batches_of(family: str) -> dict[str, Any]:
+    batches = FAMILIES[family].batches()
+    return {"one": batches, "two": batches[:1]}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_chained_blocks_are_the_models_own_forward(family):
+    spec = FAMILIES[family]
+    model, batches = spec.build(), spec.batches()
+    assert {stack.name: len(stack.blocks) for stack in find_stacks(model)} == spec.stacks
+    expected = [tensors_of(model(**batch)) for batch in batches]
+
+    walk = SequentialCalibrator(model, batches)
+    names = []
+    for step in walk:
+        names.append(step.name)
+        step.finish()
+    assert sorted(names) == sorted(f"{name}.{i}" for name, count in spec.stacks.items() for i in range(count))
+
+    # The stored outputs of the last blocks, put through what follows them, must be the model's own output.
+    for i, batch in enumerate(batches):
+        for stack in walk.stacks:
+            for block in stack.blocks:
+                block.forward = lambda *args, stack=stack, i=i, **kwargs: stack.outputs[i]
+        found = tensors_of(model(**batch))
+        assert found.keys() == expected[i].keys() and found
+        for name, tensor in found.items():
+            assert torch.equal(tensor, expected[i][name]), name
+        for stack in walk.stacks:
+            for block in stack.blocks:
+                del block.forward
+
+
+def real_tokens(batches: list[dict[str, torch.Tensor]], stack: str, crossing: bool) -> int:
+    """Tokens that a layer must be calibrated on."""
+    total = 0
+    for batch in batches:
+        if "vision" in stack or "input_ids" not in batch:
+            total += len(batch["pixel_values"]) * 5
+        elif "decoder" in stack and not crossing:
+            total += int(batch["decoder_attention_mask"].sum())
+        else:
+            total += int(batch["attention_mask"].sum())
+    return total
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_merge_quantize_export_and_reload(family, stream, tmp_path):
+    form = "dequantized" if family == "gpt2" else "pack-quantized"
+    recipe = recipe_of(family, tmp_path, format=form, output=str(tmp_path / "out"))
+    recipe["quantize"] = {**recipe.get("quantize", {}), "expert_stream": stream}
+    calibration = batches_of(family)
+    report = run(recipe, calibration=calibration, **QUIET)
+    without = any("no layer adds to the residual stream" in note for note in report["notes"])
+    assert without == (stream and family == "gemma3")
+
+    # Every linear layer of every block was calibrated, on every real token and on no padding.
+    model = FAMILIES[family].build()
+    wanted = {
+        f"{stack.block_name(i)}.{name}": stack.name
+        for stack in find_stacks(model)
+        for i, block in enumerate(stack.blocks)
+        for name, _ in linears(block)
+    }
+    assert {layer["name"] for layer in report["layers"]} == wanted.keys()
+    for layer in report["layers"]:
+        name, stack = layer["name"], wanted[layer["name"]]
+        crossing = ("EncDecAttention" in name or "encoder_attn" in name) and name.endswith(
+            (".k", ".v", "k_proj", "v_proj")
+        )
+        assert layer["tokens"] == sum(real_tokens(b, stack, crossing) for b in calibration.values()), name
+        assert layer["loss"] is not None and layer["loss"] >= 0
+
+    # Packed and plain files, read back, are the same model; the plain one needs nothing but transformers.
+    run({**recipe, "format": "dequantized", "output": str(tmp_path / "plain")}, calibration=calibration, **QUIET)
+    plain = load_model(tmp_path / "plain", {"architectures": [type(model).__name__]})
+    reference = getattr(transformers, type(model).__name__).from_pretrained(tmp_path / "plain").eval()
+    packed = epmq.load(tmp_path / "out").backbone
+    moved = False
+    with torch.no_grad():
+        for batch in calibration["one"]:
+            found = tensors_of(packed(**batch))
+            assert found
+            for name, tensor in tensors_of(reference(**batch)).items():
+                assert torch.equal(found[name], tensor), name
+                assert torch.equal(tensors_of(plain(**batch))[name], tensor), name
+                moved = moved or not torch.equal(tensor, tensors_of(model(**batch))[name])
+    assert moved

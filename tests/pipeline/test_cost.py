@@ -1,0 +1,71 @@
+import pytest
+import yaml
+from conftest import recipe_for
+from families import FAMILIES
+from test_cli import call  # noqa: F401
+
+import epmq
+from epmq.pipeline.cost import dry_run
+
+METHODS = {
+    "none": {"method": "none"},
+    "rtn": {"method": "rtn"},
+    "gptq": {"method": "gptq", "group_size": 32, "symmetric": False, "bits": 3},
+    "gptq, heads follow": {"method": "gptq", "adapt_heads": True},
+    "e_pmq": {"method": "e_pmq", "scales": "minmax"},
+    "expert_guided": {"method": "expert_guided"},
+    "features": {"method": "expert_guided", "adapt_heads": False, "expert_features": 0.5},
+}
+
+
+@pytest.mark.parametrize("form", ["pack-quantized", "dequantized"])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_plan_tells_the_size_and_writes_nothing(pool, tmp_path, name, form):
+    recipe = recipe_for(pool, output=str(tmp_path / "out"), samples=16, quantize=METHODS[name], format=form)
+    found = dry_run(recipe, progress=False)
+    assert list(tmp_path.iterdir()) == []
+    report = epmq.run(recipe, progress=False, evaluate=False)
+    assert found.output_bytes == report["bytes"]
+    assert found.layers == len(report["layers"])
+    assert found.recipe.model_dump(mode="json") == report["recipe"]
+    assert all(seconds > 0 for seconds in found.seconds.values()) and {"open", "merge"} <= found.seconds.keys()
+    # What the process holds beside these tiny models is most of both.
+    assert found.peak_memory_mb == pytest.approx(report["peak_memory_mb"], rel=0.25)
+    if report["layers"] and report["layers"][0]["tokens"]:
+        # Batches are padded alike but not equally; the first stands for all.
+        assert found.tokens == pytest.approx(report["layers"][0]["tokens"], rel=0.25)
+    else:
+        assert found.tokens == 0
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_can_be_planned(tmp_path, name):
+    family = FAMILIES[name]
+    model = family.build()
+    for folder in ("base", "expert"):
+        model.save_pretrained(tmp_path / folder)
+    recipe = {
+        "base": str(tmp_path / "base"),
+        "experts": [{"name": "one", "model": str(tmp_path / "expert")}],
+        "format": "dequantized",
+    }
+    found = dry_run(recipe, calibration={"one": family.batches()}, progress=False)
+    assert found.blocks == sum(family.stacks.values())
+    assert {"open", "merge", "forward", "moments", "targets", "solve", "read back"} == found.seconds.keys()
+    assert found.tokens > 0 and found.output_bytes > 0
+
+
+def test_a_dry_run_checks_what_a_run_checks(pool):
+    with pytest.raises(ValueError, match=r"group size 64 does not divide|quantize"):
+        dry_run(recipe_for(pool, quantize={"method": "gptq", "group_size": 128}), progress=False)
+    with pytest.raises(FileNotFoundError):
+        dry_run({**recipe_for(pool), "base": "nowhere/at-all/x"}, progress=False)
+
+
+def test_the_command_line_prints_a_plan(call, pool, tmp_path):  # noqa: F811
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(recipe_for(pool, output=str(tmp_path / "out"))))
+    status, out, _ = call("run", file, "--dry-run", "--quiet")
+    assert status == 0 and not (tmp_path / "out").exists()
+    for said in ("task_arithmetic, 2 experts", "2 blocks, 12 layers", "peak memory", "MB while it is written"):
+        assert said in out

@@ -1,0 +1,91 @@
+"""Short versions of `python -m benchmarks.faults`: disks that fail, and runs that are repeated."""
+
+import logging
+
+import pytest
+import torch
+from conftest import recipe_for
+
+from benchmarks.faults import contents, finish, write_models
+from benchmarks.write_faults import fail_everywhere, fill_disks
+from epmq.calibration import offload as spill
+from epmq.pipeline.run import run
+
+
+@pytest.fixture
+def work(pool, tmp_path, monkeypatch):
+    """Does a run into a folder; what it should give; where it may write."""
+    monkeypatch.setattr(spill, "SMALLEST", 1)
+    logging.getLogger("epmq").setLevel(logging.ERROR)
+
+    def do(out):
+        recipe = recipe_for(pool, output=str(out), quantize={"method": "gptq"}, activations="disk")
+        run(recipe, progress=False, evaluate=False)
+
+    do(tmp_path / "whole")
+    wanted = contents(tmp_path / "whole")
+    yield do, wanted, lambda out: contents(out) == wanted
+    logging.getLogger("epmq").setLevel(logging.NOTSET)
+
+
+def test_a_write_that_fails_loses_nothing(work, tmp_path):
+    do, _, same = work
+    (tmp_path / "disk").mkdir()
+    found = fail_everywhere(do, tmp_path / "disk", same, every=9)
+    assert found["write_faults"] > 5 and found["write_faults_torn"] == found["write_faults_left_behind"] == 0
+    assert found["write_faults_resumed_identical"] == found["write_faults"]
+    assert found["write_faults_refused"] >= found["write_faults"] - 1  # the rename has been synced last
+
+
+def test_a_full_disk_loses_nothing(work, tmp_path):
+    do, wanted, same = work
+    try:
+        found = fill_disks(do, tmp_path / "disk", 3 * sum(map(len, wanted.values())), same)
+    except PermissionError as error:
+        pytest.skip(str(error))
+    assert found["full_disks"] == found["full_disks_refused"] == found["full_disks_resumed_identical"] > 2
+    assert found["full_disks_torn"] == found["full_disks_left_behind"] == 0
+
+
+def test_the_number_of_threads_makes_no_difference(tmp_path):
+    write_models(tmp_path)  # wide enough that LAPACK's Cholesky would be split among threads
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            finish(tmp_path, f"out-{threads}")
+    finally:
+        torch.set_num_threads(before)
+    assert contents(tmp_path / "out-1") == contents(tmp_path / "out-2") == contents(tmp_path / "out-3")
+
+
+def test_the_order_of_tasks_and_a_second_run_make_no_difference(pool, tmp_path):
+    recipe = recipe_for(pool, merge={"method": "task_arithmetic", "scaling": [0.2, 0.5]})
+    other = {**recipe, "experts": recipe["experts"][::-1], "merge": {**recipe["merge"], "scaling": [0.5, 0.2]}}
+    found = []
+    for name, content in (("a", recipe), ("b", recipe), ("c", other)):
+        run({**content, "output": str(tmp_path / name)}, progress=False, evaluate=False)
+        found.append(contents(tmp_path / name))
+    assert found[0] == found[1] == found[2]
+
+
+def test_an_expert_that_is_removed_under_us_can_be_put_back(pool, tmp_path, monkeypatch):
+    import shutil
+
+    from epmq.pipeline.journal import Journal
+
+    shutil.copytree(pool, tmp_path / "pool")
+    file, append = tmp_path / "pool" / "experts" / "two" / "model.safetensors", Journal.append
+
+    def remove(journal, block):
+        append(journal, block)
+        file.rename(tmp_path / "away")
+
+    recipe = recipe_for(tmp_path / "pool", output=str(tmp_path / "out"), quantize={"method": "gptq"})
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "append", remove)
+        with pytest.raises(OSError, match="experts/two"):
+            run(recipe, progress=False, evaluate=False)
+    (tmp_path / "away").rename(file)
+    report = run(recipe, progress=False, evaluate=False)
+    assert "1 of 2 blocks were finished by a run that was stopped" in report["notes"]

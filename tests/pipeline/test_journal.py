@@ -1,0 +1,268 @@
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import recipe_for
+
+from benchmarks.faults import contents
+from epmq.calibration import engine as quantize
+from epmq.pipeline import run as pipeline
+from epmq.pipeline.journal import (
+    BLOCKS,
+    INPUTS,
+    Block,
+    Journal,
+    differences,
+    hash_batches,
+    remove_stale_workdir,
+    resumable,
+)
+from epmq.pipeline.run import run
+from epmq.quantization.grid import Grid, QuantizedTensor
+from epmq.reporting.report import versions
+
+METHODS: list[dict[str, Any]] = [
+    {"method": "rtn"},
+    {"method": "gptq"},
+    {"method": "e_pmq"},
+    {"method": "expert_guided"},
+    {"method": "expert_guided", "expert_features": 0.6, "bits": 3, "group_size": 32, "symmetric": False},
+]
+
+
+class Stopped(Exception):
+    pass
+
+
+def stop_after(blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a run end with an error when it has kept so many blocks."""
+    append = Journal.append
+
+    def fail(journal: Journal, block: Block) -> None:
+        if len(journal) == blocks:
+            raise Stopped
+        append(journal, block)
+
+    monkeypatch.setattr(Journal, "append", fail)
+
+
+def recipe(pool: Path, output: Path, settings: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    return recipe_for(pool, output=str(output), quantize=settings, **fields)
+
+
+@pytest.mark.parametrize("form", ["pack-quantized", "dequantized"])
+@pytest.mark.parametrize("settings", METHODS, ids=lambda s: "-".join(map(str, s.values())))
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(pool, tmp_path, monkeypatch, settings, form, blocks):
+    run(recipe(pool, tmp_path / "whole", settings, format=form), progress=False, evaluate=False)
+    with monkeypatch.context() as patch:
+        if blocks == 1:
+            stop_after(blocks, patch)
+        else:
+            patch.setattr(pipeline, "write_rest", lambda *args: (_ for _ in ()).throw(Stopped))
+        with pytest.raises(Stopped):
+            run(recipe(pool, tmp_path / "out", settings, format=form), progress=False, evaluate=False)
+    assert not (tmp_path / "out").exists()
+    solved = []
+    monkeypatch.setattr(
+        quantize, "_quantize_block", lambda *a, original=quantize._quantize_block: solved.append(1) or original(*a)
+    )
+    report = run(recipe(pool, tmp_path / "out", settings, format=form), progress=False, evaluate=False)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert sorted(os.listdir(tmp_path)) == ["out", "whole"]
+    assert len(solved) == (0 if settings["method"] == "rtn" else 2 - blocks)
+    assert f"{blocks} of 2 blocks were finished by a run that was stopped" in report["notes"]
+    whole = json.loads((tmp_path / "whole" / "report.json").read_text())
+
+    def steady(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [{**layer, "seconds": 0} for layer in layers]
+
+    assert steady(report["layers"]) == steady(whole["layers"]) and report["heads"] == whole["heads"]
+
+
+def test_a_run_that_is_stopped_while_it_is_scored_quantizes_nothing_again(pool, tmp_path, monkeypatch):
+    recipe = recipe_for(pool, output=str(tmp_path / "out"), quantize={"method": "gptq"})
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "evaluate_model", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            pipeline.run(recipe, progress=False)
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(quantize, "_solve", None)  # what solves a layer fails
+    report = pipeline.run(recipe, progress=False)
+    assert report["scores"] and "2 of 2 blocks were finished by a run that was stopped" in report["notes"]
+
+
+def interrupted(*args, **settings):
+    raise KeyboardInterrupt
+
+
+def test_a_stopped_run_says_how_to_go_on(pool, tmp_path, monkeypatch, caplog):
+    stop_after(1, monkeypatch)
+    with pytest.raises(Stopped):
+        run(recipe(pool, tmp_path / "out", {"method": "gptq"}), progress=False, evaluate=False)
+    assert "1 finished blocks are kept in" in caplog.text and ".out.work" in caplog.text
+
+
+@pytest.fixture
+def stopped(pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A recipe over a pool that may be spoiled, whose run was stopped after a block."""
+    shutil.copytree(pool, tmp_path / "pool")
+    wanted = recipe(tmp_path / "pool", tmp_path / "out", {"method": "gptq"})
+    with monkeypatch.context() as patch:
+        stop_after(1, patch)
+        with pytest.raises(Stopped):
+            run(wanted, progress=False, evaluate=False)
+    return wanted
+
+
+def changed_bits(folder: Path, recipe: dict[str, Any], patch: pytest.MonkeyPatch) -> None:
+    recipe["quantize"] = {"method": "gptq", "bits": 3}
+
+
+def changed_expert(folder: Path, recipe: dict[str, Any], patch: pytest.MonkeyPatch) -> None:
+    file = folder / "pool" / "experts" / "two" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+def changed_data(folder: Path, recipe: dict[str, Any], patch: pytest.MonkeyPatch) -> None:
+    recipe["samples"] = 5
+
+
+def changed_version(folder: Path, recipe: dict[str, Any], patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("epmq.reporting.report.versions", lambda: {**versions(), "torch": "1.0"})
+
+
+CHANGES = [
+    (changed_bits, r"recipe\.quantize\.bits: 4 → 3"),
+    (changed_expert, r"files\..*two/model\.safetensors"),
+    (changed_data, r"calibration\.(one|two)"),
+    (changed_version, r"versions\.torch: .* → 1\.0"),
+]
+
+
+@pytest.mark.parametrize("change, message", CHANGES, ids=lambda x: getattr(x, "__name__", ""))
+def test_what_has_changed_is_named(stopped, tmp_path, monkeypatch, change, message):
+    change(tmp_path, stopped, monkeypatch)
+    with pytest.raises(ValueError, match=message) as error:
+        run(stopped, progress=False, evaluate=False)
+    assert "--restart" in str(error.value)
+    assert len(list((tmp_path / ".out.work" / BLOCKS).glob("*.safetensors"))) == 1
+    report = run(stopped, progress=False, evaluate=False, restart=True)
+    assert not any("was stopped" in note for note in report["notes"])
+    assert not (tmp_path / ".out.work").exists()
+
+
+def test_what_does_not_decide_the_result_may_change(stopped, tmp_path):
+    stopped |= {"output": str(tmp_path / "out"), "activations": "disk"}
+    stopped["experts"][0].pop("evaluation", None)
+    file = tmp_path / "pool" / "base" / "model.safetensors"
+    os.utime(file)
+    report = run(stopped, progress=False, evaluate=False)
+    assert any("was stopped" in note for note in report["notes"])
+
+
+def test_two_runs_do_not_work_on_one_output(tmp_path):
+    with (
+        resumable(tmp_path / "out", {}) as work,
+        pytest.raises(RuntimeError, match="another process"),
+        resumable(tmp_path / "out", {}),
+    ):
+        pass
+    assert not work.folder.exists() and (tmp_path / "out").is_dir()
+
+
+def test_work_without_a_finished_block_vanishes(tmp_path):
+    with pytest.raises(Stopped), resumable(tmp_path / "out", {}):
+        raise Stopped
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_kill_before_the_inputs_are_noted_begins_anew(tmp_path):
+    (tmp_path / ".out.work" / BLOCKS).mkdir(parents=True)
+    (tmp_path / ".out.work" / f"{INPUTS}.draft").write_text("{")
+    with resumable(tmp_path / "out", {"a": 1}) as work:
+        assert len(work.journal(Grid(4))) == 0
+
+
+def test_a_block_comes_back_as_it_was(tmp_path):
+    grid = Grid(4, 32, symmetric=False)
+    weight = torch.randn(8, 64)
+    scale, zero = grid.scales(weight, torch.bfloat16)
+    codes = torch.randint(-8, 8, (8, 64), dtype=torch.int8)
+    stacked = QuantizedTensor(codes, scale, zero, grid).split([3, 5])
+    block = Block([{"name": "a"}], {"a": stacked[0], "b": stacked[1]}, {"norm:codes": torch.ones(3).half()})
+    journal = Journal(tmp_path, grid)
+    journal.append(block)
+    journal.append(Block())
+    again = Journal(tmp_path, grid)
+    assert len(again) == 2 and again[1] == Block()
+    found = again[0]
+    assert found.reports == block.reports and list(found.layers) == ["a", "b"]
+    for name, part in zip("ab", stacked):
+        assert torch.equal(found.layers[name].dequantize(), part.dequantize())
+    assert found.tensors["norm:codes"].dtype == torch.float16
+    with pytest.raises(IndexError):
+        again[2]
+
+
+def test_differences_are_named_by_their_path():
+    before, after = {"a": {"b": [1, 2]}, "c": "0" * 64}, {"a": {"b": [1, 3]}, "c": "1" * 64, "d": 1}
+    assert list(differences(before, after)) == ["a.b[1]: 2 → 3", "c", "d: None → 1"]
+
+
+def test_batches_are_told_apart_by_value_name_dtype_and_shape():
+    ones = torch.ones(2, 3)
+    batches = [{"x": ones}, {"y": ones}, {"x": ones.double()}, {"x": ones.reshape(3, 2)}, {"x": ones * 2}, {"x": None}]
+    assert len({hash_batches([batch]) for batch in batches}) == len(batches)
+    assert hash_batches([{"x": ones}]) == hash_batches([{"x": ones.clone()}])
+
+
+def test_a_kill_right_after_the_output_appeared_leaves_a_folder_that_is_swept_up(stopped, tmp_path):
+    folder, out = tmp_path / ".out.work", tmp_path / "out"
+    out.mkdir()
+    remove_stale_workdir(out)
+    assert folder.exists()  # an output of somebody else's: the work is not done
+    (folder / "output").rmdir()
+    with pytest.raises(FileExistsError):
+        run(stopped, progress=False, evaluate=False)
+    assert not folder.exists()
+
+
+# A process of its own: threads that a test before it has started do not survive a fork.
+SLOW_RUN = """
+import json, sys, time
+from epmq.pipeline.run import run
+from epmq.pipeline.journal import Journal
+
+append = Journal.append
+def wait(journal, block):
+    append(journal, block)
+    time.sleep(600)
+Journal.append = wait
+run(json.loads(sys.argv[1]), progress=False, evaluate=False)
+"""
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes(pool, tmp_path):
+    """Kill −9 right after the first block is kept; `python -m benchmarks.faults` does it at random times."""
+    wanted = recipe(pool, tmp_path / "out", {"method": "gptq"})
+    child = subprocess.Popen([sys.executable, "-W", "ignore", "-c", SLOW_RUN, json.dumps(wanted)])
+    first = tmp_path / ".out.work" / BLOCKS / "00000.safetensors"
+    while child.poll() is None and not first.exists():
+        time.sleep(0.1)
+    child.kill()
+    assert child.wait() == -signal.SIGKILL and first.exists()
+    report = run(wanted, progress=False, evaluate=False)
+    assert "1 of 2 blocks were finished by a run that was stopped" in report["notes"]
+    run(recipe(pool, tmp_path / "whole", {"method": "gptq"}), progress=False, evaluate=False)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
