@@ -19,11 +19,11 @@ from benchmarks.compare import GRIDS, RESULTS, measure
 from benchmarks.suites import text8
 from benchmarks.suites.__main__ import build
 from epmq.calibration import engine as quantize
-from epmq.models.writer import write_json
+from epmq.files import write_json
 from epmq.quantization import gptq as solvers
 from epmq.quantization.gptq import gptq, hessian_loss
 from epmq.quantization.grid import Grid, QuantizedTensor
-from epmq.reporting.report import hardware, now, versions
+from epmq.runtime import hardware, now, versions
 
 PATH = RESULTS / "codes.json"
 Pair = tuple[Tensor, Tensor]

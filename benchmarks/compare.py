@@ -22,11 +22,11 @@ from benchmarks.suites.__main__ import SUITES, build
 from benchmarks.suites.build import suite_dir
 from epmq import recipe as spec
 from epmq.demo.pool import pool_recipe
+from epmq.files import write_json
 from epmq.models.multitask import load
-from epmq.models.writer import write_json
 from epmq.pipeline.evaluation import gap_recovered, show_score
 from epmq.pipeline.run import evaluate_experts, run
-from epmq.reporting.report import hardware, now, versions
+from epmq.runtime import hardware, now, versions
 
 RESULTS = Path(__file__).parent / "results"
 MERGES: dict[str, dict[str, Any]] = {

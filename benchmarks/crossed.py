@@ -19,9 +19,9 @@ from rich.console import Console
 from benchmarks.choose import best
 from benchmarks.compare import RESULTS, SAMPLES, TEST_SAMPLES, default, is_language, measure, read_rows
 from benchmarks.suites.__main__ import build
-from epmq.models.writer import write_json
+from epmq.files import write_json
 from epmq.pipeline.evaluation import show_score
-from epmq.reporting.report import hardware, now, versions
+from epmq.runtime import hardware, now, versions
 
 PATH = RESULTS / "crossed.json"
 # Suite → where its settings are chosen: suites of the same kind that share no task with it.

@@ -37,10 +37,11 @@ from benchmarks.suites.__main__ import SUITES
 from benchmarks.suites.build import suite_dir
 from benchmarks.write_faults import fail_everywhere, fill_disks
 from epmq.calibration import offload as spill
-from epmq.models.writer import write_json
+from epmq.files import write_json
 from epmq.pipeline.journal import BLOCKS
 from epmq.pipeline.run import run
-from epmq.reporting.report import TIMED, hardware, now, versions
+from epmq.reporting.report import TIMED
+from epmq.runtime import hardware, now, versions
 
 PATH = RESULTS / "faults.json"
 BLOCKS_OF_MODEL = 6

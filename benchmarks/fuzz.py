@@ -41,8 +41,8 @@ from rich.console import Console
 from benchmarks.compare import RESULTS
 from benchmarks.fuzz_mutators import CANARY, choose
 from benchmarks.fuzz_pools import OUTPUT, POOLS, RECIPE, build, damaged_files
-from epmq.models.writer import write_json
-from epmq.reporting.report import hardware, now, versions
+from epmq.files import write_json
+from epmq.runtime import hardware, now, versions
 
 PATH = RESULTS / "faults.json"
 SECONDS, BYTES = 10.0, 4 << 30

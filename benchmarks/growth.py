@@ -27,10 +27,9 @@ from rich.console import Console
 from benchmarks.compare import RESULTS, read_rows
 from benchmarks.shapes import LLAMA, WATCHED, Clock, Shape, tasks, write_models
 from epmq import dry_run
-from epmq.demo.fetch import cache_dir
-from epmq.models.writer import write_json
+from epmq.files import cache_dir, write_json
 from epmq.pipeline import run as pipeline
-from epmq.reporting.report import hardware, now, versions
+from epmq.runtime import hardware, now, versions
 
 TOKENS = 128  # of a text
 START = {"width": 256, "blocks": 4, "experts": 4, "tokens": 4096}

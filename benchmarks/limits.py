@@ -16,9 +16,9 @@ from rich.console import Console
 from benchmarks import compare
 from benchmarks.compare import RESULTS, TEST_SAMPLES, measure, read_rows
 from benchmarks.suites.__main__ import build
-from epmq.models.writer import write_json
+from epmq.files import write_json
 from epmq.pipeline.evaluation import show_score
-from epmq.reporting.report import hardware, now, versions
+from epmq.runtime import hardware, now, versions
 
 PATH = RESULTS / "limits.json"
 # Suite, calibration examples a task (all there are where a task has fewer), bits, group size.

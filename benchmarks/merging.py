@@ -24,9 +24,8 @@ from rich.console import Console
 from benchmarks.compare import RESULTS
 from benchmarks.peers import Cost, cost_of, peer_python, peer_versions
 from benchmarks.shapes import find_shape, tasks, write_models
-from epmq.demo.fetch import cache_dir
-from epmq.models.writer import write_json
-from epmq.reporting.report import hardware, now, versions
+from epmq.files import cache_dir, write_json
+from epmq.runtime import hardware, now, versions
 
 FILE = "merging.json"
 DENSITY = 0.2

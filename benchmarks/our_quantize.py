@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 
 import epmq
-from epmq.runtime import skip_gc_at_exit
+from epmq.runtime import spare_gc
 
 BATCH = 16  # as in peer_quantize.py
 
@@ -29,5 +29,5 @@ def quantize(recipe: str, tokens: str) -> None:
 
 
 if __name__ == "__main__":
-    skip_gc_at_exit()
+    spare_gc()
     quantize(*sys.argv[1:])

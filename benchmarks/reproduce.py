@@ -20,10 +20,9 @@ from rich.console import Console
 from benchmarks.compare import RESULTS
 from benchmarks.mirror import build
 from benchmarks.peers import cost_of
-from epmq.demo.fetch import cache_dir
-from epmq.models.writer import write_json
-from epmq.reporting.report import hardware, now, versions
+from epmq.files import cache_dir, write_json
 from epmq.reproduce.tables import load_table
+from epmq.runtime import hardware, now, versions
 
 
 def main() -> None:

@@ -30,16 +30,16 @@ from rich.console import Console
 from benchmarks.compare import RESULTS, read_rows
 from epmq.calibration import engine as quantize
 from epmq.calibration.sequential import BlockStep, SequentialCalibrator
-from epmq.demo.fetch import cache_dir
+from epmq.files import cache_dir, whole_directory, write_json
 from epmq.merging.experts import Sources
 from epmq.models.blocks import block_linears
 from epmq.models.checkpoint import Checkpoint
 from epmq.models.meta import tied_names
-from epmq.models.writer import CheckpointWriter, whole_directory, write_json
+from epmq.models.writer import CheckpointWriter
 from epmq.pipeline import run as pipeline
 from epmq.quantization.hessian import Moments
 from epmq.quantization.objective import Objective
-from epmq.reporting.report import hardware, now, versions
+from epmq.runtime import hardware, now, versions
 
 VISION = {"image_size": 224, "projection_dim": 512}
 LLAMA = {"vocab_size": 128256, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "tie_word_embeddings": True}

@@ -20,8 +20,8 @@ from rich.console import Console
 
 from benchmarks.compare import RESULTS
 from benchmarks.peers import ROOT, peer_python, peer_versions
-from epmq.models.writer import write_json
-from epmq.reporting.report import hardware, now, versions
+from epmq.files import write_json
+from epmq.runtime import hardware, now, versions
 
 
 def main() -> None:

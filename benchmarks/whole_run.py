@@ -25,9 +25,8 @@ from benchmarks.compare import RESULTS
 from benchmarks.merging import METHODS, merge_command
 from benchmarks.peers import Cost, cost_of, peer_python, peer_versions
 from benchmarks.shapes import LLAMA, Shape, tasks, write_models
-from epmq.demo.fetch import cache_dir
-from epmq.models.writer import write_json
-from epmq.reporting.report import hardware, now, versions
+from epmq.files import cache_dir, write_json
+from epmq.runtime import hardware, now, versions
 
 SAMPLES, TOKENS, VOCABULARY = 64, 128, 32000
 SHAPE = Shape(

@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from epmq.files import parse_yaml
 from epmq.merging.methods import METHODS
 from epmq.quantization.grid import BITS, GROUP_SIZES, Grid
-from epmq.recipe import GUIDED, Merge, Quantize, Recipe, load_recipe, read_yaml
+from epmq.recipe import GUIDED, Merge, Quantize, Recipe, load_recipe
 from epmq.recipe import METHODS as QUANTIZERS
 
 
@@ -335,4 +336,4 @@ def test_aliases_may_be_used(tmp_path):
 @given(text=st.text(max_size=100) | st.text(alphabet="&*a:-{}[]!<? \n\"'0", max_size=100))
 def test_yaml_is_a_value_or_an_error(text):
     with suppress(ValueError):
-        read_yaml(text)
+        parse_yaml(text)

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 
 from epmq.demo.build import build_pool
-from epmq.demo.fetch import cache_dir
+from epmq.files import cache_dir
 
 QUICK_SIZES = {"train": 300, "validation": 100, "test": 200}
 

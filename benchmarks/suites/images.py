@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from epmq.models.writer import write_json
+from epmq.files import write_json
 
 SIDE = 56
 SPLITS = ("test", "validation", "train")

@@ -26,8 +26,8 @@ from epmq.data.readers import Examples
 from epmq.demo.build import SPLITS, whole_folder
 from epmq.demo.finetune import training_order
 from epmq.demo.texts import TextTask, split
+from epmq.files import write_json
 from epmq.models.multitask import MultiTaskModel
-from epmq.models.writer import write_json
 from epmq.pipeline.evaluation import METRICS
 
 IGNORED = -100

@@ -20,7 +20,7 @@ import torch
 from benchmarks.suites import language, text8
 from benchmarks.suites.language import IGNORED, Batch, Prepared, Row
 from epmq.demo.texts import PIP_TASKS, TextTask, make_task, tidy
-from epmq.models.writer import write_json
+from epmq.files import write_json
 
 NAME, KIND, MAX_LENGTH = "seq2seq", "seq2seq", 64
 SETTINGS: dict[str, Any] = {"epochs": 3, "learning_rate": 5e-4, "batch_size": 32}

@@ -49,7 +49,4 @@ _HOME = {
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'epmq' has no attribute {name!r}")
-    from epmq.runtime import gc_paused
-
-    with gc_paused():
-        return getattr(import_module(_HOME[name]), name)
+    return getattr(import_module(_HOME[name]), name)

@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from epmq.errors import InputError, OutputExistsError
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -78,27 +80,27 @@ seed: 0
 
 def _recipe(path: Path, overrides: list[str] | None, output: Path | None = None, need_output: bool = True) -> Any:
     from epmq import load_recipe
-    from epmq.recipe import read_yaml
+    from epmq.files import parse_yaml
 
     content = load_recipe(path).model_dump(mode="json", exclude_unset=True)
     for override in overrides or []:
         field, equals, value = override.partition("=")
         if not equals:
-            raise ValueError(f"--set {override}: expected FIELD=VALUE")
+            raise InputError(f"--set {override}: expected FIELD=VALUE")
         *parents, leaf = field.split(".")
         place = content
         for parent in parents:
             if not isinstance(place.setdefault(parent, {}), dict):
-                raise ValueError(f"--set {override}: unknown field {parent!r}")
+                raise InputError(f"--set {override}: unknown field {parent!r}")
             place = place[parent]
         try:
-            place[leaf] = read_yaml(value)
+            place[leaf] = parse_yaml(value)
         except ValueError:
-            raise ValueError(f"--set {override}: not a YAML value") from None
+            raise InputError(f"--set {override}: not a YAML value") from None
     if output is not None:
         content["output"] = str(output)
     if need_output and not content.get("output"):
-        raise ValueError(f"{path}: field 'output' is missing (or pass --output)")
+        raise InputError(f"{path}: field 'output' is missing (or pass --output)")
     return load_recipe(content)
 
 
@@ -229,7 +231,7 @@ def report(
 def init(path: Annotated[Path, typer.Argument(help="the file to write")]) -> None:
     """Write a commented recipe to start from."""
     if path.exists():
-        raise FileExistsError(f"{path} exists already")
+        raise OutputExistsError(f"{path} exists already")
     path.write_text(TEMPLATE, encoding="utf-8")
     typer.echo(f"wrote {path}: fill in base and experts, then: epmq run {path}")
 
@@ -266,10 +268,8 @@ def reproduce(
     """Reproduce a published table: our figures beside the published ones, row by row."""
     from rich.console import Console
 
-    from epmq.runtime import gc_paused
+    from epmq.reproduce.tables import load_table, names
 
-    with gc_paused():
-        from epmq.reproduce.tables import load_table, names
     console = Console()
     if list_ or name is None:
         for known in names():
@@ -333,9 +333,9 @@ def demo(
 
 def main() -> None:
     """Entry point: errors that a user can mend are one line on standard error and exit status 1."""
-    from epmq.runtime import skip_gc_at_exit
+    from epmq.runtime import spare_gc
 
-    skip_gc_at_exit()
+    spare_gc()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")  # one set of bars is enough: ours
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

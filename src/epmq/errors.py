@@ -1,10 +1,41 @@
-"""What libraries raise at damaged files becomes one error that names the file."""
+"""Errors that a user can mend, and the names of layers, files and fields in front of their messages."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+
+class EpmqError(Exception):
+    """What a user can mend: a file, a field, a disk. Anything else that is raised is a bug of epmq."""
+
+
+class InputError(EpmqError, ValueError):
+    """A field, file or tensor that is not what it should be."""
+
+
+class MissingError(EpmqError, FileNotFoundError):
+    """Something that is named and not there."""
+
+
+class OutputExistsError(EpmqError, FileExistsError):
+    """An output that would be overwritten."""
+
+
+class OutputDeniedError(EpmqError, PermissionError):
+    """A folder that cannot be written to."""
+
+
+class UnknownTaskError(EpmqError, KeyError):
+    """A task that a model does not have."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])  # a KeyError shows its message in quotes
+
+
+class EnvironmentFault(EpmqError, RuntimeError):
+    """Something outside of epmq: another process, a registry, a program that is missing."""
 
 
 def reason(error: BaseException) -> str:
@@ -14,23 +45,26 @@ def reason(error: BaseException) -> str:
 
 
 @contextmanager
-def error_context(place: str | Path, what: str) -> Iterator[None]:
-    """Say of everything that is raised in a `with` block where it comes from.
-
-    Damaged files make libraries raise what they were never meant to raise, and which of it differs from version to
-    version. So this belongs around one call of a library, and nothing of ours.
+def error_context(name: str | Path, fault: str | None = None) -> Iterator[None]:
+    """Say of what is raised in a `with` block where it comes from.
 
     Args:
-        place: the file or folder that is read.
-        what: what is wrong with it, such as `not a readable parquet file`.
+        name: the layer, file, folder or field at hand; it goes in front of the message.
+        fault: where the block is one call of another library: what is wrong with `name` if the call fails, such as
+            `not a readable parquet file`. Damaged files make libraries raise what they were never meant to raise, and
+            which of it differs from version to version. Without it only our own errors are named.
 
     Raises:
-        FileNotFoundError: as it was raised.
-        ValueError: something else was raised; `place` is named.
+        FileNotFoundError: as it was raised, where `fault` is given: it names the file already.
+        InputError: something else was raised; `name` is in its message.
     """
     try:
         yield
-    except FileNotFoundError:  # which names the file, and is no fault of what it holds
+    except FileNotFoundError:
         raise
     except Exception as error:
-        raise ValueError(f"{place}: {what} ({reason(error)})") from error
+        if fault is not None:
+            raise InputError(f"{name}: {fault} ({reason(error)})") from error
+        if isinstance(error, ValueError):
+            raise InputError(f"{name}: {error}") from None
+        raise

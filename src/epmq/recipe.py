@@ -6,11 +6,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from epmq.data.readers import Examples, Fields, read_dataset, read_examples
-from epmq.errors import reason
+from epmq.errors import InputError, MissingError
+from epmq.files import parse_yaml
 from epmq.quantization.grid import BITS, GROUP_SIZES, Grid
 
 # What the two expert-guided methods take where the recipe does not say: e_pmq is the paper's form.
@@ -50,8 +50,6 @@ BY_HEADS: dict[bool, dict[str, Any]] = {
 DAMPING = {"gptq": 0.01, "expert_guided": 0.03}
 # The one piece of expert_guided that may be put on plain GPTQ, to see what it does alone.
 HEADS_ALONE = ("gptq", "adapt_heads")
-# Far more values than any recipe has.
-MOST_VALUES = 100_000
 METHODS = ("none", "rtn", "gptq", *GUIDED)
 GUIDED_DEFAULTS = "the default depends on the method"
 ANCHOR_DEFAULTS = "expert_guided: by default {} where all experts have heads that follow, else as in e_pmq"
@@ -95,14 +93,14 @@ class Data(Strict):
     @model_validator(mode="after")
     def _one_source(self) -> Data:
         if (self.path is None) == (self.dataset is None):
-            raise ValueError("needs either a path or a dataset")
+            raise InputError("needs either a path or a dataset")
         for field in ("split", "subset"):
             if self.path is not None and getattr(self, field) is not None:
-                raise ValueError(f"{field}: only a dataset has one; a path is one split")
+                raise InputError(f"{field}: only a dataset has one; a path is one split")
         if isinstance(self.text, list) and len(self.text) != 2:
-            raise ValueError("text: one column, or two for pairs")
+            raise InputError("text: one column, or two for pairs")
         if self.answer is not None and self.answers is not None:
-            raise ValueError("answer, answers: only one of them")
+            raise InputError("answer, answers: only one of them")
         return self
 
     @property
@@ -153,11 +151,11 @@ class Merge(Strict):
     @model_validator(mode="after")
     def _fits(self) -> Merge:
         if self.method == "ties" and isinstance(self.scaling, list):
-            raise ValueError("scaling: ties takes one number, not one an expert")
+            raise InputError("scaling: ties takes one number, not one an expert")
         if self.method == "dare" and self.combine == "ties" and isinstance(self.scaling, list):
-            raise ValueError("scaling: dare with combine: ties takes one number, not one an expert")
+            raise InputError("scaling: dare with combine: ties takes one number, not one an expert")
         if self.weights is not None and (min(self.weights, default=0) < 0 or sum(self.weights) <= 0):
-            raise ValueError("weights: must not be negative, nor all zero")
+            raise InputError("weights: must not be negative, nor all zero")
         unused = {
             "scaling": self.scaling is not None and self.method == "average",
             "weights": self.weights is not None and self.method != "average",
@@ -166,7 +164,7 @@ class Merge(Strict):
         }
         for field, wrong in unused.items():
             if wrong:
-                raise ValueError(f"{field}: {self.method} does not use it")
+                raise InputError(f"{field}: {self.method} does not use it")
         return self
 
     def settings(self) -> dict[str, Any]:
@@ -231,14 +229,14 @@ class Quantize(Strict):
     @classmethod
     def _bits(cls, value: int) -> int:
         if value not in BITS:
-            raise ValueError(f"{value} is not one of {', '.join(map(str, BITS))}")
+            raise InputError(f"{value} is not one of {', '.join(map(str, BITS))}")
         return value
 
     @field_validator("group_size")
     @classmethod
     def _group_size(cls, value: int) -> int:
         if value not in GROUP_SIZES:
-            raise ValueError(f"{value} is not one of {', '.join(map(str, GROUP_SIZES))}")
+            raise InputError(f"{value} is not one of {', '.join(map(str, GROUP_SIZES))}")
         return value
 
     @property
@@ -251,17 +249,17 @@ class Quantize(Strict):
         defaults = GUIDED.get(self.method)
         for field in GUIDED["e_pmq"]:
             if defaults is None and getattr(self, field) is not None and (self.method, field) != HEADS_ALONE:
-                raise ValueError(f"{field}: {self.method} does not use it")
+                raise InputError(f"{field}: {self.method} does not use it")
             if defaults is not None and getattr(self, field) is None:
                 object.__setattr__(self, field, defaults[field])
         if self.damping is None:
             object.__setattr__(self, "damping", DAMPING.get(self.method))
         elif self.method not in DAMPING:
-            raise ValueError(f"damping: {self.method} does not use it")
+            raise InputError(f"damping: {self.method} does not use it")
         if self.method == "e_pmq":
             for field in ("anchor_scale", "expert_features", "expert_stream", "adapt_heads"):
                 if getattr(self, field) != GUIDED["e_pmq"][field]:
-                    raise ValueError(f"{field}: e_pmq, the paper's form, has none; take expert_guided")
+                    raise InputError(f"{field}: e_pmq, the paper's form, has none; take expert_guided")
         return self
 
     def resolved(self, heads: bool) -> Quantize:
@@ -313,18 +311,18 @@ class Recipe(Strict):
         names = [expert.name for expert in self.experts]
         twice = {name for name in names if names.count(name) > 1}
         if twice:
-            raise ValueError(f"experts: name used twice: {', '.join(sorted(twice))}")
+            raise InputError(f"experts: name used twice: {', '.join(sorted(twice))}")
         for field, values in (("scaling", self.merge.scaling), ("weights", self.merge.weights)):
             if isinstance(values, list) and len(values) != len(names):
-                raise ValueError(f"merge.{field}: {len(values)} values for {len(names)} experts")
+                raise InputError(f"merge.{field}: {len(values)} values for {len(names)} experts")
         weights = self.quantize.task_weights
         if weights is not None:
             if not self.quantize.guided:
-                raise ValueError(f"quantize.task_weights: {self.quantize.method} does not use them")
+                raise InputError(f"quantize.task_weights: {self.quantize.method} does not use them")
             if set(weights) != set(names):
-                raise ValueError(f"quantize.task_weights: needs exactly the tasks {', '.join(names)}")
+                raise InputError(f"quantize.task_weights: needs exactly the tasks {', '.join(names)}")
             if min(weights.values()) < 0 or sum(weights.values()) <= 0:
-                raise ValueError("quantize.task_weights: must not be negative, nor all zero")
+                raise InputError("quantize.task_weights: must not be negative, nor all zero")
         return self
 
     def ordered(self) -> Recipe:
@@ -344,30 +342,6 @@ class Recipe(Strict):
         return 1 / len(self.experts) if weights is None else weights[name] / sum(weights.values())
 
 
-def read_yaml(text: str) -> Any:
-    """Plain values in YAML.
-
-    Raises:
-        ValueError: it is not YAML, holds more than plain values, or so many aliases of aliases that a few lines stand
-            for millions of values.
-    """
-    try:
-        loader = yaml.SafeLoader(text)
-        root = loader.get_single_node()
-        pending, left = [root], MOST_VALUES
-        while pending:
-            node, left = pending.pop(), left - 1
-            if left < 0:
-                raise ValueError(f"it stands for more than {MOST_VALUES} values")
-            if isinstance(node, yaml.MappingNode):
-                pending += [part for pair in node.value for part in pair]
-            elif isinstance(node, yaml.SequenceNode):
-                pending += node.value
-        return None if root is None else loader.construct_document(root)
-    except Exception as error:  # a date that is none makes the reader raise AttributeError
-        raise ValueError(reason(error)) from error
-
-
 def load_recipe(source: str | Path | dict[str, Any] | Recipe) -> Recipe:
     """Read a recipe from a YAML file or a dict. Relative paths in a file are relative to that file.
 
@@ -381,18 +355,18 @@ def load_recipe(source: str | Path | dict[str, Any] | Recipe) -> Recipe:
     if not isinstance(source, dict):
         path = Path(source)
         if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such recipe file")
+            raise MissingError(f"{path}: no such recipe file")
         folder, title = path.parent, str(path)
         try:
-            source = read_yaml(path.read_text(encoding="utf-8"))
+            source = parse_yaml(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ValueError(f"{path}: not valid YAML ({error})") from None
+            raise InputError(f"{path}: not valid YAML ({error})") from None
         if not isinstance(source, dict):
-            raise ValueError(f"{path}: a recipe is a mapping with 'base' and 'experts'")
+            raise InputError(f"{path}: a recipe is a mapping with 'base' and 'experts'")
     try:
         recipe = Recipe.model_validate(source)
     except ValidationError as error:
-        raise ValueError(f"{title}: " + "; ".join(explain(e) for e in error.errors())) from None
+        raise InputError(f"{title}: " + "; ".join(explain(e) for e in error.errors())) from None
     return recipe if folder is None else _anchor_paths(recipe, folder)
 
 

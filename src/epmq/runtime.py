@@ -1,35 +1,121 @@
-"""Importing large libraries in less time."""
+"""What the process runs on: device, versions, hardware, memory, progress bars, the garbage collector."""
 
 from __future__ import annotations
 
 import atexit
+import ctypes
 import gc
+import platform
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+if TYPE_CHECKING:
+    import torch
+    from rich.progress import Progress
+
+PACKAGES = ("epmq", "torch", "transformers", "compressed-tensors", "safetensors", "numpy")
 
 
-@contextmanager
-def gc_paused() -> Iterator[None]:
-    """Collect no garbage for the length of a `with` block.
+def select_device(name: str) -> torch.device:
+    """The device of that name; `auto` takes an accelerator if there is one."""
+    import torch
 
-    torch and transformers make so many objects that stay that looking through them time and again is a good part of
-    their import. What they have made counts as old afterwards: young, it would be looked through at once.
-    """
-    before, modules = gc.isenabled(), len(sys.modules)
-    gc.disable()
+    if name != "auto":
+        return torch.device(name)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide the result."""
+    installed = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            installed[name] = version(name)
+        except PackageNotFoundError:
+            installed[name] = "not installed"
+    return installed
+
+
+def hardware() -> dict[str, Any]:
+    """Processor, threads and accelerator."""
+    import torch
+
+    cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"machine": platform.machine(), "threads": torch.get_num_threads(), "accelerator": cuda}
+
+
+def now() -> str:
+    """UTC, to the second, ISO 8601."""
+    return datetime.now(timezone.utc).replace(microsecond=0).isoformat()
+
+
+def memory_mb() -> float:
+    """Resident memory now, in MB of 10⁶ bytes."""
+    return round(psutil.Process().memory_info().rss / 1e6, 1)
+
+
+def reset_peak_memory() -> None:
+    """Start measuring the peak of resident memory anew (Linux; elsewhere the peak stays that of the process)."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory_mb() -> float:
+    """Peak resident memory since `reset_peak_memory`, in MB of 10⁶ bytes; psutil has none on Linux."""
     try:
-        yield
-    finally:
-        if len(sys.modules) > modules and not gc.get_freeze_count():  # what is frozen is somebody else's to let go
-            gc.freeze()
-            gc.unfreeze()  # puts them among the oldest
-        if before:
-            gc.enable()
+        status = Path("/proc/self/status").read_text()
+        line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
+        return round(int(line.split()[1]) * 1024 / 1e6, 1)
+    except (OSError, StopIteration):
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return round(peak * (1 if sys.platform == "darwin" else 1024) / 1e6, 1)
 
 
-def skip_gc_at_exit() -> None:
-    """Let the process end without a last look through all that is imported, which takes long."""
+def return_freed_memory() -> None:
+    """Ask the C library to give freed memory back to the system; glibc would keep gigabytes in holes of its heap."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
+
+
+def progress_bars(show: bool) -> Progress:
+    """Progress bars on standard error."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=Console(stderr=True), disable=not show)
+
+
+def spare_gc() -> None:
+    """For a command's own process: look for garbage rarely, and never at the end.
+
+    torch and transformers make a million objects that stay. Looking through them time and again is a good part of
+    their import, and a last look takes long.
+    """
+    gc.set_threshold(50_000, 20, 100)
     atexit.register(gc.freeze)
 
 
@@ -37,8 +123,8 @@ def skip_gc_at_exit() -> None:
 def gc_frozen() -> Iterator[None]:
     """Leave out of collections, for the length of a `with` block, all objects that there are.
 
-    They are imported modules for the most part, a million objects that stay, and are looked through again whenever
-    some thousands of new ones have been made.
+    They are imported modules for the most part, and are looked through again whenever some thousands of new ones have
+    been made.
     """
     before = gc.get_freeze_count()
     gc.freeze()

@@ -14,16 +14,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import BertModel
 
-from epmq.models.checkpoint import Checkpoint, read_json, resolve
-from epmq.models.writer import (
-    INDEX,
-    SINGLE,
-    CheckpointWriter,
-    check_output,
-    copy_processor,
-    whole_directory,
-    write_json,
-)
+from epmq.files import check_output, read_json, whole_directory, write_json
+from epmq.models.checkpoint import Checkpoint, resolve
+from epmq.models.writer import INDEX, SINGLE, CheckpointWriter, copy_processor
 
 CONFIG = {"model_type": "bert"}
 

@@ -15,7 +15,7 @@ from epmq.data.encoding import encode, load_processor
 from epmq.data.readers import Examples
 from epmq.demo import texts
 from epmq.demo.build import whole_folder
-from epmq.demo.fetch import cache_dir
+from epmq.files import cache_dir
 
 SENTENCES = [
     "Short.",

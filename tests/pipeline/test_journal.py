@@ -14,20 +14,12 @@ from conftest import recipe_for
 
 from benchmarks.faults import contents
 from epmq.calibration import engine as quantize
+from epmq.files import differences
 from epmq.pipeline import run as pipeline
-from epmq.pipeline.journal import (
-    BLOCKS,
-    INPUTS,
-    Block,
-    Journal,
-    differences,
-    hash_batches,
-    remove_stale_workdir,
-    resumable,
-)
+from epmq.pipeline.journal import BLOCKS, INPUTS, Block, Journal, hash_batches, remove_stale_workdir, resumable
 from epmq.pipeline.run import run
 from epmq.quantization.grid import Grid, QuantizedTensor
-from epmq.reporting.report import versions
+from epmq.runtime import versions
 
 METHODS: list[dict[str, Any]] = [
     {"method": "rtn"},
@@ -139,7 +131,7 @@ def changed_data(folder: Path, recipe: dict[str, Any], patch: pytest.MonkeyPatch
 
 
 def changed_version(folder: Path, recipe: dict[str, Any], patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("epmq.reporting.report.versions", lambda: {**versions(), "torch": "1.0"})
+    patch.setattr("epmq.runtime.versions", lambda: {**versions(), "torch": "1.0"})
 
 
 CHANGES = [

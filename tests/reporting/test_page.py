@@ -9,7 +9,7 @@ import pytest
 from conftest import recipe_for
 from svg import parts
 
-from epmq.models.writer import write_json
+from epmq.files import write_json
 from epmq.pipeline import run as pipeline
 from epmq.pipeline.evaluation import gap_recovered
 from epmq.reporting.page import (

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -11,6 +10,7 @@ from torch import Tensor
 from epmq.calibration.residual import Place, ResidualAdd, at
 from epmq.calibration.sequential import BlockStep
 from epmq.calibration.teacher import Calibration, Teacher
+from epmq.errors import error_context
 from epmq.merging.experts import Sources
 from epmq.models.blocks import InputGroup, as_matrix, linears
 from epmq.quantization.hessian import Moments
@@ -126,7 +126,7 @@ def gather(
             tap.listen(batch)
             step.rest(batch)
             batch += 1
-        with naming(f"{step.name}.{group.names[0]}, task {part.task}"):
+        with error_context(f"{step.name}.{group.names[0]}, task {part.task}"):
             group.fold(sources, step.name, part.task, moments, stream)
 
 
@@ -176,12 +176,3 @@ class InputCollector:
         size = theirs.square().mean(-1, keepdim=True).sqrt()
         size = size.clamp(min=max(SMALLEST * float(size.median()), 1e-6))
         self.moments.add(inputs.float() / size, self.step.mask(inputs), wanted / size)
-
-
-@contextmanager
-def naming(place: str) -> Iterator[None]:
-    """Put the layer's name in front of an error's message."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{place}: {error}") from None

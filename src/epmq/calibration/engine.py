@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -13,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from epmq.calibration.collect import LayerGroup, gather, naming, place_of
+from epmq.calibration.collect import LayerGroup, gather, place_of
 from epmq.calibration.head_refit import Fit, HeadRefitter
 from epmq.calibration.offload import Offloader
 from epmq.calibration.residual import ResidualAdd, find_residual_adds
 from epmq.calibration.sequential import BlockStep, SequentialCalibrator, first_tensor
 from epmq.calibration.teacher import Calibration, Teacher, make_teachers
+from epmq.errors import InputError, error_context
 from epmq.merging.experts import Sources
 from epmq.models.blocks import InputGroup, Stack, as_matrix, block_linears, find_stacks, input_groups, linears
 from epmq.models.heads import Head
@@ -29,6 +28,7 @@ from epmq.quantization.gptq import gptq, hessian_loss, rtn, rtn_fallback, search
 from epmq.quantization.grid import QuantizedTensor
 from epmq.quantization.objective import Objective
 from epmq.recipe import Quantize
+from epmq.runtime import return_freed_memory
 
 Emit = Callable[[str, Tensor], None]
 EmitLayer = Callable[[str, nn.Module, QuantizedTensor], None]
@@ -85,7 +85,7 @@ def check_grid(sources: Sources) -> None:
         try:
             grid.width(weight.shape[1])
         except ValueError as error:
-            raise ValueError(f"quantize.group_size: {name}: {error}") from None
+            raise InputError(f"quantize.group_size: {name}: {error}") from None
 
 
 def quantize_nearest(
@@ -172,7 +172,7 @@ def quantize_calibrated(
                 yield reports
                 continue
             materialize(sources.model, sources.block_names(step.name), sources.merged, device)
-            with naming(step.name):
+            with error_context(step.name):
                 aims = find_layer_targets(step, apart)
             reports = _quantize_block(sources, step, aims, calibration, streams, emit_layer)
             aimed |= any(report.aims for report in reports)
@@ -240,7 +240,7 @@ def _quantize_block(
         group = LayerGroup(sources, step, shared, residual_add)
         gather(sources, step, group, calibration, streams, places)
         return_freed_memory()  # activations that stay lie between what is freed
-        with naming(f"{step.name}.{group.names[0]}"):
+        with error_context(f"{step.name}.{group.names[0]}"):
             reports += _solve(sources, step, group, emit_layer)
         step.passed(group.names[0])
         del group
@@ -248,13 +248,6 @@ def _quantize_block(
         stream.advance()
     return_freed_memory()
     return reports
-
-
-def return_freed_memory() -> None:
-    """Ask the C library to give freed memory back to the system; glibc would keep gigabytes in holes of its heap."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
 
 
 def find_layer_targets(step: BlockStep, apart: bool) -> list[LayerTarget]:

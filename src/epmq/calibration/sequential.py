@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from epmq.calibration.offload import Offloader
 from epmq.calibration.residual import Place, at
+from epmq.errors import InputError
 from epmq.models.blocks import Stack, find_stacks, is_padding_mask
 
 Batch = dict[str, Any]
@@ -62,8 +63,8 @@ class SequentialCalibrator:
             others stay before the last layers that they are taken to. Without `conclude` only.
 
     `for step in SequentialCalibrator(model, batches)` yields a `BlockStep` a block, in the order of the model's
-    forward. The body loads the block, tries it (`step.run`), takes the batches from layer to layer (`step.reach`) while it changes the layers
-    that lie ahead, and ends with `step.finish()`, which takes all batches to the next block.
+    forward. The body loads the block, tries it (`step.run`), takes the batches from layer to layer (`step.reach`) while
+    it changes the layers that lie ahead, and ends with `step.finish()`, which takes all batches to the next block.
     """
 
     def __init__(
@@ -127,7 +128,7 @@ class SequentialCalibrator:
         if reached is None and self._passed[batch] < self.length:
             missing = ", ".join(stack.name for stack in self.stacks)
             kind = type(self.model).__name__
-            raise ValueError(f"the forward of {kind} ended before all blocks of {missing} were called")
+            raise InputError(f"the forward of {kind} ended before all blocks of {missing} were called")
         return reached
 
     def at_last_block(self) -> bool:
@@ -193,7 +194,7 @@ def _owner(model: nn.Module, stack: Stack, stacks: Sequence[Stack]) -> nn.Module
         name = ".".join(parts[:depth])
         if not any(other.startswith(name + "." if name else "") for other in others):
             return model.get_submodule(name)
-    raise ValueError(f"{stack.name} lies inside another stack")
+    raise InputError(f"{stack.name} lies inside another stack")
 
 
 def first_tensor(output: Any) -> Tensor:

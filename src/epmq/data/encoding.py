@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from epmq.data.readers import Examples
-from epmq.errors import error_context
+from epmq.errors import InputError, error_context
 
 # Tokens of a window where neither the recipe nor the tokenizer asks for fewer.
 WINDOW = 512
@@ -102,7 +102,7 @@ def encode(
     needs_images, needs_texts = examples.kind.startswith("image"), examples.kind != "image"
     if (needs_images and images is None) or (needs_texts and tokenizer is None):
         wanted = "image processor" if needs_images and images is None else "tokenizer"
-        raise ValueError(f"{examples.kind} examples need the base model's {wanted}, found {type(processor).__name__}")
+        raise InputError(f"{examples.kind} examples need the base model's {wanted}, found {type(processor).__name__}")
     if examples.kind == "chat" and len(examples):
         try_template(tokenizer, examples.inputs[0])
     for start in range(0, len(examples), batch_size):
@@ -154,7 +154,7 @@ def check_template(template: str) -> None:
 
     for _, kind, value in Environment().lex(template):
         if (kind, value) == ("operator", "**") or (kind == "integer" and len(value) > MOST_DIGITS):
-            raise ValueError(f"it computes with large numbers: {value}")
+            raise InputError(f"it computes with large numbers: {value}")
 
 
 def _encode(examples: Examples, tokenizer: Any, images: Any, max_length: int | None) -> dict[str, Any]:
@@ -219,7 +219,7 @@ def pack(examples: Examples, processor: Any, length: int | None, count: int | No
     """
     tokenizer = tokenizer_of(processor)
     if tokenizer is None:
-        raise ValueError(f"texts need the base model's tokenizer, found {type(processor).__name__}")
+        raise InputError(f"texts need the base model's tokenizer, found {type(processor).__name__}")
     length = length or min(tokenizer.model_max_length, WINDOW)
     order = np.arange(len(examples)) if count is None else np.random.default_rng(seed).permutation(len(examples))
     end, parts, total = tokenizer.eos_token_id, [], 0
@@ -233,7 +233,7 @@ def pack(examples: Examples, processor: Any, length: int | None, count: int | No
             total += len(parts[-1])
     windows = total // length if count is None else min(count, total // length)
     if windows == 0:
-        raise ValueError(f"the texts have {total} tokens in all, which is not one window of {length}")
+        raise InputError(f"the texts have {total} tokens in all, which is not one window of {length}")
     ids = np.fromiter(chain.from_iterable(parts), dtype=np.int64, count=windows * length)
     return Examples("tokens", ids.reshape(windows, length))
 

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from epmq.errors import error_context, reason
+from epmq.errors import InputError, MissingError, error_context, reason
 
 IMAGE_ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 TABLES = (".jsonl", ".csv", ".parquet")
@@ -135,7 +135,7 @@ def read_examples(
     """
     path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"{path}: no such data file or folder")
+        raise MissingError(f"{path}: no such data file or folder")
     if path.is_dir():
         examples = _read_image_folder(path)
     elif path.suffix == ".npz":
@@ -146,9 +146,9 @@ def read_examples(
         if examples.kind in ("image", "image_text"):
             examples = _beside(examples, path.parent)
     else:
-        raise ValueError(f"{path}: expected a {', '.join(TABLES)} or .npz file, or a folder of images")
+        raise InputError(f"{path}: expected a {', '.join(TABLES)} or .npz file, or a folder of images")
     if len(examples) == 0:
-        raise ValueError(f"{path}: holds no examples")
+        raise InputError(f"{path}: holds no examples")
     return examples
 
 
@@ -172,18 +172,18 @@ def read_dataset(
     try:
         import datasets
     except ImportError:
-        raise ValueError(f"dataset {name}: needs the datasets library (pip install 'epmq[data]')") from None
+        raise InputError(f"dataset {name}: needs the datasets library (pip install 'epmq[data]')") from None
     place = f"dataset {'/'.join(part for part in (name, subset, split) if part)}"
     try:
         rows: Any = datasets.load_dataset(name, subset, split=split)
     except Exception as error:  # whatever the library and its file systems raise
-        raise FileNotFoundError(f"{place}: datasets cannot open it ({reason(error)})") from None
+        raise MissingError(f"{place}: datasets cannot open it ({reason(error)})") from None
     if count is not None:
         wanted = count if use != "causal" else 20 * count
         order = np.random.default_rng(seed).permutation(len(rows))[:wanted]
         rows = rows.select(np.sort(order))
     if len(rows) == 0:
-        raise ValueError(f"{place}: holds no examples")
+        raise InputError(f"{place}: holds no examples")
     if isinstance(rows.features.get(fields.image), datasets.Image) and fields.text not in rows.features:
         return _read_pictures(rows, fields, place)
     return from_rows(((f"row {i}", row) for i, row in enumerate(rows)), fields, use, place)
@@ -211,7 +211,7 @@ def from_objects(items: Iterable[Any], fields: Fields, use: str, place: str) -> 
         return Examples("batches", [dict(item) for item in found])
     examples = from_rows(((f"item {i}", row) for i, row in enumerate(found)), fields, use, place)
     if len(examples) == 0:
-        raise ValueError(f"{place}: holds no examples")
+        raise InputError(f"{place}: holds no examples")
     return examples
 
 
@@ -233,7 +233,7 @@ def from_rows(rows: Iterable[tuple[str, Any]], fields: Fields, use: str, place: 
     for where, row in rows:
         where = f"{place}, {where}"
         if not isinstance(row, Mapping):
-            raise ValueError(f"{where}: no text field {fields.text!r} (not an object with named fields)")
+            raise InputError(f"{where}: no text field {fields.text!r} (not an object with named fields)")
         kind = kind or _kind(row, fields, use)
         inputs.append(_input(row, kind, fields, where))
         if kind == "seq2seq":
@@ -241,7 +241,7 @@ def from_rows(rows: Iterable[tuple[str, Any]], fields: Fields, use: str, place: 
         if fields.label in row and kind in ("text", "image"):
             labels.append(_label(row[fields.label], fields.label, where))
     if labels and len(labels) != len(inputs):
-        raise ValueError(f"{place}: only {len(labels)} of {len(inputs)} lines have the field {fields.label!r}")
+        raise InputError(f"{place}: only {len(labels)} of {len(inputs)} lines have the field {fields.label!r}")
     known = np.asarray(labels, dtype=np.int64) if labels else None
     return Examples(kind or "text", inputs, known, targets if kind == "seq2seq" else None)
 
@@ -259,7 +259,7 @@ def _input(row: Mapping[str, Any], kind: str, fields: Fields, where: str) -> Any
         return _messages(row.get(fields.messages), fields.messages, where)
     if kind in ("image", "image_text"):
         if row.get(fields.image) is None:
-            raise ValueError(f"{where}: no image field {fields.image!r}")
+            raise InputError(f"{where}: no image field {fields.image!r}")
         image = row[fields.image]
         return image if kind == "image" else (image, _string(row, str(fields.text), where, "text"))
     if fields.prompt is not None:
@@ -277,7 +277,7 @@ def _target(row: Mapping[str, Any], fields: Fields, where: str) -> str:
         return _string(row, fields.target, where, "target")
     label = _label(row.get(fields.label), fields.label, where)
     if not 0 <= label < len(fields.answers):
-        raise ValueError(f"{where}: field {fields.label!r} is {label}, but there are {len(fields.answers)} answers")
+        raise InputError(f"{where}: field {fields.label!r} is {label}, but there are {len(fields.answers)} answers")
     return fields.answers[label]
 
 
@@ -286,15 +286,15 @@ def _filled(template: str, row: Mapping[str, Any], where: str) -> str:
     try:
         return _whole(template.format_map(row), template, where)
     except KeyError as error:
-        raise ValueError(f"{where}: no field {error.args[0]!r}, which {template!r} asks for") from None
+        raise InputError(f"{where}: no field {error.args[0]!r}, which {template!r} asks for") from None
     except (ValueError, IndexError, TypeError, AttributeError) as error:
-        raise ValueError(f"{where}: {template!r} cannot be filled in ({reason(error)})") from None
+        raise InputError(f"{where}: {template!r} cannot be filled in ({reason(error)})") from None
 
 
 def _string(row: Mapping[str, Any], field: str, where: str, what: str) -> str:
     value = row.get(field)
     if not isinstance(value, str):
-        raise ValueError(f"{where}: no {what} field {field!r}")
+        raise InputError(f"{where}: no {what} field {field!r}")
     return _whole(value, field, where)
 
 
@@ -303,7 +303,7 @@ def _whole(value: str, field: str, where: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"{where}: field {field!r} has half a character ({error.reason})") from None
+        raise InputError(f"{where}: field {field!r} has half a character ({error.reason})") from None
     return value
 
 
@@ -312,16 +312,16 @@ def _label(value: Any, field: str, where: str) -> int:
         with suppress(ValueError):
             value = int(value)
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise ValueError(f"{where}: field {field!r} must be a class index (an integer)")
+        raise InputError(f"{where}: field {field!r} must be a class index (an integer)")
     if not -(2**63) <= value < 2**63:
-        raise ValueError(f"{where}: field {field!r} is {value:.3g}, which is no class index")
+        raise InputError(f"{where}: field {field!r} is {value:.3g}, which is no class index")
     return int(value)
 
 
 def _messages(value: Any, field: str, where: str) -> list[dict[str, str]]:
     good = isinstance(value, (list, tuple, np.ndarray)) and len(value) > 0
     if not good or not all(isinstance(m, Mapping) and {"role", "content"} <= m.keys() for m in value):
-        raise ValueError(f"{where}: field {field!r} must be a list of messages with 'role' and 'content'")
+        raise InputError(f"{where}: field {field!r} must be a list of messages with 'role' and 'content'")
     return [{key: _whole(str(m[key]), field, where) for key in ("role", "content")} for m in value]
 
 
@@ -336,7 +336,7 @@ def _beside(examples: Examples, folder: Path) -> Examples:
         if not isinstance(image, str):
             return image
         if not (folder / image).is_file():
-            raise ValueError(f"{folder / image}: no such image")
+            raise InputError(f"{folder / image}: no such image")
         return folder / image
 
     paired = examples.kind == "image_text"
@@ -352,9 +352,9 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
             try:
                 yield f"line {number}", json.loads(line.decode("utf-8"))
             except UnicodeDecodeError as error:
-                raise ValueError(f"{path}, line {number}: not UTF-8 ({error.reason})") from None
+                raise InputError(f"{path}, line {number}: not UTF-8 ({error.reason})") from None
             except (ValueError, RecursionError) as error:
-                raise ValueError(f"{path}, line {number}: not JSON ({reason(error)})") from None
+                raise InputError(f"{path}, line {number}: not JSON ({reason(error)})") from None
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
@@ -367,16 +367,16 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
                     raise csv.Error("more values than the header has names")
                 yield f"line {reader.line_num}", {name: value for name, value in row.items() if value != ""}
         except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: not UTF-8 ({error.reason})") from None
+            raise InputError(f"{path}: not UTF-8 ({error.reason})") from None
         except csv.Error as error:
-            raise ValueError(f"{path}, line {reader.line_num}: not CSV ({error})") from None
+            raise InputError(f"{path}, line {reader.line_num}: not CSV ({error})") from None
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         from pyarrow import parquet
     except ImportError:
-        raise ValueError(f"{path}: needs pyarrow (pip install 'epmq[data]')") from None
+        raise InputError(f"{path}: needs pyarrow (pip install 'epmq[data]')") from None
     wrong, number = "not a readable parquet file", 0
     with error_context(path, wrong):
         batches = iter(parquet.ParquetFile(path).iter_batches())
@@ -396,14 +396,14 @@ def _read_npz(path: Path) -> Examples:
         arrays = {name: np.asarray(file[name]) for name in ("images", "labels") if name in file}
     images = arrays.get("images")
     if images is None or images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
-        raise ValueError(f"{path}: needs an array 'images', uint8 [n, height, width, 3]")
+        raise InputError(f"{path}: needs an array 'images', uint8 [n, height, width, 3]")
     if len(images) and not images[0].size:
-        raise ValueError(f"{path}: 'images' of shape {list(images.shape)} have no pixels")
+        raise InputError(f"{path}: 'images' of shape {list(images.shape)} have no pixels")
     labels = arrays.get("labels")
     if labels is not None and labels.shape != images.shape[:1]:
-        raise ValueError(f"{path}: {len(images)} images but labels of shape {list(labels.shape)}")
+        raise InputError(f"{path}: {len(images)} images but labels of shape {list(labels.shape)}")
     if labels is not None and labels.dtype.kind not in "iu":
-        raise ValueError(f"{path}: labels of dtype {labels.dtype}, but they must be integers")
+        raise InputError(f"{path}: labels of dtype {labels.dtype}, but they must be integers")
     return Examples("image", images, None if labels is None else labels.astype(np.int64))
 
 

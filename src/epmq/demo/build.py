@@ -14,7 +14,8 @@ from typing import Any
 
 from epmq.data.readers import Examples, read_examples
 from epmq.demo.pool import split_file
-from epmq.models.writer import whole_directory
+from epmq.errors import InputError
+from epmq.files import whole_directory
 
 SPLITS = ("train", "validation", "test")
 Report = Callable[[str, float], None]
@@ -111,4 +112,4 @@ def _check(folder: Path) -> None:
     for split in SPLITS:
         examples = read_split(folder, split)
         if examples.labels is None or not 0 <= examples.labels.min() <= examples.labels.max() < len(labels):
-            raise ValueError(f"{folder}, {split}: every example needs a label in 0 … {len(labels) - 1}")
+            raise InputError(f"{folder}, {split}: every example needs a label in 0 … {len(labels) - 1}")

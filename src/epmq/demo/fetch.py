@@ -7,7 +7,6 @@ source archive, to read its metadata.)
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -17,10 +16,8 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-
-def cache_dir() -> Path:
-    """`$EPMQ_CACHE`, by default `~/.cache/epmq`."""
-    return Path(os.environ.get("EPMQ_CACHE") or Path.home() / ".cache" / "epmq")
+from epmq.errors import EnvironmentFault
+from epmq.files import cache_dir
 
 
 def pypi(requirement: str, source: bool = False) -> Path:
@@ -107,7 +104,7 @@ def _unpack(archive: Path, folder: Path) -> None:
 
 def _run(command: list[str], failure: str, cwd: Path | None = None) -> None:
     if shutil.which(command[0]) is None:
-        raise RuntimeError(f"{failure}: the command {command[0]!r} is not on this machine")
+        raise EnvironmentFault(f"{failure}: the command {command[0]!r} is not on this machine")
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        raise RuntimeError(f"{failure}:\n{(done.stderr or done.stdout)[-800:]}")
+        raise EnvironmentFault(f"{failure}:\n{(done.stderr or done.stdout)[-800:]}")

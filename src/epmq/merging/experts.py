@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from epmq.errors import InputError
 from epmq.merging.methods import METHODS, magnitude_threshold
 from epmq.models import adapter as adapters
 from epmq.models.adapter import Adapter, is_adapter
@@ -100,7 +101,7 @@ class Sources:
         try:
             found, extra = rename(self.model, checkpoint.names)
         except ValueError as error:
-            raise ValueError(f"{checkpoint.path}: {error}") from None
+            raise InputError(f"{checkpoint.path}: {error}") from None
         if not isinstance(checkpoint, Adapter):
             for name, leader in self.tied.items():
                 if name in found:  # some files hold a shared tensor under another of its names
@@ -121,17 +122,17 @@ class Sources:
         for name in self.names:
             found, wanted = list(self.base.shape(self._stored[name])), list(state[name].shape)
             if found != wanted:
-                raise ValueError(f"{self.base.path}: tensor {name!r} is {found}, but {wanted} by config.json")
+                raise InputError(f"{self.base.path}: tensor {name!r} is {found}, but {wanted} by config.json")
             if torch.is_floating_point(state[name]) and self.base.dtype(self._stored[name]) is None:
                 kind = self.base.kind(self._stored[name])
-                raise ValueError(f"{self.base.path}: tensor {name!r} is {kind}, not float64, 32, 16 or bfloat16")
+                raise InputError(f"{self.base.path}: tensor {name!r} is {kind}, not float64, 32, 16 or bfloat16")
         try:
             inside = tuple(stack.name + "." for stack in find_stacks(self.model))
         except ValueError as error:
-            raise ValueError(f"{self.base.path}: {error}") from None
+            raise InputError(f"{self.base.path}: {error}") from None
         for name in self.absent:
             if name.startswith(inside) or name.endswith(("embeddings.weight", "embed_tokens.weight")):
-                raise ValueError(f"{self.base.path}: no tensor for {name!r} of {type(self.model).__name__}")
+                raise InputError(f"{self.base.path}: no tensor for {name!r} of {type(self.model).__name__}")
         if self.absent:
             self.notes.append(f"not in the base, left out: {', '.join(self.absent)}")
 
@@ -139,36 +140,36 @@ class Sources:
         expert, stored = self.experts[task], self._expert_stored[task]
         ours, theirs = self.config.get("model_type"), expert.config.get("model_type")
         if ours != theirs:
-            raise ValueError(f"expert {task}: model type {theirs!r}, but the base is {ours!r} ({expert.path})")
+            raise InputError(f"expert {task}: model type {theirs!r}, but the base is {ours!r} ({expert.path})")
         if expert.config.get("quantization_config"):
-            raise ValueError(f"expert {task}: quantized already; give the model it was quantized from ({expert.path})")
+            raise InputError(f"expert {task}: quantized already; give the model it was quantized from ({expert.path})")
         if not stored:
-            raise ValueError(f"expert {task}: shares no tensor with the base ({expert.path})")
+            raise InputError(f"expert {task}: shares no tensor with the base ({expert.path})")
         for name in self.names:
             if name not in stored:
                 if any(part.isdigit() for part in name.split(".")):
-                    raise ValueError(f"expert {task}: tensor {name!r} is missing in {expert.path}")
+                    raise InputError(f"expert {task}: tensor {name!r} is missing in {expert.path}")
                 self.notes.append(f"expert {task} has no tensor {name}: the base's takes its place")
                 continue
             self._check_shape(task, name, expert.shape(stored[name]))
             if self.base.dtype(self._stored[name]) is not None and expert.dtype(stored[name]) is None:
                 kind = expert.kind(stored[name])
-                raise ValueError(f"expert {task}: tensor {name!r} is {kind}, not a float ({expert.path})")
+                raise InputError(f"expert {task}: tensor {name!r} is {kind}, not a float ({expert.path})")
 
         for stack in find_stacks(self.model):
             block = re.compile(rf"(?:^|\.){re.escape(stack.name)}\.(\d+)\.")
             for name in self._expert_extra[task]:
                 index = block.search(name)
                 if index and int(index[1]) >= len(stack.blocks) and name not in self.base:
-                    raise ValueError(f"expert {task}: tensor {name!r} has no counterpart in the base ({expert.path})")
+                    raise InputError(f"expert {task}: tensor {name!r} has no counterpart in the base ({expert.path})")
 
     def _check_adapter(self, task: str, adapter: Adapter) -> None:
         if not self._expert_stored[task]:
-            raise ValueError(f"expert {task}: the adapter changes no tensor of the base ({adapter.path})")
+            raise InputError(f"expert {task}: the adapter changes no tensor of the base ({adapter.path})")
         stored = self._expert_stored[task]
         for name in [*self._expert_extra[task], *(stored[name] for name in self.absent if name in stored)]:
             if adapter.changes(name):
-                raise ValueError(f"expert {task}: the adapter changes {name!r}, which the base lacks ({adapter.path})")
+                raise InputError(f"expert {task}: the adapter changes {name!r}, which the base lacks ({adapter.path})")
         for name in self.names:
             if name in stored and adapter.replaces(stored[name]):
                 self._check_shape(task, name, adapter.shape(stored[name]))
@@ -187,7 +188,7 @@ class Sources:
                 )
                 if not same:
                     place = self.experts[task].path
-                    raise ValueError(
+                    raise InputError(
                         f"expert {task}: {name!r} differs from {leader!r}, its equal in the base ({place})"
                     )
             elif adapter is not None and leader in self._expert_stored[task]:
@@ -197,7 +198,7 @@ class Sources:
         wanted = self.base.shape(self._stored[name])
         if found != wanted:
             place = self.experts[task].path
-            raise ValueError(
+            raise InputError(
                 f"expert {task}: tensor {name!r} is {list(found)}, but {list(wanted)} in the base ({place})"
             )
 

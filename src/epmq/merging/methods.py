@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import hardshrink
 
+from epmq.errors import InputError
+
 Scaling = float | Sequence[float]
 # A base tensor, or some of its rows, and an expert's.
 Pair = tuple[Tensor, Tensor]
@@ -124,9 +126,9 @@ def dare(
         combine: `task_arithmetic` sums what is left, `ties` elects signs and averages what agrees.
     """
     if combine not in ("task_arithmetic", "ties"):
-        raise ValueError(f"merge.combine: {combine!r} is not 'task_arithmetic' or 'ties'")
+        raise InputError(f"merge.combine: {combine!r} is not 'task_arithmetic' or 'ties'")
     if combine == "ties" and not isinstance(scaling, (int, float)):
-        raise ValueError("merge.scaling: dare with combine: ties takes one scaling, not one an expert")
+        raise InputError("merge.scaling: dare with combine: ties takes one scaling, not one an expert")
     share = _per_expert(scaling, experts, "scaling")
     masks = [_bernoulli(base.shape, density, f"{seed}/{name}/{k}").to(base.device) for k in range(len(experts))]
 
@@ -251,7 +253,7 @@ def _add(base: Tensor, tau: Sequence[Tensor], share: Sequence[float]) -> Tensor:
 def _per_expert(value: Scaling, experts: Sequence[Tensor], field: str) -> list[float]:
     values = [float(value)] * len(experts) if isinstance(value, (int, float)) else [float(v) for v in value]
     if len(values) != len(experts):
-        raise ValueError(f"merge.{field}: {len(values)} values for {len(experts)} experts")
+        raise InputError(f"merge.{field}: {len(values)} values for {len(experts)} experts")
     return values
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from epmq.errors import error_context
+from epmq.errors import InputError, error_context
 from epmq.models.checkpoint import Checkpoint
 from epmq.models.meta import named_class
 
@@ -85,35 +85,35 @@ class Adapter(Checkpoint):
                 continue  # with bias="all", PEFT also writes what `modules_to_save` took the place of
             target, part = _parse(name)
             if part is None:
-                raise ValueError(f"{self.path}: tensor {name!r} is of no kind that is applied here")
+                raise InputError(f"{self.path}: tensor {name!r} is of no kind that is applied here")
             self._parts.setdefault(target, {})[part] = name
         for target, parts in self._parts.items():
             if len({"A", "B"} & parts.keys()) == 1:
-                raise ValueError(f"{self.path}: {target!r} has only one of its two LoRA factors")
+                raise InputError(f"{self.path}: {target!r} has only one of its two LoRA factors")
             if any(len(self._stored_shape(stored)) != 2 for part, stored in parts.items() if part != "full"):
-                raise ValueError(f"{self.path}: {target!r} is not a linear layer or an embedding: not applied here")
+                raise InputError(f"{self.path}: {target!r} is not a linear layer or an embedding: not applied here")
 
     def _check_config(self) -> None:
         place = self.path / CONFIG
         if self.config.get("peft_type") != "LORA":
-            raise ValueError(f"{place}: peft_type {self.config.get('peft_type')!r} is not applied here, only LORA")
+            raise InputError(f"{place}: peft_type {self.config.get('peft_type')!r} is not applied here, only LORA")
         unknown = [name for name, value in self.config.items() if value and name not in _HARMLESS]
         if unknown:
-            raise ValueError(f"{place}: {', '.join(unknown)} is not applied here; merge the adapter with peft first")
+            raise InputError(f"{place}: {', '.join(unknown)} is not applied here; merge the adapter with peft first")
         self._check_scaling(place)
         if not isinstance(self.config.get("auto_mapping"), dict | None):
-            raise ValueError(f"{place}: auto_mapping must be an object")
+            raise InputError(f"{place}: auto_mapping must be an object")
         start = self.config.get("init_lora_weights")
         if isinstance(start, str) and start.lower().startswith(_MOVES_BASE):
-            raise ValueError(f"{place}: init_lora_weights {start!r} moves the base's weights; merge it with peft first")
+            raise InputError(f"{place}: init_lora_weights {start!r} moves the base's weights; merge it with peft first")
 
     def _check_scaling(self, place: Path) -> None:
         patterns = self.config.get("alpha_pattern")
         if not isinstance(patterns, dict | None):
-            raise ValueError(f"{place}: alpha_pattern must be an object, found {patterns!r:.100}")
+            raise InputError(f"{place}: alpha_pattern must be an object, found {patterns!r:.100}")
         for name, alpha in {"lora_alpha": self.config.get("lora_alpha", 8), **(patterns or {})}.items():
             if type(alpha) not in (int, float) or not abs(alpha) < LARGEST_ALPHA:
-                raise ValueError(f"{place}: {name} must be a number of a sensible size, found {alpha!r:.100}")
+                raise InputError(f"{place}: {name} must be a number of a sensible size, found {alpha!r:.100}")
             with error_context(place, f"{name!r:.100} is no pattern"):
                 re.compile(name)
 
@@ -206,7 +206,7 @@ def head_settings(
     trained = (adapter.config.get("auto_mapping") or {}).get("base_model_class")
     kind: Any = table[type(config)] if type(config) in table else named_class(trained)
     if kind is None:
-        raise ValueError(f"{adapter.path}: {', '.join(tensors)} is not in the base, and no task class is named for it")
+        raise InputError(f"{adapter.path}: {', '.join(tensors)} is not in the base, and no task class is named for it")
     for labels in sorted({len(tensor) for tensor in tensors.values() if tensor.ndim}):
         config.num_labels = labels
         with error_context(adapter.path, "its base's config gives no model with a head"), init_empty_weights():
@@ -216,12 +216,12 @@ def head_settings(
             known = {name for name in state if name.startswith(prefix) and name.removeprefix(prefix) not in absent}
             missing = state.keys() - known - tensors.keys()
             if missing:
-                raise ValueError(
+                raise InputError(
                     f"{adapter.path}: of the head of {kind.__name__}, {', '.join(sorted(missing))} is neither in the "
                     "base nor in the adapter; name it in modules_to_save when training"
                 )
             return {**base_config, "architectures": [kind.__name__], **_labels(labels)}
-    raise ValueError(f"{adapter.path}: its head ({', '.join(tensors)}) does not fit {kind.__name__}")
+    raise InputError(f"{adapter.path}: its head ({', '.join(tensors)}) does not fit {kind.__name__}")
 
 
 def _labels(count: int) -> dict[str, Any]:
@@ -242,5 +242,5 @@ def apply(base: Tensor, change: Tensor, transposed: bool) -> Tensor:
     """
     change = change.T if transposed else change
     if change.shape != base.shape:
-        raise ValueError(f"the adapter's change is {list(change.shape)}, but the base's weight is {list(base.shape)}")
+        raise InputError(f"the adapter's change is {list(change.shape)}, but the base's weight is {list(base.shape)}")
     return torch.add(base.float(), change)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from epmq import matmul as products
+from epmq.errors import InputError
 
 LINEAR = (nn.Linear, Conv1D)
 # A list of modules with a smaller share of the model's linear weights than this is not a stack of blocks.
@@ -56,7 +57,7 @@ def find_stacks(model: nn.Module) -> list[Stack]:
         if size >= SMALLEST_SHARE * total:
             stacks.append(Stack(name, list(module)))
     if not stacks:
-        raise ValueError(f"{type(model).__name__} has no list of repeated blocks with linear layers to quantize")
+        raise InputError(f"{type(model).__name__} has no list of repeated blocks with linear layers to quantize")
     return stacks
 
 
@@ -127,7 +128,7 @@ def input_groups(block: nn.Module, run: Callable[[], object]) -> list[InputGroup
         run()
     missing = [name for name, _ in linears(block) if name not in seen]
     if missing:
-        raise ValueError(f"linear layers that saw no calibration data: {', '.join(missing)}")
+        raise InputError(f"linear layers that saw no calibration data: {', '.join(missing)}")
     groups: dict[tuple, list[str]] = {}
     for name, inputs in seen.items():
         groups.setdefault(tuple(_identity(tensor) for tensor in inputs), []).append(name)

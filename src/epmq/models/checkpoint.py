@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from epmq.errors import error_context, reason
+from epmq.errors import InputError, MissingError, error_context, reason
+from epmq.files import read_json
 from epmq.models.writer import INDEX, SINGLE, TensorSpec
 
 # What is fetched from the Hub: never code, and pickles only where the user names one.
@@ -40,7 +40,7 @@ def resolve(source: str | Path) -> Path:
         return path
     found = re.fullmatch(r"([\w.-]+/[\w.-]+)" + (r"/([\w.-]+)" if pickled else "()"), str(source))
     if not found:
-        raise FileNotFoundError(f"{source}: no such directory (and not a Hub id of the form owner/name)")
+        raise MissingError(f"{source}: no such directory (and not a Hub id of the form owner/name)")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -48,7 +48,7 @@ def resolve(source: str | Path) -> Path:
         patterns = [*PATTERNS, "*.bin"] if pickled else PATTERNS
         return Path(snapshot_download(found[1], allow_patterns=patterns)) / found[2]
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise FileNotFoundError(f"{source}: no such directory, and the Hub did not give it ({reason(error)})") from None
+        raise MissingError(f"{source}: no such directory, and the Hub did not give it ({reason(error)})") from None
 
 
 class _Pickled:
@@ -59,9 +59,9 @@ class _Pickled:
         try:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
         except Exception as error:  # a damaged pickle can raise anything
-            raise ValueError(str(error) or type(error).__name__) from None
+            raise InputError(str(error) or type(error).__name__) from None
         if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-            raise ValueError("it holds something else than named tensors")
+            raise InputError("it holds something else than named tensors")
         self._tensors: dict[str, Tensor] = content
 
     def keys(self) -> list[str]:
@@ -117,25 +117,25 @@ class Checkpoint:
         if index.exists():
             shards = read_json(index).get("weight_map")
             if not isinstance(shards, dict):
-                raise ValueError(f"{index}: no 'weight_map'")
+                raise InputError(f"{index}: no 'weight_map'")
             for name, shard in shards.items():
                 if not isinstance(shard, str) or Path(shard).name != shard:
-                    raise ValueError(f"{index}: tensor {name!r} lies in {shard!r}, which is not a plain file name")
+                    raise InputError(f"{index}: tensor {name!r} lies in {shard!r}, which is not a plain file name")
                 if shard.endswith(PICKLES) and not named:
-                    raise ValueError(f"{index}: {shard} is a pickle")
+                    raise InputError(f"{index}: {shard} is a pickle")
                 if not (self.path / shard).exists():
-                    raise FileNotFoundError(f"{self.path / shard}: named in {index.name} but missing")
+                    raise MissingError(f"{self.path / shard}: named in {index.name} but missing")
             listed = {name: file for file in sorted(set(shards.values())) for name in self._open(file).keys()}
             for name, shard in shards.items():
                 if listed.get(name) != shard:
-                    raise ValueError(f"{index}: tensor {name!r} is not in {shard}")
+                    raise InputError(f"{index}: tensor {name!r} is not in {shard}")
             return shards
         if (self.path / self.SINGLE).exists():
             return dict.fromkeys(self._open(self.SINGLE).keys(), self.SINGLE)
         pickles = [file.name for file in sorted(self.path.glob("*.bin*")) if file.name.endswith(PICKLES)]
         named_pickle = next((name for name in reversed(pickles) if "model" in name), None)
         hint = f" ({named_pickle} is a pickle: name that file to have it opened)" if named_pickle else ""
-        raise FileNotFoundError(f"{self.path}: no {self.SINGLE} and no {self.INDEX}{hint}")
+        raise MissingError(f"{self.path}: no {self.SINGLE} and no {self.INDEX}{hint}")
 
     def _open(self, shard: str) -> Any:
         if shard not in self._files:
@@ -146,7 +146,7 @@ class Checkpoint:
                     self._files[shard] = safe_open(str(self.path / shard), framework="pt")
             except (SafetensorError, OSError, ValueError) as error:
                 kind = "pickle of tensors" if shard.endswith(PICKLES) else "safetensors file"
-                raise ValueError(f"{self.path / shard}: not a readable {kind} ({reason(error)})") from None
+                raise InputError(f"{self.path / shard}: not a readable {kind} ({reason(error)})") from None
         return self._files[shard]
 
     @property
@@ -227,7 +227,7 @@ class Checkpoint:
             tensor = self._read(name)
             if not is_finite(tensor):
                 bad = int((~torch.isfinite(tensor)).sum())
-                raise ValueError(f"{self.path / self._shard[name]}: tensor {name!r} has {bad} NaN or Inf entries")
+                raise InputError(f"{self.path / self._shard[name]}: tensor {name!r} has {bad} NaN or Inf entries")
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -236,24 +236,6 @@ def is_finite(tensor: Tensor) -> bool:
         return True
     # Smallest and largest entry show them without a copy of the tensor, which a sum in float64 takes.
     return bool(torch.isfinite(torch.stack(tensor.aminmax())).all())
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Raises:
-        FileNotFoundError, ValueError: there is none; the file is named.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        json.dumps(content, ensure_ascii=False).encode()  # half a character cannot be written again
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: missing") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object")
-    return content
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -265,10 +247,10 @@ def read_config(path: Path) -> dict[str, Any]:
     config = read_json(path)
     named = config.get("architectures")
     if named is not None and not (isinstance(named, list) and all(isinstance(name, str) for name in named)):
-        raise ValueError(f"{path}: architectures must be a list of names, found {named!r:.100}")
+        raise InputError(f"{path}: architectures must be a list of names, found {named!r:.100}")
     for field, kind in (("model_type", str), ("quantization_config", dict)):
         if not isinstance(config.get(field), kind | None):
-            raise ValueError(f"{path}: {field} must be a {kind.__name__}, found {config[field]!r:.100}")
+            raise InputError(f"{path}: {field} must be a {kind.__name__}, found {config[field]!r:.100}")
     _check_counts(path, config)
     return config
 
@@ -279,7 +261,7 @@ def _check_counts(path: Path, config: dict[str, Any]) -> None:
         if isinstance(value, dict):
             _check_counts(path, value)
         elif isinstance(value, int) and field.endswith(COUNTS) and value > MOST:
-            raise ValueError(f"{path}: {field} is {value}, which no model has")
+            raise InputError(f"{path}: {field} is {value}, which no model has")
 
 
 def architecture_of(config: dict[str, Any]) -> str | None:

@@ -10,6 +10,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+from epmq.errors import InputError
 from epmq.models.writer import SHARD_BYTES, TensorSpec, byte_size, make_header, shard_files, write_index
 
 # Bytes that are written before they go to the disk and out of memory.
@@ -45,7 +46,7 @@ def write_directly(
             for name in names:
                 written = sum(_write(out, part) for part in read(name))
                 if written != byte_size(forms[name]):
-                    raise ValueError(f"tensor {name!r} has {written} bytes, not the {byte_size(forms[name])} expected")
+                    raise InputError(f"tensor {name!r} has {written} bytes, not the {byte_size(forms[name])} expected")
                 yield name
     write_index(folder, dict(zip(files, shards)), sum(map(byte_size, forms.values())))
 

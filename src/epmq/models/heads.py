@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from epmq.errors import error_context, reason
+from epmq.errors import InputError, error_context, reason
 from epmq.models.writer import save_tensors
 
 HEAD_FILE = "head.safetensors"
@@ -44,7 +44,7 @@ def pool(hidden: Tensor, mask: Tensor | None, pooling: str) -> Tensor:
     if pooling == "cls_mean":
         return torch.cat([hidden[:, 0], pool(hidden[:, 1:], mask[:, 1:], "mean")], dim=-1)
     if pooling != "mean":
-        raise ValueError(f"pooling: {pooling!r} is not one of {', '.join(POOLINGS)}")
+        raise InputError(f"pooling: {pooling!r} is not one of {', '.join(POOLINGS)}")
     weight = mask.to(hidden.dtype).unsqueeze(-1)
     return (hidden * weight).sum(1) / weight.sum(1).clamp(min=1)
 
@@ -116,9 +116,9 @@ def head_settings(path: str | Path, metadata: dict[str, str]) -> dict[str, Any]:
             return {name: json.loads(value) if name in parsed else value for name, value in metadata.items()}
         settings = json.loads(metadata["head"])
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: the settings in its metadata are not JSON ({reason(error)})") from None
+        raise InputError(f"{path}: the settings in its metadata are not JSON ({reason(error)})") from None
     if not isinstance(settings, dict):
-        raise ValueError(f"{path}: the settings in its metadata must be a JSON object")
+        raise InputError(f"{path}: the settings in its metadata must be a JSON object")
     return settings
 
 
@@ -133,7 +133,7 @@ def read_head_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]
         metadata = file.metadata() or {}
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor.float()).all():
-            raise ValueError(f"{path}: tensor {name!r} has NaN or Inf entries")
+            raise InputError(f"{path}: tensor {name!r} has NaN or Inf entries")
     return tensors, head_settings(path, metadata)
 
 
@@ -146,23 +146,23 @@ def load_head(path: str | Path) -> Head:
     tensors, settings = read_head_file(path)
     missing = {"weight", "bias"} - tensors.keys()
     if missing:
-        raise ValueError(f"{path}: a head file holds 'weight' and 'bias'; missing: {sorted(missing)}")
+        raise InputError(f"{path}: a head file holds 'weight' and 'bias'; missing: {sorted(missing)}")
     weight, bias = tensors["weight"].float(), tensors["bias"].float()
     if weight.ndim != 2 or bias.shape != weight.shape[:1]:
-        raise ValueError(
+        raise InputError(
             f"{path}: weight {list(weight.shape)} and bias {list(bias.shape)} must be [classes, features] and [classes]"
         )
     projection = tensors["projection"].float() if "projection" in tensors else None
     if projection is not None and (projection.ndim != 2 or len(projection) != weight.shape[1]):
-        raise ValueError(f"{path}: projection {list(projection.shape)} must be [{weight.shape[1]}, pooled features]")
+        raise InputError(f"{path}: projection {list(projection.shape)} must be [{weight.shape[1]}, pooled features]")
     pooling = settings.get("pooling", "cls")
     if pooling not in (*POOLINGS, POOLER):
-        raise ValueError(f"{path}: pooling {pooling!r} is not one of {', '.join((*POOLINGS, POOLER))}")
+        raise InputError(f"{path}: pooling {pooling!r} is not one of {', '.join((*POOLINGS, POOLER))}")
     normalize, labels = settings.get("normalize", True), settings.get("labels", [])
     if not isinstance(normalize, bool):
-        raise ValueError(f"{path}: normalize must be true or false, found {normalize!r:.100}")
+        raise InputError(f"{path}: normalize must be true or false, found {normalize!r:.100}")
     if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
-        raise ValueError(f"{path}: labels must be a list of names, found {labels!r:.100}")
+        raise InputError(f"{path}: labels must be a list of names, found {labels!r:.100}")
     if labels and len(labels) != len(weight):
-        raise ValueError(f"{path}: {len(labels)} labels for {len(weight)} classes")
+        raise InputError(f"{path}: {len(labels)} labels for {len(weight)} classes")
     return Head(weight, bias, pooling, normalize, labels, projection)

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from epmq.errors import error_context
+from epmq.errors import InputError, error_context
 from epmq.models.checkpoint import Checkpoint, architecture_of
-from epmq.runtime import gc_paused
 
 # Classes whose weights are all shared between experts: their own architecture is merged. Everything else that is not
 # a plain `…Model` has a task head; its backbone is merged and the head is kept apart.
@@ -70,9 +69,9 @@ def no_larger(place: str | Path, tensors: int, entries: int) -> Iterator[None]:
         nonlocal left
         left -= 1
         if left < 0:
-            raise ValueError(f"{place} describes far more tensors than the {tensors} that there are")
+            raise InputError(f"{place} describes far more tensors than the {tensors} that there are")
         if parameter is not None and parameter.numel() > entries:
-            raise ValueError(f"{place} describes a {name} of {list(parameter.shape)}, more than there is in all")
+            raise InputError(f"{place} describes a {name} of {list(parameter.shape)}, more than there is in all")
 
     handle = register_module_parameter_registration_hook(look)
     try:
@@ -107,11 +106,10 @@ def build_meta_model(checkpoint: Checkpoint) -> Any:
 
     place = checkpoint.path / "config.json"
     if checkpoint.config.get("quantization_config"):
-        raise ValueError(f"{place}: the model is quantized already; give the one it was quantized from")
+        raise InputError(f"{place}: the model is quantized already; give the one it was quantized from")
     with error_context(place, "transformers cannot open this model"):
-        with gc_paused():  # the model's modules are imported when they are asked for
-            config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
-            kind = model_class(config, architecture_of(checkpoint.config))
+        config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
+        kind = model_class(config, architecture_of(checkpoint.config))
         # Once with nothing allocated at all: real buffers, and a parameter before it is registered, may be of any size.
         with no_larger(place, len(checkpoint.names), checkpoint.bits), torch.device("meta"):
             kind._from_config(config, dtype=torch.float32)
@@ -149,7 +147,7 @@ def rename(model: Any, stored: Iterable[str]) -> tuple[dict[str, str], list[str]
     for name in stored:
         renamed, converted = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
         if converted is not None:
-            raise ValueError(f"tensor {name!r} is converted by transformers on load, which epmq does not do yet")
+            raise InputError(f"tensor {name!r} is converted by transformers on load, which epmq does not do yet")
         if renamed in state:
             found[renamed] = name
         else:

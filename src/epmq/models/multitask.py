@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from epmq.data.encoding import encode, load_processor, to_device, tokenizer_of
-from epmq.errors import error_context
+from epmq.errors import InputError, UnknownTaskError, error_context
 from epmq.models.checkpoint import read_config, resolve
 from epmq.models.heads import Head, load_head, read_head_file
 from epmq.models.meta import load_model, named_class, no_larger, rename, set_tensor
@@ -37,7 +37,7 @@ class NativeHead(nn.Module):
 
         kind = named_class(architecture)
         if kind is None:
-            raise ValueError(f"transformers has no class {architecture}")
+            raise InputError(f"transformers has no class {architecture}")
         parameters = list(backbone.parameters())
         # While a model is being built its blocks are empty, and embeddings keep the dtype on disk.
         place = next((parameter for parameter in reversed(parameters) if not parameter.is_meta), torch.empty(0))
@@ -69,7 +69,7 @@ class NativeHead(nn.Module):
             if parameter.is_meta and not name.startswith(f"{prefix}.")
         ]
         if missing:
-            raise ValueError(f"head of {architecture}: no tensor for {', '.join(missing)}")
+            raise InputError(f"head of {architecture}: no tensor for {', '.join(missing)}")
         self.model = model
 
     @property
@@ -124,7 +124,7 @@ class MultiTaskModel(nn.Module):
             KeyError: there is no such task; the ones there are are named.
         """
         if task not in self._heads:
-            raise KeyError(f"no task {task!r}; there are: {', '.join(self.tasks) or 'none'}")
+            raise UnknownTaskError(f"no task {task!r}; there are: {', '.join(self.tasks) or 'none'}")
         return self._heads[task]
 
     def forward(self, task: str, **inputs: Any) -> Tensor:
@@ -167,7 +167,7 @@ class MultiTaskModel(nn.Module):
         """
         tokenizer = tokenizer_of(self.processor)
         if tokenizer is None or not getattr(self.backbone, "can_generate", lambda: False)():
-            raise ValueError(f"{type(self.backbone).__name__} does not generate text")
+            raise InputError(f"{type(self.backbone).__name__} does not generate text")
         written = []
         for text in texts:
             batch = to_device(dict(tokenizer(text, return_tensors="pt")), self.device)
@@ -213,6 +213,6 @@ def load_any_head(path: Path, backbone: nn.Module) -> Head | NativeHead:
         return load_head(path)
     architecture, config = settings["architecture"], settings.get("config")
     if not isinstance(architecture, str) or not isinstance(config, dict):
-        raise ValueError(f"{path}: the settings in its metadata must name an architecture and its config")
+        raise InputError(f"{path}: the settings in its metadata must name an architecture and its config")
     with error_context(path, "the head cannot be built"):
         return NativeHead(backbone, architecture, config, tensors)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,9 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from epmq.errors import InputError
+from epmq.files import write_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -70,7 +71,7 @@ class CheckpointWriter:
             ValueError: the name was written before.
         """
         if name in self.sizes:
-            raise ValueError(f"tensor {name!r} is written twice")
+            raise InputError(f"tensor {name!r} is written twice")
         self.sizes[name] = tensor.numel() * tensor.element_size()
         self._pending[name] = tensor.detach().cpu().contiguous()
         self._pending_bytes += self.sizes[name]
@@ -180,53 +181,6 @@ def _bits(dtype: str) -> int:
     return int(found[0]) if found else 8  # BOOL
 
 
-def check_output(path: str | Path) -> Path:
-    """Where an output directory may appear.
-
-    Raises:
-        FileExistsError: something is there already.
-        PermissionError: the parent cannot be written to.
-    """
-    path = Path(path).expanduser()
-    if path.exists():
-        raise FileExistsError(f"output {path} exists already: remove it or choose another directory")
-    parent = path.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    if not os.access(parent, os.W_OK):
-        raise PermissionError(f"output {path}: {parent} cannot be written to")
-    return path
-
-
-@contextmanager
-def whole_directory(path: str | Path) -> Iterator[Path]:
-    """A work folder that becomes `path` when the `with` block ends well, and vanishes when it does not.
-
-    Raises:
-        FileExistsError, PermissionError: see `check_output`.
-    """
-    path = check_output(path)
-    path.absolute().parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.absolute().parent))
-    try:
-        with name_folder(work):
-            yield work
-            publish(work, path)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
-@contextmanager
-def name_folder(folder: Path) -> Iterator[None]:
-    """Let an error of the system that names no file, such as a full disk, name the folder that was written to."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is None and error.errno is not None:
-            raise OSError(error.errno, error.strerror, str(folder)) from error
-        raise
-
-
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
     """Write a safetensors file.
 
@@ -239,41 +193,8 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, 
         raise OSError(f"{path}: cannot be written ({error})") from None
 
 
-def publish(work: Path, path: Path) -> None:
-    """Make a finished folder appear as `path`, when all in it is on the disk.
-
-    Raises:
-        FileExistsError, PermissionError: see `check_output`.
-    """
-    work.chmod(0o755)
-    for file in [*work.rglob("*"), work]:
-        if file.is_file():
-            file.chmod(0o644)
-        sync(file)
-    check_output(path)
-    work.rename(path)
-    with suppress(OSError):  # it is there, and whole; only a power cut right now could still undo the rename
-        sync(path.absolute().parent)
-
-
-def sync(path: Path) -> None:
-    """See a file, or the names in a folder, onto the disk."""
-    if path.is_dir() and os.name == "nt":  # Windows opens no folders
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def copy_processor(source: Path, target: Path) -> None:
     """Copy tokenizer and processor files, as they are."""
     for name in PROCESSOR_FILES:
         if (source / name).exists():
             shutil.copyfile(source / name, target / name)
-
-
-def write_json(path: Path, content: object) -> None:
-    """Write JSON with two spaces of indentation."""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

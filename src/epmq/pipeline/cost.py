@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from epmq.calibration.engine import return_freed_memory
 from epmq.calibration.sequential import Batch
 from epmq.data.encoding import encode, split_first, to_device
 from epmq.export import FORMATS
@@ -38,10 +37,9 @@ from epmq.pipeline.measure import (
     try_stacks,
 )
 from epmq.pipeline.prepare import Objects, PreparedRun, prepare
-from epmq.pipeline.run import TRIED, bars, device
+from epmq.pipeline.run import TRIED
 from epmq.recipe import Quantize, Recipe, load_recipe
-from epmq.reporting.report import memory_mb
-from epmq.runtime import gc_frozen
+from epmq.runtime import gc_frozen, memory_mb, progress_bars, return_freed_memory, select_device
 
 FLOAT = 4  # bytes
 # Seconds that a block may take for the examples on which it is timed.
@@ -84,16 +82,16 @@ def dry_run(
 
     Args:
         recipe: a YAML file, a dict or a `Recipe`.
-        progress: show progress bars.
+        progress: show progress progress_bars.
         calibration: as for `epmq.run`.
 
     Raises:
         FileNotFoundError, FileExistsError, ValueError: as `epmq.run` before any compute.
     """
     recipe = load_recipe(recipe)
-    place = device(recipe)
+    place = select_device(recipe.device)
     start = clock(place)
-    with bars(progress) as bar:
+    with progress_bars(progress) as bar:
         job = prepare(recipe, bar, calibration=calibration)
     return plan_of(job, clock(place) - start)
 
@@ -106,7 +104,7 @@ def plan_of(job: PreparedRun, opening: float) -> Plan:
         job: the parts.
         opening: seconds that opening and checking them takes.
     """
-    place, sources = device(job.recipe), job.sources
+    place, sources = select_device(job.recipe.device), job.sources
     layers = list(block_linears(sources.model)) if job.recipe.quantize.method != "none" else []
     tried = _try(job) if job.recipe.quantize.calibrates else None
     rates = measure_rates(sources, place)
@@ -150,7 +148,7 @@ class Tried:
 
 
 def _try(job: PreparedRun) -> Tried:
-    place, settings = device(job.recipe), job.recipe.quantize
+    place, settings = select_device(job.recipe.device), job.recipe.quantize
     weighed = [(to_device(batch, place), times) for batch, times in _batches(job)]
     first, apart = weighed[0][0], bool(settings.expert_stream)
     probe = split_first([first], TRIED)[0]

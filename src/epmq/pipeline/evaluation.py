@@ -11,6 +11,7 @@ import torch
 
 from epmq.data.encoding import encode, to_device, tokenizer_of
 from epmq.data.readers import Examples
+from epmq.errors import InputError
 from epmq.models.multitask import MultiTaskModel
 
 Advance = Callable[[int], Any]
@@ -42,7 +43,7 @@ def accuracy(
         ValueError: the examples have no labels, or a label is not a class of the head.
     """
     if examples.labels is None:
-        raise ValueError(f"task {task}: the evaluation data has no labels")
+        raise InputError(f"task {task}: the evaluation data has no labels")
     examples = examples.by_length()
     assert examples.labels is not None
     right, start = 0, 0
@@ -51,7 +52,7 @@ def accuracy(
         labels = examples.labels[start : start + len(scores)]
         wrong = labels[(labels < 0) | (labels >= scores.shape[1])]
         if len(wrong):
-            raise ValueError(f"task {task}: label {wrong[0]} but the head has {scores.shape[1]} classes")
+            raise InputError(f"task {task}: label {wrong[0]} but the head has {scores.shape[1]} classes")
         right += int((scores.argmax(-1).cpu().numpy() == labels).sum())
         start += len(scores)
         advance(len(scores))
@@ -121,7 +122,7 @@ def spearman(
     pairs = list(_written(model, examples, batch_size, max_length, advance))
     wrong = next((target for _, target in pairs if _number(target) is None), None)
     if wrong is not None:
-        raise ValueError(f"task {task}: the target {wrong!r} is no number")
+        raise InputError(f"task {task}: the target {wrong!r} is no number")
     return rank_correlation(*([_number(text) or 0.0 for text in texts] for texts in zip(*pairs)))
 
 
@@ -181,12 +182,12 @@ def scorer_of(examples: Examples) -> Callable[..., float]:
         ValueError: there is none for their kind, or not the one that is asked for.
     """
     if examples.kind not in METRICS:
-        raise ValueError(f"{examples.kind} examples cannot be scored; only calibrated on")
+        raise InputError(f"{examples.kind} examples cannot be scored; only calibrated on")
     known = METRICS[examples.kind]
     found = next((metric for metric in known if examples.metric in (None, metric.__name__)), None)
     if found is None:
         names = ", ".join(metric.__name__ for metric in known)
-        raise ValueError(f"metric: {examples.kind} examples are scored by {names}, not by {examples.metric}")
+        raise InputError(f"metric: {examples.kind} examples are scored by {names}, not by {examples.metric}")
     return found
 
 

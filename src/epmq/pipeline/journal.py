@@ -17,7 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from epmq.models.writer import check_output, name_folder, publish, sync
+from epmq.errors import EnvironmentFault, InputError
+from epmq.files import check_output, differences, named_in_errors, publish, write_whole
 from epmq.quantization.grid import Grid, QuantizedTensor
 
 try:
@@ -27,8 +28,6 @@ except ImportError:  # Windows has no such locks
 
 LOG = logging.getLogger("epmq")
 INPUTS, LOCK, BLOCKS, OUTPUT = "inputs.json", "lock", "blocks", "output"
-# Bytes of a file that are hashed at once.
-HASHED = 1 << 22
 _PARTS = ("codes", "scale", "zero_point")
 
 
@@ -134,7 +133,7 @@ def resumable(path: str | Path, inputs: Mapping[str, Any], restart: bool = False
     folder = _folder(path)
     output = folder / OUTPUT
     (folder / BLOCKS).mkdir(parents=True, exist_ok=True)
-    with name_folder(folder), _locked(folder):
+    with named_in_errors(folder), _locked(folder):
         done = False
         try:
             _take_over(folder, json.loads(json.dumps(inputs)), restart)
@@ -172,7 +171,7 @@ def _take_over(folder: Path, inputs: dict[str, Any], restart: bool) -> None:
         before = json.loads(file.read_text(encoding="utf-8"))
     if before is not None and not restart and before != inputs:
         changes = "; ".join(differences(before, inputs))
-        raise ValueError(
+        raise InputError(
             f"{folder} holds the work of a run that was stopped, and since then there are changes ({changes}): "
             "undo them to go on, or begin anew with --restart (restart=True)"
         )
@@ -180,19 +179,6 @@ def _take_over(folder: Path, inputs: dict[str, Any], restart: bool) -> None:
         shutil.rmtree(folder / BLOCKS)
         (folder / BLOCKS).mkdir()
     write_whole(file, json.dumps(inputs, indent=2, ensure_ascii=False).encode())
-
-
-def differences(before: Any, after: Any, name: str = "") -> Iterator[str]:
-    """What differs between two values of JSON, each with its path."""
-    if isinstance(before, dict) and isinstance(after, dict):
-        for key in sorted(before.keys() | after.keys()):
-            yield from differences(before.get(key), after.get(key), f"{name}.{key}" if name else str(key))
-    elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
-        for index, pair in enumerate(zip(before, after)):
-            yield from differences(*pair, f"{name}[{index}]")
-    elif before != after:
-        long = any(isinstance(value, str) and len(value) == 64 for value in (before, after))
-        yield name if long else f"{name}: {before} → {after}"
 
 
 @contextmanager
@@ -203,30 +189,8 @@ def _locked(folder: Path) -> Iterator[None]:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise RuntimeError(f"{folder}: another process is at work there") from None
+                raise EnvironmentFault(f"{folder}: another process is at work there") from None
         yield
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file that is there with all of its content or not at all, even after a power cut."""
-    draft = path.with_name(path.name + ".draft")
-    try:
-        draft.write_bytes(content)
-        sync(draft)
-        draft.replace(path)
-    except OSError:
-        draft.unlink(missing_ok=True)  # what lies there half may be what fills the disk
-        raise
-    sync(path.parent)
-
-
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file's content, in hexadecimal."""
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(HASHED):
-            found.update(piece)
-    return found.hexdigest()
 
 
 def hash_batches(batches: Sequence[Mapping[str, Any]]) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from epmq.calibration.engine import find_layer_targets, return_freed_memory
+from epmq.calibration.engine import find_layer_targets
 from epmq.calibration.sequential import Batch, BlockStep, SequentialCalibrator
 from epmq.matmul import matmul
 from epmq.merging.experts import Sources
@@ -27,6 +27,7 @@ from epmq.quantization.grid import QuantizedTensor
 from epmq.quantization.hessian import Moments
 from epmq.quantization.objective import Objective
 from epmq.recipe import Quantize
+from epmq.runtime import return_freed_memory
 
 # Columns and rows of the matrices that are timed, and tokens, at most.
 COLUMNS, ROWS, TOKENS = 768, 512, 1024

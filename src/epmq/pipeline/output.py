@@ -8,11 +8,12 @@ from rich.progress import Progress
 
 from epmq.calibration.head_refit import Fit
 from epmq.export import FORMATS
+from epmq.files import write_json
 from epmq.models.blocks import LINEAR
 from epmq.models.direct import write_directly
 from epmq.models.heads import Head, load_head, save_head
 from epmq.models.multitask import HEADS, NativeHead, save_native_head
-from epmq.models.writer import CheckpointWriter, byte_size, copy_processor, write_json
+from epmq.models.writer import CheckpointWriter, byte_size, copy_processor
 from epmq.pipeline.journal import Journal
 from epmq.pipeline.prepare import PreparedRun, head_file
 

@@ -16,16 +16,18 @@ from torch import nn
 from epmq.calibration.engine import check_grid
 from epmq.data.encoding import encode, load_processor, pack
 from epmq.data.readers import Examples, Fields, Pictures, from_objects
+from epmq.errors import InputError
 from epmq.export import FORMATS
+from epmq.files import check_output
 from epmq.merging.compatibility import check_compatibility
 from epmq.merging.experts import Sources
 from epmq.models.blocks import block_linears
 from epmq.models.heads import HEAD_FILE, load_head
 from epmq.models.meta import vocabulary
 from epmq.models.multitask import NativeHead
-from epmq.models.writer import check_output
 from epmq.pipeline.evaluation import metric_of
 from epmq.recipe import Data, Expert, Recipe
+from epmq.runtime import select_device
 
 # Task name → rows (dicts), or ready batches (dicts of tensors), in place of the data that the recipe names.
 Objects = Mapping[str, Iterable[Any]]
@@ -59,12 +61,12 @@ def prepare(
         check_output(recipe.output)
     for name in {**(calibration or {}), **(evaluation or {})}:
         if name not in [expert.name for expert in recipe.experts]:
-            raise ValueError(f"data for {name!r}, but the recipe has no expert of that name")
+            raise InputError(f"data for {name!r}, but the recipe has no expert of that name")
     for expert in recipe.experts:
         if recipe.quantize.calibrates and expert.calibration is None and expert.name not in (calibration or {}):
-            raise ValueError(f"experts.{expert.name}.calibration: {recipe.quantize.method} needs calibration data")
-    if recipe.activations == "disk" and device(recipe).type != "cpu":
-        raise ValueError(f"activations: disk works on a CPU only, not on {device(recipe)}")
+            raise InputError(f"experts.{expert.name}.calibration: {recipe.quantize.method} needs calibration data")
+    if recipe.activations == "disk" and select_device(recipe.device).type != "cpu":
+        raise InputError(f"activations: disk works on a CPU only, not on {select_device(recipe.device)}")
     listed, recipe = recipe.experts, recipe.ordered()
     sources = Sources(recipe)
     heads = [head_file(sources, e) is not None or sources.head_config(e.name) is not None for e in recipe.experts]
@@ -92,13 +94,6 @@ def prepare(
     return PreparedRun(recipe, sources, processor, used, scored)
 
 
-def device(recipe: Recipe) -> torch.device:
-    """The device a recipe asks for; `auto` takes an accelerator if there is one."""
-    if recipe.device != "auto":
-        return torch.device(recipe.device)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def _untouched(sources: Sources) -> list[str]:
     """A note on large weights of the blocks that are in no linear layer, such as fused experts of a mixture."""
     layers = {f"{name}.weight" for name, _ in block_linears(sources.model)}
@@ -115,7 +110,7 @@ def _untouched(sources: Sources) -> list[str]:
 
 
 def text_use(sources: Sources, expert: Expert) -> str:
-    """How an expert takes texts (one of `epmq.data.readers.USES`): it classifies them with a head, else it writes them."""
+    """How an expert takes texts (one of `USES`): it classifies them with a head, else it writes them."""
     if head_file(sources, expert) is not None or sources.head_config(expert.name) is not None:
         return "text"
     if sources.model.config.is_encoder_decoder:
@@ -174,9 +169,9 @@ def check_tokens(sources: Sources, batch: dict[str, Any]) -> None:
     for name in ("input_ids", "decoder_input_ids", "labels"):
         ids, rows = batch.get(name), vocabulary(sources.model)
         if name == "input_ids" and isinstance(ids, torch.Tensor) and not ids.numel():
-            raise ValueError("a batch of examples has no tokens at all")
+            raise InputError("a batch of examples has no tokens at all")
         if isinstance(ids, torch.Tensor) and rows is not None and ids.numel() and int(ids.max()) >= rows:
-            raise ValueError(
+            raise InputError(
                 f"token {int(ids.max())} in {name}, but {sources.base.path} has {rows} embeddings: the tokenizer is "
                 "another model's"
             )
@@ -191,7 +186,7 @@ def check_format(sources: Sources) -> None:
     name = sources.recipe.format
     for where, module in block_linears(sources.model) if FORMATS[name].NEEDS_LINEAR else []:
         if not isinstance(module, nn.Linear):
-            raise ValueError(f"format: {name} cannot hold {where}, a {type(module).__name__}: use dequantized")
+            raise InputError(f"format: {name} cannot hold {where}, a {type(module).__name__}: use dequantized")
 
 
 def check_head(sources: Sources, expert: Expert, evaluation: Examples | None) -> None:
@@ -204,17 +199,17 @@ def check_head(sources: Sources, expert: Expert, evaluation: Examples | None) ->
     if file is None:
         scored = None if evaluation is None else metric_of(evaluation)
         if scored == "accuracy" and sources.head_config(expert.name) is None:
-            raise ValueError(f"{place}: evaluation needs a head, and neither {HEAD_FILE} nor a task head is there")
+            raise InputError(f"{place}: evaluation needs a head, and neither {HEAD_FILE} nor a task head is there")
         return
     head = load_head(file)
     taken = head.weight if head.projection is None else head.projection
     features, width = taken.shape[1], getattr(sources.model.config, "hidden_size", None)
     if width is not None and features != width * (2 if head.pooling == "cls_mean" else 1):
-        raise ValueError(f"{place}: {file} takes {features} features, but the model's hidden size is {width}")
+        raise InputError(f"{place}: {file} takes {features} features, but the model's hidden size is {width}")
     labels = None if evaluation is None else evaluation.labels
     if labels is not None and not 0 <= labels.min() <= labels.max() < len(head.weight):
         wrong = labels.min() if labels.min() < 0 else labels.max()
-        raise ValueError(f"{place}.evaluation: label {wrong} but the head has {len(head.weight)} classes")
+        raise InputError(f"{place}.evaluation: label {wrong} but the head has {len(head.weight)} classes")
 
 
 def check_task_classes(sources: Sources) -> None:
@@ -230,7 +225,7 @@ def check_task_classes(sources: Sources) -> None:
         try:
             NativeHead(sources.model, config["architectures"][0], config, sources.head_tensors(expert.name))
         except ValueError as error:
-            raise ValueError(f"expert {expert.name}: {error} ({sources.experts[expert.name].path})") from None
+            raise InputError(f"expert {expert.name}: {error} ({sources.experts[expert.name].path})") from None
 
 
 def check_scored(sources: Sources, examples: Examples, data: Data | None) -> None:
@@ -241,9 +236,9 @@ def check_scored(sources: Sources, examples: Examples, data: Data | None) -> Non
     """
     metric, model = metric_of(examples), sources.model
     if metric == "accuracy" and examples.labels is None:
-        raise ValueError(f"{data.path or data.dataset if data else 'python objects'} has no labels")
+        raise InputError(f"{data.path or data.dataset if data else 'python objects'} has no labels")
     if metric == "log_perplexity" and (not model.can_generate() or model.config.is_encoder_decoder):
-        raise ValueError(
+        raise InputError(
             f"{examples.kind} examples are scored by perplexity, which {type(model).__name__} does not give"
         )
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
 from torch import Tensor, nn
 
 from epmq.calibration.engine import load_outside, quantize_calibrated, quantize_nearest
@@ -20,22 +20,32 @@ from epmq.calibration.offload import Offloader
 from epmq.calibration.teacher import Calibration
 from epmq.data.encoding import encode, load_processor, split_first, to_device
 from epmq.data.readers import Examples
+from epmq.errors import InputError
+from epmq.files import hash_file, whole_directory, write_json
 from epmq.merging.experts import Sources
 from epmq.models.blocks import find_stacks, use_fast_matmul
 from epmq.models.heads import Head
 from epmq.models.meta import why_not_direct
 from epmq.models.multitask import MultiTaskModel, NativeHead, load, load_any_head
-from epmq.models.writer import whole_directory, write_json
 from epmq.pipeline.evaluation import SHARES, metric_of, scorer_of
-from epmq.pipeline.journal import Block, Workdir, hash_batches, hash_file, remove_stale_workdir, resumable
+from epmq.pipeline.journal import Block, Workdir, hash_batches, remove_stale_workdir, resumable
 from epmq.pipeline.output import write_merged, write_quantized, write_rest
-from epmq.pipeline.prepare import Objects, PreparedRun, check_head, device, examples_of, head_file, prepare
+from epmq.pipeline.prepare import Objects, PreparedRun, check_head, examples_of, head_file, prepare
 from epmq.pipeline.verify import check_reloaded, check_stored
 from epmq.quantization.grid import QuantizedTensor
 from epmq.recipe import Expert, Recipe, load_recipe
 from epmq.reporting import report as reporting
 from epmq.reporting.page import run_of, write_page
-from epmq.runtime import gc_frozen
+from epmq.runtime import (
+    gc_frozen,
+    hardware,
+    now,
+    peak_memory_mb,
+    progress_bars,
+    reset_peak_memory,
+    select_device,
+    versions,
+)
 
 # Examples on which the layers of each block are sorted by what they read and where they write.
 TRIED = 2
@@ -77,11 +87,11 @@ def run(
     """
     recipe = load_recipe(recipe)
     if recipe.output is None:
-        raise ValueError("recipe: field 'output' is missing")
+        raise InputError("recipe: field 'output' is missing")
     remove_stale_workdir(recipe.output)
-    reporting.reset_peak_memory()
+    reset_peak_memory()
     clocks: dict[str, dict[str, float]] = {"seconds": {}, "cpu_seconds": {}}
-    with bars(progress) as bar, ExitStack() as stack:
+    with progress_bars(progress) as bar, ExitStack() as stack:
         with _timed(clocks, "open"):
             job = prepare(recipe, bar, evaluate=evaluate, calibration=calibration, evaluation=evaluation)
         stack.enter_context(gc_frozen())  # all modules are imported
@@ -98,12 +108,12 @@ def run(
             work = place.output
             with _timed(clocks, "merge and quantize"):
                 layers, heads, bytes_ = write_model(job, place, batches, bar)
-        peak = reporting.peak_memory_mb()
+        peak = peak_memory_mb()
         report: dict[str, Any] = {
-            "date": reporting.now(),
+            "date": now(),
             "recipe": job.recipe.model_dump(mode="json"),
-            "versions": reporting.versions(),
-            "hardware": reporting.hardware(),
+            "versions": versions(),
+            "hardware": hardware(),
             "output": recipe.output,
             "bytes": bytes_,
             "peak_memory_mb": peak,
@@ -121,7 +131,7 @@ def run(
         }
         if job.evaluation:
             with _timed(clocks, "evaluate"):
-                scores = evaluate_model(load(work, device(recipe)), job.evaluation, recipe, bar)
+                scores = evaluate_model(load(work, select_device(recipe.device)), job.evaluation, recipe, bar)
             report |= score_report(job.evaluation, scores)
         write_json(work / reporting.REPORT, report)
         write_page(work / reporting.PAGE, [run_of(report)])
@@ -155,7 +165,7 @@ def write_model(
     Returns:
         one report a quantized layer, one a head that follows the model, and the bytes of all weights.
     """
-    recipe, sources, target = job.recipe, job.sources, device(job.recipe)
+    recipe, sources, target = job.recipe, job.sources, select_device(job.recipe.device)
     journal, block = work.journal(recipe.quantize.grid), Block()
 
     def emit(name: str, tensor: Tensor) -> None:
@@ -212,7 +222,7 @@ def _calibration(job: PreparedRun) -> list[Calibration]:
     recipe, sources, found = job.recipe, job.sources, list[Calibration]()
     for expert in recipe.experts if recipe.quantize.calibrates else ():
         encoded = encode(job.calibration[expert.name], job.processor, recipe.batch_size, recipe.max_length)
-        batches = [to_device(batch, device(recipe)) for batch in encoded]
+        batches = [to_device(batch, select_device(recipe.device)) for batch in encoded]
         if not found:
             batches = split_first(batches, TRIED)
         found.append(Calibration(expert.name, batches, partial(_guiding_head, sources, expert)))
@@ -231,7 +241,7 @@ def inputs_of(job: PreparedRun, calibration: list[Calibration]) -> dict[str, Any
     files |= {file for expert in job.recipe.experts if (file := head_file(job.sources, expert)) is not None}
     return {
         "recipe": recipe,
-        "versions": reporting.versions(),
+        "versions": versions(),
         "files": {str(file): hash_file(file) for file in sorted(files)},
         "calibration": {part.task: hash_batches(part.batches) for part in calibration},
     }
@@ -269,8 +279,10 @@ def evaluate_checkpoint(
     """
     recipe = load_recipe(recipe)
     _, evaluation = _evaluation(recipe)
-    with bars(progress) as bar:
-        return score_report(evaluation, evaluate_model(load(path, device(recipe)), evaluation, recipe, bar))
+    with progress_bars(progress) as bar:
+        return score_report(
+            evaluation, evaluate_model(load(path, select_device(recipe.device)), evaluation, recipe, bar)
+        )
 
 
 def evaluate_experts(
@@ -288,11 +300,11 @@ def evaluate_experts(
     recipe = load_recipe(recipe)
     sources, evaluation = _evaluation(recipe)
     scores: dict[str, float] = {}
-    with bars(progress) as bar:
+    with progress_bars(progress) as bar:
         for expert in recipe.experts:
             if expert.name not in evaluation:
                 continue
-            backbone = sources.whole_model(None if base else expert.name, device(recipe))
+            backbone = sources.whole_model(None if base else expert.name, select_device(recipe.device))
             head = _expert_head(sources, expert, backbone)
             heads = {} if head is None else {expert.name: head}
             model = MultiTaskModel(backbone, heads, load_processor(sources.base.path))
@@ -323,7 +335,7 @@ def _guiding_head(sources: Sources, expert: Expert, backbone: nn.Module) -> Head
 
 def _evaluation(recipe: Recipe) -> tuple[Sources, dict[str, Examples]]:
     if all(expert.evaluation is None for expert in recipe.experts):
-        raise ValueError("recipe: no expert has evaluation data")
+        raise InputError("recipe: no expert has evaluation data")
     sources = Sources(recipe)
     processor = load_processor(sources.base.path)
     found = {}
@@ -372,20 +384,6 @@ def _raised(recipe: Recipe, layers: list[dict[str, Any]]) -> list[str]:
         for name, start in wanted.items()
         if layer[name] not in (None, start)
     ]
-
-
-def bars(show: bool) -> Progress:
-    """Progress bars on standard error."""
-    from rich.console import Console
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, console=Console(stderr=True), disable=not show)
 
 
 @contextmanager

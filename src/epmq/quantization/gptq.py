@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from epmq.errors import InputError
 from epmq.matmul import matmul
 from epmq.quantization.factor import Factor, factorize
 from epmq.quantization.grid import Grid, QuantizedTensor
@@ -124,7 +125,7 @@ def rtn_fallback(
     """
     largest = solved.scale.abs().max() * -solved.grid.lowest  # in the dtype of the scales, as weights are
     if not (torch.isfinite(largest) and torch.isfinite(loss).all()):
-        raise ValueError("scales or losses are not finite: weights or inputs are too large for their dtype")
+        raise InputError("scales or losses are not finite: weights or inputs are too large for their dtype")
     some = torch.arange(0, len(target), -(-len(target) // CHECKED), device=target.device)
     exchanged = torch.zeros(len(target), dtype=torch.bool, device=target.device)
     if float(_nearest(solved, target, hessian, some)[1].sum()) >= (1 - SLACK) * float(loss[some].sum()):

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from epmq.errors import InputError
+
 BITS = (2, 3, 4, 8)
 GROUP_SIZES = (-1, 32, 64, 128)
 
@@ -44,7 +46,7 @@ class Grid:
         if self.group_size == -1:
             return columns
         if columns % self.group_size:
-            raise ValueError(f"group size {self.group_size} does not divide {columns} input columns")
+            raise InputError(f"group size {self.group_size} does not divide {columns} input columns")
         return self.group_size
 
     def scales(self, weight: Tensor, dtype: torch.dtype = torch.float32, shrink: float = 1.0) -> tuple[Tensor, Tensor]:

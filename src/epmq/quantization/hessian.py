@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from epmq.errors import InputError
 from epmq.matmul import addmm_, transposed
 
 # Rows of the Gram matrix that are added up at once, at least; what lies below them is left to symmetry.
@@ -62,7 +63,7 @@ class Moments:
             ValueError: no token was seen.
         """
         if self.count == 0:
-            raise ValueError("no calibration token reached this layer")
+            raise InputError("no calibration token reached this layer")
         gram = self._gram / self.count
         for start, end in self._parts():
             gram[end:, start:end] = gram[start:end, end:].T

@@ -21,6 +21,7 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
+from epmq.errors import InputError
 from epmq.matmul import addmm_
 from epmq.quantization.factor import Factor, factorize
 from epmq.quantization.hessian import Moments
@@ -114,7 +115,7 @@ class Objective:
             ValueError: the moments are not finite.
         """
         if not torch.isfinite(self.hessian.diagonal()).all():  # G_ij² ≤ G_ii G_jj
-            raise ValueError("the layer's inputs hold NaN or Inf")
+            raise InputError("the layer's inputs hold NaN or Inf")
         hessian = self.hessian.clone()
         hessian.diagonal().add_(strength * self._unit())
         return hessian
@@ -137,7 +138,7 @@ class Objective:
                     self._factored = (strength, act_order), factorize(self.damped(raised), act_order), raised
                     break
             else:
-                raise ValueError(f"the Hessian is not positive definite, even with {raised:g} times its mean diagonal")
+                raise InputError(f"the Hessian is not positive definite, even with {raised:g} times its mean diagonal")
         return self._factored[1:]
 
     def target(self, strength: float, act_order: bool = True) -> tuple[Tensor, float]:

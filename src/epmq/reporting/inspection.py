@@ -9,7 +9,8 @@ from typing import Any
 from rich.table import Table
 
 from epmq.errors import error_context
-from epmq.models.checkpoint import Checkpoint, architecture_of, read_json, resolve
+from epmq.files import read_json
+from epmq.models.checkpoint import Checkpoint, architecture_of, resolve
 from epmq.models.multitask import HEADS
 from epmq.reporting.page import by_block
 from epmq.reporting.report import REPORT, score_title, shown_scores

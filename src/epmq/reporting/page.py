@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from epmq.errors import error_context
+from epmq.errors import InputError, MissingError, error_context
 from epmq.pipeline.evaluation import gap_recovered, show_score
 from epmq.reporting import charts
 from epmq.reporting.report import REPORT
@@ -132,7 +132,7 @@ def read_runs(paths: Iterable[Path]) -> tuple[list[Run], Scores | None]:
     for path in paths:
         file = path / REPORT if path.is_dir() else path
         if not file.exists():
-            raise FileNotFoundError(f"{file}: missing; give output directories of epmq run, or their {REPORT}")
+            raise MissingError(f"{file}: missing; give output directories of epmq run, or their {REPORT}")
         content = _read(file)
         try:
             if isinstance(content, list):
@@ -142,7 +142,7 @@ def read_runs(paths: Iterable[Path]) -> tuple[list[Run], Scores | None]:
             else:
                 runs.append(run_of(content))
         except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{file}: not a report of epmq ({type(error).__name__}: {error})") from None
+            raise InputError(f"{file}: not a report of epmq ({type(error).__name__}: {error})") from None
     return runs, experts
 
 
@@ -160,7 +160,7 @@ def read_experts(path: Path) -> Scores:
     content = _read(path)
     found = content.get("experts", content) if isinstance(content, dict) else None
     if not isinstance(found, dict) or not isinstance(found.get("scores"), dict):
-        raise ValueError(f"{path}: no experts' scores; make it with epmq eval DIR RECIPE --experts --json")
+        raise InputError(f"{path}: no experts' scores; make it with epmq eval DIR RECIPE --experts --json")
     return Scores(found["scores"], found.get("mean_score"))
 
 

@@ -2,13 +2,6 @@
 
 from __future__ import annotations
 
-import platform
-import resource
-import sys
-from contextlib import suppress
-from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -16,53 +9,6 @@ if TYPE_CHECKING:
 
 # Files of an output that tell of times, and so differ from run to run.
 REPORT, PAGE, CARD = TIMED = ("report.json", "report.html", "README.md")
-PACKAGES = ("epmq", "torch", "transformers", "compressed-tensors", "safetensors", "numpy")
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide the result."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
-
-
-def hardware() -> dict[str, Any]:
-    """Processor, threads and accelerator."""
-    import torch
-
-    cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"machine": platform.machine(), "threads": torch.get_num_threads(), "accelerator": cuda}
-
-
-def now() -> str:
-    """UTC, to the second, ISO 8601."""
-    return datetime.now(timezone.utc).replace(microsecond=0).isoformat()
-
-
-def reset_peak_memory() -> None:
-    """Start measuring the peak of resident memory anew (Linux; elsewhere the peak stays that of the process)."""
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def memory_mb(field: str = "VmRSS") -> float:
-    """Resident memory now, in MB of 10⁶ bytes, or another line of the process's status; without one, the peak."""
-    try:
-        status = Path("/proc/self/status").read_text()
-        line = next(line for line in status.splitlines() if line.startswith(field))
-        return round(int(line.split()[1]) * 1024 / 1e6, 1)
-    except (OSError, StopIteration):
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return round(peak * (1 if sys.platform == "darwin" else 1024) / 1e6, 1)
-
-
-def peak_memory_mb() -> float:
-    """Peak resident memory since `reset_peak_memory`, in MB of 10⁶ bytes."""
-    return memory_mb("VmHWM")
 
 
 def score_title(report: dict[str, Any]) -> str:

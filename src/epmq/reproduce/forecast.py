@@ -19,16 +19,16 @@ from typing import Any
 import torch
 
 from epmq.data.readers import Examples
+from epmq.errors import InputError
+from epmq.files import hash_file
 from epmq.merging.experts import Sources
 from epmq.models.checkpoint import PATTERNS, SINGLE
 from epmq.models.meta import named_class, tied_names
 from epmq.pipeline.cost import Plan, plan_of, streaming
-from epmq.pipeline.journal import hash_file
 from epmq.pipeline.prepare import PreparedRun
-from epmq.pipeline.run import bars
-from epmq.reporting.report import hardware
 from epmq.reproduce.run import chosen
 from epmq.reproduce.tables import DATASETS, Row, Shape, Table, load_table, located, recipe_of
+from epmq.runtime import hardware, progress_bars
 
 # Examples that a statement on scoring is about.
 SCORED = 1000
@@ -102,7 +102,7 @@ def forecast(
     for row in rows:
         if row.merge is not None:
             kinds.setdefault((row.merge, row.method), row)
-    with bars(progress) as bar, stub_models(table) as folder:
+    with progress_bars(progress) as bar, stub_models(table) as folder:
         opening: float | None = None
         for row in bar.track(list(kinds.values()), description="plan"):
             recipe = recipe_of(table, row, table.base, {}, hub=folder, limit=limit, device=device)
@@ -153,7 +153,7 @@ def _fetch(what: str, name: str, files: str, size: int | None, hub: Path | None)
 def _skeleton(shape: Shape) -> Any:
     kind = named_class(shape.model)
     if kind is None:
-        raise ValueError(f"shapes: transformers has no class {shape.model}")
+        raise InputError(f"shapes: transformers has no class {shape.model}")
     config = kind.config_class(**shape.config, dtype=shape.dtype)
     with torch.device("meta"):
         return kind(config)

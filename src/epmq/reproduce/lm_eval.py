@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from torch import nn
 
+from epmq.errors import InputError
 from epmq.reproduce.tables import DATASETS, Scored, located
 
 MISSING = "needs lm-eval (pip install 'epmq[lm-eval]')"
@@ -44,7 +45,7 @@ def lm_eval(
     evaluate, model_of = library()
     known = _known()
     if unknown := [name for name in tasks if name not in known.task_index]:
-        raise ValueError(f"lm-eval has no task {unknown[0]}")
+        raise InputError(f"lm-eval has no task {unknown[0]}")
     with tempfile.TemporaryDirectory(prefix="epmq-") as folder:
         wanted = []
         for name, scored in tasks.items():
@@ -62,7 +63,7 @@ def lm_eval(
     for name, scored in tasks.items():
         if scored.metric not in found[name]:
             metrics = ", ".join(key for key in found[name] if key not in ("alias", "name") and "stderr" not in key)
-            raise ValueError(f"lm-eval's task {name} has no metric {scored.metric}; it has {metrics}")
+            raise InputError(f"lm-eval's task {name} has no metric {scored.metric}; it has {metrics}")
     return {name: float(found[name][scored.metric]) for name, scored in tasks.items()}
 
 
@@ -92,5 +93,5 @@ def library() -> tuple[Any, Any]:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
     except ImportError as error:
-        raise ValueError(f"{MISSING} ({error})") from None
+        raise InputError(f"{MISSING} ({error})") from None
     return simple_evaluate, HFLM

@@ -14,20 +14,20 @@ from typing import Any
 from torch import nn
 
 from epmq.data.encoding import load_processor, tokenizer_of
-from epmq.demo.fetch import cache_dir
+from epmq.errors import InputError, OutputExistsError
+from epmq.files import cache_dir, differences, write_whole
 from epmq.merging.experts import Sources
 from epmq.models.blocks import use_fast_matmul
 from epmq.models.multitask import load
-from epmq.pipeline.journal import differences, write_whole
-from epmq.pipeline.prepare import device as device_of
 from epmq.pipeline.run import evaluate_experts, run
 from epmq.recipe import Recipe
 from epmq.reporting.page import Scores, page, run_of
-from epmq.reporting.report import PAGE, hardware, now, versions
+from epmq.reporting.report import PAGE
 from epmq.reproduce.lm_eval import library, lm_eval
 from epmq.reproduce.results import markdown, row_result, with_published
 from epmq.reproduce.tables import Row, Table, base_of, load_table, recipe_of
 from epmq.reproduce.zeroshot import text_heads
+from epmq.runtime import hardware, now, select_device, versions
 
 RESULTS, MARKDOWN = "table.json", "table.md"
 REPORTS, CHECKPOINTS = "reports", "checkpoints"
@@ -111,7 +111,7 @@ def chosen(table: Table, merges: Sequence[str], methods: Sequence[str], bits: Se
         ("bits", bits, table.bits),
     ):
         if unknown := [value for value in given if value not in known]:
-            raise ValueError(f"{field}: the table has no {unknown[0]}; it has {', '.join(map(str, known))}")
+            raise InputError(f"{field}: the table has no {unknown[0]}; it has {', '.join(map(str, known))}")
 
     def among(row: Row) -> bool:
         if row.merge is None:
@@ -164,17 +164,17 @@ def _run_lm(
 def _models(table: Table, row: Row, recipe: Recipe) -> Iterator[tuple[nn.Module, Any, list[str]]]:
     """Each model of a row, its tokenizer and the tasks that it is scored on: an expert's own, or all."""
     if row.merge is not None:
-        found = load(str(recipe.output), device_of(recipe))
+        found = load(str(recipe.output), select_device(recipe.device))
         use_fast_matmul(found.backbone)  # as base and experts are
         yield found.backbone, tokenizer_of(found.processor), list(table.tasks)
         return
     sources = Sources(recipe)
     tokenizer = tokenizer_of(load_processor(sources.base.path))
     if row.method == "base":
-        yield sources.whole_model(None, device_of(recipe)), tokenizer, list(table.tasks)
+        yield sources.whole_model(None, select_device(recipe.device)), tokenizer, list(table.tasks)
         return
     for task in table.tasks:
-        yield sources.whole_model(task, device_of(recipe)), tokenizer, [task]
+        yield sources.whole_model(task, select_device(recipe.device)), tokenizer, [task]
 
 
 def made(recipe: Recipe) -> dict[str, Any] | None:
@@ -193,11 +193,11 @@ def _earlier(output: Path, settings: Mapping[str, Any], resume: bool) -> dict[st
     if not file.exists():
         return {}
     if not resume:
-        raise FileExistsError(f"{file} exists already: go on with --resume, or give another folder")
+        raise OutputExistsError(f"{file} exists already: go on with --resume, or give another folder")
     before = json.loads(file.read_text(encoding="utf-8"))
     old = {"table": before.get("table"), "limit": before.get("limit"), "versions": before.get("versions")}
     if changes := "; ".join(differences(old, json.loads(json.dumps(settings)))):
-        raise ValueError(f"{file} was made otherwise ({changes}): give another folder")
+        raise InputError(f"{file} was made otherwise ({changes}): give another folder")
     return {row["row"]: row for row in before["rows"] if "mean" in row}
 
 

@@ -13,8 +13,10 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from epmq.errors import InputError, MissingError
+from epmq.files import parse_yaml
 from epmq.models.checkpoint import INDEX, SINGLE, resolve
-from epmq.recipe import Data, Expert, Merge, Quantize, Recipe, Strict, explain, read_yaml
+from epmq.recipe import Data, Expert, Merge, Quantize, Recipe, Strict, explain
 from epmq.reproduce.zeroshot import check_template
 
 # What a row is that no quantizer made.
@@ -45,11 +47,11 @@ class Task(Strict):
     @model_validator(mode="after")
     def _fits(self) -> Task:
         if self.data.split is not None or self.data.samples is not None:
-            raise ValueError("data: split and samples are the table's to say")
+            raise InputError("data: split and samples are the table's to say")
         if (self.classes is None) != (self.templates is None):
-            raise ValueError("classes, templates: a head from the text tower needs both")
+            raise InputError("classes, templates: a head from the text tower needs both")
         if (self.evaluation is None) == (self.lm_eval is None):
-            raise ValueError("evaluation, lm_eval: a task is scored on a split or by lm-eval")
+            raise InputError("evaluation, lm_eval: a task is scored on a split or by lm-eval")
         return self
 
     @field_validator("templates")
@@ -71,9 +73,9 @@ class Published(Strict):
     @model_validator(mode="after")
     def _fits(self) -> Published:
         if (self.bits is None) != (self.method in WHOLE):
-            raise ValueError("bits: a quantizer's figure has them, and no other")
+            raise InputError("bits: a quantizer's figure has them, and no other")
         if (self.merge is None) != (self.method in ("base", "experts")):
-            raise ValueError("merge: base and experts have none, and every other figure has one")
+            raise InputError("merge: base and experts have none, and every other figure has one")
         return self
 
 
@@ -111,27 +113,27 @@ class Table(Strict):
     @model_validator(mode="after")
     def _fits(self) -> Table:
         if isinstance(self.experts, str) and "{task}" not in self.experts:
-            raise ValueError("experts: has no {task}, the place of a task's name")
+            raise InputError("experts: has no {task}, the place of a task's name")
         if isinstance(self.experts, dict) and set(self.experts) != set(self.tasks):
-            raise ValueError(f"experts: needs exactly the tasks {', '.join(self.tasks)}")
+            raise InputError(f"experts: needs exactly the tasks {', '.join(self.tasks)}")
         if "base" not in self.shapes:
-            raise ValueError("shapes: the base's is missing")
+            raise InputError("shapes: the base's is missing")
         ways = {name: task.lm_eval is None for name, task in self.tasks.items()}
         if len(set(ways.values())) > 1:
-            raise ValueError("tasks: either all are scored by lm-eval or none")
+            raise InputError("tasks: either all are scored by lm-eval or none")
         rows = {(row.merge, row.method) for row in self.rows()}
         for bits in self.bits:
             for name, settings in self.methods.items():
                 try:
                     Quantize(**settings, bits=bits, group_size=self.group_size)
                 except (ValidationError, TypeError) as error:
-                    raise ValueError(f"methods.{name}: {_first(error)}") from None
+                    raise InputError(f"methods.{name}: {_first(error)}") from None
         for figure in self.published:
             for task in figure.scores:
                 if task not in self.tasks:
-                    raise ValueError(f"published: a score for {task!r}, which is no task")
+                    raise InputError(f"published: a score for {task!r}, which is no task")
             if figure.bits is not None and (figure.merge, figure.method) not in rows:
-                raise ValueError(f"published: no row is {figure.merge}, {figure.method}")
+                raise InputError(f"published: no row is {figure.merge}, {figure.method}")
         return self
 
     @property
@@ -196,31 +198,31 @@ def load_table(name: str | Path) -> Table:
     """
     path = Path(name) if Path(name).suffix in (".yaml", ".yml") else folder() / f"{name}.yaml"
     if not path.is_file():
-        raise FileNotFoundError(f"{name}: no such table; there are {', '.join(names())}, or give a .yaml file")
+        raise MissingError(f"{name}: no such table; there are {', '.join(names())}, or give a .yaml file")
     content = _mapping(path)
     listed, file = content.get("tasks"), content.pop("task_file", None)
     if file is not None:
         known = _mapping(path.parent / str(file))
         if not isinstance(listed, list) or not all(isinstance(task, str) for task in listed):
-            raise ValueError(f"{path}: tasks must be a list of names out of {file}")
+            raise InputError(f"{path}: tasks must be a list of names out of {file}")
         if missing := [task for task in listed if task not in known]:
-            raise ValueError(f"{path}: tasks: {', '.join(missing)} not in {file}")
+            raise InputError(f"{path}: tasks: {', '.join(missing)} not in {file}")
         content["tasks"] = {task: known[task] for task in listed}
     try:
         return Table.model_validate(content)
     except ValidationError as error:
-        raise ValueError(f"{path}: " + "; ".join(explain(e) for e in error.errors())) from None
+        raise InputError(f"{path}: " + "; ".join(explain(e) for e in error.errors())) from None
 
 
 def _mapping(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
+        raise MissingError(f"{path}: no such file")
     try:
-        content = read_yaml(path.read_text(encoding="utf-8"))
+        content = parse_yaml(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path}: not valid YAML ({error})") from None
+        raise InputError(f"{path}: not valid YAML ({error})") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: must be a mapping")
+        raise InputError(f"{path}: must be a mapping")
     return content
 
 

@@ -17,10 +17,10 @@ import torch
 from torch.nn.functional import normalize
 
 from epmq.data.encoding import load_processor, tokenizer_of
-from epmq.errors import error_context
+from epmq.errors import InputError, error_context
+from epmq.files import hash_file
 from epmq.models.checkpoint import Checkpoint
 from epmq.models.heads import POOLER, Head, save_head
-from epmq.pipeline.journal import hash_file
 
 # What the name of a cached head stands for beside its inputs; another way of computing heads needs another number.
 FORM = 1
@@ -37,9 +37,9 @@ def check_template(template: str) -> str:
     try:
         filled = template.format("name")
     except (IndexError, KeyError, ValueError) as error:
-        raise ValueError(f"template {template!r}: one {{}} is the place of the class's name") from error
+        raise InputError(f"template {template!r}: one {{}} is the place of the class's name") from error
     if filled == template:
-        raise ValueError(f"template {template!r}: has no {{}}, the place of the class's name")
+        raise InputError(f"template {template!r}: has no {{}}, the place of the class's name")
     return template
 
 
