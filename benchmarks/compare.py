@@ -51,7 +51,7 @@ def is_language(suite: ModuleType) -> bool:
 
 def default(suite: ModuleType) -> dict[str, Any]:
     """The default recipe of expert_guided, spelled out, so that a row can be told from one with other defaults."""
-    gc_frozen = spec.Quantize(method="expert_guided").gc_frozen(not is_language(suite))
+    gc_frozen = spec.Quantize(method="expert_guided").resolved(not is_language(suite))
     return {name: getattr(gc_frozen, name) for name in spec.GUIDED["expert_guided"]}
 
 

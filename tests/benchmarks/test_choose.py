@@ -66,5 +66,5 @@ def test_the_default_is_the_best_that_was_measured(heads):
     choices = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("choice-*.json"))]
     kinds = [not is_language(import_module(f"benchmarks.suites.{choice['suite']}")) for choice in choices]
     found = choose.best([choice for choice, kind in zip(choices, kinds) if kind is heads], heads)
-    settled = Quantize(method="expert_guided").settled(heads)
+    settled = Quantize(method="expert_guided").resolved(heads)
     assert kinds.count(heads) == 2 and found == {name: getattr(settled, name) for name in choose.FIELDS}

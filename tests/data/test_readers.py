@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from epmq.data.readers import Examples, Fields, from_objects, from_rows, read_dataset, read_examples
+from epmq.errors import InputError
 
 
 def lines(path: Path, *rows: object) -> Path:
@@ -76,7 +77,7 @@ def test_a_file_that_is_not_utf8_is_named(tmp_path):
     (tmp_path / "a.jsonl").write_bytes('{"text": "fine"}\n{"text": "naïve"}\n'.encode("latin-1"))
     with pytest.raises(ValueError, match=r"a\.jsonl, line 2: not UTF-8") as error:
         read_examples(tmp_path / "a.jsonl")
-    assert type(error.value) is ValueError
+    assert type(error.value) is InputError
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.npz", "folder"])

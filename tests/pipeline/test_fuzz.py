@@ -20,7 +20,7 @@ print(json.dumps(found))
 def test_damaged_files_end_in_one_error():
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", FUZZ],
-        cwd=Path(__file__).parent.parent,
+        cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
         timeout=240,

@@ -131,7 +131,7 @@ def changed_data(folder: Path, recipe: dict[str, Any], patch: pytest.MonkeyPatch
 
 
 def changed_version(folder: Path, recipe: dict[str, Any], patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("epmq.runtime.versions", lambda: {**versions(), "torch": "1.0"})
+    patch.setattr("epmq.pipeline.run.versions", lambda: {**versions(), "torch": "1.0"})
 
 
 CHANGES = [

@@ -287,7 +287,7 @@ def test_the_report_says_what_was_done(pool, tmp_path):
     report = run(recipe, progress=False)
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == report
     asked = epmq.load_recipe(recipe)
-    assert epmq.load_recipe(report["recipe"]) == asked.model_copy(update={"quantize": asked.quantize.settled(True)})
+    assert epmq.load_recipe(report["recipe"]) == asked.model_copy(update={"quantize": asked.quantize.resolved(True)})
     assert report["output"] == recipe["output"]
     assert report["versions"]["torch"] == version("torch")
     assert {"python", "epmq", "transformers", "compressed-tensors"} <= report["versions"].keys()

@@ -176,7 +176,7 @@ def test_experts_are_read_from_what_eval_prints(tmp_path):
 
 @pytest.mark.parametrize("suite", ["text8", "causal3"])
 def test_results_of_the_benchmarks_make_pages(suite):
-    results = Path(__file__).parent.parent / "benchmarks" / "results" / f"{suite}.json"
+    results = Path(__file__).parents[2] / "benchmarks" / "results" / f"{suite}.json"
     runs, experts = read_runs([results])
     rows = json.loads(results.read_text())
     wanted = [row["gap_recovered"] for row in rows if row["merge"] not in ("base", "experts")]
