@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import epmq
 from epmq.cli import app, main
 from epmq.pipeline.run import evaluate_checkpoint, evaluate_experts
-from epmq.recipe import load_recipe
+from epmq.recipe_file import load_recipe
 
 COMMANDS = ["run", "merge", "quantize", "eval", "inspect", "init", "demo", "reproduce"]
 ENVIRONMENT = {

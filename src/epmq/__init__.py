@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from epmq.models.multitask import MultiTaskModel, load
     from epmq.pipeline.cost import dry_run
     from epmq.pipeline.run import evaluate_checkpoint, evaluate_experts, merge, run
-    from epmq.recipe import Recipe, load_recipe
+    from epmq.recipe import Recipe
+    from epmq.recipe_file import load_recipe
 
 __version__ = "0.1.0"
 __all__ = [
@@ -40,7 +41,7 @@ _HOME = {
     "evaluate_checkpoint": "epmq.pipeline.run",
     "evaluate_experts": "epmq.pipeline.run",
     "load": "epmq.models.multitask",
-    "load_recipe": "epmq.recipe",
+    "load_recipe": "epmq.recipe_file",
     "merge": "epmq.pipeline.run",
     "run": "epmq.pipeline.run",
 }

@@ -12,7 +12,7 @@ from epmq.data.encoding import encode
 from epmq.merging.experts import Sources
 from epmq.models.blocks import hooks, linears
 from epmq.pipeline.run import prepare
-from epmq.recipe import load_recipe
+from epmq.recipe_file import load_recipe
 
 
 def quantized(pool: Path, **settings: Any) -> tuple[Sources, list[Calibration], list[Any], dict[str, Any]]:

@@ -12,7 +12,7 @@ from epmq.models.heads import Head
 from epmq.models.meta import load_model
 from epmq.pipeline.run import prepare
 from epmq.quantization.hessian import Moments
-from epmq.recipe import load_recipe
+from epmq.recipe_file import load_recipe
 
 
 @torch.no_grad()

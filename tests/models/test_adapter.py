@@ -29,7 +29,7 @@ from epmq.data.encoding import load_processor
 from epmq.merging.experts import Sources
 from epmq.models.adapter import CONFIG, Adapter
 from epmq.pipeline.run import evaluate_experts, merge, run
-from epmq.recipe import load_recipe
+from epmq.recipe_file import load_recipe
 
 WEIGHTS = "adapter_model.safetensors"
 TARGETS = {

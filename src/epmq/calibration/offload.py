@@ -1,6 +1,6 @@
 """Keep tensors in files while nobody reads them.
 
-Calibration activations grow with the number of examples, and a walk reads each of them a few times only. A tensor that
+Calibration activations grow with the number of examples, and calibration reads each of them a few times only. A tensor that
 is spilled stays wherever it is referred to, such as in a model's forward that waits: only its memory is the system's to
 take from then on, and is read back when it is touched.
 """

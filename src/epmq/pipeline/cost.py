@@ -38,7 +38,8 @@ from epmq.pipeline.measure import (
 )
 from epmq.pipeline.prepare import Objects, PreparedRun, prepare
 from epmq.pipeline.run import TRIED
-from epmq.recipe import Quantize, Recipe, load_recipe
+from epmq.recipe import Quantize, Recipe
+from epmq.recipe_file import load_recipe
 from epmq.runtime import gc_frozen, memory_mb, progress_bars, return_freed_memory, select_device
 
 FLOAT = 4  # bytes
