@@ -73,14 +73,14 @@ class LayerGroup:
         settings, weight = sources.recipe.quantize, sources.recipe.task_weight(task)
         self.tokens += moments.count
         if not settings.guided:
-            self.objective.add(moments, weight)
+            self.objective.add_task(moments, weight)
         elif stream is not None and self.sum is not None:
-            self.objective.add_outputs(moments, weight)
+            self.objective.add_target_task(moments, weight)
         else:
-            expert, shift = self.expert(sources, block, task), self.shift(sources, block, task)
-            self.objective.add(moments, weight, expert, shift, settings.expert_features or 0.0)
+            expert, bias_delta = self.expert(sources, block, task), self.bias_delta(sources, block, task)
+            self.objective.add_task(moments, weight, expert, bias_delta, settings.expert_features or 0.0)
 
-    def shift(self, sources: Sources, block: str, task: str) -> Tensor:
+    def bias_delta(self, sources: Sources, block: str, task: str) -> Tensor:
         """An expert's biases less those the layers keep, stacked: [out] float32; zero for layers without one."""
         parts = []
         for name, module, rows in zip(self.names, self.modules, self.rows):
@@ -175,4 +175,4 @@ class InputCollector:
         # very large tokens of a decoder, such as the first, would decide everything.
         size = theirs.square().mean(-1, keepdim=True).sqrt()
         size = size.clamp(min=max(SMALLEST * float(size.median()), 1e-6))
-        self.moments.add(inputs.float() / size, self.step.mask(inputs), wanted / size)
+        self.moments.add(inputs.float() / size, self.step.mask(inputs), targets=wanted / size)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from epmq.calibration.collect import LayerGroup, gather, place_of
-from epmq.calibration.head_refit import Fit, HeadRefitter
+from epmq.calibration.head_refit import HeadRefitter
 from epmq.calibration.offload import Offloader
 from epmq.calibration.residual import ResidualAdd, find_residual_adds
 from epmq.calibration.sequential import BlockStep, SequentialCalibrator, first_tensor
@@ -24,9 +24,12 @@ from epmq.models.heads import Head
 from epmq.models.meta import load_embeddings, materialize, set_tensor, to_meta
 from epmq.models.multitask import NativeHead
 from epmq.pipeline.journal import Block, Journal
-from epmq.quantization.gptq import gptq, hessian_loss, rtn, rtn_fallback, search_scales
+from epmq.quantization.gptq import gptq
 from epmq.quantization.grid import QuantizedTensor
+from epmq.quantization.hessian import hessian_loss
 from epmq.quantization.objective import Objective
+from epmq.quantization.ridge import RidgeFit
+from epmq.quantization.rtn import rtn, rtn_fallback
 from epmq.recipe import Quantize
 from epmq.runtime import return_freed_memory
 
@@ -34,7 +37,7 @@ Emit = Callable[[str, Tensor], None]
 EmitLayer = Callable[[str, nn.Module, QuantizedTensor], None]
 # Layers of a block that share an input, with the sum that they aim at, if any.
 LayerTarget = tuple[InputGroup, ResidualAdd | None]
-EmitHead = Callable[[str, Head | NativeHead, Fit], None]
+EmitHead = Callable[[str, Head | NativeHead, RidgeFit], None]
 
 
 @dataclass
@@ -116,8 +119,8 @@ def quantize_nearest(
             weight = as_matrix(layers[local], sources.merged(name))
             start = time.perf_counter()
             settings = sources.recipe.quantize
-            scales = search_scales(weight, settings.grid, weight.dtype) if settings.scales == "search" else None
-            quantized = rtn(weight, settings.grid, weight.dtype, scales)
+            search = settings.scales == "search"
+            quantized = rtn(weight, settings.grid, search=search, scale_dtype=weight.dtype)
             seconds = time.perf_counter() - start
             reports.append(LayerReport(f"{prefix}.{local}", list(weight.shape), local, seconds=seconds))
             emit_layer(f"{prefix}.{local}", layers[local], quantized)

@@ -8,8 +8,7 @@ so that on the shared model's features it gives the scores that the expert gives
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -19,79 +18,7 @@ from epmq.calibration.teacher import Calibration, Teacher
 from epmq.merging.experts import Sources
 from epmq.models.heads import Head
 from epmq.models.multitask import NativeHead
-
-# Candidates for the ridge, over the mean of the features' Gram diagonal.
-STRENGTHS = tuple(10 ** (power / 2) for power in range(-6, 5))
-
-
-@dataclass(frozen=True)
-class Fit:
-    """A head's last linear map, fitted.
-
-    Attributes:
-        weight: [classes, features] float32.
-        bias: [classes] float32, or None where the head has none.
-        strength: the ridge that was chosen, over the mean Gram diagonal.
-        before, after: mean squared error of the scores, as they are and left out one by one when fitted.
-    """
-
-    weight: Tensor
-    bias: Tensor | None
-    strength: float
-    before: float
-    after: float
-
-    def moved(self, head: Head) -> Head:
-        """A head with this map in place of its own."""
-        return replace(head, weight=self.weight.cpu(), bias=head.bias if self.bias is None else self.bias.cpu())
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """LAPACK rounds otherwise with another number of threads; what it gives must not depend on that."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def fit(features: Tensor, scores: Tensor, weight: Tensor, bias: Tensor | None) -> Fit:
-    """Fit a linear map that gives the wanted scores, near the one there is.
-
-    The ridge is the one with the least error on examples that are left out one by one, which has a closed form:
-    r_i / (1 − h_i) with the residual r_i and the leverage h_i (Allen 1974, PRESS).
-
-    Args:
-        features: of the shared model, [examples, features].
-        scores: what the expert gives, [examples, classes].
-        weight, bias: the map there is, [classes, features] and [classes] or None.
-    """
-    rows, left = features.double(), scores.double() - nn.functional.linear(features, weight, bias).double()
-    if bias is not None:  # a constant feature of the usual size
-        size = rows.square().mean().sqrt()
-        rows = torch.cat([rows, size.expand(len(rows), 1)], dim=1)
-    with one_thread():
-        values, vectors = torch.linalg.eigh(rows.T @ rows / len(rows))
-    turned = rows @ vectors
-    wanted = left.T @ turned / len(rows)
-
-    def error(strength: float) -> tuple[float, Tensor]:
-        inverse = 1 / (values.clamp(min=0) + strength * values.mean())
-        leverage = (turned.square() * inverse).sum(1) / len(rows)
-        move = wanted * inverse
-        rest = (left - turned @ move.T) / (1 - leverage).clamp(min=1e-6)[:, None]
-        return float(rest.square().mean()), move
-
-    (after, move), strength = min(((error(strength), strength) for strength in STRENGTHS), key=lambda item: item[0][0])
-    before = float(left.square().mean())
-    if not after < before:
-        return Fit(weight.float(), None if bias is None else bias.float(), float("inf"), before, before)
-    found = (move @ vectors.T).float()
-    if bias is None:
-        return Fit(weight.float() + found, None, strength, before, after)
-    return Fit(weight.float() + found[:, :-1], bias.float() + float(size) * found[:, -1], strength, before, after)
+from epmq.quantization.ridge import RidgeFit, fit_ridge
 
 
 class HeadRefitter:
@@ -124,12 +51,17 @@ class HeadRefitter:
             self._heads[part.task] = None
             self._sources.notes.append(f"the head of {part.task} stays as it is: it does not end in a linear layer")
 
-    def fits(self) -> Iterator[tuple[str, Head | NativeHead, Fit]]:
+    def fits(self) -> Iterator[tuple[str, Head | NativeHead, RidgeFit]]:
         """Task, head as it was and fit, for every task whose head can follow."""
         for task, features in self._features.items():
             head = self._heads[task]
             if head is not None:
-                yield task, head, fit(torch.cat(features), self._streams[task].scores(), *linear_map(head))
+                yield task, head, fit_ridge(torch.cat(features), self._streams[task].scores(), *linear_map(head))
+
+
+def with_weights(head: Head, fit: RidgeFit) -> Head:
+    """A head with the fitted map in place of its own."""
+    return replace(head, weight=fit.weight.cpu(), bias=head.bias if fit.bias is None else fit.bias.cpu())
 
 
 def scored_features(backbone: nn.Module, head: Head | NativeHead, batch: Batch) -> Tensor | None:

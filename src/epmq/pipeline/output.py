@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.progress import Progress
 
-from epmq.calibration.head_refit import Fit
+from epmq.calibration.head_refit import with_weights
 from epmq.export import FORMATS
 from epmq.files import write_json
 from epmq.models.blocks import LINEAR
@@ -16,6 +16,7 @@ from epmq.models.multitask import HEADS, NativeHead, save_native_head
 from epmq.models.writer import CheckpointWriter, byte_size, copy_processor
 from epmq.pipeline.journal import Journal
 from epmq.pipeline.prepare import PreparedRun, head_file
+from epmq.quantization.ridge import RidgeFit
 
 
 def write_quantized(job: PreparedRun, folder: Path, journal: Journal) -> tuple[list[str], int]:
@@ -49,7 +50,7 @@ def write_merged(job: PreparedRun, folder: Path, bar: Progress) -> int:
 
 
 def write_rest(
-    job: PreparedRun, folder: Path, quantized: list[str], fits: dict[str, tuple[Head | NativeHead, Fit]]
+    job: PreparedRun, folder: Path, quantized: list[str], fits: dict[str, tuple[Head | NativeHead, RidgeFit]]
 ) -> None:
     """Write all that is beside the weights: config, heads, processor."""
     _write_config(job, folder, quantized)
@@ -72,7 +73,7 @@ def _write_config(job: PreparedRun, folder: Path, quantized: list[str]) -> None:
     write_json(folder / "config.json", config)
 
 
-def _write_heads(job: PreparedRun, folder: Path, fits: dict[str, tuple[Head | NativeHead, Fit]]) -> None:
+def _write_heads(job: PreparedRun, folder: Path, fits: dict[str, tuple[Head | NativeHead, RidgeFit]]) -> None:
     """Write every task's head: the expert's own, or what became of it where it follows the model."""
     (folder / HEADS).mkdir()
     for expert in job.recipe.experts:
@@ -80,7 +81,7 @@ def _write_heads(job: PreparedRun, folder: Path, fits: dict[str, tuple[Head | Na
         tensors, fitted = job.sources.head_tensors(expert.name), fits.get(expert.name)
         if file is not None:
             head = load_head(file)
-            save_head(head if fitted is None else fitted[1].moved(head), target)
+            save_head(head if fitted is None else with_weights(head, fitted[1]), target)
         elif tensors:
             config = job.sources.head_config(expert.name)
             assert config is not None

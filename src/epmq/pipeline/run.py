@@ -15,7 +15,6 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 from epmq.calibration.engine import load_outside, quantize_calibrated, quantize_nearest
-from epmq.calibration.head_refit import Fit
 from epmq.calibration.offload import Offloader
 from epmq.calibration.teacher import Calibration
 from epmq.data.encoding import encode, load_processor, split_first, to_device
@@ -33,6 +32,7 @@ from epmq.pipeline.output import write_merged, write_quantized, write_rest
 from epmq.pipeline.prepare import Objects, PreparedRun, check_head, examples_of, head_file, prepare
 from epmq.pipeline.verify import check_reloaded, check_stored
 from epmq.quantization.grid import QuantizedTensor
+from epmq.quantization.ridge import RidgeFit
 from epmq.recipe import Expert, Recipe, load_recipe
 from epmq.reporting import report as reporting
 from epmq.reporting.page import run_of, write_page
@@ -51,8 +51,6 @@ from epmq.runtime import (
 TRIED = 2
 # Files of a model that a result can depend on.
 READ = (".json", ".safetensors", ".bin", ".txt", ".model", ".jinja")
-# What the report says about a head that follows the model.
-FIT = ("strength", "before", "after")
 
 
 def run(
@@ -174,10 +172,10 @@ def write_model(
     def emit_layer(name: str, layer: nn.Module, weight: QuantizedTensor) -> None:
         block.layers[name] = weight
 
-    fits: dict[str, tuple[Head | NativeHead, Fit]] = {}
+    fits: dict[str, tuple[Head | NativeHead, RidgeFit]] = {}
     outputs: list[Tensor] = []
 
-    def emit_head(task: str, head: Head | NativeHead, found: Fit) -> None:
+    def emit_head(task: str, head: Head | NativeHead, found: RidgeFit) -> None:
         fits[task] = head, found
 
     if recipe.quantize.method == "rtn":
@@ -213,7 +211,7 @@ def write_model(
         check_stored(work.output, journal, sources.model)
     for output in outputs:
         check_reloaded(work.output, calibration[0].batches[0], output)
-    heads = {task: {name: getattr(fit, name) for name in FIT} for task, (_, fit) in fits.items()}
+    heads = {task: {"strength": fit.ridge, "before": fit.before, "after": fit.after} for task, (_, fit) in fits.items()}
     return layers, heads, bytes_
 
 
