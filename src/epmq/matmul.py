@@ -24,7 +24,8 @@ def uses_onednn() -> bool:
         return False
     capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
     suitable = bool(capabilities.get("avx512_f") and capabilities.get("sse4a"))  # SSE4a is AMD's alone
-    return suitable and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    available = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return suitable and available and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def matmul(left: Tensor, right: Tensor) -> Tensor:
@@ -90,4 +91,5 @@ def _onednn(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
     """left · rightᵀ + bias."""
     if not (right.is_contiguous() or right.T.is_contiguous()):  # for which oneDNN has nothing but a loop of scalars
         right = right.T.contiguous().T if right.stride(0) == 1 else right.contiguous()
-    return torch.ops.mkldnn._linear_pointwise(left, right, bias, "none", [], "")
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(left, right, bias, "none", [], "")
+    return product

@@ -167,9 +167,3 @@ def test_split_cuts_stacked_layers_apart(grid):
         alone = rtn(part, grid)
         assert torch.equal(found.codes, alone.codes) and torch.equal(found.dequantize(), alone.dequantize())
         assert torch.equal(found.scale, alone.scale) and torch.equal(found.zero_point, alone.zero_point)
-
-
-def test_stored_bits_count_codes_scales_and_zero_points():
-    weight = torch.randn(10, 64)
-    assert rtn(weight, Grid(4)).stored_bits == 640 * 4 + 10 * 32
-    assert rtn(weight, Grid(3, 32, False), scale_dtype=torch.bfloat16).stored_bits == 640 * 3 + 20 * 16 + 20 * 3

@@ -59,7 +59,8 @@ class Factor:
         """The inverse of a diagonal block of U."""
         corner = self.upper[start:end, start:end]
         identity = torch.eye(end - start, dtype=corner.dtype, device=corner.device)
-        return torch.linalg.solve_triangular(corner, identity, upper=True, unitriangular=True)
+        inverse: Tensor = torch.linalg.solve_triangular(corner, identity, upper=True, unitriangular=True)
+        return inverse
 
 
 def factorize(hessian: Tensor, act_order: bool = True) -> Factor:
@@ -103,7 +104,7 @@ def factorize(hessian: Tensor, act_order: bool = True) -> Factor:
 
 
 def _subtract_done(rows: Tensor, upper: Tensor, curvature: Tensor, done: slice, own: slice) -> None:
-    """Subtract from some rows of H, from their diagonal on, what the rows of U that are done give: U[done]ᵀ D U[done]."""
+    """Subtract U[done]ᵀ D U[done], the share of the rows of U that are done, from rows of H, from the diagonal on."""
     scaled = upper[done, own] * curvature[done, None]
     addmm_(rows, scaled.T, upper[done, own.start :], alpha=-1)
 

@@ -84,7 +84,7 @@ def _choose_codes(target: Tensor, factor: Factor, grid: Grid, scale: Tensor, zer
     loss = torch.zeros_like(target[:, 0])
     codes = torch.empty(columns, rows, dtype=torch.int8, device=target.device)
     with torch.inference_mode():  # for calls that cost less
-        blocks = {size: _Block(size, target, grid) for size in {len(part) for part in order.split(width)}}
+        blocks = {size: _Block(size, target, grid) for size in {len(part) for part in torch.split(order, width)}}
         for start in reversed(range(0, columns, width)):
             free, fixed = slice(start, start + width), slice(start + width, columns)
             group = groups[free]

@@ -131,7 +131,7 @@ class Objective:
         if self._factored is None or self._factored[0] != (ridge, act_order):
             self._factored = None  # two at a time would be the peak of the memory
             for raised in damping_schedule(ridge):
-                with suppress(torch.linalg.LinAlgError):
+                with suppress(torch.linalg.LinAlgError):  # type: ignore[attr-defined]
                     self._factored = (ridge, act_order), factorize(self.damped(raised), act_order), raised
                     break
             else:

@@ -31,7 +31,7 @@ def search_scales(
         ValueError: the group size does not divide the columns.
     """
     rows = len(weight) if weight.device.type != "cpu" else max(1, CHUNK // weight.shape[1])
-    scales, zeros = zip(*(_search(chunk, grid, scale_dtype, importance) for chunk in weight.split(rows)))
+    scales, zeros = zip(*(_search(chunk, grid, scale_dtype, importance) for chunk in torch.split(weight, rows)))
     return torch.cat(scales), torch.cat(zeros)
 
 
