@@ -61,10 +61,10 @@ def test_drift_is_the_mixed_moment():
     inputs, own = torch.randn(40, 8).double(), torch.randn(40, 8).double()
     merged, expert, alpha = torch.randn(3, 8).double(), torch.randn(3, 8).double(), 0.3
     moments = Moments(8)
-    moments.add(inputs, beside=own - inputs)
+    moments.add(inputs, drift=own - inputs)
     mixed = (1 - alpha) * inputs + alpha * own
     wanted = expert @ (mixed.T @ inputs) / 40 - merged @ (inputs.T @ inputs) / 40
-    found = (expert - merged).float() @ moments.gram + alpha * expert.float() @ moments.cross
+    found = (expert - merged).float() @ moments.gram + alpha * expert.float() @ moments.input_drift
     torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-5)
 
 

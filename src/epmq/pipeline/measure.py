@@ -22,10 +22,10 @@ from epmq.merging.experts import Sources
 from epmq.models.blocks import as_matrix, find_stacks, hooks, linears
 from epmq.models.meta import load_embeddings, materialize
 from epmq.quantization.factor import factorize
-from epmq.quantization.gptq import gptq, rtn, search_scales
-from epmq.quantization.grid import QuantizedTensor
+from epmq.quantization.gptq import gptq
 from epmq.quantization.hessian import Moments
 from epmq.quantization.objective import Objective
+from epmq.quantization.rtn import rtn
 from epmq.recipe import Quantize
 from epmq.runtime import return_freed_memory
 
@@ -250,12 +250,8 @@ def codes_seconds(columns: int, rows: int, settings: Quantize, product: float, d
 
 def rounding_seconds(settings: Quantize, device: torch.device) -> float:
     """Seconds that an entry of a weight takes to be rounded to nearest."""
-    weight, grid = torch.randn(ROWS, COLUMNS, device=device), settings.grid
-
-    def work() -> QuantizedTensor:
-        return rtn(weight, grid, scales=search_scales(weight, grid) if settings.scales == "search" else None)
-
-    return timed(work, device) / weight.numel()
+    weight, search = torch.randn(ROWS, COLUMNS, device=device), settings.scales == "search"
+    return timed(lambda: rtn(weight, settings.grid, search=search), device) / weight.numel()
 
 
 def _hessian(columns: int, device: torch.device) -> Tensor:
