@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from epmq.data.readers import Examples, Fields, read_dataset, read_examples
 from epmq.errors import InputError, MissingError
 from epmq.files import parse_yaml
 from epmq.quantization.grid import BITS, GROUP_SIZES, Grid
@@ -102,19 +100,6 @@ class Data(Strict):
         if self.answer is not None and self.answers is not None:
             raise InputError("answer, answers: only one of them")
         return self
-
-    @property
-    def fields(self) -> Fields:
-        text = self.text if isinstance(self.text, str) else (self.text[0], self.text[1])
-        answers = None if self.answers is None else tuple(self.answers)
-        return Fields(text, self.label, self.target, self.image, self.messages, self.prompt, self.answer, answers)
-
-    def read(self, use: str, count: int | None, seed: int) -> Examples:
-        """The examples; see `epmq.data.readers.read_examples` and `read_dataset` for arguments and errors."""
-        if self.dataset is not None:
-            return read_dataset(self.dataset, self.subset, self.split or "train", self.fields, use, count, seed)
-        assert self.path is not None
-        return read_examples(self.path, use=use, **asdict(self.fields))
 
 
 class Expert(Strict):

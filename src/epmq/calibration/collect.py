@@ -7,12 +7,13 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from epmq.calibration.residual import Place, ResidualAdd, at
+from epmq.calibration.residual import ResidualAdd
 from epmq.calibration.sequential import BlockStep
 from epmq.calibration.teacher import Calibration, Teacher
 from epmq.errors import error_context
 from epmq.merging.experts import Sources
 from epmq.models.blocks import InputGroup, as_matrix, linears
+from epmq.models.hooks import HookPoint, watch
 from epmq.quantization.hessian import Moments
 from epmq.quantization.objective import Objective
 
@@ -93,7 +94,7 @@ class LayerGroup:
         return torch.cat(parts)
 
 
-def place_of(names: Sequence[str], residual_add: ResidualAdd | None) -> Place:
+def place_of(names: Sequence[str], residual_add: ResidualAdd | None) -> HookPoint:
     """Where an expert's own values for a group of layers are found: at the sum they aim at, or at their input."""
     return names[0] if residual_add is None else residual_add.place
 
@@ -104,7 +105,7 @@ def gather(
     group: LayerGroup,
     calibration: Sequence[Calibration],
     streams: dict[str, Teacher],
-    places: Iterable[Place],
+    places: Iterable[HookPoint],
 ) -> None:
     """Collect the objective of some layers that share an input, one task at a time: one task's moments exist at a time.
 
@@ -149,7 +150,7 @@ class InputCollector:
         """Take a batch to the layers and note what they are called on."""
         layer = self.group.names[0]
         if self.group.calls > 1:  # what later calls receive depends on the earlier: run with the weights there are
-            with at(self.step.block, layer, self._inputs):
+            with watch(self.step.block, layer, self._inputs):
                 self.step.run(batch)
             return
         inputs = self.step.reach(batch, layer)

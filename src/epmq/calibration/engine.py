@@ -15,13 +15,15 @@ from epmq.calibration.collect import LayerGroup, gather, place_of
 from epmq.calibration.head_refit import Fit, HeadRefitter
 from epmq.calibration.offload import Offloader
 from epmq.calibration.residual import ResidualAdd, find_residual_adds
-from epmq.calibration.sequential import BlockStep, SequentialCalibrator, first_tensor
+from epmq.calibration.sequential import BlockStep, SequentialCalibrator
 from epmq.calibration.teacher import Calibration, Teacher, make_teachers
 from epmq.errors import InputError, error_context
 from epmq.merging.experts import Sources
+from epmq.models import meta
 from epmq.models.blocks import InputGroup, Stack, as_matrix, block_linears, find_stacks, input_groups, linears
 from epmq.models.heads import Head
-from epmq.models.meta import load_embeddings, materialize, set_tensor, to_meta
+from epmq.models.hooks import first_tensor
+from epmq.models.meta import materialize, set_tensor, to_meta
 from epmq.models.multitask import NativeHead
 from epmq.pipeline.journal import Block, Journal
 from epmq.quantization.gptq import gptq, hessian_loss, rtn, rtn_fallback, search_scales
@@ -259,10 +261,8 @@ def find_layer_targets(step: BlockStep, apart: bool) -> list[LayerTarget]:
 
 
 def load_outside(sources: Sources, device: torch.device) -> None:
-    """Merge the tensors that lie outside the blocks (embeddings, norms, heads) into the skeleton."""
-    rest = load_embeddings(sources.model, sources.outside_names(), sources.merged, device)
-    materialize(sources.model, rest, sources.merged, device)
-    sources.tie(sources.model)
+    """Merge the tensors that lie outside the blocks (embeddings, norms, heads) into the model."""
+    meta.load_outside(sources.model, sources.outside_names(), sources.merged, device, sources.tied)
 
 
 def _solve(sources: Sources, step: BlockStep, group: LayerGroup, emit_layer: EmitLayer) -> list[LayerReport]:

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from epmq.models.hooks import HookPoint, watch
+
 # Share of a movement that may be left unexplained; rounding leaves about 1e-5.
 TOLERANCE = 1e-2
-# A module of a block by its name, or the block's own output.
-Place = str | None
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class ResidualAdd:
         rest: the module of the block that receives h.
     """
 
-    place: Place
+    place: HookPoint
     scale: Tensor
     rest: str
 
@@ -67,7 +67,7 @@ def find_residual_adds(block: nn.Module, layers: Sequence[str], run: Callable[[]
     return found
 
 
-def _rest(before: dict[Place, list[Tensor]], layer: str, total: Tensor, share: Tensor) -> str | None:
+def _rest(before: dict[HookPoint, list[Tensor]], layer: str, total: Tensor, share: Tensor) -> str | None:
     """The first module called before the layer whose input is what the layer's share is added to."""
     wanted = total.float() - share
     for place, tensors in before.items():
@@ -91,11 +91,8 @@ def _disturbed(layer: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
         calls.append((output, noise))
         return output + noise
 
-    handle = layer.register_forward_hook(disturb)
-    try:
+    with layer.register_forward_hook(disturb):
         yield calls
-    finally:
-        handle.remove()
 
 
 def _scale(old: Tensor, new: Tensor, output: Tensor, noise: Tensor) -> Tensor | None:
@@ -112,38 +109,12 @@ def _scale(old: Tensor, new: Tensor, output: Tensor, noise: Tensor) -> Tensor | 
     return scale if (old - scale * output).norm() > TOLERANCE * old.norm() else None
 
 
-def _record(block: nn.Module, run: Callable[[], Any]) -> dict[Place, list[Tensor]]:
+def _record(block: nn.Module, run: Callable[[], Any]) -> dict[HookPoint, list[Tensor]]:
     """What every module of the block receives, in order of its first call, and last what the block gives."""
-    seen: dict[Place, list[Tensor]] = {}
+    seen: dict[HookPoint, list[Tensor]] = {}
     places = [name for name, _ in block.named_modules() if name]
     with ExitStack() as stack:
         for place in [*places, None]:
-            stack.enter_context(at(block, place, lambda z, place=place: seen.setdefault(place, []).append(z)))  # type: ignore[misc]
+            stack.enter_context(watch(block, place, lambda z, place=place: seen.setdefault(place, []).append(z)))  # type: ignore[misc]
         run()
     return seen
-
-
-@contextmanager
-def at(block: nn.Module, place: Place, note: Callable[[Tensor], None]) -> Iterator[None]:
-    """For the length of a `with` block, hand over the tensor at a place of a block each time that it is computed.
-
-    That is the first tensor among a module's arguments, or the first of what the block returns.
-    """
-
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        for value in (*args, *kwargs.values()):
-            if isinstance(value, Tensor):
-                note(value)
-                return
-
-    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        note(output if isinstance(output, Tensor) else output[0])
-
-    if place is None:
-        handle = block.register_forward_hook(after, prepend=True)
-    else:
-        handle = block.get_submodule(place).register_forward_pre_hook(before, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()

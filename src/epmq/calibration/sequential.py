@@ -9,8 +9,8 @@ differs from block to block) is exactly what the model passes, and no architectu
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +19,9 @@ from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
 from epmq.calibration.offload import Offloader
-from epmq.calibration.residual import Place, at
 from epmq.errors import InputError
-from epmq.models.blocks import Stack, find_stacks, is_padding_mask
+from epmq.models.blocks import Stack, find_stacks
+from epmq.models.hooks import HookPoint, watch, without_cache
 
 Batch = dict[str, Any]
 
@@ -90,7 +90,7 @@ class SequentialCalibrator:
         for stack in self.stacks:
             stack.outputs = [None] * count
         with ExitStack() as undo:
-            undo.enter_context(uncached(self.model))
+            undo.enter_context(without_cache(self.model))
             for stack in self.stacks:
                 undo.callback(self._listen(stack).remove)
                 for index, block in enumerate(stack.blocks):
@@ -197,25 +197,6 @@ def _owner(model: nn.Module, stack: Stack, stacks: Sequence[Stack]) -> nn.Module
     raise InputError(f"{stack.name} lies inside another stack")
 
 
-def first_tensor(output: Any) -> Tensor:
-    """The hidden states in what a block gives: the output itself, or its first part."""
-    return output if isinstance(output, Tensor) else output[0]
-
-
-@contextmanager
-def uncached(model: nn.Module) -> Iterator[None]:
-    """Ask for no key–value cache: one would grow each time that a block runs on the same batch."""
-    configs: list[Any] = [getattr(module, "config", None) for module in model.modules()]
-    asking = [config for config in configs if getattr(config, "use_cache", False)]
-    try:
-        for config in asking:
-            config.use_cache = False
-        yield
-    finally:
-        for config in asking:
-            config.use_cache = True
-
-
 class BlockStep:
     """One block of a walk.
 
@@ -231,7 +212,7 @@ class BlockStep:
         self.name, self.block = self.stack.block_name(self.index), self.stack.blocks[self.index]
         self.left: list[Entry | PausedForward | None] = [None] * len(reached)
         self._gone = [False] * len(reached)
-        self._seen: list[dict[Place, Tensor]] = [{} for _ in reached]
+        self._seen: list[dict[HookPoint, Tensor]] = [{} for _ in reached]
         self._ahead: set[str] = set()
         self._undo = ExitStack()
         self.batch = 0
@@ -261,7 +242,7 @@ class BlockStep:
             hook = self.block.get_submodule(layer).register_forward_pre_hook(self._stop(layer))
             self._undo.callback(hook.remove)
         for place in keep:
-            self._undo.enter_context(at(self.block, place, lambda tensor, place=place: self._keep(place, tensor)))  # type: ignore[misc]
+            self._undo.enter_context(watch(self.block, place, lambda tensor, place=place: self._keep(place, tensor)))  # type: ignore[misc]
 
     def reach(self, batch: int, layer: str) -> Tensor | None:
         """Take a batch to a layer of `stop_at`; layers before it must be what they are to be.
@@ -279,7 +260,7 @@ class BlockStep:
         """Say that a layer of `stop_at` is what it is to be: batches go through it from now on."""
         self._ahead.discard(layer)
 
-    def seen(self, batch: int, place: Place) -> Tensor:
+    def seen(self, batch: int, place: HookPoint) -> Tensor:
         """What a batch had at a place of `stop_at` on its way."""
         return self._seen[batch][place]
 
@@ -307,7 +288,7 @@ class BlockStep:
         states = given.get("encoder_hidden_states")
         crossing = isinstance(states, Tensor) and states.data_ptr() == inputs.data_ptr()
         mask = given.get("encoder_attention_mask" if crossing else "attention_mask")
-        if not isinstance(mask, Tensor) or not is_padding_mask(mask):
+        if not isinstance(mask, Tensor) or mask.ndim != 2 or torch.is_floating_point(mask):
             return None
         if tuple(mask.shape) == tuple(inputs.shape[:-1]) or (inputs.ndim == 2 and mask.numel() == len(inputs)):
             mask = mask.bool()
@@ -333,6 +314,6 @@ class BlockStep:
 
         return wait
 
-    def _keep(self, place: Place, tensor: Tensor) -> None:
+    def _keep(self, place: HookPoint, tensor: Tensor) -> None:
         if self._walk.waits():
             self._seen[self._walk.batch][place] = tensor

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from epmq.calibration.offload import Offloader
-from epmq.calibration.residual import Place, at
 from epmq.calibration.sequential import Batch, BlockStep, SequentialCalibrator
 from epmq.merging.experts import Sources
 from epmq.models.heads import Head
-from epmq.models.meta import hold_used_rows, load_embeddings, materialize, to_meta
+from epmq.models.hooks import HookPoint, watch
+from epmq.models.meta import hold_used_rows, load_outside, materialize, to_meta
 from epmq.models.multitask import MultiTaskModel, NativeHead
 
 
@@ -66,20 +66,18 @@ class Teacher:
     ) -> None:
         self.sources, self.task, self.device = sources, calibration.task, device
         self.model = sources.skeleton()
-        rest = hold_used_rows(self.model, sources.outside_names(), sources.tied, self._read, device)
-        rest = load_embeddings(self.model, rest, self._read, device)
-        materialize(self.model, rest, self._read, device)
-        sources.tie(self.model)
+        names = hold_used_rows(self.model, sources.outside_names(), sources.tied, self._read, device)
+        load_outside(self.model, names, self._read, device, sources.tied)
         self._calibration, self._scores = calibration, list[Tensor]()
         self._spill = spill or Offloader()
         self._steps = SequentialCalibrator(self.model, calibration.batches, self._conclude, spill).__iter__()
         self.step: BlockStep | None = None
-        self._seen: list[dict[Place, list[list[Tensor]]]] = []
+        self._seen: list[dict[HookPoint, list[list[Tensor]]]] = []
 
     def _read(self, name: str) -> Tensor:
         return self.sources.expert_tensor(self.task, name)
 
-    def run(self, block: str, places: Iterable[Place]) -> None:
+    def run(self, block: str, places: Iterable[HookPoint]) -> None:
         """Run the block that the merged model is at on all batches, and keep what passes at some places.
 
         Args:
@@ -97,17 +95,17 @@ class Teacher:
         materialize(self.model, self.sources.block_names(block), self._read, self.device)
         takes = Counter(places)
         for batch in range(len(self._calibration.batches)):
-            seen: dict[Place, list[Tensor]] = {place: [] for place in takes}
+            seen: dict[HookPoint, list[Tensor]] = {place: [] for place in takes}
             with ExitStack() as stack:
                 for place, found in seen.items():
-                    stack.enter_context(at(step.block, place, found.append))
+                    stack.enter_context(watch(step.block, place, found.append))
                 step.proceed(batch)
             self._spill.put(tensor for found in seen.values() for tensor in found)
             self._seen.append({place: [found] * takes[place] for place, found in seen.items()})
         to_meta(step.block)
         step.finish()
 
-    def take(self, batch: int, place: Place) -> list[Tensor]:
+    def take(self, batch: int, place: HookPoint) -> list[Tensor]:
         """The tensors that passed at a place, in order, on a batch (its number among the expert's own)."""
         return list(self._seen[batch][place].pop())
 

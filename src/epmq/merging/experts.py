@@ -17,7 +17,7 @@ from epmq.merging.methods import METHODS, magnitude_threshold
 from epmq.models import adapter as adapters
 from epmq.models.adapter import Adapter, is_adapter
 from epmq.models.blocks import LINEAR, find_stacks, is_transposed
-from epmq.models.checkpoint import Checkpoint, architecture_of, is_finite, resolve
+from epmq.models.checkpoint import Checkpoint, TensorSpec, architecture_of, is_finite, resolve
 from epmq.models.meta import (
     build_meta_model,
     has_task_head,
@@ -26,9 +26,9 @@ from epmq.models.meta import (
     rename,
     set_tensor,
     shared_checkpoint,
+    tie,
     tied_names,
 )
-from epmq.models.writer import TensorSpec
 from epmq.recipe import Recipe
 
 # Entries of a tensor that are read at once when it is merged.
@@ -124,7 +124,7 @@ class Sources:
             if found != wanted:
                 raise InputError(f"{self.base.path}: tensor {name!r} is {found}, but {wanted} by config.json")
             if torch.is_floating_point(state[name]) and self.base.dtype(self._stored[name]) is None:
-                kind = self.base.kind(self._stored[name])
+                kind = self.base.dtype_name(self._stored[name])
                 raise InputError(f"{self.base.path}: tensor {name!r} is {kind}, not float64, 32, 16 or bfloat16")
         try:
             inside = tuple(stack.name + "." for stack in find_stacks(self.model))
@@ -153,7 +153,7 @@ class Sources:
                 continue
             self._check_shape(task, name, expert.shape(stored[name]))
             if self.base.dtype(self._stored[name]) is not None and expert.dtype(stored[name]) is None:
-                kind = expert.kind(stored[name])
+                kind = expert.dtype_name(stored[name])
                 raise InputError(f"expert {task}: tensor {name!r} is {kind}, not a float ({expert.path})")
 
         for stack in find_stacks(self.model):
@@ -222,13 +222,8 @@ class Sources:
         model = self.skeleton()
         read = self.base_tensor if task is None else lambda name: self.expert_tensor(task, name)
         materialize(model, self.names, read, device)
-        self.tie(model)
+        tie(model, self.tied)
         return model.to(device)
-
-    def tie(self, model: Any) -> None:
-        """Let the model's shared tensors share their storage again, once those they follow have been read."""
-        model.all_tied_weights_keys = dict(self.tied)
-        model.tie_weights(recompute_mapping=False)
 
     def check_finite(self) -> Iterator[None]:
         """Look through all weights for NaN and Inf, one checkpoint a step.
@@ -278,7 +273,7 @@ class Sources:
 
     def form(self, name: str) -> TensorSpec:
         """Dtype and shape of a tensor, from the base's header; the merged model's are the same."""
-        return self.base.form(self._stored[name])
+        return self.base.spec(self._stored[name])
 
     def base_shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, from the base's header."""
@@ -325,7 +320,7 @@ class Sources:
             return None
         if isinstance(expert, Adapter):
             tensors = {name: expert.tensor(name) for name in self._head_names(task)}
-            return adapters.head_settings(expert, self.base.config, tensors, self.absent)
+            return adapters.task_head_config(expert, self.base.config, tensors, self.absent)
         architecture = architecture_of(expert.config)
         if not has_task_head(architecture):
             return None

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -17,33 +15,14 @@ from torch import Tensor
 
 from epmq.errors import InputError
 from epmq.files import write_json
+from epmq.models.checkpoint import INDEX, PROCESSOR_FILES, SINGLE, TensorSpec, bits_of, byte_size
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-# Files beside the weights that belong to the tokenizer or the processor.
-PROCESSOR_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "spiece.model",
-    "chat_template.jinja",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "generation_config.json",
-)
 # Bytes that are copied at once.
 COPIED = 1 << 24
 # Bytes of tensors that are held in memory before they are written.
 PART_BYTES = 1 << 25
 # A shard of an output is full when it holds this much.
 SHARD_BYTES = 4 << 30
-# What the header of a safetensors file says of a tensor: its dtype, as safetensors calls it, and its shape.
-TensorSpec = tuple[str, tuple[int, ...]]
 
 
 class CheckpointWriter:
@@ -158,7 +137,7 @@ def join(parts: Sequence[Path], target: Path) -> list[str]:
 def make_header(forms: Mapping[str, TensorSpec]) -> tuple[bytes, list[str]]:
     """The head of a safetensors file, and its tensors' names in the order in which their bytes follow."""
     # The order that the format asks for, so that every tensor is aligned: by falling size of the numbers, then by name.
-    names = sorted(forms, key=lambda name: (-_bits(forms[name][0]), name))
+    names = sorted(forms, key=lambda name: (-bits_of(forms[name][0]), name))
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in names:
@@ -167,18 +146,6 @@ def make_header(forms: Mapping[str, TensorSpec]) -> tuple[bytes, list[str]]:
     header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     header += b" " * (-len(header) % 8)
     return len(header).to_bytes(8, "little") + header, names
-
-
-def byte_size(form: TensorSpec) -> int:
-    """Bytes of a tensor in a file."""
-    dtype, shape = form
-    return prod(shape) * _bits(dtype) // 8
-
-
-def _bits(dtype: str) -> int:
-    """Of one number of a safetensors dtype, such as BF16 or F8_E4M3."""
-    found = re.search(r"\d+", dtype)
-    return int(found[0]) if found else 8  # BOOL
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:

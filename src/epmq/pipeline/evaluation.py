@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from epmq.data.encoding import encode, to_device, tokenizer_of
-from epmq.data.readers import Examples
+from epmq.data.examples import Examples
 from epmq.errors import InputError
 from epmq.models.multitask import MultiTaskModel
 

@@ -10,10 +10,11 @@ from epmq.calibration.head_refit import Fit
 from epmq.export import FORMATS
 from epmq.files import write_json
 from epmq.models.blocks import LINEAR
+from epmq.models.checkpoint import byte_size
 from epmq.models.direct import write_directly
 from epmq.models.heads import Head, load_head, save_head
 from epmq.models.multitask import HEADS, NativeHead, save_native_head
-from epmq.models.writer import CheckpointWriter, byte_size, copy_processor
+from epmq.models.writer import CheckpointWriter, copy_processor
 from epmq.pipeline.journal import Journal
 from epmq.pipeline.prepare import PreparedRun, head_file
 
@@ -85,7 +86,7 @@ def _write_heads(job: PreparedRun, folder: Path, fits: dict[str, tuple[Head | Na
             config = job.sources.head_config(expert.name)
             assert config is not None
             if fitted is not None and isinstance(fitted[0], NativeHead):
-                tensors = fitted[0].moved(tensors, fitted[1].weight, fitted[1].bias)
+                tensors = fitted[0].with_weights(tensors, fitted[1].weight, fitted[1].bias)
             save_native_head(target, config["architectures"][0], config, tensors)
     if not any((folder / HEADS).iterdir()):
         (folder / HEADS).rmdir()

@@ -15,7 +15,8 @@ from torch import nn
 
 from epmq.calibration.engine import check_grid
 from epmq.data.encoding import encode, load_processor, pack
-from epmq.data.readers import Examples, Fields, Pictures, from_objects
+from epmq.data.examples import Examples, Pictures
+from epmq.data.readers import fields_of, from_objects, read_data
 from epmq.errors import InputError
 from epmq.export import FORMATS
 from epmq.files import check_output
@@ -139,10 +140,10 @@ def examples_of(sources: Sources, expert: Expert, processor: Any, field: str, ob
         count = recipe.samples
     try:
         if objects and expert.name in objects:
-            examples = from_objects(objects[expert.name], data.fields if data else Fields(), use, "python objects")
+            examples = from_objects(objects[expert.name], fields_of(data), use, "python objects")
         else:
             assert data is not None
-            examples = data.read(use, count, recipe.seed)
+            examples = read_data(data, use, count, recipe.seed)
         if examples.kind == "causal" and (data is None or data.pack):
             examples = pack(examples, processor, recipe.max_length, count, recipe.seed)
         elif examples.kind != "batches":

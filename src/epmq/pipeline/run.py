@@ -19,13 +19,14 @@ from epmq.calibration.head_refit import Fit
 from epmq.calibration.offload import Offloader
 from epmq.calibration.teacher import Calibration
 from epmq.data.encoding import encode, load_processor, split_first, to_device
-from epmq.data.readers import Examples
+from epmq.data.examples import Examples
 from epmq.errors import InputError
 from epmq.files import hash_file, whole_directory, write_json
 from epmq.merging.experts import Sources
 from epmq.models.blocks import find_stacks, use_fast_matmul
+from epmq.models.checkpoint import model_files
 from epmq.models.heads import Head
-from epmq.models.meta import why_not_direct
+from epmq.models.loading import why_not_direct
 from epmq.models.multitask import MultiTaskModel, NativeHead, load, load_any_head
 from epmq.pipeline.evaluation import SHARES, metric_of, scorer_of
 from epmq.pipeline.journal import Block, Workdir, hash_batches, remove_stale_workdir, resumable
@@ -49,8 +50,6 @@ from epmq.runtime import (
 
 # Examples on which the layers of each block are sorted by what they read and where they write.
 TRIED = 2
-# Files of a model that a result can depend on.
-READ = (".json", ".safetensors", ".bin", ".txt", ".model", ".jinja")
 # What the report says about a head that follows the model.
 FIT = ("strength", "before", "after")
 
@@ -237,7 +236,7 @@ def inputs_of(job: PreparedRun, calibration: list[Calibration]) -> dict[str, Any
     unused: Any = {"output": True, "activations": True, "experts": {"__all__": {"calibration", "evaluation"}}}
     recipe = job.recipe.model_dump(mode="json", exclude=unused)
     folders = {job.sources.base.path, *(source.path for source in job.sources.experts.values())}
-    files = {file for folder in folders for file in folder.iterdir() if file.name.endswith(READ)}
+    files = {file for folder in folders for file in model_files(folder)}
     files |= {file for expert in job.recipe.experts if (file := head_file(job.sources, expert)) is not None}
     return {
         "recipe": recipe,

@@ -9,20 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from epmq.calibration.sequential import Batch, SequentialCalibrator, first_tensor
+from epmq.calibration.sequential import Batch, SequentialCalibrator
 from epmq.models.blocks import as_matrix
 from epmq.models.checkpoint import Checkpoint
-from epmq.models.meta import (
-    build_meta_model,
-    load_embeddings,
-    materialize,
-    rename,
-    set_tensor,
-    split_packed,
-    tied_names,
-    to_meta,
-    unpacked_weight,
-)
+from epmq.models.hooks import first_tensor
+from epmq.models.loading import split_packed, unpacked_weight
+from epmq.models.meta import build_meta_model, load_outside, materialize, rename, set_tensor, tied_names, to_meta
 from epmq.pipeline.journal import Block
 
 # Largest difference over largest value that may come of another order of sums.
@@ -85,10 +77,7 @@ def reloaded_output(folder: Path, batch: Batch) -> Tensor:
             set_tensor(model, name, torch.zeros(tensor.shape, device=device))
     walk = SequentialCalibrator(model, [batch])
     inside = tuple(stack.name + "." for stack in walk.stacks)
-    rest = load_embeddings(model, [name for name in names if not name.startswith(inside)], read, device)
-    materialize(model, rest, read, device)
-    model.all_tied_weights_keys = tied
-    model.tie_weights(recompute_mapping=False)
+    load_outside(model, [name for name in names if not name.startswith(inside)], read, device, tied)
     for buffer in model.buffers():
         buffer.data = buffer.data.to(device)
     for step in walk:
