@@ -4,12 +4,12 @@ import pytest
 import torch
 from conftest import recipe_for
 
-from epmq.calibration.residual import at
 from epmq.calibration.teacher import Calibration, Teacher
 from epmq.data.encoding import encode
 from epmq.models.blocks import linears
 from epmq.models.heads import Head
-from epmq.models.meta import load_model
+from epmq.models.hooks import watch
+from epmq.models.loading import load_model
 from epmq.pipeline.run import prepare
 from epmq.quantization.hessian import Moments
 from epmq.recipe_file import load_recipe
@@ -31,7 +31,7 @@ def test_a_stream_sees_what_the_expert_itself_computes(pool):
             with ExitStack() as stack:
                 seen = {place: [] for place in places}
                 for place in places:
-                    stack.enter_context(at(expert.get_submodule(block), place, seen[place].append))
+                    stack.enter_context(watch(expert.get_submodule(block), place, seen[place].append))
                 expert(**batch)
             for place in places:
                 for _ in range(2):

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import BertModel
 
 from epmq.files import check_output, read_json, whole_directory, write_json
-from epmq.models.checkpoint import Checkpoint, resolve
-from epmq.models.writer import INDEX, SINGLE, CheckpointWriter, copy_processor
+from epmq.models.checkpoint import INDEX, SINGLE, Checkpoint, resolve
+from epmq.models.writer import CheckpointWriter, copy_processor
 
 CONFIG = {"model_type": "bert"}
 
@@ -58,7 +58,7 @@ def test_what_is_written_is_read(tmp_path, tensors, shard_bytes):
         assert checkpoint.shape(name) == tuple(tensor.shape)
         found = checkpoint.tensor(name)
         assert found.dtype == tensor.dtype and torch.equal(found, tensor)
-    assert [checkpoint.kind(name) for name in "abcde"] == ["F32", "BF16", "F16", "I32", "F64"]
+    assert [checkpoint.dtype_name(name) for name in "abcde"] == ["F32", "BF16", "F16", "I32", "F64"]
     assert checkpoint.dtype("b") == torch.bfloat16 and checkpoint.dtype("d") is None
     assert "f" not in checkpoint
     for ask in (checkpoint.tensor, checkpoint.shape, checkpoint.dtype):

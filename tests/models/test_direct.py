@@ -12,9 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from epmq.models.checkpoint import Checkpoint
+from epmq.models.checkpoint import INDEX, SINGLE, Checkpoint
 from epmq.models.direct import write_directly
-from epmq.models.writer import INDEX, SINGLE
 
 # One a size: where sizes are equal, safetensors has an order of its own, which a reader does not care about.
 KINDS = {"F32": torch.float32, "BF16": torch.bfloat16, "I64": torch.int64, "BOOL": torch.bool}

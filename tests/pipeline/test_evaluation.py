@@ -18,7 +18,8 @@ from typer.testing import CliRunner
 import epmq
 from epmq.cli import app
 from epmq.data.encoding import encode, pack
-from epmq.data.readers import Examples, read_examples
+from epmq.data.examples import Examples
+from epmq.data.readers import read_examples
 from epmq.models.multitask import MultiTaskModel
 from epmq.pipeline.evaluation import (
     METRICS,

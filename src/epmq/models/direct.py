@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from epmq.errors import InputError
-from epmq.models.writer import SHARD_BYTES, TensorSpec, byte_size, make_header, shard_files, write_index
+from epmq.models.checkpoint import TensorSpec, byte_size
+from epmq.models.writer import SHARD_BYTES, make_header, shard_files, write_index
 
 # Bytes that are written before they go to the disk and out of memory.
 HELD = 1 << 26

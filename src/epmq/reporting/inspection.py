@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +9,10 @@ from rich.table import Table
 
 from epmq.errors import error_context
 from epmq.files import read_json
-from epmq.models.checkpoint import Checkpoint, architecture_of, resolve
+from epmq.models.checkpoint import Checkpoint, architecture_of, byte_size, resolve
 from epmq.models.multitask import HEADS
 from epmq.reporting.page import by_block
 from epmq.reporting.report import REPORT, score_title, shown_scores
-
-_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
 
 def contents(path: str | Path) -> dict[str, Any]:
@@ -31,8 +28,8 @@ def contents(path: str | Path) -> dict[str, Any]:
     checkpoint = Checkpoint(resolve(path))
     tensors = {}
     for name in checkpoint.names:
-        kind, shape = checkpoint.kind(name), checkpoint.shape(name)
-        tensors[name] = (kind, list(shape), prod(shape) * _BYTES.get(kind, 1))
+        kind, shape = checkpoint.dtype_name(name), checkpoint.shape(name)
+        tensors[name] = (kind, list(shape), byte_size((kind, shape)))
     with error_context(checkpoint.path / "config.json", "quantization_config is not as compressed-tensors writes it"):
         groups = (checkpoint.config.get("quantization_config") or {}).get("config_groups") or {}
         weights = next((group.get("weights") for group in groups.values()), None)
