@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.progress import Progress
 from torch import Tensor, nn
 
@@ -27,7 +26,7 @@ from epmq.models.blocks import find_stacks, use_fast_matmul
 from epmq.models.heads import Head
 from epmq.models.meta import why_not_direct
 from epmq.models.multitask import MultiTaskModel, NativeHead, load, load_any_head
-from epmq.pipeline.evaluation import SHARES, metric_of, scorer_of
+from epmq.pipeline.evaluation import metrics_of, scorer_of
 from epmq.pipeline.journal import Block, Workdir, hash_batches, remove_stale_workdir, resumable
 from epmq.pipeline.output import write_merged, write_quantized, write_rest
 from epmq.pipeline.prepare import Objects, PreparedRun, check_head, examples_of, head_file, prepare
@@ -35,7 +34,9 @@ from epmq.pipeline.verify import check_reloaded, check_stored
 from epmq.quantization.grid import QuantizedTensor
 from epmq.recipe import Expert, Recipe, load_recipe
 from epmq.reporting import report as reporting
-from epmq.reporting.page import run_of, write_page
+from epmq.reporting.page import render_page
+from epmq.reporting.runs import Run
+from epmq.reporting.scores import score_report
 from epmq.runtime import (
     gc_frozen,
     hardware,
@@ -123,30 +124,18 @@ def run(
             "heads": heads,
             "notes": [
                 *job.sources.notes,
-                *_raised(job.recipe, layers),
-                *_rounded(layers),
-                *_too_large(layers),
+                *reporting.layer_notes(layers, job.recipe.quantize),
                 *_unopened(job.recipe, work),
             ],
         }
         if job.evaluation:
             with _timed(clocks, "evaluate"):
                 scores = evaluate_model(load(work, select_device(recipe.device)), job.evaluation, recipe, bar)
-            report |= score_report(job.evaluation, scores)
+            report |= score_report(metrics_of(job.evaluation), scores)
         write_json(work / reporting.REPORT, report)
-        write_page(work / reporting.PAGE, [run_of(report)])
+        (work / reporting.PAGE).write_text(render_page([Run.from_report(report)]), encoding="utf-8")
         (work / reporting.CARD).write_text(reporting.model_card(report), encoding="utf-8")
     return report
-
-
-def score_report(evaluation: dict[str, Examples], scores: dict[str, float]) -> dict[str, Any]:
-    """Scores as the report holds them: one metric with its mean; without a mean where some are no shares of 1."""
-    metrics = {task: metric_of(evaluation[task]) for task in scores}
-    if len(set(metrics.values())) > 1:
-        mean = sum(scores.values()) / len(scores) if set(metrics.values()) <= set(SHARES) else None
-        return {"metric": metrics, "scores": scores, "mean_score": mean}
-    metric = next(iter(metrics.values()))
-    return {"metric": metric, "scores": scores, "mean_score": sum(scores.values()) / len(scores)}
 
 
 def merge(recipe: str | Path | dict[str, Any] | Recipe, *, progress: bool = True, **settings: Any) -> dict[str, Any]:
@@ -280,9 +269,8 @@ def evaluate_checkpoint(
     recipe = load_recipe(recipe)
     _, evaluation = _evaluation(recipe)
     with progress_bars(progress) as bar:
-        return score_report(
-            evaluation, evaluate_model(load(path, select_device(recipe.device)), evaluation, recipe, bar)
-        )
+        scores = evaluate_model(load(path, select_device(recipe.device)), evaluation, recipe, bar)
+    return score_report(metrics_of(evaluation), scores)
 
 
 def evaluate_experts(
@@ -309,7 +297,7 @@ def evaluate_experts(
             heads = {} if head is None else {expert.name: head}
             model = MultiTaskModel(backbone, heads, load_processor(sources.base.path))
             scores |= evaluate_model(model, {expert.name: evaluation[expert.name]}, recipe, bar)
-    return score_report(evaluation, scores)
+    return score_report(metrics_of(evaluation), scores)
 
 
 def _expert_head(sources: Sources, expert: Expert, backbone: nn.Module) -> Head | NativeHead | None:
@@ -355,34 +343,6 @@ def _unopened(recipe: Recipe, folder: Path) -> list[str]:
         return []
     return [
         f"AutoModel.from_pretrained cannot open this packed model ({reason}): use epmq.load, or format: dequantized"
-    ]
-
-
-def _rounded(layers: list[dict[str, Any]]) -> list[str]:
-    return [
-        f"{layer['name']}: {layer['rounded']} rows are rounded to nearest, which loses less there"
-        for layer in layers
-        if layer["rounded"]
-    ]
-
-
-def _too_large(layers: list[dict[str, Any]]) -> list[str]:
-    return [
-        f"{layer['name']}: inputs reach {layer['largest']:.3g}, more than float16 holds: load the checkpoint with "
-        "dtype float32 or bfloat16"
-        for layer in layers
-        if layer["largest"] > torch.finfo(torch.float16).max and layer["name"].endswith(layer["group"])
-    ]
-
-
-def _raised(recipe: Recipe, layers: list[dict[str, Any]]) -> list[str]:
-    asked = recipe.quantize
-    wanted = {"strength": asked.anchor_strength, "damping": asked.damping or asked.anchor_strength}
-    return [
-        f"{layer['name']}: {name} raised from {start:g} to {layer[name]:g} to factor its Hessian"
-        for layer in layers
-        for name, start in wanted.items()
-        if layer[name] not in (None, start)
     ]
 
 
