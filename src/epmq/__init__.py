@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from epmq.models.multitask import MultiTaskModel, load
     from epmq.pipeline.cost import dry_run
-    from epmq.pipeline.run import evaluate_checkpoint, evaluate_experts, merge, run
+    from epmq.pipeline.evaluation import evaluate_checkpoint, evaluate_experts
+    from epmq.pipeline.run import merge, run
     from epmq.recipe import Recipe
     from epmq.recipe_file import load_recipe
 
@@ -38,8 +39,8 @@ _HOME = {
     "MultiTaskModel": "epmq.models.multitask",
     "Recipe": "epmq.recipe",
     "dry_run": "epmq.pipeline.cost",
-    "evaluate_checkpoint": "epmq.pipeline.run",
-    "evaluate_experts": "epmq.pipeline.run",
+    "evaluate_checkpoint": "epmq.pipeline.evaluation",
+    "evaluate_experts": "epmq.pipeline.evaluation",
     "load": "epmq.models.multitask",
     "load_recipe": "epmq.recipe_file",
     "merge": "epmq.pipeline.run",

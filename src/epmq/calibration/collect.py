@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from itertools import groupby
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from epmq.calibration.context import CalibrationContext
 from epmq.calibration.residual import ResidualAdd, find_residual_adds
@@ -194,5 +194,3 @@ class InputCollector:
         size = theirs.square().mean(-1, keepdim=True).sqrt()
         size = size.clamp(min=max(SMALLEST * float(size.median()), 1e-6))
         self._moments.add(inputs.float() / size, self._step.padding_mask(inputs), targets=targets / size)
-
-

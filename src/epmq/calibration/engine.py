@@ -8,7 +8,6 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from epmq.calibration.collect import LayerGroup, collect, find_layer_targets
@@ -103,7 +102,8 @@ def round_blocks(
         settings: of the quantizer.
         finished: the first blocks, where an earlier run has finished them; only their reports are yielded again.
     """
-    blocks = [(stack.block_name(i), block) for stack in find_stacks(experts.model) for i, block in enumerate(stack.blocks)]
+    stacks = find_stacks(experts.model)
+    blocks = [(stack.block_name(index), block) for stack in stacks for index, block in enumerate(stack.blocks)]
     for number, (name, module) in enumerate(blocks):
         if number < len(finished):
             yield Block(name, finished[number].reports)
@@ -164,7 +164,9 @@ class CalibrationEngine:
                 stack.callback(teacher.close)
             refitter = self._refitter()
             on_finished = refitter.on_finished if refitter else None
-            calibrator = SequentialCalibrator(experts.model, self.batches, on_finished, context.offloader, outputs_for=1)
+            calibrator = SequentialCalibrator(
+                experts.model, self.batches, on_finished, context.offloader, outputs_for=1
+            )
             aimed = False
             for number, step in enumerate(calibrator):
                 block = self._finish_again(step, number) if number < len(self.finished) else self._quantize(step)
@@ -217,7 +219,8 @@ class CalibrationEngine:
         with error_context(step.name):
             targets = find_layer_targets(step, bool(context.teachers) and context.guidance.stream)
         adds = [add for _, add in targets if add is not None]
-        step.pause_before([group.names[0] for group, _ in targets if group.calls == 1], {add.skip_input for add in adds})
+        pauses = [group.names[0] for group, _ in targets if group.calls == 1]
+        step.pause_before(pauses, {add.skip_input for add in adds})
         points = [add.point if add else group.names[0] for group, add in targets if add or context.guidance.features]
         for target in targets:
             group = LayerGroup(context, step, target)

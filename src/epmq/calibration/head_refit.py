@@ -39,9 +39,7 @@ class HeadRefitter:
         teachers: task → the expert beside the merged model; a task without one keeps its head.
     """
 
-    def __init__(
-        self, experts: ExpertSet, make_heads: Mapping[str, MakeHead], teachers: Mapping[str, Teacher]
-    ) -> None:
+    def __init__(self, experts: ExpertSet, make_heads: Mapping[str, MakeHead], teachers: Mapping[str, Teacher]) -> None:
         self._experts, self._make_heads, self._teachers = experts, make_heads, teachers
         self._heads: dict[str, Head | NativeHead | None] = {}
         self._features: dict[str, list[Tensor]] = {}

@@ -128,7 +128,8 @@ class SequentialCalibrator:
             self._end()
             if self.on_finished is not None:
                 self._replay_outputs()
-                for self.position, batch in enumerate(self.batches):
+                for position, batch in enumerate(self.batches):
+                    self.position = position
                     self.on_finished(batch)
 
     def resume(self, position: int) -> State:

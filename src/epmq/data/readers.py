@@ -33,7 +33,8 @@ def fields_of(data: Data | None) -> Fields:
     if data is None:
         return Fields()
     columns: dict[str, Any] = {field.name: getattr(data, field.name) for field in dataclasses.fields(Fields)}
-    return Fields(**{name: tuple(value) if isinstance(value, list) else value for name, value in columns.items()})
+    columns = {name: tuple(value) if isinstance(value, list) else value for name, value in columns.items()}
+    return Fields(**columns)
 
 
 def read_data(data: Data, use: str, count: int | None, seed: int) -> Examples:

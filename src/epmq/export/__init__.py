@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol, cast
 
-import torch
 from torch import Tensor
 
 from epmq.export import dequantized, packed

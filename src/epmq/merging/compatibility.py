@@ -80,7 +80,7 @@ def _check_checkpoint(experts: ExpertSet, expert: ExpertReader) -> None:
             continue
         _check_shape(experts, expert, name, checkpoint.shape(stored))
         if experts.base.dtype(name) is not None and checkpoint.dtype(stored) is None:
-            raise InputError(f"expert {task}: tensor {name!r} is {checkpoint.kind(stored)}, not a float ({path})")
+            raise InputError(f"expert {task}: tensor {name!r} is {checkpoint.dtype_name(stored)}, not a float ({path})")
     _check_extra_blocks(experts, expert)
 
 

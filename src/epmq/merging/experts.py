@@ -14,7 +14,7 @@ from epmq.errors import error_context
 from epmq.models import adapter as lora
 from epmq.models.adapter import Adapter, is_adapter
 from epmq.models.blocks import LINEAR, find_stacks, is_transposed
-from epmq.models.checkpoint import Checkpoint, architecture_of, resolve
+from epmq.models.checkpoint import Checkpoint, TensorSpec, architecture_of, resolve
 from epmq.models.heads import HEAD_FILE, Head
 from epmq.models.meta import (
     build_meta_model,
@@ -27,7 +27,6 @@ from epmq.models.meta import (
     tied_names,
 )
 from epmq.models.multitask import NativeHead, load_any_head
-from epmq.models.writer import TensorSpec
 from epmq.recipe import Expert
 
 
@@ -68,7 +67,7 @@ class BaseReader:
 
     def spec(self, name: str) -> TensorSpec:
         """Dtype and shape of a tensor, from the header; the merged model's are the same."""
-        return self.checkpoint.form(self.stored[name])
+        return self.checkpoint.spec(self.stored[name])
 
     def check_finite(self, names: Iterable[str] | None = None) -> None:
         """Look for NaN and Inf in some tensors, or in all.
@@ -155,7 +154,7 @@ class ExpertReader:
             return None
         if self.adapter is not None:
             tensors = {name: self.adapter.tensor(name) for name in self._head_names()}
-            return lora.head_settings(self.adapter, self._base.checkpoint.config, tensors, self._absent)
+            return lora.task_head_config(self.adapter, self._base.checkpoint.config, tensors, self._absent)
         architecture = architecture_of(self.checkpoint.config)
         return self.checkpoint.config if has_task_head(architecture) and named_class(architecture) else None
 

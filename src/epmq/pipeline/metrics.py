@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from epmq.data.encoding import encode, to_device, tokenizer_of
-from epmq.data.readers import Examples
+from epmq.data.examples import Examples
 from epmq.errors import InputError
 from epmq.models.multitask import MultiTaskModel
 
@@ -171,8 +171,6 @@ METRICS: dict[str, tuple[Callable[..., float], ...]] = {
     "causal": (log_perplexity,),
     "chat": (log_perplexity,),
 }
-# Metrics of which 1 is the best: tasks that are scored by them have a mean, whichever it is in each.
-SHARES = ("accuracy", "exact_match", "spearman")
 
 
 def scorer_of(examples: Examples) -> Callable[..., float]:
@@ -196,13 +194,6 @@ def metric_of(examples: Examples) -> str:
     return scorer_of(examples).__name__
 
 
-def show_score(metric: str, value: float) -> str:
-    """A score for people: shares in percent, log-perplexities as perplexities, a correlation times 100."""
-    if metric == "log_perplexity":
-        return f"{math.exp(value):.2f}"
-    return f"{100 * value:.1f}" if metric == "spearman" else f"{100 * value:.1f} %"
-
-
-def gap_recovered(method: float, gptq: float, experts: float) -> float | None:
-    """(method − GPTQ on the merged model) / (experts − GPTQ on the merged model); None where there is no gap."""
-    return None if experts == gptq else (method - gptq) / (experts - gptq)
+def metrics_of(evaluation: Mapping[str, Examples]) -> dict[str, str]:
+    """Task → name of the metric that its examples are scored by; errors as in `scorer_of`."""
+    return {task: metric_of(examples) for task, examples in evaluation.items()}

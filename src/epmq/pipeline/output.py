@@ -78,7 +78,9 @@ class QuantizedWeights:
             if not plain.isfinite().all():
                 raise WrongOutputError(f"{name}: weights are not finite when quantized; nothing was published")
             if not self._plain(name).equal(plain):
-                raise WrongOutputError(f"{self._writer.folder}: read back, {name} is not what was quantized; nothing was published")
+                raise WrongOutputError(
+                    f"{self._writer.folder}: read back, {name} is not what was quantized; nothing was published"
+                )
 
     def _plain(self, name: str) -> Tensor:
         """The weight [out, in] of a layer that has been written."""

@@ -18,13 +18,13 @@ from epmq.errors import InputError, error_context
 from epmq.export import FORMATS
 from epmq.files import check_output
 from epmq.merging.compatibility import open_experts
-from epmq.merging.experts import ExpertSet
+from epmq.merging.experts import BaseReader, ExpertReader, ExpertSet
 from epmq.merging.merged import MergedWeights
 from epmq.merging.relation import check_relation
 from epmq.models.blocks import as_matrix, block_linears, is_transposed
 from epmq.models.heads import HEAD_FILE, load_head
 from epmq.models.meta import vocabulary
-from epmq.pipeline.evaluation import metric_of
+from epmq.pipeline.metrics import metric_of
 from epmq.recipe import Data, Expert, Recipe
 from epmq.runtime import select_device
 
@@ -125,9 +125,7 @@ def _check_layers(experts: ExpertSet, recipe: Recipe) -> None:
             grid.width(as_matrix(layer, layer.get_parameter("weight")).shape[1])
     for name, layer in block_linears(experts.model):
         if is_transposed(layer) and not holds_transposed:
-            raise InputError(
-                f"format: {recipe.format} cannot hold {name}, a {type(layer).__name__}: use dequantized"
-            )
+            raise InputError(f"format: {recipe.format} cannot hold {name}, a {type(layer).__name__}: use dequantized")
 
 
 def _untouched(experts: ExpertSet) -> list[str]:
@@ -147,7 +145,7 @@ def _untouched(experts: ExpertSet) -> list[str]:
 
 def _check_finite(experts: ExpertSet, bar: Progress | None) -> None:
     """Look through all weights for NaN and Inf."""
-    readers = [experts.base, *experts.experts.values()]
+    readers: list[BaseReader | ExpertReader] = [experts.base, *experts.experts.values()]
     for reader in readers if bar is None else bar.track(readers, description="check weights"):
         reader.check_finite()
 

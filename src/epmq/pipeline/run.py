@@ -27,8 +27,8 @@ from epmq.models.loading import why_not_direct
 from epmq.models.multitask import load
 from epmq.pipeline.evaluation import evaluate_model
 from epmq.pipeline.journal import Journal, Workdir, hash_batches, remove_stale_workdir, resumable
-from epmq.pipeline.output import QuantizedWeights, write_merged, write_rest, written_blocks
 from epmq.pipeline.metrics import metrics_of
+from epmq.pipeline.output import QuantizedWeights, write_merged, write_rest, written_blocks
 from epmq.pipeline.prepare import Objects, PreparedRun, prepare
 from epmq.pipeline.verify import WrongOutputError, check_reloaded
 from epmq.recipe import Recipe
@@ -176,7 +176,8 @@ def write_quantized(prepared: PreparedRun, workdir: Workdir, batches: list[Batch
             if isinstance(engine, CalibrationEngine) and engine.output is not None:
                 check_reloaded(workdir.output, batches[0].inputs, engine.output)
     heads = {
-        task: {"strength": fit.fit.ridge, "before": fit.fit.before, "after": fit.fit.after} for task, fit in fits.items()
+        task: {"strength": one.fit.ridge, "before": one.fit.before, "after": one.fit.after}
+        for task, one in fits.items()
     }
     return Written(weights.bytes, layers, heads)
 
@@ -264,9 +265,7 @@ def _unopened(recipe: Recipe, folder: Path) -> list[str]:
     fault = why_not_direct(folder, read_json(folder / "config.json"))
     if fault is None:
         return []
-    return [
-        f"AutoModel.from_pretrained cannot open this packed model ({fault}): use epmq.load, or format: dequantized"
-    ]
+    return [f"AutoModel.from_pretrained cannot open this packed model ({fault}): use epmq.load, or format: dequantized"]
 
 
 class Clocks:

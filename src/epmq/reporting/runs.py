@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from epmq.errors import InputError, MissingError, error_context
+from epmq.method_settings import Merge, settings_classes
 from epmq.reporting.report import REPORT
 from epmq.reporting.scores import gap_recovered, score_title, show_score
 
@@ -51,12 +52,9 @@ class Run:
             KeyError: a field is missing.
         """
         quantize, merge, metric = report["recipe"]["quantize"], report["recipe"]["merge"], report.get("metric")
-        defaults = {"trim": "model", "combine": "task_arithmetic", "scaling": 1.0 if merge["method"] == "ties" else 0.3}
-        settings = [
-            f"{name} {value}"
-            for name, value in merge.items()
-            if name != "method" and value is not None and value != defaults.get(name)
-        ]
+        defaults = settings_classes(Merge)[merge["method"]]().model_dump()
+        changed = {name: merge.get(name) for name in defaults if merge.get(name) not in (None, defaults[name])}
+        settings = [f"{name} {value}" for name, value in changed.items()]
         grid = {name: quantize[name] for name in ("bits", "group_size", "symmetric")}
         return cls(
             name=Path(report["output"] or "run").name,
