@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from epmq.calibration.offload import Offloader
 from epmq.errors import InputError
-from epmq.models.blocks import Stack, find_stacks
+from epmq.models.blocks import Stack, find_stacks, is_padding_mask
 from epmq.models.hooks import HookPoint, watch, without_cache
 
 Batch = dict[str, Any]
@@ -288,7 +288,7 @@ class BlockStep:
         states = given.get("encoder_hidden_states")
         crossing = isinstance(states, Tensor) and states.data_ptr() == inputs.data_ptr()
         mask = given.get("encoder_attention_mask" if crossing else "attention_mask")
-        if not isinstance(mask, Tensor) or mask.ndim != 2 or torch.is_floating_point(mask):
+        if not isinstance(mask, Tensor) or not is_padding_mask(mask):
             return None
         if tuple(mask.shape) == tuple(inputs.shape[:-1]) or (inputs.ndim == 2 and mask.numel() == len(inputs)):
             mask = mask.bool()
