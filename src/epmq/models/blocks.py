@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -142,3 +143,8 @@ def _linear_size(linear: nn.Module) -> int:
     weight = linear.weight
     assert isinstance(weight, Tensor)
     return weight.numel()
+
+
+def is_padding_mask(value: object) -> bool:
+    """Whether a model input is a padding mask: [batch, tokens] of integers or booleans."""
+    return isinstance(value, Tensor) and value.ndim == 2 and not torch.is_floating_point(value)
