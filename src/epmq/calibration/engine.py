@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from epmq.calibration.collect import LayerGroup, collect, find_layer_targets
@@ -257,7 +258,7 @@ class CalibrationEngine:
         seconds = (time.perf_counter() - start) / len(group.names)
         common = LayerReport("", [], group.names[0], strength=ridge, damping=damping, tokens=group.tokens)
         common = replace(common, seconds=seconds, aims=group.residual_add is not None, largest=group.largest)
-        by_layer = (part.split(group.rows) for part in (loss, merge_loss, rounded))
+        by_layer = (torch.split(part, group.rows) for part in (loss, merge_loss, rounded))
         for local, module, quantized, losses, merge_losses, rows in zip(
             group.names, group.modules, solved.split(group.rows), *by_layer
         ):

@@ -74,7 +74,7 @@ def config(grid: Grid, ignore: list[str]) -> dict[str, Any] | None:
         "group_size": None if grid.group_size == -1 else grid.group_size,
         "dynamic": False,
     }
-    content = QuantizationConfig.model_validate(
+    content: dict[str, Any] = QuantizationConfig.model_validate(
         {
             "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
             "format": "pack-quantized",

@@ -169,7 +169,7 @@ def _by_pieces(merge: Callable[[Tensor, Sequence[Tensor]], Tensor], base: Tensor
     """
     merged = torch.empty(base.shape, dtype=base.dtype, device=base.device)
     work = torch.empty(1 + len(parts), min(PIECE, base.numel()), dtype=torch.float32, device=base.device)
-    for out, *pieces in zip(*(tensor.reshape(-1).split(PIECE) for tensor in (merged, base, *parts))):
+    for out, *pieces in zip(*(torch.split(tensor.reshape(-1), PIECE) for tensor in (merged, base, *parts))):
         first, *rest = (copy[: len(piece)].copy_(piece) for copy, piece in zip(work, pieces))
         out.copy_(merge(first, rest))
     return merged

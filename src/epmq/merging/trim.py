@@ -64,7 +64,7 @@ def _rank_between(pairs: Callable[[], Iterable[Pair]], keep: int, low: float, hi
     # In one growing piece of memory: many small ones, kept between large ones that come and go, would hold those apart.
     inside = bytearray()
     for whole in pairs():
-        for base, expert in zip(*(tensor.reshape(-1).split(PIECE) for tensor in whole)):
+        for base, expert in zip(*(torch.split(tensor.reshape(-1), PIECE) for tensor in whole)):
             sizes = task_vector(base, expert).abs_()
             larger = sizes > high
             above += int(larger.count_nonzero())

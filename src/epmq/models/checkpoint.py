@@ -41,19 +41,26 @@ PROCESSOR_FILES = (
 )
 # Fields of a config that say how many there are of something, and more than any model has.
 COUNTS, MOST = ("layers", "n_layer", "num_labels", "depth"), 100_000
-# Dtypes by the names that safetensors gives them.
+# Dtypes by the names that safetensors gives them, in the order in which it writes their tensors.
 DTYPES = {
+    "U64": torch.uint64,
+    "I64": torch.int64,
     "F64": torch.float64,
     "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
+    "U32": torch.uint32,
     "I32": torch.int32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "U16": torch.uint16,
     "I16": torch.int16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+# Those that are computed with.
+FLOATS = ("F64", "F32", "BF16", "F16")
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # What the header of a safetensors file says of a tensor: its dtype, as safetensors calls it, and its shape.
 TensorSpec = tuple[str, tuple[int, ...]]
@@ -227,9 +234,9 @@ class Checkpoint:
         return str(self._slice(name).get_dtype())
 
     def dtype(self, name: str) -> torch.dtype | None:
-        """Dtype of a tensor, from the header; None where it is no float."""
-        dtype = DTYPES.get(self.dtype_name(name))
-        return dtype if dtype is not None and dtype.is_floating_point else None
+        """Dtype of a tensor, from the header; None where it is none of `FLOATS`."""
+        dtype = self.dtype_name(name)
+        return DTYPES[dtype] if dtype in FLOATS else None
 
     def spec(self, name: str) -> TensorSpec:
         """Dtype, as safetensors calls it, and shape of a tensor, from the header."""

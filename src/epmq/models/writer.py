@@ -19,7 +19,7 @@ from torch import Tensor
 
 from epmq.errors import InputError
 from epmq.files import write_json
-from epmq.models.checkpoint import DTYPES, INDEX, SINGLE, TensorSpec, bits_of, byte_size
+from epmq.models.checkpoint import DTYPES, INDEX, SINGLE, TensorSpec, byte_size
 
 # A shard of an output is full when it holds this much.
 SHARD_BYTES = 4 << 30
@@ -149,8 +149,9 @@ def shard_files(count: int) -> list[str]:
 
 def make_header(specs: Mapping[str, TensorSpec]) -> tuple[bytes, dict[str, int]]:
     """The head of a safetensors file, and where each tensor's bytes begin behind it."""
-    # The order that the format asks for, so that every tensor is aligned: by falling size of the numbers, then by name.
-    names = sorted(specs, key=lambda name: (-bits_of(specs[name][0]), name))
+    # The order in which safetensors itself writes, so that every tensor is aligned: by dtype, then by name.
+    dtypes = list(DTYPES)
+    names = sorted(specs, key=lambda name: (dtypes.index(specs[name][0]), name))
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in names:
