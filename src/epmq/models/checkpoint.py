@@ -23,6 +23,7 @@ PICKLES = (".bin", ".bin.index.json")
 COUNTS, MOST = ("layers", "n_layer", "num_labels", "depth"), 100_000
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _INTEGERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
+DTYPE_NAMES = {dtype: name for name, dtype in {**_DTYPES, **_INTEGERS, "BOOL": torch.bool}.items()}
 
 
 def resolve(source: str | Path) -> Path:
@@ -81,8 +82,7 @@ class _Pickled:
             return list(self._tensor.shape)
 
         def get_dtype(self) -> str:
-            kinds = {dtype: kind for kind, dtype in {**_DTYPES, **_INTEGERS, "BOOL": torch.bool}.items()}
-            return kinds.get(self._tensor.dtype, str(self._tensor.dtype).removeprefix("torch."))
+            return DTYPE_NAMES.get(self._tensor.dtype, str(self._tensor.dtype).removeprefix("torch."))
 
 
 class Checkpoint:
