@@ -1,7 +1,7 @@
 """Build a suite (base, data, experts) in `$EPMQ_CACHE/suites`, with progress and a table of accuracies.
 
 A suite is a module with `NAME`, `TASKS` (name → callable), `POOLING`, `MAX_LENGTH`, `SETTINGS` and
-`QUICK_SETTINGS` (arguments of `train_expert`), `prepare_base(folder)` and `prepare_task(name, folder,
+`QUICK_SETTINGS` (fields of `TrainingSettings`), `prepare_base(folder)` and `prepare_task(name, folder,
 quick)`.
 """
 
@@ -17,6 +17,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 
 from epmq.demo.build import build_pool
+from epmq.demo.finetune import TrainingSettings
 from epmq.files import cache_dir
 
 QUICK_SIZES = {"train": 300, "validation": 100, "test": 200}
@@ -72,10 +73,8 @@ def build_suite(suite: ModuleType, tasks: Sequence[str] | None = None, quick: bo
             tasks,
             suite.prepare_base,
             lambda task, folder: suite.prepare_task(task, folder, quick),
-            pooling=suite.POOLING,
-            max_length=suite.MAX_LENGTH,
-            settings=suite.QUICK_SETTINGS if quick else suite.SETTINGS,
-            report=report,
+            TrainingSettings(suite.POOLING, suite.MAX_LENGTH, **(suite.QUICK_SETTINGS if quick else suite.SETTINGS)),
+            report,
         )
     console.print(accuracy_table(root.name, records))
     console.print(f"in {root}")

@@ -270,53 +270,32 @@ def reproduce(
     """Reproduce a published table: our figures beside the published ones, row by row."""
     from rich.console import Console
 
-    from epmq.reproduce.tables import load_table, names
+    from epmq.reproduce.tables import RunOptions, load_table, table_names
 
     console = Console()
     if list_ or name is None:
-        for known in names():
+        for known in table_names():
             console.print(f"{known:32} {load_table(known).title}", highlight=False)
         return
+    options = RunOptions(merge or (), method or (), bits or (), limit, hub, device)
     if dry_run:
         from epmq.reproduce.forecast import forecast, forecast_tables
 
-        found = forecast(
-            name,
-            limit=limit,
-            hub=hub,
-            merges=merge or (),
-            methods=method or (),
-            bits=bits or (),
-            device=device,
-            progress=not quiet,
-        )
-        for table in forecast_tables(found):
+        for table in forecast_tables(forecast(name, options, progress=not quiet)):
             console.print(table)
         return
     from epmq.reproduce.results import terminal_table
+    from epmq.reproduce.run import MARKDOWN
     from epmq.reproduce.run import reproduce as reproduce_table
 
     def say(text: str) -> None:
         if not quiet:
             Console(stderr=True).print(f"{Path(name).stem}: {text}", highlight=False)
 
-    place = output or Path("reproduced") / Path(name).stem
-    content = reproduce_table(
-        name,
-        place,
-        limit=limit,
-        resume=resume,
-        hub=hub,
-        keep=keep,
-        merges=merge or (),
-        methods=method or (),
-        bits=bits or (),
-        device=device,
-        progress=not quiet,
-        say=say,
-    )
+    folder = output or Path("reproduced") / Path(name).stem
+    content = reproduce_table(name, folder, options, resume=resume, keep=keep, progress=not quiet, say=say)
     console.print(terminal_table(content))
-    console.print(f"{place / 'table.md'}", highlight=False)
+    console.print(f"{folder / MARKDOWN}", highlight=False)
 
 
 @app.command()
@@ -325,10 +304,10 @@ def demo(
     fetch_only: Annotated[bool, typer.Option("--fetch-only", help="download what the demo needs, then stop")] = False,
 ) -> None:
     """The main job on real weights and real tasks: train four experts (once), merge, quantize, compare."""
-    from epmq.demo.run import fetch, run_demo
+    from epmq.demo.run import fetch_packages, run_demo
 
     if fetch_only:
-        fetch()
+        fetch_packages()
     else:
         run_demo(output)
 

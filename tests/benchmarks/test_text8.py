@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks.suites import text8
 from benchmarks.suites.build import accuracy_table, build_suite, suite_dir
+from epmq.demo.finetune import TrainingSettings
 
 
 def test_glosses_lose_their_examples() -> None:
@@ -82,8 +83,8 @@ def test_a_suite_is_built_from_its_module(monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.setenv("EPMQ_CACHE", str(tmp_path))
     seen: dict[str, Any] = {}
 
-    def pool(root: Path, tasks: list[str], *rest: Any, **keywords: Any) -> dict[str, dict[str, Any]]:
-        seen.update(root=root, tasks=tasks, **keywords)
+    def pool(root: Path, tasks: list[str], *rest: Any) -> dict[str, dict[str, Any]]:
+        seen.update(root=root, tasks=tasks, settings=rest[2] if rest else None)
         sizes = {"train": 3, "validation": 1, "test": 2}
         scores = {"base_validation": 0.5, "validation": 1.0, "base_test": 0.25, "test": 0.75}
         return {task: {"examples": sizes, "seconds": 1.0, **scores} for task in tasks}
@@ -100,6 +101,6 @@ def test_a_suite_is_built_from_its_module(monkeypatch: pytest.MonkeyPatch, tmp_p
         prepare_task=None,
     )
     assert build_suite(suite, quick=True) == tmp_path / "suites" / "toy-quick"
-    assert (seen["tasks"], seen["settings"], seen["pooling"]) == (["a", "b"], {"epochs": 1}, "cls")
+    assert (seen["tasks"], seen["settings"]) == (["a", "b"], TrainingSettings("cls", epochs=1))
     table = accuracy_table("toy", pool(tmp_path, ["a"]))
     assert list(table.columns[-2].cells) == ["75.0", "75.0"]

@@ -1,6 +1,8 @@
 """Training of an expert, and the pool that keeps it, on a tiny random BERT with a hand-made tokenizer."""
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +11,15 @@ import pytest
 import torch
 
 from epmq.data.encoding import encode, load_processor
-from epmq.data.examples import Examples
-from epmq.demo import finetune
-from epmq.demo.build import build_pool
-from epmq.demo.finetune import accuracy, class_mean_head, train_expert, training_order
+from epmq.data.readers import Examples
+from epmq.demo import build as pools
+from epmq.demo.finetune import TrainingSettings, accuracy, class_mean_head, train_expert, training_order
 from epmq.demo.texts import TextTask, write_task
 from epmq.models.heads import HEAD_FILE, load_head
 
 WORDS = ["red", "green", "blue", "one", "two", "three", "the", "a"]
 LABELS = ["colour", "number"]
-SETTINGS: dict[str, Any] = {"epochs": 2, "learning_rate": 3e-3, "batch_size": 8}
+SETTINGS = TrainingSettings("mean", 8, epochs=2, learning_rate=3e-3, batch_size=8)
 
 
 def tiny_base(folder: Path) -> None:
@@ -59,9 +60,11 @@ def base(tmp_path: Path) -> Path:
     return tmp_path / "base"
 
 
-def train(base: Path, out: Path, **changes: Any) -> dict[str, Any]:
-    parts = sentences(96, 0), sentences(24, 1), sentences(40, 2)
-    return train_expert(base, out, *parts, LABELS, pooling="mean", max_length=8, **{**SETTINGS, **changes})
+def train(
+    base: Path, out: Path, progress: Callable[[float], None] = lambda share: None, **changes: Any
+) -> dict[str, Any]:
+    splits = {"train": sentences(96, 0), "validation": sentences(24, 1), "test": sentences(40, 2)}
+    return train_expert(base, out, splits, LABELS, replace(SETTINGS, **changes), progress)
 
 
 def test_training_beats_the_base_and_can_be_read_back(base: Path) -> None:
@@ -86,7 +89,7 @@ def test_the_head_belongs_to_the_base_and_is_not_trained(base: Path) -> None:
 
     train(base, base.with_name("expert"))
     model, processor = AutoModel.from_pretrained(base), load_processor(base)
-    expected = class_mean_head(model, processor, sentences(96, 0), LABELS, "mean", 8, 20.0)
+    expected = class_mean_head(model, processor, sentences(96, 0), LABELS, SETTINGS)
     written = load_head(base.with_name("expert") / HEAD_FILE)
     torch.testing.assert_close(written.weight, expected.weight)
     torch.testing.assert_close(written.bias, expected.bias)
@@ -100,7 +103,7 @@ def test_the_head_scores_by_nearest_class_mean(base: Path) -> None:
         load_processor(base),
         sentences(64, 0),
     )
-    head = class_mean_head(model, processor, examples, LABELS, "mean", 8, 20.0)
+    head = class_mean_head(model, processor, examples, LABELS, SETTINGS)
     with torch.no_grad():
         (batch,) = encode(examples, processor, 64, 8)
         hidden = model(**batch).last_hidden_state
@@ -197,20 +200,12 @@ def test_a_complete_pool_is_not_built_again(tmp_path: Path, monkeypatch: pytest.
         write_task(TextTask(texts, labels, LABELS, {}), folder, {"train": 64, "validation": 16, "test": 32})
 
     def build(tasks: list[str]) -> dict[str, dict[str, Any]]:
-        return build_pool(
-            tmp_path,
-            tasks,
-            prepare_base,
-            prepare_task,
-            pooling="mean",
-            max_length=8,
-            settings=SETTINGS,
-        )
+        return pools.build_pool(tmp_path, tasks, prepare_base, prepare_task, SETTINGS)
 
     first = build(["a"])
     assert calls == ["base", "a"]
     both = build(["a", "b"])
     assert calls == ["base", "a", "b"] and both["a"] == first["a"]
-    monkeypatch.setattr(finetune, "train_expert", None)
+    monkeypatch.setattr(pools, "train_expert", None)
     assert build(["a", "b"]) == both
     assert calls == ["base", "a", "b"]

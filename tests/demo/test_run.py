@@ -20,8 +20,8 @@ def small_demo(pool, tmp_path, monkeypatch):
             write_texts(folder / f"{split}.jsonl", 16, 3, seed)
         record = json.dumps({"base_test": 0.4, "test": 0.6})
         (tmp_path / "pool" / "experts" / task / "training.json").write_text(record)
-    monkeypatch.setattr(demo, "fetch", lambda: None)
-    monkeypatch.setattr(demo, "_prepare", lambda console: tmp_path / "pool")
+    monkeypatch.setattr(demo, "fetch_packages", lambda: None)
+    monkeypatch.setattr(demo, "_prepare", lambda: tmp_path / "pool")
     monkeypatch.setattr(demo, "DEMO_TASKS", ("one", "two"))
     return tmp_path / "demo"
 

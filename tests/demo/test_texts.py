@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from epmq.demo.build import build_pool, whole_folder
+from epmq.demo.finetune import TrainingSettings
 from epmq.demo.texts import (
     TextTask,
     clean_tweet,
@@ -127,5 +128,5 @@ def test_a_label_without_a_name_is_refused(tmp_path: Path) -> None:
         write_task(TextTask([f"t{i}" for i in range(20)], [0, 3] * 10, ["a", "b"], {}), folder, SIZES)
 
     with pytest.raises(ValueError, match="label in 0 … 1"):
-        build_pool(tmp_path, ["t"], lambda f: None, prepare, pooling="mean", max_length=8, settings={})
+        build_pool(tmp_path, ["t"], lambda f: None, prepare, TrainingSettings("mean", 8))
     assert not (tmp_path / "data" / "t").exists()

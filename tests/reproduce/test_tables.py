@@ -5,7 +5,7 @@ import pytest
 import yaml
 
 from epmq.reproduce import tables
-from epmq.reproduce.tables import DATASETS, Row, base_of, load_table, located, names, recipe_of
+from epmq.reproduce.tables import DATASETS, Row, RunOptions, base_source, load_table, locate, row_recipe, table_names
 
 TASK = {"data": {"dataset": "owner/pets"}, "classes": ["cat", "dog"], "templates": ["a {}"]}
 TABLE: dict[str, Any] = {
@@ -25,7 +25,7 @@ def written(path: Path, **fields: Any) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", table_names())
 def test_the_tables_that_come_along_are_whole(name):
     table = load_table(name)
     rows = table.rows()
@@ -38,7 +38,7 @@ def test_the_tables_that_come_along_are_whole(name):
     for task in table.tasks:
         assert table.expert(task).count("/") == 1
     for row in rows:
-        recipe = recipe_of(table, row, table.base, {})
+        recipe = row_recipe(table, row, table.base, {}, RunOptions())
         assert [expert.name for expert in recipe.experts] == list(table.tasks)
         assert row.bits is None or (
             recipe.quantize.bits == row.bits and recipe.quantize.calibrates == (row.method != "rtn")
@@ -47,15 +47,15 @@ def test_the_tables_that_come_along_are_whole(name):
 
 def test_a_row_is_a_recipe(tmp_path):
     table = load_table(written(tmp_path / "a.yaml", samples=64, seed=3, batch_size=5))
-    heads = {"one": tmp_path / "one.safetensors"}
-    recipe = recipe_of(table, Row("ta", "ours", 2), "here", heads, limit=10, device="cpu", output=tmp_path / "out")
+    heads, options = {"one": tmp_path / "one.safetensors"}, RunOptions(limit=10, device="cpu")
+    recipe = row_recipe(table, Row("ta", "ours", 2), "here", heads, options, tmp_path / "out")
     assert recipe.base == "here" and recipe.samples == 10 and recipe.seed == 3 and recipe.batch_size == 5
     assert recipe.quantize.method == "expert_guided" and recipe.quantize.bits == 2 and recipe.merge.scaling == 0.3
     one, two = recipe.experts
     assert one.head == str(heads["one"]) and two.head is None and two.model == "owner/expert_two"
     assert one.calibration.split == "train" and one.calibration.samples is None
     assert one.evaluation.split == "test" and one.evaluation.samples == 10
-    whole = recipe_of(table, Row(None, "base", None), "here", heads)
+    whole = row_recipe(table, Row(None, "base", None), "here", heads, RunOptions())
     assert whole.quantize.method == "none" and whole.samples == 64 and whole.experts[0].evaluation.samples is None
 
 
@@ -105,7 +105,7 @@ def test_a_wrong_table_is_refused_by_field(tmp_path, fields, message):
 
 def test_no_table_at_all(tmp_path):
     (tmp_path / "a.yaml").write_text("- 1")
-    with pytest.raises(ValueError, match=r"a\.yaml: must be a mapping"):
+    with pytest.raises(ValueError, match=r"a\.yaml: a table is a mapping"):
         load_table(tmp_path / "a.yaml")
     (tmp_path / "a.yaml").write_text("a: [")
     with pytest.raises(ValueError, match=r"a\.yaml: not valid YAML"):
@@ -117,25 +117,25 @@ def test_no_table_at_all(tmp_path):
 def test_a_mirror_stands_for_the_hub(tmp_path):
     for folder in ("owner/base", "datasets/owner/pets"):
         (tmp_path / folder).mkdir(parents=True)
-    assert located("owner/base", tmp_path) == str(tmp_path / "owner" / "base")
-    assert located("owner/pets", tmp_path, DATASETS) == str(tmp_path / "datasets" / "owner" / "pets")
-    assert located("owner/pets", tmp_path) == "owner/pets" and located("owner/base", None) == "owner/base"
+    assert locate("owner/base", tmp_path) == str(tmp_path / "owner" / "base")
+    assert locate("owner/pets", tmp_path, DATASETS) == str(tmp_path / "datasets" / "owner" / "pets")
+    assert locate("owner/pets", tmp_path) == "owner/pets" and locate("owner/base", None) == "owner/base"
 
 
 def test_a_pickle_is_taken_only_where_there_is_nothing_else(tmp_path):
     table = load_table(written(tmp_path / "a.yaml", pickle="pytorch_model.bin"))
     folder = tmp_path / "owner" / "base"
     folder.mkdir(parents=True)
-    assert base_of(table, tmp_path) == f"{folder}/pytorch_model.bin"
+    assert base_source(table, tmp_path) == f"{folder}/pytorch_model.bin"
     (folder / "model.safetensors").touch()
-    assert base_of(table, tmp_path) == str(folder)
+    assert base_source(table, tmp_path) == str(folder)
     (folder / "model.safetensors").unlink()
-    assert base_of(load_table(written(tmp_path / "a.yaml")), tmp_path) == str(folder)
+    assert base_source(load_table(written(tmp_path / "a.yaml")), tmp_path) == str(folder)
 
 
 def test_tables_lie_in_the_package_or_in_the_working_copy(monkeypatch, tmp_path):
-    assert (tables.folder() / "clip-vit-b32-8.yaml").is_file()
+    assert (tables.recipes_dir() / "clip-vit-b32-8.yaml").is_file()
     inside = tmp_path / "epmq" / "recipes"
     inside.mkdir(parents=True)
     monkeypatch.setattr(tables, "__file__", str(tmp_path / "epmq" / "tables.py"))
-    assert tables.folder() == inside
+    assert tables.recipes_dir() == inside

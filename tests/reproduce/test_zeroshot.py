@@ -49,20 +49,20 @@ def test_templates_are_averaged_where_they_are_normalised(clip, tmp_path):
 
 
 def test_heads_are_made_once(clip, tmp_path, monkeypatch):
-    told = {"one": (NAMES, TEMPLATES), "two": (NAMES, TEMPLATES[:1])}
+    tasks = {"one": (NAMES, TEMPLATES), "two": (NAMES, TEMPLATES[:1])}
     made: list[int] = []
     original = zeroshot.text_head
     monkeypatch.setattr(zeroshot, "text_head", lambda *args: made.append(1) or original(*args))
-    first = text_heads(clip / "pytorch_model.bin", told, tmp_path)
-    assert text_heads(clip / "pytorch_model.bin", told, tmp_path) == first and len(made) == 2
-    other = text_heads(clip / "pytorch_model.bin", {**told, "one": (NAMES[::-1], TEMPLATES)}, tmp_path)
+    first = text_heads(clip / "pytorch_model.bin", tasks, tmp_path)
+    assert text_heads(clip / "pytorch_model.bin", tasks, tmp_path) == first and len(made) == 2
+    other = text_heads(clip / "pytorch_model.bin", {**tasks, "one": (NAMES[::-1], TEMPLATES)}, tmp_path)
     assert other["two"] == first["two"] and other["one"] != first["one"] and len(made) == 3
 
 
 def test_a_model_without_a_text_tower_is_named(clip, tmp_path):
-    place = clip.parent.parent / "tanganke" / "clip-vit-base-patch32_mnist"
+    folder = clip.parent.parent / "tanganke" / "clip-vit-base-patch32_mnist"
     with pytest.raises(ValueError, match=r"clip-vit-base-patch32_mnist: no CLIP model with a text tower"):
-        text_heads(place, {"one": (NAMES, TEMPLATES)}, tmp_path)
+        text_heads(folder, {"one": (NAMES, TEMPLATES)}, tmp_path)
 
 
 def test_a_projection_is_kept_with_its_head(clip, tmp_path):

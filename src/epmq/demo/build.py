@@ -7,18 +7,19 @@ Layout under the root: `base/`, `data/<task>/{train,validation,test}.jsonl` (or 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from epmq.data.examples import Examples
-from epmq.data.readers import read_examples
+from epmq.data.readers import Examples, read_examples
+from epmq.demo.finetune import RECORD, TrainingSettings, train_expert
 from epmq.demo.pool import split_file
 from epmq.errors import InputError
-from epmq.files import whole_directory
+from epmq.files import read_json, whole_directory
 
 SPLITS = ("train", "validation", "test")
+# Called with the step at hand (`base`, `data/<task>`, `experts/<task>`) and its share done, 0 to 1.
 Report = Callable[[str, float], None]
 
 
@@ -32,20 +33,12 @@ def whole_folder(target: Path) -> Iterator[Path | None]:
         yield work
 
 
-def read_split(folder: Path, split: str) -> Examples:
-    """One split of a task's data folder, be it `.jsonl` or `.npz`."""
-    return read_examples(split_file(folder, split))
-
-
 def build_pool(
     root: Path,
     tasks: Sequence[str],
     prepare_base: Callable[[Path], None],
     prepare_task: Callable[[str, Path], None],
-    *,
-    pooling: str,
-    max_length: int | None,
-    settings: Mapping[str, Any],
+    settings: TrainingSettings,
     report: Report = lambda step, share: None,
 ) -> dict[str, dict[str, Any]]:
     """Prepare the base, then the data of every task, then train every expert; what is there is kept.
@@ -55,9 +48,8 @@ def build_pool(
         tasks: names of the tasks.
         prepare_base: writes the base model's directory into the empty folder that it is given.
         prepare_task: writes splits, `labels.json` and `source.json` of the named task into an empty folder.
-        pooling, max_length: of the heads and of the texts (see `train_expert`).
-        settings: further arguments of `train_expert`.
-        report: called with the step at hand (`base`, `data/<task>`, `experts/<task>`) and its share done.
+        settings: how the experts are trained.
+        report: see `Report`.
 
     Returns:
         the content of each expert's `training.json`, by task.
@@ -72,45 +64,31 @@ def build_pool(
             if work is not None:
                 report(f"data/{task}", 0.0)
                 prepare_task(task, work)
-                _check(work)
+                _read_task(work)
         report(f"data/{task}", 1.0)
-    return {task: _expert(root, task, pooling, max_length, settings, report) for task in tasks}
+    return {task: _build_expert(root, task, settings, report) for task in tasks}
 
 
-def _expert(
-    root: Path, task: str, pooling: str, max_length: int | None, settings: Mapping[str, Any], report: Report
-) -> dict[str, Any]:
-    done = root / "experts" / task / "training.json"
-    step = f"experts/{task}"
-    if done.exists():
+def _build_expert(root: Path, task: str, settings: TrainingSettings, report: Report) -> dict[str, Any]:
+    expert, step = root / "experts" / task, f"experts/{task}"
+    if (expert / RECORD).exists():
         report(step, 1.0)
-        record: dict[str, Any] = json.loads(done.read_text())
-        return record
-    # imported late: a pool that is complete must open without loading transformers
-    from epmq.demo.finetune import train_expert
-
+        return read_json(expert / RECORD)
     report(step, 0.0)
-    data = root / "data" / task
-    train, validation, test = (read_split(data, split) for split in SPLITS)
-    return train_expert(
-        root / "base",
-        root / "experts" / task,
-        train,
-        validation,
-        test,
-        json.loads((data / "labels.json").read_text()),
-        pooling=pooling,
-        max_length=max_length,
-        progress=lambda share: report(step, share),
-        **settings,
-    )
+    splits, labels = _read_task(root / "data" / task)
+    return train_expert(root / "base", expert, splits, labels, settings, lambda share: report(step, share))
 
 
-def _check(folder: Path) -> None:
-    """Raise where a task's data folder lacks a part or has labels without a name."""
-    labels = json.loads((folder / "labels.json").read_text())
-    json.loads((folder / "source.json").read_text())
-    for split in SPLITS:
-        examples = read_split(folder, split)
+def _read_task(folder: Path) -> tuple[dict[str, Examples], list[str]]:
+    """The splits of a task's data folder and the names of its classes.
+
+    Raises:
+        FileNotFoundError, ValueError: a part is missing, or a label has no name.
+    """
+    labels = json.loads((folder / "labels.json").read_text(encoding="utf-8"))
+    read_json(folder / "source.json")
+    splits = {split: read_examples(split_file(folder, split)) for split in SPLITS}
+    for split, examples in splits.items():
         if examples.labels is None or not 0 <= examples.labels.min() <= examples.labels.max() < len(labels):
             raise InputError(f"{folder}, {split}: every example needs a label in 0 … {len(labels) - 1}")
+    return splits, labels

@@ -28,22 +28,11 @@ def pypi(requirement: str, source: bool = False) -> Path:
     """
 
     def download(folder: Path) -> None:
-        form = ["--no-binary", ":all:"] if source else ["--only-binary", ":all:"]
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--quiet",
-            "--no-deps",
-            *form,
-            "-d",
-            str(folder),
-            requirement,
-        ]
-        _run(command, f"pip could not download {requirement}")
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+        archive = ["--no-binary" if source else "--only-binary", ":all:"]
+        _run([*pip, *archive, "-d", str(folder), requirement], f"pip could not download {requirement}")
 
-    return _fetched("pypi", requirement.replace("==", "-"), download)
+    return _cached("pypi", requirement.replace("==", "-"), download)
 
 
 def npm(package: str) -> Path:
@@ -56,7 +45,7 @@ def npm(package: str) -> Path:
     def download(folder: Path) -> None:
         _run(["npm", "pack", "--silent", "--pack-destination", str(folder), package], f"npm could not fetch {package}")
 
-    return _fetched("npm", package.replace("/", "-").replace("@", "-").strip("-"), download)
+    return _cached("npm", package.replace("/", "-").replace("@", "-").strip("-"), download)
 
 
 def debian(package: str) -> Path:
@@ -69,24 +58,22 @@ def debian(package: str) -> Path:
     def download(folder: Path) -> None:
         _run(["apt-get", "download", "-qq", package], f"apt-get could not download {package}", cwd=folder)
 
-    return _fetched("debian", package, download)
+    return _cached("debian", package, download)
 
 
-def _fetched(registry: str, name: str, download: Callable[[Path], None]) -> Path:
+def _cached(registry: str, name: str, download: Callable[[Path], None]) -> Path:
     """Download and unpack into a folder that appears by rename, so that it is whole or absent."""
     target = cache_dir() / "packages" / registry / name
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=target.parent))
-    try:
-        (work / "archive").mkdir()
-        download(work / "archive")
-        for archive in sorted((work / "archive").iterdir()):
-            _unpack(archive, work / "files")
-        (work / "files").rename(target)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=target.parent, ignore_cleanup_errors=True) as work:
+        downloads, files = Path(work) / "archive", Path(work) / "files"
+        downloads.mkdir()
+        download(downloads)
+        for archive in sorted(downloads.iterdir()):
+            _unpack(archive, files)
+        files.rename(target)
     return target
 
 

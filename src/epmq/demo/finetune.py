@@ -8,25 +8,162 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from epmq.data.encoding import encode
-from epmq.data.examples import Examples
+from epmq.data.encoding import encode, load_processor
+from epmq.data.readers import Examples
+from epmq.files import read_json, whole_directory
 from epmq.models.heads import HEAD_FILE, Head, save_head
 from epmq.models.multitask import MultiTaskModel
-from epmq.pipeline import evaluation as evaluate
+from epmq.pipeline import evaluation
+
+# File in an expert's folder that tells how it was made, and how well it does.
+RECORD = "training.json"
+# Examples in a forward where nothing is trained.
+BATCH_SIZE = 64
 
 
-def hidden_states(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Last hidden state of a backbone, [batch, tokens, features]."""
-    return model(**batch).last_hidden_state
+@dataclass(frozen=True)
+class TrainingSettings:
+    """How an expert is trained: AdamW with linear warm-up and decay.
+
+    Attributes:
+        pooling: how the head pools (see `epmq.models.heads.pool`).
+        max_length: tokens a text is cut to.
+        epochs, learning_rate, batch_size: of the training.
+        scale: inverse temperature of the head's cosine scores.
+        seed: of the order of the examples and of what the model draws.
+        adapter: a `peft` configuration, such as a `LoraConfig`: only the adapter is trained, and written in place
+            of the model; None trains every weight.
+    """
+
+    pooling: str
+    max_length: int | None = None
+    epochs: int = 3
+    learning_rate: float = 5e-5
+    batch_size: int = 32
+    scale: float = 20.0
+    seed: int = 0
+    adapter: Any | None = None
+
+    def record(self) -> dict[str, Any]:
+        """The settings as plain values; of an adapter its kind alone, such as `LORA`."""
+        return vars(self) | {"adapter": None if self.adapter is None else str(self.adapter.peft_type.value)}
+
+
+def train_expert(
+    base: str | Path,
+    out: str | Path,
+    splits: Mapping[str, Examples],
+    labels: list[str],
+    settings: TrainingSettings,
+    progress: Callable[[float], None] = lambda share: None,
+) -> dict[str, Any]:
+    """Fine-tune `base` on one task and write the expert to `out` (a Hugging Face or PEFT directory and its head).
+
+    An expert that is already there is kept; `out` appears by rename when it is whole. The epoch with the best
+    validation accuracy is the one written.
+
+    Args:
+        base: directory of the base backbone.
+        out: where the expert goes; `training.json` in it records settings, accuracies and seconds.
+        splits: labelled examples: `train`, `validation` and `test`.
+        labels: names of the classes.
+        settings: of head and training.
+        progress: called with the share done, 0 to 1.
+
+    Returns:
+        the content of `training.json`: accuracies of the base and of the expert among it.
+    """
+    out = Path(out)
+    if (out / RECORD).exists():
+        return read_json(out / RECORD)
+    start = time.time()
+    torch.manual_seed(settings.seed)
+    train, validation, test = (splits[name] for name in ("train", "validation", "test"))
+    length, processor, model = settings.max_length, load_processor(base), _load_backbone(base)
+    head = class_mean_head(model, processor, train, labels, settings)
+    record: dict[str, Any] = {
+        "base_validation": accuracy(model, head, processor, validation, length),
+        "base_test": accuracy(model, head, processor, test, length),
+    }
+    with whole_directory(out) as work:
+        history: list[float] = []
+        for trained in _epochs(model, head, processor, train, settings, progress):
+            history.append(accuracy(trained, head, processor, validation, length))
+            if history[-1] > max(history[:-1], default=-1.0):
+                trained.save_pretrained(work)
+        processor.save_pretrained(work)
+        save_head(head, work / HEAD_FILE)
+        # read back from disk: the best epoch need not be the last, and what is measured is what was written
+        written = _load_backbone(work) if settings.adapter is None else _load_backbone(base, adapter=work)
+        record |= {
+            "validation": max(history),
+            "test": accuracy(written, head, processor, test, length),
+            "validation_by_epoch": history,
+            "examples": {"train": len(train), "validation": len(validation), "test": len(test)},
+            "settings": settings.record(),
+            "seconds": round(time.time() - start, 1),
+        }
+        (work / RECORD).write_text(json.dumps(record, indent=2))
+    return record
+
+
+def _load_backbone(folder: str | Path, adapter: Path | None = None) -> Any:
+    """The model in a folder, in float32, with the adapter of another folder if there is one."""
+    from transformers import AutoModel
+
+    model = AutoModel.from_pretrained(folder, dtype=torch.float32)
+    if adapter is None:
+        return model
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(model, str(adapter))
+
+
+def _epochs(
+    model: Any,
+    head: Head,
+    processor: Any,
+    train: Examples,
+    settings: TrainingSettings,
+    progress: Callable[[float], None],
+) -> Iterator[Any]:
+    """Train a model, which gets an adapter if the settings have one; yields it after each epoch."""
+    if settings.adapter is not None:
+        from peft import get_peft_model
+
+        # a copy, for peft notes the path of the base in it
+        model = get_peft_model(model, copy.deepcopy(settings.adapter))
+    size, rng = settings.batch_size, np.random.default_rng(settings.seed)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    steps = settings.epochs * -(-len(train) // size)
+    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / max(1, steps // 10), (steps - step) / max(1, steps))
+    )
+    step = 0
+    for _ in range(settings.epochs):
+        model.train()
+        shuffled = train.take(training_order(train, size, rng))
+        targets = torch.split(_targets(shuffled), size)
+        for batch, target in zip(encode(shuffled, processor, size, settings.max_length), targets):
+            logits = head.logits(hidden_states(model, batch), batch.get("attention_mask"))
+            optimizer.zero_grad()
+            torch.autograd.backward(torch.nn.functional.cross_entropy(logits, target))
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            schedule.step()
+            step += 1
+            progress(step / steps)
+        yield model
 
 
 def training_order(examples: Examples, batch_size: int, rng: np.random.Generator) -> np.ndarray:
@@ -48,15 +185,7 @@ def training_order(examples: Examples, batch_size: int, rng: np.random.Generator
 
 
 @torch.no_grad()
-def class_mean_head(
-    model: Any,
-    processor: Any,
-    train: Examples,
-    labels: list[str],
-    pooling: str,
-    max_length: int | None,
-    scale: float,
-) -> Head:
+def class_mean_head(model: Any, processor: Any, train: Examples, labels: list[str], settings: TrainingSettings) -> Head:
     """A nearest-class-mean head in linear form.
 
     With unit features f, their mean μ and class means m_c, `logits_c = scale · (f − μ)·(m_c − μ)/|m_c − μ|`.
@@ -66,144 +195,37 @@ def class_mean_head(
         processor: its tokenizer or image processor.
         train: labelled examples.
         labels: the names of the classes.
-        pooling: see `epmq.models.heads.pool`.
-        max_length: tokens a text is cut to.
-        scale: inverse temperature of the cosine scores.
+        settings: how the head pools, the length of texts, and the scale.
     """
-    blank = Head(torch.zeros(1, 1), torch.zeros(1), pooling)
+    blank = Head(torch.zeros(1, 1), torch.zeros(1), settings.pooling)
     model.eval()
     train = train.by_length()
-    rows = [
-        blank.features(hidden_states(model, batch), batch.get("attention_mask"))
-        for batch in encode(train, processor, 64, max_length)
-    ]
-    features = torch.cat(rows)
-    assert train.labels is not None
-    target = torch.from_numpy(train.labels)
-    means = torch.stack([features[target == k].mean(0) for k in range(len(labels))])
+    features = torch.cat(
+        [
+            blank.features(hidden_states(model, batch), batch.get("attention_mask"))
+            for batch in encode(train, processor, BATCH_SIZE, settings.max_length)
+        ]
+    )
+    targets = _targets(train)
+    means = torch.stack([features[targets == k].mean(0) for k in range(len(labels))])
     centre = means.mean(0)
-    weight = scale * torch.nn.functional.normalize(means - centre, dim=-1)
-    return Head(weight, -weight @ centre, pooling, True, labels)
+    weight = settings.scale * torch.nn.functional.normalize(means - centre, dim=-1)
+    return Head(weight, -weight @ centre, settings.pooling, True, labels)
 
 
 def accuracy(model: Any, head: Head, processor: Any, examples: Examples, max_length: int | None) -> float:
     """Share of examples whose highest score is the label."""
     task = MultiTaskModel(model.eval(), {"task": head}, processor)
-    return evaluate.accuracy(task, "task", examples, 64, max_length)
+    return evaluation.accuracy(task, "task", examples, BATCH_SIZE, max_length)
 
 
-def train_expert(
-    base: str | Path,
-    out: str | Path,
-    train: Examples,
-    validation: Examples,
-    test: Examples,
-    labels: list[str],
-    *,
-    pooling: str,
-    max_length: int | None = None,
-    epochs: int = 3,
-    learning_rate: float = 5e-5,
-    batch_size: int = 32,
-    scale: float = 20.0,
-    seed: int = 0,
-    adapter: Any | None = None,
-    progress: Callable[[float], None] = lambda share: None,
-) -> dict[str, Any]:
-    """Fine-tune `base` on one task and write the expert to `out` (a Hugging Face or PEFT directory and its head).
+def hidden_states(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Last hidden state of a backbone, [batch, tokens, features]."""
+    hidden: torch.Tensor = model(**batch).last_hidden_state
+    return hidden
 
-    An expert that is already there is kept; `out` appears by rename when it is whole. The epoch with the best
-    validation accuracy is the one written.
 
-    Args:
-        base: directory of the base backbone.
-        out: where the expert goes; `training.json` in it records settings, accuracies and seconds.
-        train, validation, test: labelled splits.
-        labels: names of the classes.
-        pooling: how the head pools (see `epmq.models.heads.pool`).
-        max_length: tokens a text is cut to.
-        epochs, learning_rate, batch_size, scale, seed: of the training (AdamW, linear warm-up and decay).
-        adapter: a `peft` configuration, such as a `LoraConfig`: only the adapter is trained, and written in place
-            of the model; None trains every weight.
-        progress: called with the share done, 0 to 1.
-
-    Returns:
-        the content of `training.json`: accuracies of the base and of the expert among it.
-    """
-    from transformers import AutoModel
-
-    from epmq.data.encoding import load_processor
-
-    out = Path(out)
-    if (out / "training.json").exists():
-        return json.loads((out / "training.json").read_text())
-    start = time.time()
-    torch.manual_seed(seed)
-    processor, model = load_processor(base), AutoModel.from_pretrained(base, dtype=torch.float32)
-    head = class_mean_head(model, processor, train, labels, pooling, max_length, scale)
-    record: dict[str, Any] = {
-        "base_validation": accuracy(model, head, processor, validation, max_length),
-        "base_test": accuracy(model, head, processor, test, max_length),
-    }
-    if adapter is not None:
-        from peft import get_peft_model
-
-        # a copy, for peft notes the path of the base in it; the head is made by now, of the bare base's features
-        model = get_peft_model(model, copy.deepcopy(adapter))
-    work = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(work, ignore_errors=True)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    steps = epochs * -(-len(train) // batch_size)
-    optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / max(1, steps // 10), (steps - step) / max(1, steps))
-    )
-    rng, best, history, step = np.random.default_rng(seed), -1.0, [], 0
-    for _ in range(epochs):
-        model.train()
-        shuffled = train.take(training_order(train, batch_size, rng))
-        assert shuffled.labels is not None
-        target = torch.from_numpy(shuffled.labels)
-        for i, batch in enumerate(encode(shuffled, processor, batch_size, max_length)):
-            logits = head.logits(hidden_states(model, batch), batch.get("attention_mask"))
-            loss = torch.nn.functional.cross_entropy(logits, target[i * batch_size : (i + 1) * batch_size])
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(trained, 1.0)
-            optimizer.step()
-            schedule.step()
-            step += 1
-            progress(step / steps)
-        history.append(accuracy(model, head, processor, validation, max_length))
-        if history[-1] > best:
-            best = history[-1]
-            model.save_pretrained(work)
-    processor.save_pretrained(work)
-    save_head(head, work / HEAD_FILE)
-    # read back from disk: the best epoch need not be the last, and what is measured is what was written
-    model = AutoModel.from_pretrained(work if adapter is None else base, dtype=torch.float32)
-    if adapter is not None:
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(model, str(work))
-    record |= {
-        "validation": best,
-        "test": accuracy(model, head, processor, test, max_length),
-        "validation_by_epoch": history,
-        "examples": {"train": len(train), "validation": len(validation), "test": len(test)},
-        "settings": {
-            "pooling": pooling,
-            "max_length": max_length,
-            "epochs": epochs,
-            "learning_rate": learning_rate,
-            "batch_size": batch_size,
-            "scale": scale,
-            "seed": seed,
-            "adapter": None if adapter is None else str(adapter.peft_type.value),
-        },
-        "seconds": round(time.time() - start, 1),
-    }
-    (work / "training.json").write_text(json.dumps(record, indent=2))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    work.rename(out)
-    return record
+def _targets(examples: Examples) -> torch.Tensor:
+    """Class indices of labelled examples: int64, [n]."""
+    assert examples.labels is not None
+    return torch.from_numpy(examples.labels)

@@ -17,9 +17,9 @@ def split_file(folder: Path, split: str) -> Path:
     Raises:
         FileNotFoundError: there is neither.
     """
-    for ending in (".jsonl", ".npz"):
-        if (folder / f"{split}{ending}").exists():
-            return folder / f"{split}{ending}"
+    for path in (folder / f"{split}.jsonl", folder / f"{split}.npz"):
+        if path.exists():
+            return path
     raise MissingError(f"{folder}: no {split}.jsonl and no {split}.npz")
 
 
@@ -44,17 +44,15 @@ def pool_recipe(
         data: further fields of calibration and evaluation data, such as `pack`.
         fields: further fields of the recipe, such as `merge`, `quantize`, `output`.
     """
-    experts = [
-        {
+
+    def expert(task: str) -> dict[str, Any]:
+        train, test = (str(split_file(root / "data" / task, name)) for name in ("train", split))
+        return {
             "name": task,
             "model": str(root / "experts" / task),
-            "calibration": {"path": str(split_file(root / "data" / task, "train")), **(data or {})},
-            "evaluation": {
-                "path": str(split_file(root / "data" / task, split)),
-                "samples": test_samples,
-                **(data or {}),
-            },
+            "calibration": {"path": train, **(data or {})},
+            "evaluation": {"path": test, "samples": test_samples, **(data or {})},
         }
-        for task in tasks
-    ]
+
+    experts = [expert(task) for task in tasks]
     return load_recipe({"base": str(root / "base"), "experts": experts, "max_length": max_length, **fields})

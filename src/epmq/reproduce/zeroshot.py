@@ -19,17 +19,17 @@ from torch.nn.functional import normalize
 from epmq.data.encoding import load_processor, tokenizer_of
 from epmq.errors import InputError, error_context
 from epmq.files import hash_file
-from epmq.models.checkpoint import Checkpoint, model_files
+from epmq.models.checkpoint import Checkpoint
 from epmq.models.heads import POOLER, Head, save_head
 
 # What the name of a cached head stands for beside its inputs; another way of computing heads needs another number.
-FORM = 1
+CACHE_VERSION = 1
 # Texts that the tower takes at once.
-BATCH = 256
+BATCH_SIZE = 256
 
 
 def check_template(template: str) -> str:
-    """A template with `{}` where the class's name goes.
+    """Return a template with one `{}` where the class's name goes.
 
     Raises:
         ValueError: it cannot be filled in with one name.
@@ -54,11 +54,11 @@ def text_head(model: Any, tokenizer: Any, classes: Sequence[str], templates: Seq
         templates: texts with `{}` in the place of the name.
     """
     texts = [check_template(template).format(name) for name in classes for template in templates]
-    found = []
-    for start in range(0, len(texts), BATCH):
-        batch = tokenizer(texts[start : start + BATCH], padding=True, truncation=True, return_tensors="pt")
-        found.append(model.text_projection(model.text_model(**batch).pooler_output))
-    rows = normalize(torch.cat(found).float(), dim=-1).reshape(len(classes), len(templates), -1)
+    embeddings = []
+    for start in range(0, len(texts), BATCH_SIZE):
+        batch = tokenizer(texts[start : start + BATCH_SIZE], padding=True, truncation=True, return_tensors="pt")
+        embeddings.append(model.text_projection(model.text_model(**batch).pooler_output))
+    rows = normalize(torch.cat(embeddings).float(), dim=-1).reshape(len(classes), len(templates), -1)
     weight = normalize(rows.mean(1), dim=-1) * model.logit_scale.float().exp()
     projection = model.visual_projection.weight.detach().float().clone()
     return Head(weight, torch.zeros(len(classes)), POOLER, True, list(classes), projection)
@@ -80,23 +80,25 @@ def text_heads(
     Raises:
         FileNotFoundError, ValueError: the base is no such model; its folder is named.
     """
-    opened = Checkpoint(base)
-    content = [(file.name, hash_file(file)) for file in model_files(opened.path)]
-    keys = {task: _digest([FORM, content, *map(list, told)]) for task, told in tasks.items()}
+    folder = Checkpoint(base).path
+    read = sorted(file for file in folder.iterdir() if file.suffix in (".json", ".txt", ".safetensors", ".bin"))
+    content = [(file.name, hash_file(file)) for file in read]
+    keys = {task: _digest([CACHE_VERSION, content, *map(list, texts)]) for task, texts in tasks.items()}
     files = {task: cache / f"{task}-{key}.safetensors" for task, key in keys.items()}
     missing = [task for task, file in files.items() if not file.exists()]
     if not missing:
         return files
     import transformers
 
-    with error_context(opened.path, "no CLIP model with a text tower and its tokenizer"):
-        model = transformers.CLIPModel.from_pretrained(opened.path, dtype=torch.float32, trust_remote_code=False).eval()
-        tokenizer = tokenizer_of(load_processor(opened.path))
-        assert tokenizer is not None, "no tokenizer"
+    with error_context(folder, "no CLIP model with a text tower and its tokenizer"):
+        model: Any = transformers.CLIPModel.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
+        tokenizer = tokenizer_of(load_processor(folder))
+        if tokenizer is None:
+            raise InputError("no tokenizer")
     cache.mkdir(parents=True, exist_ok=True)
     for task in missing:
         draft = files[task].with_suffix(".draft")
-        save_head(text_head(model, tokenizer, *tasks[task]), draft)
+        save_head(text_head(model.eval(), tokenizer, *tasks[task]), draft)
         draft.replace(files[task])
     return files
 
