@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from epmq.errors import InputError, error_context
-from epmq.models.blocks import use_fast_matmul
 from epmq.models.checkpoint import Checkpoint, architecture_of
 
 # Classes whose weights are all shared between experts: their own architecture is merged. Everything else that is not
@@ -84,6 +83,8 @@ def build_meta_model(checkpoint: Checkpoint) -> Any:
             quantized already.
     """
     import transformers
+
+    from epmq.models.blocks import use_fast_matmul  # imports transformers, which looking into a checkpoint does without
 
     config_file = checkpoint.path / checkpoint.CONFIG
     if checkpoint.config.get("quantization_config"):
