@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+import torch
 
 from epmq.data.examples import Examples, Fields, Pictures, draw_index
 from epmq.errors import InputError, MissingError, error_context, reason
@@ -33,7 +33,7 @@ def fields_of(data: Data | None) -> Fields:
     if data is None:
         return Fields()
     columns: dict[str, Any] = {field.name: getattr(data, field.name) for field in dataclasses.fields(Fields)}
-    columns = {name: tuple(value) if isinstance(value, list) else value for name, value in columns.items()}
+    columns |= {name: tuple(value) for name, value in columns.items() if isinstance(value, list)}
     return Fields(**columns)
 
 
@@ -128,7 +128,7 @@ def from_objects(items: Iterable[Any], fields: Fields, use: str, source: str) ->
         ValueError: there are none, or they are neither; `source` is named.
     """
     items = list(items)
-    if items and all(isinstance(item, Mapping) and _has_tensor(item) for item in items):
+    if items and all(isinstance(item, Mapping) and any(map(torch.is_tensor, item.values())) for item in items):
         return Examples("batches", [dict(item) for item in items])
     examples = from_rows(((f"item {i}", row) for i, row in enumerate(items)), fields, use, source)
     if len(examples) == 0:
@@ -246,10 +246,6 @@ def _messages(value: Any, field: str, where: str) -> list[dict[str, str]]:
     return [{key: _whole(str(m[key]), field, where) for key in ("role", "content")} for m in value]
 
 
-def _has_tensor(item: Mapping[str, Any]) -> bool:
-    return any(isinstance(value, Tensor) for value in item.values())
-
-
 def _locate_images(examples: Examples, folder: Path) -> Examples:
     """Image paths in a file are relative to that file."""
 
@@ -298,18 +294,10 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
         from pyarrow import parquet
     except ImportError:
         raise InputError(f"{path}: needs pyarrow (pip install 'epmq[data]')") from None
-    wrong, number = "not a readable parquet file", 0
-    with error_context(path, wrong):
-        batches = iter(parquet.ParquetFile(path).iter_batches())
-    while True:
-        with error_context(path, wrong):
-            batch = next(batches, None)
-            rows = [] if batch is None else batch.to_pylist()
-        for row in rows:
+    with error_context(path, "not a readable parquet file"):
+        rows = (row for batch in parquet.ParquetFile(path).iter_batches() for row in batch.to_pylist())
+        for number, row in enumerate(rows):
             yield f"row {number}", row
-            number += 1
-        if batch is None:
-            return
 
 
 TABLES = {".jsonl": _jsonl_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}

@@ -48,13 +48,12 @@ def find_stacks(model: nn.Module) -> list[Stack]:
     Raises:
         ValueError: the model has none.
     """
-    total = sum(_linear_size(module) for module in model.modules() if isinstance(module, LINEAR)) or 1
+    total = _linear_size(model) or 1
     stacks: list[Stack] = []
     for name, module in model.named_modules():
         if not isinstance(module, nn.ModuleList) or any(name.startswith(stack.name + ".") for stack in stacks):
             continue
-        size = sum(_linear_size(linear) for _, linear in linears(module))
-        if size >= SMALLEST_SHARE * total:
+        if _linear_size(module) >= SMALLEST_SHARE * total:
             stacks.append(Stack(name, list(module)))
     if not stacks:
         raise InputError(f"{type(model).__name__} has no list of repeated blocks with linear layers to quantize")
@@ -139,10 +138,9 @@ def _identity(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype
 
 
-def _linear_size(linear: nn.Module) -> int:
-    weight = linear.weight
-    assert isinstance(weight, Tensor)
-    return weight.numel()
+def _linear_size(module: nn.Module) -> int:
+    """Entries of the weights of all linear layers in a module."""
+    return sum(linear.get_parameter("weight").numel() for _, linear in linears(module))
 
 
 def is_padding_mask(value: object) -> bool:

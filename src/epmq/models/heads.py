@@ -104,29 +104,11 @@ def save_head(head: Head, path: str | Path) -> None:
     save_tensors(tensors, Path(path), metadata)
 
 
-def head_settings(path: str | Path, metadata: dict[str, str]) -> dict[str, Any]:
-    """The settings in the metadata of a head file; each may also have an entry of its own.
-
-    Raises:
-        ValueError: they are not JSON; `path` is named.
-    """
-    try:
-        if "head" not in metadata:
-            parsed = ("normalize", "labels")
-            return {name: json.loads(value) if name in parsed else value for name, value in metadata.items()}
-        settings = json.loads(metadata["head"])
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: the settings in its metadata are not JSON ({reason(error)})") from None
-    if not isinstance(settings, dict):
-        raise InputError(f"{path}: the settings in its metadata must be a JSON object")
-    return settings
-
-
 def read_head_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and settings of a head file of either form.
+    """Tensors and settings of a head file of either form; settings may also be metadata one by one.
 
     Raises:
-        ValueError: it cannot be read; the file is named.
+        ValueError: it cannot be read, or its settings are not JSON; the file is named.
     """
     with error_context(path, "not a readable safetensors file"), safe_open(str(path), framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}
@@ -134,7 +116,17 @@ def read_head_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor.float()).all():
             raise InputError(f"{path}: tensor {name!r} has NaN or Inf entries")
-    return tensors, head_settings(path, metadata)
+    try:
+        if "head" in metadata:
+            settings = json.loads(metadata["head"])
+        else:
+            parsed = {key: json.loads(metadata[key]) for key in ("normalize", "labels") if key in metadata}
+            settings = {**metadata, **parsed}
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: the settings in its metadata are not JSON ({reason(error)})") from None
+    if not isinstance(settings, dict):
+        raise InputError(f"{path}: the settings in its metadata must be a JSON object")
+    return tensors, settings
 
 
 def load_head(path: str | Path) -> Head:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def load_model(path: str | Path, config: dict[str, Any], **settings: Any) -> Any
             return model_class.from_pretrained(path, **settings).eval()
         plain = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
         del plain.quantization_config
-        state = _unpacked(checkpoint, quantization)
+        state = {name: read() for name, read in plain_tensors(checkpoint, quantization).items()}
         return model_class.from_pretrained(None, config=plain, state_dict=state, **settings).eval()
 
 
@@ -68,19 +69,20 @@ def _quiet() -> Iterator[None]:
         set_verbosity(level)
 
 
-def _unpacked(checkpoint: Checkpoint, quantization: dict[str, Any]) -> dict[str, Tensor]:
-    """All tensors of a pack-quantized checkpoint, with plain weights in place of the packed ones."""
-    layers, plain = split_packed(checkpoint.names)
-    state = {name: checkpoint.tensor(name) for name in plain}
-    return state | {f"{layer}.weight": unpacked_weight(checkpoint, layer, quantization) for layer in layers}
+def plain_tensors(checkpoint: Checkpoint, quantization: dict[str, Any]) -> dict[str, Callable[[], Tensor]]:
+    """What reads each tensor of a checkpoint, by name, with plain weights in the place of packed ones.
 
-
-def split_packed(names: Iterable[str]) -> tuple[list[str], list[str]]:
-    """The layers of a pack-quantized checkpoint whose weights are packed, and the names of all other tensors."""
-    names, end = list(names), ".weight_packed"
-    layers = {name.removesuffix(end): None for name in names if name.endswith(end)}
-    owners = ((name, *name.rpartition(".")[::2]) for name in names)
-    return list(layers), [name for name, layer, leaf in owners if layer not in layers or not leaf.startswith("weight_")]
+    Args:
+        checkpoint: pack-quantized or plain.
+        quantization: the `quantization_config` of its config; empty where nothing is packed.
+    """
+    readers: dict[str, Callable[[], Tensor]] = {name: partial(checkpoint.tensor, name) for name in checkpoint.names}
+    for name in checkpoint.names:
+        layer, _, leaf = name.rpartition(".")
+        if f"{layer}.weight_packed" in checkpoint and leaf.startswith("weight_"):
+            del readers[name]
+            readers[f"{layer}.weight"] = partial(unpacked_weight, checkpoint, layer, quantization)
+    return readers
 
 
 def unpacked_weight(checkpoint: Checkpoint, layer: str, quantization: dict[str, Any]) -> Tensor:

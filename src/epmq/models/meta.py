@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from epmq.errors import InputError, error_context
-from epmq.models.blocks import use_fast_matmul
 from epmq.models.checkpoint import Checkpoint, architecture_of
 
 # Classes whose weights are all shared between experts: their own architecture is merged. Everything else that is not
@@ -26,19 +25,6 @@ SPARE = 1000
 def has_task_head(architecture: str | None) -> bool:
     """Whether an architecture is a shared model with a task head on top, such as `BertForSequenceClassification`."""
     return architecture is not None and not architecture.endswith(("Model", *_WHOLE))
-
-
-def model_class(config: Any, architecture: str | None) -> Any:
-    """The transformers class of the part that experts share.
-
-    Args:
-        config: a transformers config.
-        architecture: first entry of `architectures` in the base's config.
-    """
-    import transformers
-
-    whole = None if has_task_head(architecture) else named_class(architecture)
-    return whole or transformers.MODEL_MAPPING[type(config)]
 
 
 def named_class(architecture: Any) -> Any:
@@ -96,22 +82,40 @@ def build_meta_model(checkpoint: Checkpoint) -> Any:
         ValueError: transformers does not know the model type, or knows it through remote code only; or the model is
             quantized already.
     """
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig
+    import transformers
+
+    from epmq.models.blocks import use_fast_matmul  # imports transformers, which looking into a checkpoint does without
 
     config_file = checkpoint.path / checkpoint.CONFIG
     if checkpoint.config.get("quantization_config"):
         raise InputError(f"{config_file}: the model is quantized already; give the one it was quantized from")
     with error_context(config_file, "transformers cannot open this model"):
-        config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
-        architecture: Any = model_class(config, architecture_of(checkpoint.config))
-        # Once with nothing allocated at all: real buffers, and a parameter before it is registered, may be of any size.
-        with no_larger(config_file, len(checkpoint.names), checkpoint.bits), torch.device("meta"):
-            architecture._from_config(config, dtype=torch.float32)
-        with init_empty_weights(include_buffers=False):
-            model = architecture._from_config(config, dtype=torch.float32).eval()
+        config = transformers.AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
+        architecture = architecture_of(checkpoint.config)
+        whole = None if has_task_head(architecture) else named_class(architecture)
+        model_class = whole or transformers.MODEL_MAPPING[type(config)]
+        bounds = no_larger(config_file, len(checkpoint.names), checkpoint.bits)
+        model = empty_model(model_class, config, bounds, dtype=torch.float32)
     use_fast_matmul(model)
     return model
+
+
+def empty_model(model_class: Any, config: Any, bounds: AbstractContextManager[None], **settings: Any) -> Any:
+    """A model with parameters on the meta device and real buffers, in eval mode.
+
+    Args:
+        model_class: of transformers.
+        config: of transformers.
+        bounds: see `no_larger`.
+        settings: of the class's `_from_config`.
+    """
+    from accelerate import init_empty_weights
+
+    # Once with nothing allocated at all: real buffers, and a parameter before it is registered, may be of any size.
+    with bounds, torch.device("meta"):
+        model_class._from_config(config, **settings)
+    with init_empty_weights(include_buffers=False):
+        return model_class._from_config(config, **settings).eval()
 
 
 def rename(model: Any, stored: Iterable[str]) -> tuple[dict[str, str], list[str]]:

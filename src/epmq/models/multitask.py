@@ -15,7 +15,7 @@ from epmq.errors import InputError, UnknownTaskError, error_context
 from epmq.models.checkpoint import read_config, resolve
 from epmq.models.heads import Head, load_head, read_head_file
 from epmq.models.loading import load_model
-from epmq.models.meta import named_class, no_larger, rename, set_tensor
+from epmq.models.meta import empty_model, named_class, no_larger, rename, set_tensor
 from epmq.models.writer import save_tensors
 
 HEADS = "heads"
@@ -34,11 +34,18 @@ class NativeHead(nn.Module):
         self, backbone: nn.Module, architecture: str, config: dict[str, Any], tensors: dict[str, Tensor]
     ) -> None:
         super().__init__()
+        import transformers
+
+        task_class = named_class(architecture)
+        if task_class is None:
+            raise InputError(f"transformers has no class {architecture}")
         parameters = list(backbone.parameters())
         # While a model is being built its blocks are empty, and embeddings keep the dtype on disk.
         sample = next((parameter for parameter in reversed(parameters) if not parameter.is_meta), torch.empty(0))
         entries = 64 * sum(tensor.numel() for tensor in [*parameters, *tensors.values()])
-        self.model: Any = _meta_task_model(architecture, config, len(parameters) + len(tensors), entries)
+        with error_context(f"the config of {architecture}", "transformers cannot build it"):
+            bounds = no_larger("it", len(parameters) + len(tensors), entries)
+            self.model: Any = empty_model(task_class, transformers.AutoConfig.for_model(**config), bounds)
         prefix = self.model.base_model_prefix
         setattr(self.model, prefix, getattr(backbone, prefix, backbone))
         self.own: dict[str, Tensor] = {}
@@ -74,22 +81,6 @@ class NativeHead(nn.Module):
         """Logits of the task class."""
         logits: Tensor = torch.func.functional_call(self.model, self.own, (), inputs).logits
         return logits
-
-
-def _meta_task_model(architecture: str, config: dict[str, Any], tensors: int, entries: int) -> Any:
-    """A task class without its weights, no larger than so many tensors and entries of one; see `no_larger`."""
-    import transformers
-    from accelerate import init_empty_weights
-
-    task_class = named_class(architecture)
-    if task_class is None:
-        raise InputError(f"transformers has no class {architecture}")
-    with error_context(f"the config of {architecture}", "transformers cannot build it"):
-        settings = transformers.AutoConfig.for_model(**config)
-        with no_larger("it", tensors, entries), torch.device("meta"):
-            task_class._from_config(settings)
-        with init_empty_weights(include_buffers=False):
-            return task_class._from_config(settings).eval()
 
 
 def save_native_head(path: Path, architecture: str, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
