@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from html import escape
-from importlib.resources import files
 
 # Units of the drawing; a page shows one at about this many pixels, a phone at a little less.
 WIDTH = 420
@@ -33,12 +32,6 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     step *= next(factor for factor in (1, 2, 5, 10) if (high - low) / (step * factor) <= count)
     first = math.ceil(low / step - 1e-9)
     return [round(i * step, 10) for i in range(first, math.floor(high / step + 1e-9) + 1)]
-
-
-def packaged_text(name: str) -> str:
-    """A template or stylesheet of this package, without line breaks and the space at both ends of its lines."""
-    text = (files("epmq.reporting") / name).read_text(encoding="utf-8")
-    return "".join(line.strip() for line in text.splitlines())
 
 
 class Axis:

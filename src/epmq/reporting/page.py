@@ -6,12 +6,12 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
+from importlib.resources import files
 from typing import NamedTuple
 
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
-from epmq.reporting.charts import packaged_text
 from epmq.reporting.figures import draw_figures
 from epmq.reporting.runs import Run, Scores, common_score_title, gap, labels, reference
 
@@ -52,7 +52,7 @@ def render_page(
         heading=title or _heading(runs),
         lead=_lead(runs),
         summary=_summary(runs, names, experts, published or {}),
-        remarks=list(_remarks(runs, experts)),
+        remarks=_remarks(runs, experts),
         tasks=_tasks(runs, names, experts),
         figures=figures,
         missing="; ".join(missing),
@@ -62,7 +62,14 @@ def render_page(
     return text + "\n"
 
 
+def packaged_text(name: str) -> str:
+    """A template or stylesheet of this package, without line breaks and the space at both ends of its lines."""
+    text = (files("epmq.reporting") / name).read_text(encoding="utf-8")
+    return "".join(line.strip() for line in text.splitlines())
+
+
 def _escaped(value: object) -> Markup:
+    """Text as HTML; a quote becomes `&quot;`, where jinja would write a number."""
     return value if isinstance(value, Markup) else Markup(escape(str(value)))
 
 
