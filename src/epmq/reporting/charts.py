@@ -22,6 +22,7 @@ BASE, ROW = 202, 24
 
 Point = tuple[float, float]
 Series = dict[str, list[Point]]
+LabelledSeries = dict[str, list[tuple[float, float, str]]]
 Show = Callable[[float], str]
 Styles = dict[str, int]
 
@@ -114,12 +115,7 @@ def lines(
 
 
 def scatter(
-    series: dict[str, list[tuple[float, float, str]]],
-    x_title: str,
-    y_title: str,
-    show: Show,
-    styles: Styles | None = None,
-    log: bool = False,
+    series: LabelledSeries, x_title: str, y_title: str, show: Show, styles: Styles | None = None, log: bool = False
 ) -> str:
     """Labelled points, a colour a series.
 
@@ -153,8 +149,7 @@ def _grid(x_axis: Axis, y_axis: Axis, xs: Iterable[float], show: Show) -> list[s
     """A line across for every tick of the upright axis, and the numbers of both."""
     body = []
     for tick in y_axis.ticks:
-        y = y_axis(tick)
-        body.append(_across(LEFT, y) + _text(LEFT - 5, y + 4, show(tick), "end", "axis"))
+        body += [_across(LEFT, y_axis(tick)), _text(LEFT - 5, y_axis(tick) + 4, show(tick), "end", "axis")]
     return body + [_text(x_axis(x), BASE + 14, f"{x:g}", "middle", "axis") for x in xs]
 
 

@@ -19,12 +19,7 @@ FLOAT16_MAX = 65504
 
 
 def layer_notes(layers: Sequence[dict[str, Any]], settings: Quantize) -> list[str]:
-    """What a user should know of layers that did not go as planned.
-
-    Args:
-        layers: of a report.
-        settings: what was asked for.
-    """
+    """What a user should know of a report's layers that did not go as the settings ask for."""
     asked = {"strength": settings.anchor_strength, "damping": settings.damping or settings.anchor_strength}
     raised = [
         f"{layer['name']}: {name} raised from {start:g} to {layer[name]:g} to factor its Hessian"
