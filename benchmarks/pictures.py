@@ -12,7 +12,7 @@ from pathlib import Path
 
 from benchmarks.compare import RESULTS
 from epmq.reporting import charts
-from epmq.reporting.page import render_page
+from epmq.reporting.page import packaged_text, render_page
 from epmq.reporting.runs import gap, read_runs
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -44,7 +44,7 @@ def figure(text: str, title: str) -> str:
 def standalone(svg: str) -> str:
     """A drawing as a file of its own: with its colours in it."""
     plain = "svg{color:#222}@media(prefers-color-scheme:dark){svg{color:#ddd}}"
-    return svg.replace(">", f"><style>{plain}{charts.packaged_text('charts.css')}</style>", 1) + "\n"
+    return svg.replace(">", f"><style>{plain}{packaged_text('charts.css')}</style>", 1) + "\n"
 
 
 def main() -> None:

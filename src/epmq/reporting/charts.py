@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from html import escape
-from importlib.resources import files
 
 # Units of the drawing; a page shows one at about this many pixels, a phone at a little less.
 WIDTH = 420
@@ -23,6 +22,7 @@ BASE, ROW = 202, 24
 
 Point = tuple[float, float]
 Series = dict[str, list[Point]]
+LabelledSeries = dict[str, list[tuple[float, float, str]]]
 Show = Callable[[float], str]
 Styles = dict[str, int]
 
@@ -33,12 +33,6 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     step *= next(factor for factor in (1, 2, 5, 10) if (high - low) / (step * factor) <= count)
     first = math.ceil(low / step - 1e-9)
     return [round(i * step, 10) for i in range(first, math.floor(high / step + 1e-9) + 1)]
-
-
-def packaged_text(name: str) -> str:
-    """A template or stylesheet of this package, without line breaks and the space at both ends of its lines."""
-    text = (files("epmq.reporting") / name).read_text(encoding="utf-8")
-    return "".join(line.strip() for line in text.splitlines())
 
 
 class Axis:
@@ -121,12 +115,7 @@ def lines(
 
 
 def scatter(
-    series: dict[str, list[tuple[float, float, str]]],
-    x_title: str,
-    y_title: str,
-    show: Show,
-    styles: Styles | None = None,
-    log: bool = False,
+    series: LabelledSeries, x_title: str, y_title: str, show: Show, styles: Styles | None = None, log: bool = False
 ) -> str:
     """Labelled points, a colour a series.
 
@@ -160,8 +149,7 @@ def _grid(x_axis: Axis, y_axis: Axis, xs: Iterable[float], show: Show) -> list[s
     """A line across for every tick of the upright axis, and the numbers of both."""
     body = []
     for tick in y_axis.ticks:
-        y = y_axis(tick)
-        body.append(_across(LEFT, y) + _text(LEFT - 5, y + 4, show(tick), "end", "axis"))
+        body += [_across(LEFT, y_axis(tick)), _text(LEFT - 5, y_axis(tick) + 4, show(tick), "end", "axis")]
     return body + [_text(x_axis(x), BASE + 14, f"{x:g}", "middle", "axis") for x in xs]
 
 

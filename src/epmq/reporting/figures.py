@@ -103,7 +103,7 @@ def _gaps(runs: Sequence[Run], experts: Scores | None) -> charts.Series:
 
 
 def _sizes(runs: Sequence[Run], axis: ScoreAxis) -> Figure:
-    series: dict[str, list[tuple[float, float, str]]] = {}
+    series: charts.LabelledSeries = {}
     for run in runs:
         assert run.bytes is not None and run.mean is not None
         label = f"{run.bits} bits" if run.bits else "full"

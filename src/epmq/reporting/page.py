@@ -6,15 +6,17 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
+from importlib.resources import files
 from typing import NamedTuple
 
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
-from epmq.reporting.charts import packaged_text
 from epmq.reporting.figures import draw_figures
 from epmq.reporting.runs import Run, Scores, common_score_title, gap, labels, reference
 
+# Fields of a report that tell how the run was made.
+SETTINGS = ("date", "versions", "hardware", "seconds", "peak_memory_mb", "recipe")
 # (merge, method, bits) → published mean
 Published = Mapping[tuple[str, str, int | None], float]
 
@@ -28,11 +30,7 @@ class Table(NamedTuple):
 
 
 def render_page(
-    runs: Sequence[Run],
-    *,
-    experts: Scores | None = None,
-    published: Published | None = None,
-    title: str | None = None,
+    runs: Sequence[Run], *, experts: Scores | None = None, published: Published | None = None, title: str | None = None
 ) -> str:
     """The page of some runs, as HTML.
 
@@ -52,7 +50,7 @@ def render_page(
         heading=title or _heading(runs),
         lead=_lead(runs),
         summary=_summary(runs, names, experts, published or {}),
-        remarks=list(_remarks(runs, experts)),
+        remarks=_remarks(runs, experts),
         tasks=_tasks(runs, names, experts),
         figures=figures,
         missing="; ".join(missing),
@@ -62,7 +60,14 @@ def render_page(
     return text + "\n"
 
 
+def packaged_text(name: str) -> str:
+    """A template or stylesheet of this package, without line breaks and the space at both ends of its lines."""
+    text = (files("epmq.reporting") / name).read_text(encoding="utf-8")
+    return "".join(line.strip() for line in text.splitlines())
+
+
 def _escaped(value: object) -> Markup:
+    """Text as HTML; a quote becomes `&quot;`, where jinja would write a number."""
     return value if isinstance(value, Markup) else Markup(escape(str(value)))
 
 
@@ -84,11 +89,12 @@ def _summary(runs: Sequence[Run], names: Sequence[str], experts: Scores | None, 
     """One row a run: the mean, how it compares, and what it costs. Columns without any content are left out."""
     gptq = [reference(run, runs, "gptq") if run.bits is not None else None for run in runs]
     merged = [reference(run, runs, "none") for run in runs]
+    gaps = [gap(run, runs, experts) for run in runs]
     means = [published.get((run.merge, run.method, run.bits)) for run in runs]
     columns: dict[str, list[str | None]] = {
         "model": list(names),
         f"mean {common_score_title(runs)}": [None if run.mean is None else run.show(run.mean) for run in runs],
-        "gap recovered": [_share(gap(run, runs, experts)) for run in runs],
+        "gap recovered": [None if share is None else _signed(100 * share, 0, " %") for share in gaps],
         "to GPTQ": [_to_reference(run, other) for run, other in zip(runs, gptq)],
         "to the merged model": [_to_reference(run, other) for run, other in zip(runs, merged)],
         "published": [None if mean is None else run.show(mean) for run, mean in zip(runs, means)],
@@ -101,10 +107,6 @@ def _summary(runs: Sequence[Run], names: Sequence[str], experts: Scores | None, 
     rows = [["–" if cell is None else cell for cell in row] for row in zip(*columns.values())]
     own = next((i for i, run in enumerate(runs) if run.method == "expert_guided"), None) if len(runs) > 1 else None
     return Table(list(columns), rows, own)
-
-
-def _share(value: float | None) -> str | None:
-    return None if value is None else _signed(100 * value, 0, " %")
 
 
 def _to_reference(run: Run, other: Run | None) -> str | None:
@@ -154,6 +156,5 @@ def _settings(runs: Sequence[Run], names: Sequence[str]) -> Iterator[tuple[str, 
     """Recipe, versions, hardware and cost of every run that has a report, as JSON."""
     for name, run in zip(names, runs):
         if run.report:
-            fields = ("date", "versions", "hardware", "seconds", "peak_memory_mb", "recipe")
-            settings = {field: run.report[field] for field in fields}
+            settings = {field: run.report[field] for field in SETTINGS}
             yield name, json.dumps(settings, indent=2, ensure_ascii=False)

@@ -11,7 +11,7 @@ from epmq.reporting.scores import score_title, shown_scores
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from epmq.method_settings import Quantize
+    from epmq.recipe import Quantize
 
 # Files of an output that tell of times, and so differ from run to run.
 REPORT, PAGE, CARD = TIMED = ("report.json", "report.html", "README.md")
@@ -19,14 +19,8 @@ FLOAT16_MAX = 65504
 
 
 def layer_notes(layers: Sequence[dict[str, Any]], settings: Quantize) -> list[str]:
-    """What a user should know of layers that did not go as planned.
-
-    Args:
-        layers: of a report.
-        settings: what was asked for.
-    """
-    guidance = settings.guidance()
-    asked = {"strength": guidance.ridge, "damping": guidance.damping or guidance.ridge}
+    """What a user should know of a report's layers that did not go as the settings ask for."""
+    asked = {"strength": settings.anchor_strength, "damping": settings.damping or settings.anchor_strength}
     raised = [
         f"{layer['name']}: {name} raised from {start:g} to {layer[name]:g} to factor its Hessian"
         for layer in layers
