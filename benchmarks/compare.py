@@ -24,7 +24,8 @@ from epmq import recipe as spec
 from epmq.demo.pool import pool_recipe
 from epmq.files import write_json
 from epmq.models.multitask import load
-from epmq.pipeline.run import evaluate_experts, run
+from epmq.pipeline.evaluation import evaluate_experts
+from epmq.pipeline.run import run
 from epmq.reporting.scores import gap_recovered, show_score
 from epmq.runtime import hardware, now, versions
 

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import epmq
 from epmq.cli import app, main
-from epmq.pipeline.run import evaluate_checkpoint, evaluate_experts
+from epmq.pipeline.evaluation import evaluate_checkpoint, evaluate_experts
 from epmq.recipe_file import load_recipe
 
 COMMANDS = ["run", "merge", "quantize", "eval", "inspect", "init", "demo", "reproduce"]

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from epmq.data.encoding import encode, load_processor
-from epmq.data.readers import Examples
+from epmq.data.examples import Examples
 from epmq.demo import build as pools
 from epmq.demo.finetune import TrainingSettings, accuracy, class_mean_head, train_expert, training_order
 from epmq.demo.texts import TextTask, write_task

@@ -25,7 +25,8 @@ from transformers import (
 
 import epmq
 from epmq.merging.experts import Sources
-from epmq.pipeline.run import evaluate_experts, merge, run
+from epmq.pipeline.evaluation import evaluate_experts
+from epmq.pipeline.run import merge, run
 from epmq.recipe_file import load_recipe
 
 QUIET: dict[str, Any] = {"progress": False, "evaluate": False}

@@ -25,7 +25,8 @@ from transformers import (
 
 import epmq
 from epmq.data.encoding import load_processor
-from epmq.pipeline.run import evaluate_experts, merge, run
+from epmq.pipeline.evaluation import evaluate_experts
+from epmq.pipeline.run import merge, run
 
 
 def classifier(pool: Path, folder: Path, **fields: Any) -> Any:

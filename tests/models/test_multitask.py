@@ -27,7 +27,8 @@ from epmq.data.readers import read_examples
 from epmq.models.checkpoint import Checkpoint
 from epmq.models.heads import HEAD_FILE, Head, load_head, save_head
 from epmq.models.multitask import HEADS, MultiTaskModel
-from epmq.pipeline.run import evaluate_checkpoint, evaluate_experts, merge, run
+from epmq.pipeline.evaluation import evaluate_checkpoint, evaluate_experts
+from epmq.pipeline.run import merge, run
 
 LABELS = {"one": ["no", "yes"], "two": ["red", "green", "blue", "none"]}
 

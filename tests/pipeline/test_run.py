@@ -21,7 +21,8 @@ from epmq.data.readers import read_examples
 from epmq.merging.methods import METHODS
 from epmq.models.heads import HEAD_FILE, Head, save_head
 from epmq.pipeline import run as pipeline
-from epmq.pipeline.run import evaluate_checkpoint, evaluate_experts, merge, run
+from epmq.pipeline.evaluation import evaluate_checkpoint, evaluate_experts
+from epmq.pipeline.run import merge, run
 from epmq.quantization.grid import Grid
 from epmq.quantization.rtn import rtn
 from epmq.reporting.report import TIMED

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
@@ -139,6 +139,7 @@ class CalibrationEngine:
     Attributes:
         output: what the last block gave on the first batch, [..., hidden]; None until the end.
         head_fits: task → its head as it was, and the fit of its last linear map; complete at the end.
+        observe: called with a block's name and a phase (start, load, collect, solve, finish) when the phase ends.
 
     Raises:
         InputError: a layer saw no data or not finite data, or its Hessian cannot be factored; it is named.
@@ -156,6 +157,7 @@ class CalibrationEngine:
         self.make_heads = make_heads or {}
         self.output: Tensor | None = None
         self.head_fits: dict[str, HeadFit] = {}
+        self.observe: Callable[[str, str], None] = lambda block, phase: None
 
     def __iter__(self) -> Iterator[Block]:
         context, experts = self.context, self.context.experts
@@ -169,12 +171,14 @@ class CalibrationEngine:
                 experts.model, self.batches, on_finished, context.offloader, outputs_for=1
             )
             aimed = False
+            self.observe("", "start")
             for number, step in enumerate(calibrator):
                 block = self._finish_again(step, number) if number < len(self.finished) else self._quantize(step)
                 aimed |= any(report.aims for report in block.reports)
                 step.finish()
                 if not self.keep:
                     to_meta(step.block)
+                self.observe(step.name, "finish")
                 yield block
             self.output = first_tensor(calibrator.stacks[-1].outputs[0])
             if refitter:
@@ -223,12 +227,15 @@ class CalibrationEngine:
         pauses = [group.names[0] for group, _ in targets if group.calls == 1]
         step.pause_before(pauses, {add.skip_input for add in adds})
         points = [add.point if add else group.names[0] for group, add in targets if add or context.guidance.features]
+        self.observe(step.name, "load")
         for target in targets:
             group = LayerGroup(context, step, target)
             collect(step, group, context, points)
             return_freed_memory()  # activations that stay lie between what is freed
+            self.observe(step.name, "collect")
             with error_context(f"{step.name}.{group.names[0]}"):
                 self._solve(step, group, block)
+            self.observe(step.name, "solve")
             step.release(group.names[0])
             del group
         for teacher in context.teachers.values():

@@ -18,11 +18,11 @@ import numpy as np
 import torch
 
 from epmq.data.encoding import encode, load_processor
-from epmq.data.readers import Examples
+from epmq.data.examples import Examples
 from epmq.files import read_json, whole_directory
 from epmq.models.heads import HEAD_FILE, Head, save_head
 from epmq.models.multitask import MultiTaskModel
-from epmq.pipeline import evaluation
+from epmq.pipeline import metrics
 
 # File in an expert's folder that tells how it was made, and how well it does.
 RECORD = "training.json"
@@ -216,7 +216,7 @@ def class_mean_head(model: Any, processor: Any, train: Examples, labels: list[st
 def accuracy(model: Any, head: Head, processor: Any, examples: Examples, max_length: int | None) -> float:
     """Share of examples whose highest score is the label."""
     task = MultiTaskModel(model.eval(), {"task": head}, processor)
-    return evaluation.accuracy(task, "task", examples, BATCH_SIZE, max_length)
+    return metrics.accuracy(task, "task", examples, BATCH_SIZE, max_length)
 
 
 def hidden_states(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:

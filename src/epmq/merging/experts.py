@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -206,7 +207,7 @@ class ExpertSet:
             for path in [resolve(expert.model)]
         }
         full = [expert for expert in opened.values() if not isinstance(expert, Adapter)]
-        self._shared = shared_checkpoint(checkpoint, full)
+        self._shared, self._first_only = shared_checkpoint(checkpoint, full), False
         self.config = self._shared.config
         self.model = build_meta_model(self._shared)
         self.tied = tied_names(self.model)
@@ -248,7 +249,19 @@ class ExpertSet:
         """Another copy of the model without its weights."""
         model = build_meta_model(self._shared)
         self._fill_absent(model)
+        if self._first_only:
+            for stack in find_stacks(model):
+                del model.get_submodule(stack.name)[1:]
         return model
+
+    def first_blocks(self) -> ExpertSet:
+        """The same with nothing but the first block of each stack, to see what a block costs."""
+        first = copy.copy(self)
+        first._first_only, first.notes = True, []
+        first.model = first.meta_model()
+        state = first.model.state_dict()
+        first.names = [name for name in self.names if name in state]
+        return first
 
     def whole_model(self, reader: TensorReader, device: torch.device) -> Any:
         """The model with all weights that a reader gives, in float32 and eval mode."""

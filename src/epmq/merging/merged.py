@@ -37,6 +37,11 @@ class MergedWeights:
         self._draws = "seed" in inspect.signature(self._method).parameters
         self._thresholds: list[float] | None = None
 
+    def prepare(self) -> None:
+        """Find what is found over the whole model: TIES' thresholds. It is found in any case when it is needed."""
+        if isinstance(self._settings, Ties) and self._settings.trim == "model":
+            self._thresholds = self._find_thresholds(self._experts.names, self._settings.density)
+
     def tensor(self, name: str) -> Tensor:
         """A tensor, in the base's dtype. Integer buffers are the base's."""
         if self._at_once(name):
@@ -82,8 +87,8 @@ class MergedWeights:
         if self._draws:
             arguments |= {"seed": self._seed, "name": name}
         if isinstance(settings, Ties):
-            if settings.trim == "model" and self._thresholds is None:
-                self._thresholds = self._find_thresholds(self._experts.names, settings.density)
+            if self._thresholds is None:
+                self.prepare()
             arguments["thresholds"] = self._thresholds or self._find_thresholds([name], settings.density)
         return arguments
 

@@ -1,15 +1,16 @@
 """What a run will do, and what it will cost: seconds, memory and disk, before anything of it is computed.
 
-Disk is counted exactly, from the shapes of all tensors. Time is that of the parts of the job at small sizes, measured
-on the spot (`epmq.pipeline.measure`) and scaled up by their numbers of operations; memory is counted from what the
-loop holds at its fullest moments.
+Disk is counted exactly, from the shapes of all tensors. Time and memory are measured: the run's own engine takes a few
+examples through the first block of each stack, twice as many next, and what that costs is scaled to all examples and
+all blocks.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,35 +18,31 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from epmq.calibration.sequential import Batch
-from epmq.data.encoding import encode, split_first, to_device
-from epmq.export import FORMATS
-from epmq.merging.experts import Sources
-from epmq.models.blocks import as_matrix, block_linears, find_stacks
-from epmq.models.writer import PART_BYTES, SHARD_BYTES
-from epmq.pipeline.measure import (
-    GroupTrial,
-    Rates,
-    StackTrial,
-    clock,
-    codes_seconds,
-    factor_seconds,
-    measure_rates,
-    moments_seconds,
-    rounding_seconds,
-    target_seconds,
-    timed,
-    try_stacks,
-)
+from epmq.calibration.collect import LayerGroup
+from epmq.calibration.engine import Block, CalibrationEngine, round_blocks
+from epmq.calibration.sequential import Batch, BlockStep
+from epmq.data.encoding import split_first, to_device
+from epmq.merging.experts import ExpertSet
+from epmq.merging.merged import MergedWeights
+from epmq.models.blocks import block_linears, find_stacks
+from epmq.models.checkpoint import byte_size
+from epmq.pipeline.output import weight_specs
 from epmq.pipeline.prepare import Objects, PreparedRun, prepare
-from epmq.pipeline.run import TRIED
-from epmq.recipe import Quantize, Recipe
+from epmq.pipeline.run import TRIED, calibration_engine
+from epmq.recipe import Recipe
 from epmq.recipe_file import load_recipe
-from epmq.runtime import gc_frozen, memory_mb, progress_bars, return_freed_memory, select_device
+from epmq.runtime import (
+    gc_frozen,
+    memory_mb,
+    peak_memory_mb,
+    progress_bars,
+    reset_peak_memory,
+    return_freed_memory,
+    select_device,
+)
 
-FLOAT = 4  # bytes
-# Seconds that a block may take for the examples on which it is timed.
-TRIAL_SECONDS = 0.15
+# Seconds that the examples of a measurement should take in one block: less is not told from noise.
+MEASURED_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -60,8 +57,7 @@ class Plan:
         resident_mb: memory of the process when all is open, in MB of 10⁶ bytes.
         peak_memory_mb: the same at the fullest moment of the run.
         output_bytes: of all weights that will be written.
-        disk_bytes: the most that is taken while they are: finished blocks are there until the end, with a byte a
-            weight, and parts until they are joined, a shard at a time.
+        disk_bytes: the most that is taken while they are: each byte is written once, straight to its place.
         notes: on what was found in the checkpoints.
     """
 
@@ -84,22 +80,21 @@ def dry_run(
 
     Args:
         recipe: a YAML file, a dict or a `Recipe`.
-        progress: show progress progress_bars.
+        progress: show progress bars.
         calibration: as for `epmq.run`.
 
     Raises:
-        FileNotFoundError, FileExistsError, ValueError: as `epmq.run` before any compute.
+        MissingError, OutputExistsError, InputError: as `epmq.run` before any compute.
     """
     recipe = load_recipe(recipe)
-    place = select_device(recipe.device)
-    start = clock(place)
+    start = clock(select_device(recipe.device))
     with progress_bars(progress) as bar:
-        job = prepare(recipe, bar, calibration=calibration)
-    return plan_of(job, clock(place) - start)
+        prepared = prepare(recipe, bar, calibration=calibration)
+    return plan_of(prepared, clock(prepared.device) - start)
 
 
 def plan_table(plan: Plan) -> Table:
-    """What a run will do and cost."""
+    """What a run will do and cost, for the terminal."""
     recipe, quantize = plan.recipe, plan.recipe.quantize
     table = Table(title="dry run: nothing was written", title_justify="left", show_header=False)
     table.add_row("merge", f"{recipe.merge.method}, {len(recipe.experts)} experts")
@@ -121,236 +116,249 @@ def plan_table(plan: Plan) -> Table:
 
 
 @gc_frozen()  # as a run is
-def plan_of(job: PreparedRun, opening: float) -> Plan:
+def plan_of(prepared: PreparedRun, opening: float) -> Plan:
     """The plan of a recipe whose parts are open.
 
     Args:
-        job: the parts.
+        prepared: the parts.
         opening: seconds that opening and checking them takes.
     """
-    place, sources = select_device(job.recipe.device), job.sources
-    layers = list(block_linears(sources.model)) if job.recipe.quantize.method != "none" else []
-    tried = _try(job) if job.recipe.quantize.calibrates else None
-    rates = measure_rates(sources, place)
-    seconds = _merging(sources, rates, place) if tried is None else _guiding(sources, tried, rates, place)
-    written = output_bytes(sources)
+    experts, recipe = prepared.experts, prepared.recipe
+    quantized = list(block_linears(experts.model)) if recipe.quantize.method != "none" else []
     return_freed_memory()
     resident = memory_mb()
+    measured = _calibrated(prepared) if recipe.quantize.calibrates else _merged(prepared)
+    written = sum(map(byte_size, weight_specs(prepared).values()))
     return Plan(
-        recipe=job.recipe,
-        blocks=sum(len(stack.blocks) for stack in find_stacks(sources.model)),
-        layers=len(layers),
-        tokens=0 if tried is None else round(tried.stacks[0].groups[0].tokens * tried.times * tried.real),
-        seconds={"open": opening, **seconds},
+        recipe=recipe,
+        blocks=sum(len(stack.blocks) for stack in find_stacks(experts.model)),
+        layers=len(quantized),
+        tokens=_tokens(prepared),
+        seconds={"open": opening, **measured.seconds},
         resident_mb=resident,
-        peak_memory_mb=resident + _held(sources, tried, written) / 1e6,
+        peak_memory_mb=resident + measured.memory_mb,
         output_bytes=written,
-        disk_bytes=written + (min(written, SHARD_BYTES) if written > PART_BYTES else 0) + _journal_bytes(sources),
-        notes=sources.notes,
+        disk_bytes=written,
+        notes=experts.notes,
     )
 
 
-@dataclass(frozen=True)
-class Tried:
-    """A few calibration examples in one block of each stack, and how many times as much all of them are.
+@dataclass
+class Measured:
+    """Seconds by phase, and memory beside what is resident when all is open, in MB of 10⁶ bytes."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    memory_mb: float = 0.0
+
+
+def _tokens(prepared: PreparedRun) -> int:
+    """Calibration tokens, or images where a model takes no tokens."""
+    batches = [batch for task in prepared.calibration.values() for batch in task]
+    masks = [batch.get("attention_mask", batch.get("input_ids")) for batch in batches]
+    return sum(int((mask != 0).sum()) if isinstance(mask, Tensor) else _examples(b) for mask, b in zip(masks, batches))
+
+
+def _examples(batch: Mapping[str, Any]) -> int:
+    return max((len(value) for value in batch.values() if isinstance(value, Tensor)), default=0)
+
+
+# --- runs without calibration data ---------------------------------------------------------------------------------
+
+
+def _merged(prepared: PreparedRun) -> Measured:
+    """What merging costs, and rounding to nearest where that is asked for: one block of each stack stands for all."""
+    first, settings, device = prepared.experts.first_blocks(), prepared.recipe.quantize, prepared.device
+    merged = MergedWeights(first, prepared.recipe.merge, prepared.recipe.seed)
+    whole = _entries(prepared.experts, prepared.experts.names)
+    reset_peak_memory()
+    start = memory_mb()
+    seconds = {"merge": _timed(merged.prepare, device) * whole / _entries(first, first.names)}
+    inside = [name for name in first.names if name not in first.outside_names()]
+    per_entry = _timed(lambda: [list(merged.parts(name)) for name in inside], device) / _entries(first, inside)
+    seconds["merge"] += per_entry * whole
+    if settings.method == "rtn":
+        blocks = sum(len(stack.blocks) for stack in find_stacks(prepared.experts.model)) / len(find_stacks(first.model))
+        rounding = _timed(lambda: list(round_blocks(first, merged, settings)), device) - per_entry * _entries(
+            first, inside
+        )
+        seconds["round"] = max(rounding, 0.0) * blocks
+    return Measured(seconds, max(peak_memory_mb() - start, 0.0))
+
+
+def _entries(experts: ExpertSet, names: list[str]) -> int:
+    return sum(math.prod(experts.base.shape(name)) for name in names)
+
+
+def _timed(work: Callable[[], Any], device: torch.device) -> float:
+    """Seconds that some work takes, the lesser of two."""
+    spent = []
+    for _ in range(2):
+        start = clock(device)
+        work()
+        spent.append(clock(device) - start)
+    return min(spent)
+
+
+def clock(device: torch.device) -> float:
+    """The wall's clock; with one thread the processor's, which other programs on a busy machine do not move."""
+    if device.type == "cpu" and torch.get_num_threads() == 1:
+        return time.process_time()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+# --- runs with calibration data ------------------------------------------------------------------------------------
+
+
+@dataclass
+class Phase:
+    """What one phase took in one block."""
+
+    seconds: float = 0.0
+    peak_mb: float = 0.0
+
+
+class Meter:
+    """Notes seconds and peak memory between two calls of itself, by block and phase; see `CalibrationEngine.observe`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.phases: dict[tuple[str, str], Phase] = {}
+        self._start()
+
+    def _start(self) -> None:
+        reset_peak_memory()
+        self._since = clock(self._device)
+
+    def __call__(self, block: str, phase: str) -> None:
+        noted = self.phases.setdefault((block, phase), Phase())
+        noted.seconds += clock(self._device) - self._since
+        noted.peak_mb = max(noted.peak_mb, peak_memory_mb())
+        self._start()
+
+
+class _CollectingEngine(CalibrationEngine):
+    """Leaves the merged weights as they are: what solving takes does not depend on the examples."""
+
+    def _solve(self, step: BlockStep, group: LayerGroup, block: Block) -> None:
+        pass
+
+
+@dataclass
+class Sample:
+    """One measurement.
 
     Attributes:
-        stacks: what the blocks took.
-        times: entries of all calibration batches over those of the examples that were tried.
-        widest: entries of the largest batch over the same.
-        few: entries of the examples on which the layers of each block are sorted, over the same.
-        real: share of the tokens that are not padding.
-        inputs: bytes of the batches that are not in memory yet.
+        volume: entries of all inputs.
+        largest: entries of the largest batch.
+        phases: (block, phase) → cost.
     """
 
-    stacks: list[StackTrial]
-    times: float
-    widest: float
-    few: float
-    real: float
-    inputs: float
+    volume: float
+    largest: float
+    phases: dict[tuple[str, str], Phase]
 
 
-def _try(job: PreparedRun) -> Tried:
-    place, settings = select_device(job.recipe.device), job.recipe.quantize
-    weighed = [(to_device(batch, place), times) for batch, times in _batches(job)]
-    first, apart = weighed[0][0], bool(settings.expert_stream)
-    probe = split_first([first], TRIED)[0]
-    few, stacks = _volume(probe), try_stacks(job.sources, probe, apart, place)
-    slowest = max(stack.seconds for stack in stacks)
-    if 2 * slowest < TRIAL_SECONDS:
-        probe = split_first([first], int(TRIED * TRIAL_SECONDS / slowest))[0]
-        stacks = try_stacks(job.sources, probe, apart, place)
-    volume, masks = (
-        _volume(probe),
-        [(batch["attention_mask"], times) for batch, times in weighed if "attention_mask" in batch],
-    )
-    real = sum(times * int(mask.sum()) for mask, times in masks) / (
-        sum(times * mask.numel() for mask, times in masks) or 1
-    )
-    ready = all(examples.kind == "batches" for examples in job.calibration.values())
-    return Tried(
-        stacks,
-        times=sum(times * _volume(batch) for batch, times in weighed) / volume,
-        widest=max(_volume(batch) for batch, _ in weighed) / volume,
-        few=few / volume,
-        real=real if masks else 1.0,
-        inputs=0 if ready else sum(times * _bytes(batch) for batch, times in weighed),
-    )
+def _calibrated(prepared: PreparedRun) -> Measured:
+    """What a run with calibration data costs."""
+    whole = {task: list(batches) for task, batches in prepared.calibration.items()}
+    volume = sum(_volume(batch) for batches in whole.values() for batch in batches)
+    largest = max(_volume(batch) for batches in whole.values() for batch in batches)
+    first = prepared.experts.first_blocks()
+    start = memory_mb()
+    count = _sample_size(prepared, first)
+    samples = [
+        _measure(prepared, first, _sampled(whole, count, 1), CalibrationEngine),
+        _measure(prepared, first, _sampled(whole, count, 2), _CollectingEngine),
+        _measure(prepared, first, _sampled(whole, 2 * count, 1), _CollectingEngine),
+    ]
+    lengths = {stack.block_name(0): len(stack.blocks) for stack in find_stacks(prepared.experts.model)}
+    merged = MergedWeights(prepared.experts.first_blocks(), prepared.recipe.merge, prepared.recipe.seed)
+    share = _entries(prepared.experts, prepared.experts.names) / _entries(first, first.names)
+    measured = Measured({"merge": _timed(merged.prepare, prepared.device) * share})
+    for (block, phase), cost in samples[0].phases.items():
+        repeats = lengths.get(block, 1)
+        seconds, memory = _extrapolate(samples, (block, phase), cost, volume, largest)
+        name = "solve" if phase == "solve" else "merge" if phase in ("start", "load") else "collect"
+        measured.seconds[name] = measured.seconds.get(name, 0.0) + seconds * repeats
+        measured.memory_mb = max(measured.memory_mb, memory - start)
+    measured.seconds["read back"] = _read_back_seconds(prepared, first) * sum(lengths.values()) / len(lengths)
+    return measured
 
 
-def _batches(job: PreparedRun) -> Iterator[tuple[Batch, float]]:
-    """Batches of each task and how often each counts; of what is not encoded yet the first one stands for all."""
-    for examples in job.calibration.values():
-        batches = encode(examples, job.processor, job.recipe.batch_size, job.recipe.max_length)
-        if examples.kind == "batches":
-            yield from ((batch, 1.0) for batch in batches)
-        else:
-            yield next(batches), len(examples) / min(len(examples), job.recipe.batch_size)
+def _extrapolate(
+    samples: list[Sample], key: tuple[str, str], cost: Phase, volume: float, largest: float
+) -> tuple[float, float]:
+    """Seconds and peak memory of a phase with all examples, from three samples.
+
+    Seconds grow with the examples; memory grows with the examples that wait and with the batch that runs.
+    """
+    base, more, wider = samples
+    others = [sample.phases.get(key, cost) for sample in (more, wider)]
+    added = more.volume - base.volume
+    by_volume = 0.0 if not added else (others[0].peak_mb - cost.peak_mb) / added
+    by_batch = 0.0
+    if wider.largest > base.largest:
+        by_batch = (others[1].peak_mb - cost.peak_mb - by_volume * (wider.volume - base.volume)) / (
+            wider.largest - base.largest
+        )
+    memory = cost.peak_mb + max(by_volume, 0.0) * (volume - base.volume)
+    memory += max(by_batch, 0.0) * max(largest - base.largest, 0.0)
+    if key[1] == "solve":
+        return cost.seconds, memory
+    per_entry = 0.0 if not added else max(others[0].seconds - cost.seconds, 0.0) / added
+    return cost.seconds + per_entry * (volume - base.volume), memory
 
 
-def _volume(batch: Batch) -> int:
+def _sample_size(prepared: PreparedRun, first: ExpertSet) -> int:
+    """Examples of a batch that take about `MEASURED_SECONDS` in the blocks that are measured."""
+    sample = _sampled(prepared.calibration, TRIED, 1)
+    cost = _measure(prepared, first, sample, _CollectingEngine)
+    spent = sum(phase.seconds for (_, name), phase in cost.phases.items() if name in ("collect", "finish"))
+    most = max(_examples(batch) for batches in prepared.calibration.values() for batch in batches)
+    return min(max(TRIED, round(TRIED * MEASURED_SECONDS / max(spent, 1e-6))), most)
+
+
+def _sampled(
+    calibration: Mapping[str, list[dict[str, Any]]], count: int, batches: int
+) -> dict[str, list[dict[str, Any]]]:
+    """So many batches of each task, with at most so many examples in each."""
+    return {task: [split_first([batch], count)[0] for batch in own[:batches]] for task, own in calibration.items()}
+
+
+def _volume(batch: Mapping[str, Any]) -> int:
     return sum(value.numel() for value in batch.values() if isinstance(value, Tensor))
 
 
-def _bytes(batch: Batch) -> int:
-    return sum(value.nbytes for value in batch.values() if isinstance(value, Tensor))
+def _measure(
+    prepared: PreparedRun,
+    first: ExpertSet,
+    calibration: Mapping[str, list[dict[str, Any]]],
+    engine_class: type[CalibrationEngine],
+) -> Sample:
+    """Let an engine go through the first blocks on some examples."""
+    device = prepared.device
+    merged = MergedWeights(first, prepared.recipe.merge, prepared.recipe.seed)
+    merged.prepare()
+    batches = [
+        Batch(task, index, to_device(inputs, device))
+        for task, own in calibration.items()
+        for index, inputs in enumerate(own)
+    ]
+    parts = PreparedRun(prepared.recipe, first, merged, prepared.processor, {}, {})
+    engine = calibration_engine(parts, batches, engine_class=engine_class)
+    return_freed_memory()
+    meter = engine.observe = Meter(device)
+    for _ in engine:
+        pass
+    meter("", "end")
+    sizes = [_volume(batch.inputs) for batch in batches]
+    return Sample(sum(sizes), max(sizes), meter.phases)
 
 
-def _merging(sources: Sources, rates: Rates, place: torch.device) -> dict[str, float]:
-    """Seconds of what needs no calibration."""
-    seconds = {"merge": rates.merge * _entries(sources, sources.names)}
-    settings = sources.recipe.quantize
-    if settings.method == "rtn":
-        layers = [f"{name}.weight" for name, _ in block_linears(sources.model)]
-        seconds["round"] = rounding_seconds(settings, place) * _entries(sources, layers)
-    return seconds
-
-
-def _guiding(sources: Sources, tried: Tried, rates: Rates, place: torch.device) -> dict[str, float]:
-    """Seconds of what `quantize_calibrated` does, by phase."""
-    settings, experts = sources.recipe.quantize, len(sources.experts)
-    streams = streaming(settings)
-    seconds = {"merge": rates.merge * _entries(sources, sources.names)}
-    building = timed(sources.skeleton, place)
-    seconds["merge"] += experts * streams * building
-    seconds |= dict.fromkeys(("forward", "moments", "targets", "solve"), 0.0)
-    seconds["read back"] = building + rates.read * _entries(sources, sources.names)
-    for stack in tried.stacks:
-        aiming = sum(group.aims for group in stack.groups)
-        tries = tried.few * (2 + aiming if settings.expert_stream else 1)
-        seconds["forward"] += stack.blocks * stack.seconds * (tried.times * (1 + streams) + tries)
-        seconds["merge"] += stack.blocks * stack.size * rates.read * experts * streams
-        seconds["read back"] += stack.blocks * stack.seconds * tried.few
-        for group in stack.groups:
-            for phase, spent in _group(group, settings, tried, rates, experts, place).items():
-                seconds[phase] += stack.blocks * spent
-    return seconds
-
-
-def _group(
-    group: GroupTrial, settings: Quantize, tried: Tried, rates: Rates, experts: int, place: torch.device
-) -> dict[str, float]:
-    """Seconds of one group of layers in one block, by phase."""
-    n, rows, tokens = group.columns, group.rows, group.tokens * tried.times
-    beside = rows if group.aims else n if settings.expert_features else 0
-    gathered = moments_seconds(n, place) * tokens * tried.real + rates.product * beside * n * tokens
-    gathered += rates.change * tokens * (2 * n + 3 * beside)
-    targets, solved = rates.change * 4 * n * n, codes_seconds(n, rows, settings, rates.product, place)
-    apart = settings.guided and settings.damping not in (None, settings.anchor_strength)
-    solved += (2 if apart else 1) * factor_seconds(n, place)
-    if group.aims:
-        gathered += rates.change * tokens * (n + 5 * rows)
-        targets += rates.change * 2 * rows * n
-    elif settings.guided:
-        targets += rates.product * rows * n * n + (rates.read + 3 * rates.change) * rows * n
-    if settings.guided:
-        # The drift, and the loss of merged weights that are not the anchor, take a product each.
-        products = bool(group.aims or settings.expert_features) + (settings.anchor_scale not in (None, 1))
-        solved += target_seconds(n, rows, place) + rates.product * rows * n * n * products
-    solved += rates.change * (8 * rows * n + 4 * n * n)
-    return {"moments": gathered, "targets": experts * targets, "solve": solved}
-
-
-def streaming(settings: Quantize) -> bool:
-    """Whether experts run beside the merged model."""
-    return bool(settings.expert_features or settings.expert_stream or settings.adapt_heads)
-
-
-def _entries(sources: Sources, names: list[str]) -> int:
-    return sum(math.prod(sources.base_shape(name)) for name in names)
-
-
-def _stored(sources: Sources, names: list[str]) -> int:
-    """Bytes of merged tensors in the dtype on disk."""
-    kinds = [sources.stored_dtype(name) or torch.int64 for name in names]
-    return sum(math.prod(sources.base_shape(name)) * kind.itemsize for name, kind in zip(names, kinds))
-
-
-def _journal_bytes(sources: Sources) -> int:
-    """Bytes of the finished blocks that a run keeps until its end (`epmq.pipeline.journal.Journal`)."""
-    if sources.recipe.quantize.method == "none":
-        return 0
-    layers, outside = {f"{name}.weight" for name, _ in block_linears(sources.model)}, set(sources.outside_names())
-    kept = [name for name in sources.names if name not in layers | outside]
-    return sum(math.prod(sources.base_shape(name)) for name in layers) + _stored(sources, kept)
-
-
-def output_bytes(sources: Sources) -> int:
-    """Bytes of all weights that a run writes, from shapes alone."""
-    recipe, written = sources.recipe, dict[str, int]()
-    for name, layer in block_linears(sources.model) if recipe.quantize.method != "none" else ():
-        shape = as_matrix(layer, layer.weight).shape  # type: ignore[arg-type]
-        dtype = sources.stored_dtype(f"{name}.weight") or torch.float32
-        written[f"{name}.weight"] = FORMATS[recipe.format].stored_bytes(*shape, recipe.quantize.grid, dtype)
-    return sum(written.values()) + _stored(sources, [name for name in sources.names if name not in written])
-
-
-def _held(sources: Sources, tried: Tried | None, written: int) -> float:
-    """Bytes that a run holds at its fullest moment, beside what is in memory when all is open."""
-    tensors = {name: _stored(sources, [name]) for name in sources.names}
-    buffer = min(written, PART_BYTES) + max(tensors.values())
-    if tried is None:
-        return buffer
-    outside, settings = sources.outside_names(), sources.recipe.quantize
-    held = sum(tensors[name] for name in outside) + buffer + tried.inputs
-    if streaming(settings):
-        held += len(sources.experts) * sum(tensors[name] for name in outside)
-    return held + max(_fullest(stack, settings, tried) for stack in tried.stacks)
-
-
-def _fullest(stack: StackTrial, settings: Quantize, tried: Tried) -> float:
-    """Bytes that blocks, activations and matrices of a stack take at the fullest moment of a block."""
-    streams, moments = streaming(settings), []
-    kept = [_kept(group, settings) * tried.times for group in stack.groups]
-    passing = 2 * FLOAT * tried.widest * max(group.rows * group.tokens for group in stack.groups)
-    before = stack.entry * tried.times
-    for i, group in enumerate(stack.groups):
-        waiting = group.waiting * tried.times
-        gathering = max(before + sum(kept[i:]), waiting + sum(kept[i + 1 :])) + passing
-        blocks = 2 if streams and i == 0 else 1
-        moments.append(gathering + _gathered(group, settings) + FLOAT * stack.size * blocks)
-        moments.append(waiting + sum(kept[i + 1 :]) + _solved(group, settings) + FLOAT * stack.size)
-        before = waiting
-    return max(moments) + streams * stack.entry * tried.times
-
-
-def _kept(group: GroupTrial, settings: Quantize) -> float:
-    """Bytes of what experts keep for a group, of the examples that were tried."""
-    width = group.rows if group.aims else group.columns if settings.expert_features else 0
-    return FLOAT * width * group.tokens
-
-
-def _gathered(group: GroupTrial, settings: Quantize) -> float:
-    """Bytes of a group's matrices when one task's moments are folded in: H, the moments twice, the weights."""
-    n, rows = group.columns, group.rows
-    beside = rows if group.aims else n if settings.expert_features else 0
-    weights = 1 + (settings.anchor_scale not in (None, 1)) + 3 * settings.guided
-    return FLOAT * n * (3 * n + beside + weights * rows)
-
-
-def _solved(group: GroupTrial, settings: Quantize) -> float:
-    """Bytes of a group's matrices when codes are chosen: H four times, the weights and the solver's copies of them."""
-    n, rows = group.columns, group.rows
-    weights = 4.5 + (settings.anchor_scale not in (None, 1)) + 2 * settings.guided
-    return FLOAT * n * (4 * n + weights * rows)
+def _read_back_seconds(prepared: PreparedRun, first: ExpertSet) -> float:
+    """Seconds in which a block that has been written is read back and tried."""
+    inside = [name for name in first.names if name not in first.outside_names()]
+    stacks = len(find_stacks(first.model))
+    return _timed(lambda: [prepared.experts.base.tensor(name).float() for name in inside], prepared.device) / stacks

@@ -193,7 +193,11 @@ def _kept_only_if_right(journal: Journal) -> Iterator[None]:
 
 
 def calibration_engine(
-    prepared: PreparedRun, batches: list[Batch], finished: Sequence[FinishedBlock] = (), offload_to: Path | None = None
+    prepared: PreparedRun,
+    batches: list[Batch],
+    finished: Sequence[FinishedBlock] = (),
+    offload_to: Path | None = None,
+    engine_class: type[CalibrationEngine] = CalibrationEngine,
 ) -> CalibrationEngine:
     """The engine of a run.
 
@@ -202,6 +206,7 @@ def calibration_engine(
         batches: calibration inputs of every task.
         finished: the first blocks, where an earlier run has finished them.
         offload_to: a folder on a disk for activations, where the recipe asks for that.
+        engine_class: of the engine.
     """
     recipe, experts = prepared.recipe, prepared.experts
     context = CalibrationContext(
@@ -213,7 +218,7 @@ def calibration_engine(
         Offloader(offload_to if recipe.activations == "disk" else None),
     )
     make_heads = {task: guiding_head(expert, experts.notes) for task, expert in experts.experts.items()}
-    return CalibrationEngine(context, batches, make_heads, finished)
+    return engine_class(context, batches, make_heads, finished)
 
 
 def inputs_of(prepared: PreparedRun, batches: list[Batch]) -> dict[str, Any]:

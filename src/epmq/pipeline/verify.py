@@ -12,7 +12,7 @@ from torch import Tensor
 from epmq.calibration.sequential import Batch, SequentialCalibrator
 from epmq.models.checkpoint import Checkpoint
 from epmq.models.hooks import first_tensor
-from epmq.models.loading import split_packed, unpacked_weight
+from epmq.models.loading import plain_tensors
 from epmq.models.meta import build_meta_model, load_outside, materialize, rename, set_tensor, tied_names, to_meta
 
 # Largest difference over largest value that may come of another order of sums.
@@ -69,14 +69,6 @@ def _plain_reader(
     checkpoint: Checkpoint, model: Any, quantization: dict[str, Any] | None
 ) -> tuple[list[str], Callable[[str], Tensor]]:
     """The model's names of the tensors that a checkpoint has, and what reads one of them, unpacked."""
-    layers, plain = split_packed(checkpoint.names)
-    packed = {f"{layer}.weight": layer for layer in layers}
-    stored, _ = rename(model, [*plain, *packed])
-
-    def read(name: str) -> Tensor:
-        layer = packed.get(stored[name])
-        if layer is None:
-            return checkpoint.tensor(stored[name])
-        return unpacked_weight(checkpoint, layer, quantization or {})
-
-    return list(stored), read
+    readers = plain_tensors(checkpoint, quantization or {})
+    stored, _ = rename(model, readers)
+    return list(stored), lambda name: readers[stored[name]]()

@@ -11,7 +11,7 @@ from epmq.reporting.scores import score_title, shown_scores
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from epmq.recipe import Quantize
+    from epmq.method_settings import Quantize
 
 # Files of an output that tell of times, and so differ from run to run.
 REPORT, PAGE, CARD = TIMED = ("report.json", "report.html", "README.md")
@@ -20,7 +20,8 @@ FLOAT16_MAX = 65504
 
 def layer_notes(layers: Sequence[dict[str, Any]], settings: Quantize) -> list[str]:
     """What a user should know of a report's layers that did not go as the settings ask for."""
-    asked = {"strength": settings.anchor_strength, "damping": settings.damping or settings.anchor_strength}
+    guidance = settings.guidance()
+    asked = {"strength": guidance.ridge, "damping": guidance.damping or guidance.ridge}
     raised = [
         f"{layer['name']}: {name} raised from {start:g} to {layer[name]:g} to factor its Hessian"
         for layer in layers

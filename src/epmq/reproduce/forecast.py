@@ -17,14 +17,15 @@ from typing import Any
 
 import torch
 
-from epmq.data.readers import Examples
 from epmq.errors import InputError
 from epmq.files import hash_file
-from epmq.merging.experts import Sources
-from epmq.models.checkpoint import DTYPE_NAMES, PATTERNS
+from epmq.merging.compatibility import open_experts
+from epmq.merging.experts import ExpertSet
+from epmq.merging.merged import MergedWeights
+from epmq.models.checkpoint import DTYPE_NAMES, HUB_PATTERNS, SINGLE, TensorSpec, byte_size
 from epmq.models.meta import named_class, tied_names
-from epmq.models.writer import SINGLE, TensorSpec, byte_size, make_header
-from epmq.pipeline.cost import Plan, plan_of, streaming
+from epmq.models.writer import make_header
+from epmq.pipeline.cost import Plan, plan_of
 from epmq.pipeline.prepare import PreparedRun
 from epmq.recipe import Recipe
 from epmq.reproduce.tables import DATASETS, Row, RunOptions, Shape, Table, load_table, locate, row_recipe
@@ -95,18 +96,18 @@ def forecast(name: str | Path | Table, options: RunOptions | None = None, *, pro
             base = str(folder / table.base)
             job = _prepared_run(table, row_recipe(table, row, base, {}, replace(options, hub=folder)))
             if opening is None:
-                opening = _opening_seconds(job.sources)
+                opening = _opening_seconds(job.experts)
             result.plans[key] = plan = _plan(job, opening)
             if row.bits is not None and plan.tokens and not table.by_lm_eval:
-                forwards = len(table.tasks) * job.recipe.samples * (1 + streaming(plan.recipe.quantize))
-                result.scoring = plan.seconds["forward"] / forwards * SCORED
+                forwards = len(table.tasks) * job.recipe.samples * (1 + plan.recipe.quantize.guidance().runs_experts)
+                result.scoring = plan.seconds["collect"] / forwards * SCORED
     return result
 
 
 def downloads(table: Table, hub: Path | None) -> Iterator[Download]:
     """What a table needs, in the order in which it is needed."""
     sizes = {role: sum(map(byte_size, _tensor_specs(shape).values())) for role, shape in table.shapes.items()}
-    weights = " ".join(PATTERNS)
+    weights = " ".join(HUB_PATTERNS)
     base_files = weights if table.pickle is None else f"{weights}, {table.pickle} without safetensors"
     yield _download("base", table.base, base_files, sizes["base"], hub)
     for name in table.tasks:
@@ -193,14 +194,14 @@ def _write_stub(folder: Path, shape: Shape) -> None:
 def _prepared_run(table: Table, recipe: Recipe) -> PreparedRun:
     """A row's recipe, open: no data has been read, and each task has batches of random inputs in its place."""
     recipe = recipe.ordered()
-    sources = Sources(recipe)
-    heads = all(task.classes is not None for task in table.tasks.values())
-    sources.recipe = recipe = recipe.model_copy(update={"quantize": recipe.quantize.resolved(heads)})
+    experts = open_experts(recipe.base, recipe.experts)
+    recipe = recipe.resolved(all(task.classes is not None for task in table.tasks.values()))
     calibration = {}
     if recipe.quantize.calibrates:
-        batches = _random_batches(table.shapes["base"], sources.model.config, recipe.samples, recipe.batch_size)
-        calibration = {expert.name: Examples("batches", batches) for expert in recipe.experts}
-    return PreparedRun(recipe, sources, None, calibration, {})
+        batches = _random_batches(table.shapes["base"], experts.model.config, recipe.samples, recipe.batch_size)
+        calibration = {expert.name: batches for expert in recipe.experts}
+    merged = MergedWeights(experts, recipe.merge, recipe.seed)
+    return PreparedRun(recipe, experts, merged, None, calibration, {})
 
 
 def _random_batches(shape: Shape, config: Any, samples: int, batch_size: int) -> list[dict[str, torch.Tensor]]:
@@ -218,19 +219,19 @@ def _random_batches(shape: Shape, config: Any, samples: int, batch_size: int) ->
     return [batch] * (samples // size) + last
 
 
-def _opening_seconds(sources: Sources) -> float:
+def _opening_seconds(experts: ExpertSet) -> float:
     """Seconds in which all files are read, checked and hashed, from what one of them takes."""
     start = time.perf_counter()
-    expert = next(iter(sources.experts.values()))
-    expert.check_finite(list(expert.names))
+    expert = next(iter(experts.experts.values()))
+    expert.check_finite()
     hash_file(expert.path / SINGLE)
-    return (time.perf_counter() - start) * (1 + len(sources.experts))
+    return (time.perf_counter() - start) * (1 + len(experts.experts))
 
 
 def _plan(job: PreparedRun, opening: float) -> Plan:
     """The plan of a run; each batch counts towards its memory as often as it is listed."""
     plan = plan_of(job, opening)
-    batches = [batch for examples in job.calibration.values() for batch in examples.inputs]
+    batches = [batch for own in job.calibration.values() for batch in own]
     inputs = sum(tensor.nbytes for batch in batches for tensor in batch.values())
     return replace(plan, peak_memory_mb=plan.peak_memory_mb + inputs / 1e6)
 
@@ -273,7 +274,7 @@ def _cost_table(forecast: Forecast) -> Any:
     table.add_section()
     table.add_row("in all", "", str(len(rows)), "", f"{total:.0f}", "", "")
     if forecast.scoring is not None:
-        table.add_row("scoring", f"{SCORED} examples", "", "a forward of each", f"{forecast.scoring:.0f}", "", "")
+        table.add_row("scoring", f"{SCORED} examples", "", "at most, a forward of each", f"{forecast.scoring:.0f}", "", "")
         if forecast.scored is not None:
             seconds = forecast.scored * len(rows) * forecast.scoring / SCORED
             what = f"{forecast.scored} examples a row"

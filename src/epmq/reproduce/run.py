@@ -16,13 +16,15 @@ from torch import nn
 from epmq.data.encoding import load_processor, tokenizer_of
 from epmq.errors import InputError, OutputExistsError
 from epmq.files import cache_dir, differences, read_json, write_whole
-from epmq.merging.experts import Sources
+from epmq.merging.compatibility import open_experts
 from epmq.models.blocks import use_fast_matmul
 from epmq.models.multitask import load
-from epmq.pipeline.run import evaluate_experts, run
+from epmq.pipeline.evaluation import evaluate_experts
+from epmq.pipeline.run import run
 from epmq.recipe import Recipe
-from epmq.reporting.page import Scores, page, run_of
+from epmq.reporting.page import render_page
 from epmq.reporting.report import PAGE
+from epmq.reporting.runs import Run, Scores
 from epmq.reproduce.lm_eval import lm_eval, load_lm_eval
 from epmq.reproduce.results import markdown, row_result, with_published
 from epmq.reproduce.tables import Row, RunOptions, Table, base_source, load_table, row_recipe
@@ -140,13 +142,13 @@ def _models(table: Table, row: Row, recipe: Recipe) -> Iterator[tuple[nn.Module,
         use_fast_matmul(model.backbone)  # as base and experts are
         yield model.backbone, tokenizer_of(model.processor), list(table.tasks)
         return
-    sources = Sources(recipe)
-    tokenizer = tokenizer_of(load_processor(sources.base.path))
+    experts = open_experts(recipe.base, recipe.experts)
+    tokenizer = tokenizer_of(load_processor(experts.base.path))
     if row.method == "base":
-        yield sources.whole_model(None, device), tokenizer, list(table.tasks)
+        yield experts.whole_model(experts.base, device), tokenizer, list(table.tasks)
         return
     for task in table.tasks:
-        yield sources.whole_model(task, device), tokenizer, [task]
+        yield experts.whole_model(experts.experts[task], device), tokenizer, [task]
 
 
 def _finished_rows(output: Path, settings: Mapping[str, Any], resume: bool) -> dict[str, dict[str, Any]]:
@@ -192,10 +194,12 @@ def _write_page(table: Table, output: Path, rows: Sequence[Mapping[str, Any]]) -
         if row["method"] == "experts" and "mean" in row:
             experts = Scores({task: score / 100 for task, score in row["scores"].items()}, row["mean"] / 100)
         elif file.exists():
-            runs.append(replace(run_of(read_json(file)), name=row["row"], merge=row["merge"], method=row["method"]))
+            runs.append(
+                replace(Run.from_report(read_json(file)), name=row["row"], merge=row["merge"], method=row["method"])
+            )
     if runs:
         published = {(figure.merge or "", figure.method, figure.bits): figure.mean / 100 for figure in table.published}
-        text = page(runs, experts=experts, published=published, title=table.title)
+        text = render_page(runs, experts=experts, published=published, title=table.title)
         write_whole(output / PAGE, text.encode())
 
 

@@ -16,9 +16,9 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from epmq.errors import InputError, MissingError
 from epmq.files import read_yaml
-from epmq.models.checkpoint import resolve
-from epmq.models.writer import INDEX, SINGLE
-from epmq.recipe import Data, Expert, Merge, Quantize, Recipe, Strict, explain
+from epmq.method_settings import Merge, Strict, quantize_settings
+from epmq.models.checkpoint import INDEX, SINGLE, resolve
+from epmq.recipe import Data, Expert, Recipe, explain
 from epmq.reproduce.zeroshot import check_template
 
 # Methods of rows in full precision.
@@ -131,7 +131,7 @@ class Table(Strict):
         for bits in self.bits:
             for name, settings in self.methods.items():
                 try:
-                    Quantize(**settings, bits=bits, group_size=self.group_size)
+                    quantize_settings(**settings, bits=bits, group_size=self.group_size)
                 except (ValidationError, TypeError) as error:
                     message = explain(error.errors()[0]) if isinstance(error, ValidationError) else str(error)
                     raise InputError(f"methods.{name}: {message}") from None
@@ -325,7 +325,7 @@ def row_recipe(
         base=base,
         experts=experts,
         merge=table.merges[row.merge] if row.merge else next(iter(table.merges.values())),
-        quantize=Quantize(**quantize),
+        quantize=quantize_settings(**quantize),
         samples=min(table.samples, options.limit or table.samples),
         batch_size=table.batch_size,
         max_length=table.max_length,
