@@ -6,16 +6,16 @@ output directories that are given, such as `epmq-demo/expert-guided` after `make
 
 from __future__ import annotations
 
+import argparse
 import re
-import sys
 from pathlib import Path
 
-from benchmarks.compare import RESULTS
+from benchmarks import RESULTS, ROOT
+from benchmarks.tables.markdown import SUITES
 from epmq.reporting import charts
 from epmq.reporting.page import gap, page, read_runs
 
-DOCS = Path(__file__).parent.parent / "docs"
-SUITES = ("vision8", "text8", "text8lora", "causal3", "seq2seq")
+DOCS = ROOT / "docs"
 
 
 def gaps() -> str:
@@ -36,15 +36,18 @@ def sizes(suite: str) -> str:
 
 def figure(text: str, title: str) -> str:
     """The drawing of a page that has this title."""
-    found = re.findall(r"<figure>(<svg.*?</svg>)<figcaption><b>(.*?)\.</b>", text, re.DOTALL)
-    return next(svg for svg, name in found if name == title)
+    drawings = re.findall(r"<figure>(<svg.*?</svg>)<figcaption><b>(.*?)\.</b>", text, re.DOTALL)
+    return next(svg for svg, name in drawings if name == title)
 
 
 def main() -> None:
-    """Write the pictures."""
+    """Read the command line and write the pictures."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.pictures", description=__doc__)
+    parser.add_argument("outputs", nargs="*", metavar="DIR", help="output directories of runs")
+    outputs = parser.parse_args().outputs
     drawn = {"gaps": gaps(), "sizes-text8": sizes("text8"), "sizes-vision8": sizes("vision8")}
-    if sys.argv[1:]:
-        drawn["depth"] = figure(page(read_runs([Path(sys.argv[-1])])[0]), "Loss by depth")
+    if outputs:
+        drawn["depth"] = figure(page(read_runs([Path(outputs[-1])])[0]), "Loss by depth")
     for name, svg in drawn.items():
         (DOCS / f"{name}.svg").write_text(charts.standalone(svg), encoding="utf-8")
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from conftest import recipe_for
 
-from benchmarks.faults import contents, finish, write_models
-from benchmarks.write_faults import fail_everywhere, fill_disks
 from epmq.calibration import offload as spill
 from epmq.pipeline.run import run
+from tests.kit.runs import contents, finish, write_models
+from tests.kit.write_faults import fail_everywhere, fill_disks
 
 
 @pytest.fixture

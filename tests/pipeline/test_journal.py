@@ -12,7 +12,6 @@ import pytest
 import torch
 from conftest import recipe_for
 
-from benchmarks.faults import contents
 from epmq.calibration import engine as quantize
 from epmq.files import differences
 from epmq.pipeline import run as pipeline
@@ -20,6 +19,7 @@ from epmq.pipeline.journal import BLOCKS, INPUTS, Block, Journal, hash_batches, 
 from epmq.pipeline.run import run
 from epmq.quantization.grid import Grid, QuantizedTensor
 from epmq.runtime import versions
+from tests.kit.runs import contents
 
 METHODS: list[dict[str, Any]] = [
     {"method": "rtn"},

@@ -6,10 +6,10 @@ import torch
 import transformers
 from typer.testing import CliRunner
 
-from benchmarks.mirror import TINY, build
 from epmq.cli import app
 from epmq.reproduce.forecast import Forecast, fetches, forecast, stub_models
 from epmq.reproduce.tables import Shape, Table, load_table
+from tests.kit.mirror import TINY, build
 
 
 def small(name: str) -> Table:

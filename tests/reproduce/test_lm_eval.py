@@ -6,9 +6,9 @@ import pytest
 import torch
 import transformers
 
-from benchmarks.mirror import build
 from epmq.reproduce.lm_eval import library, lm_eval
 from epmq.reproduce.tables import Scored, load_table
+from tests.kit.mirror import build
 
 MMLU = Scored(metric="acc,none", dataset="alexandrainst/m_mmlu")
 ROWS = 24

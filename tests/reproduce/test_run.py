@@ -8,11 +8,11 @@ import datasets
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks.mirror import build
 from epmq.cli import app
 from epmq.reproduce import run as loop
 from epmq.reproduce.run import chosen, reproduce
 from epmq.reproduce.tables import load_table
+from tests.kit.mirror import build
 
 
 @pytest.fixture(scope="module")
