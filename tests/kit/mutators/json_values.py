@@ -10,19 +10,9 @@ from typing import Any
 DEEP = 100_000
 NUMBERS = (0, 1, -1, 2, 7, 2**16, 10**9, 2**31 - 1, 2**31, 2**63 - 1, 2**63, 2**64, 10**30, -(10**9), 0.5, 1e308)
 STRINGS = (
-    *("", "\0", "\ud800", "../../canary", "/etc/passwd", "canary", "x" * 100_000, "None", "1e999", "{{ 1 }}", "%s"),
-    *(
-        "ß",
-        "float32",
-        "cuda",
-        "owner/name",
-        "é/../..",
-        "LABEL_0",
-        "__class__",
-        "pipeline",
-        "PreTrainedModel",
-        "logging",
-    ),
+    *("", "\0", "\ud800", "../../canary", "/etc/passwd", "canary", "x" * 100_000, "None", "1e999"),
+    *("{{ 1 }}", "%s", "ß", "float32", "cuda", "owner/name", "é/../..", "LABEL_0", "__class__"),
+    *("pipeline", "PreTrainedModel", "logging"),
 )
 OTHERS: tuple[Any, ...] = (
     *(None, True, False, [], {}, [[]], [None], [1, "x"], {"": None}, {"a": {"b": []}}, [-1], [10**9]),
