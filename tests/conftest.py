@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,12 @@ def write_texts(path: Path, count: int, classes: int, seed: int) -> Path:
 def pool(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder as `build_pool` makes it; tests that spoil it take a copy."""
     return build_pool(tmp_path_factory.mktemp("pool"))
+
+
+@pytest.fixture
+def own_pool(pool: Path, tmp_path: Path) -> Path:
+    """A copy of the pool that a test may spoil."""
+    return Path(shutil.copytree(pool, tmp_path / "pool"))
 
 
 def build_pool(folder: Path) -> Path:
