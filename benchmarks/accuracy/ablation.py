@@ -69,7 +69,7 @@ def main() -> None:
                 row = {"suite": suite.NAME, "step": name, "seed": seed, "samples": samples, "settings": step}
                 if identity(row) in map(identity, read_rows(PATH)):
                     continue
-                found = measure(
+                report = measure(
                     suite,
                     root,
                     list(suite.TASKS),
@@ -79,12 +79,12 @@ def main() -> None:
                     test_samples=TEST_SAMPLES,
                     seed=seed,
                 )
-                row |= {"metric": found["metric"], "mean": found["mean_score"], "tasks": found["scores"]}
-                row |= {"seconds": found["seconds"], "cpu_seconds": found["cpu_seconds"]}
+                row |= {"metric": report["metric"], "mean": report["mean_score"], "tasks": report["scores"]}
+                row |= {"seconds": report["seconds"], "cpu_seconds": report["cpu_seconds"]}
                 row |= provenance()
                 others = [r for r in read_rows(PATH) if identity(r)[:3] != identity(row)[:3]]
                 write_json(PATH, [*others, row])
-                console.print(f"{suite.NAME} {name} {seed}: {show_score(found['metric'], found['mean_score'])}")
+                console.print(f"{suite.NAME} {name} {seed}: {show_score(report['metric'], report['mean_score'])}")
 
 
 if __name__ == "__main__":

@@ -71,17 +71,17 @@ def best(choices: Iterable[dict[str, Any]], heads: bool) -> dict[str, Any]:
         draws: dict[tuple[Any, ...], list[float]] = {}
         for row in choice["rows"]:
             draws.setdefault(key(row), []).append(sign * row["validation"])
-        found = {name: sum(scores) / len(scores) for name, scores in draws.items()}
-        start = found.pop(key({"method": "gptq"}))
-        wanted = [key({"method": "expert_guided", **candidate}) for candidate in CANDIDATES[heads]]
-        missing = [name for name in wanted if name not in found]
+        means = {name: sum(scores) / len(scores) for name, scores in draws.items()}
+        start = means.pop(key({"method": "gptq"}))
+        keys = [key({"method": "expert_guided", **candidate}) for candidate in CANDIDATES[heads]]
+        missing = [name for name in keys if name not in means]
         if missing:
             raise ValueError(
                 f"{choice['suite']}: run python -m benchmarks.accuracy.choose {choice['suite']}; missing {missing}"
             )
-        most = max(found[name] for name in wanted) - start
-        for name in wanted:
-            shares.setdefault(name, []).append((found[name] - start) / most)
+        most = max(means[name] for name in keys) - start
+        for name in keys:
+            shares.setdefault(name, []).append((means[name] - start) / most)
     kept = [min(share) for share in shares.values()]
     return CANDIDATES[heads][kept.index(max(kept))]
 
@@ -106,12 +106,12 @@ def main() -> None:
             continue
         fields: dict[str, Any] = {"split": "validation", "test_samples": VALIDATION, "seed": seed}
         fields["samples"] = CALIBRATION[suite.NAME]
-        found = measure(suite, root, tasks, "task_arithmetic", {"bits": 4, **candidate}, **fields)
-        scores = {"validation": found["mean_score"], "tasks": found["scores"]}
+        report = measure(suite, root, tasks, "task_arithmetic", {"bits": 4, **candidate}, **fields)
+        scores = {"validation": report["mean_score"], "tasks": report["scores"]}
         rows.append({**candidate, "seed": seed, **scores, "date": now()})
-        console.print(f"{candidate} {seed} {show_score(found['metric'], found['mean_score'])}")
+        console.print(f"{candidate} {seed} {show_score(report['metric'], report['mean_score'])}")
         where = provenance()
-        write_json(path, {"suite": suite.NAME, "metric": found["metric"], "rows": rows, **where})
+        write_json(path, {"suite": suite.NAME, "metric": report["metric"], "rows": rows, **where})
 
 
 if __name__ == "__main__":

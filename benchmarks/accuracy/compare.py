@@ -49,7 +49,7 @@ def is_language(suite: ModuleType) -> bool:
 
 
 def default(suite: ModuleType) -> dict[str, Any]:
-    """The default recipe of expert_guided, spelled out, so that a row can be told from one with other defaults."""
+    """The default recipe of expert_guided, spelled out, so that a row differs from one with other defaults."""
     resolved = spec.Quantize(method="expert_guided").resolved(not is_language(suite))
     return {name: getattr(resolved, name) for name in spec.GUIDED["expert_guided"]}
 
@@ -102,7 +102,7 @@ def samples_of(suite: str, method: str) -> int | None:
     return SAMPLES[suite.removesuffix("-quick")] if method in METHODS[1:] else None
 
 
-def row(suite: str, merge: str, quantize: dict[str, Any], found: dict[str, Any], **more: Any) -> dict[str, Any]:
+def row(suite: str, merge: str, quantize: dict[str, Any], report: dict[str, Any], **more: Any) -> dict[str, Any]:
     """One line of the results file; the scores of the tasks go under the name of their metric."""
     quantized = quantize["method"] in METHODS
     return {
@@ -114,9 +114,9 @@ def row(suite: str, merge: str, quantize: dict[str, Any], found: dict[str, Any],
         "symmetric": quantize["symmetric"] if quantized else None,
         "samples": samples_of(suite, quantize["method"]),
         "settings": guided_settings(quantize),
-        "metric": found["metric"],
-        found["metric"]: found["scores"],
-        "mean": found["mean_score"],
+        "metric": report["metric"],
+        report["metric"]: report["scores"],
+        "mean": report["mean_score"],
         **more,
         **provenance(),
     }
@@ -128,8 +128,7 @@ def add_gaps(rows: list[dict[str, Any]]) -> None:
 
     def reference(r: dict[str, Any]) -> float | None:
         same = ("merge", "bits", "group_size", "symmetric", "seed")
-        found = [q["mean"] for q in rows if q["method"] == "gptq" and all(q[k] == r[k] for k in same)]
-        return found[0] if found else None
+        return next((q["mean"] for q in rows if q["method"] == "gptq" and all(q[k] == r[k] for k in same)), None)
 
     for r in rows:
         gptq = reference(r)
@@ -156,13 +155,13 @@ def compare(
     done = {identity(r): (r["settings"], r["samples"]) for r in read_rows(path)}
     common: dict[str, Any] = {"test_samples": TEST_SAMPLES, "seed": seed}
 
-    def keep(found: dict[str, Any]) -> None:
-        rows = sorted([*(r for r in read_rows(path) if identity(r) != identity(found)), found], key=order)
+    def keep(new: dict[str, Any]) -> None:
+        rows = sorted([*(r for r in read_rows(path) if identity(r) != identity(new)), new], key=order)
         add_gaps(rows)
         write_json(path, rows)
-        gap = next(r["gap_recovered"] for r in rows if identity(r) == identity(found))
-        shown = show_score(found["metric"], found["mean"])
-        text = f"{found['merge']:16} {found['method']:14} {found['bits'] or '':>2} {shown:>8}"
+        gap = next(r["gap_recovered"] for r in rows if identity(r) == identity(new))
+        score = show_score(new["metric"], new["mean"])
+        text = f"{new['merge']:16} {new['method']:14} {new['bits'] or '':>2} {score:>8}"
         console.print(text + (f"  gap {100 * gap:5.1f} %" if gap is not None else ""))
 
     nothing = {"seed": seed, "seconds": None, "peak_memory_mb": None, "bytes": None}
@@ -175,8 +174,8 @@ def compare(
         if merge not in merges:
             continue
         grid = (None, None, None) if quantize["method"] == "none" else tuple(quantize[k] for k in KEY[3:6])
-        wanted = guided_settings(quantize), samples_of(name, quantize["method"])
-        if done.get((name, merge, quantize["method"], *grid, seed)) == wanted and quantize["method"] != again:
+        current = guided_settings(quantize), samples_of(name, quantize["method"])
+        if done.get((name, merge, quantize["method"], *grid, seed)) == current and quantize["method"] != again:
             continue
         report = measure(suite, root, tasks, merge, quantize, **common)
         seconds = round(sum(report["seconds"][phase] for phase in ("open", "merge and quantize")), 1)

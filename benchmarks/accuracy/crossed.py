@@ -25,7 +25,7 @@ from epmq.files import write_json
 from epmq.pipeline.evaluation import show_score
 
 PATH = RESULTS / "crossed.json"
-# Suite → where its settings are chosen: suites of the same kind that share no task with it.
+# Suite → where its settings are chosen: suites of models alike (with heads, or without) that share no task with it.
 CHOSEN_ON = {"vision8": "text8", "text8": "vision8", "text8lora": "vision8", "causal3": "seq2seq", "seq2seq": "causal3"}
 GRID = {"bits": 4, "group_size": -1, "symmetric": True}
 
@@ -52,11 +52,11 @@ def main() -> None:
             continue
         quantize = {"method": "expert_guided", **GRID, **row["settings"]}
         fields = {"test_samples": TEST_SAMPLES, "seed": 0}
-        found = measure(suite, build(suite), list(suite.TASKS), "task_arithmetic", quantize, **fields)
-        row |= {"metric": found["metric"], "mean": found["mean_score"], "tasks": found["scores"]}
+        report = measure(suite, build(suite), list(suite.TASKS), "task_arithmetic", quantize, **fields)
+        row |= {"metric": report["metric"], "mean": report["mean_score"], "tasks": report["scores"]}
         row |= provenance()
         write_json(PATH, [*(old for old in read_rows(PATH) if old["suite"] != name), row])
-        Console(stderr=True).print(f"{name}: {show_score(found['metric'], found['mean_score'])}")
+        Console(stderr=True).print(f"{name}: {show_score(report['metric'], report['mean_score'])}")
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def main() -> None:
             continue
         suite = importlib.import_module(f"benchmarks.suites.{name}")
         quantize = {"method": "expert_guided", "bits": bits, "group_size": group_size}
-        found = measure(
+        report = measure(
             suite,
             build(suite),
             list(suite.TASKS),
@@ -57,14 +57,14 @@ def main() -> None:
             seed=0,
         )
         row |= {
-            "metric": found["metric"],
-            "mean": found["mean_score"],
-            "tasks": found["scores"],
-            "cpu_seconds": found["cpu_seconds"],
+            "metric": report["metric"],
+            "mean": report["mean_score"],
+            "tasks": report["scores"],
+            "cpu_seconds": report["cpu_seconds"],
         }
         row |= {"settings": compare.default(suite), **provenance()}
         write_json(PATH, [*read_rows(PATH), row])
-        console.print(f"{name}, {samples} examples, {bits} bits: {show_score(found['metric'], found['mean_score'])}")
+        console.print(f"{name}, {samples} examples, {bits} bits: {show_score(report['metric'], report['mean_score'])}")
 
 
 if __name__ == "__main__":

@@ -48,19 +48,19 @@ def repeat(
         "two threads": lambda name: _with_threads(2, lambda: finish({**recipe, "output": name}, examples)),
         "half the batch size": lambda name: finish({**recipe, "output": name}, _halved(examples)),
     }
-    found: dict[str, dict[str, float]] = {}
+    differences: dict[str, dict[str, float]] = {}
     for number, (name, run) in enumerate(runs.items()):
         run(str(folder / f"repeat-{number}"))
         if number:
-            found[name] = difference(folder / "repeat-0" / SINGLE, folder / f"repeat-{number}" / SINGLE)
+            differences[name] = difference(folder / "repeat-0" / SINGLE, folder / f"repeat-{number}" / SINGLE)
     torch.set_num_threads(before)
-    found["global random state"] = {"changed": float(not torch.equal(state, torch.get_rng_state()))}
-    return found
+    differences["global random state"] = {"changed": float(not torch.equal(state, torch.get_rng_state()))}
+    return differences
 
 
 def halve_real_batches(suite: str, folder: Path) -> dict[str, dict[str, float]]:
     """What half the batch size does to the codes of a suite's real models, by method; as `repeat` returns it."""
-    module, found = importlib.import_module(f"benchmarks.suites.{suite}"), {}
+    module, differences = importlib.import_module(f"benchmarks.suites.{suite}"), {}
     shared = {"max_length": module.MAX_LENGTH, "data": getattr(module, "DATA", None), "format": "dequantized"}
     for method in METHODS:
         outputs = [folder / f"{suite}-{method}-{size}" for size in SIZES]
@@ -68,8 +68,8 @@ def halve_real_batches(suite: str, folder: Path) -> dict[str, dict[str, float]]:
             settings = {"quantize": {"method": method}, "samples": SAMPLES, "batch_size": size, "output": str(output)}
             recipe = pool_recipe(suite_dir(suite), list(module.TASKS), **shared, **settings)
             pipeline.run(recipe, progress=False, evaluate=False)
-        found[method] = difference(*(output / SINGLE for output in outputs))
-    return found
+        differences[method] = difference(*(output / SINGLE for output in outputs))
+    return differences
 
 
 def difference(one: Path, other: Path) -> dict[str, float]:

@@ -117,18 +117,18 @@ def measure_apart(job: dict[str, int]) -> dict[str, Any]:
 
 def grown(rows: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
     """The rows in which one thing grows, in order."""
-    rest = {other: value for other, value in START.items() if other != name}
-    return sorted((row for row in rows if rest.items() <= row.items()), key=lambda row: row[name])
+    fixed = {other: value for other, value in START.items() if other != name}
+    return sorted((row for row in rows if fixed.items() <= row.items()), key=lambda row: row[name])
 
 
-def spent(row: dict[str, Any], kind: str) -> float:
+def spent(row: dict[str, Any], cost: str) -> float:
     """Seconds of the processor, or the memory in MB that a run takes beyond what is resident once all is open."""
-    return row["cpu_seconds"] if kind == "seconds" else row["peak_memory_mb"] - row["resident_mb"]
+    return row["cpu_seconds"] if cost == "seconds" else row["peak_memory_mb"] - row["resident_mb"]
 
 
-def exponent(rows: list[dict[str, Any]], name: str, kind: str) -> float:
+def exponent(rows: list[dict[str, Any]], name: str, cost: str) -> float:
     """Slope of a straight line through the logarithms."""
-    x, y = [math.log(row[name]) for row in rows], [math.log(spent(row, kind)) for row in rows]
+    x, y = [math.log(row[name]) for row in rows], [math.log(spent(row, cost)) for row in rows]
     middle, level = sum(x) / len(x), sum(y) / len(y)
     return sum((a - middle) * (b - level) for a, b in zip(x, y)) / sum((a - middle) ** 2 for a in x)
 
@@ -144,7 +144,7 @@ def draw(rows: list[dict[str, Any]], folder: Path) -> None:
     except ImportError:
         sys.exit("the plots need matplotlib: pip install 'epmq[plots]'")
     titles = {"cpu_seconds": ("time", "seconds of the processor"), "peak_memory_mb": ("memory", "peak MB")}
-    for field, (kind, label) in titles.items():
+    for field, (cost, label) in titles.items():
         figure = Figure(figsize=(10, 2.8), layout="constrained")
         for axes, name in zip(figure.subplots(1, len(GROWN), sharey=True), GROWN):
             line = grown(rows, name)
@@ -154,13 +154,13 @@ def draw(rows: list[dict[str, Any]], folder: Path) -> None:
             axes.set_xscale("log", base=2)
             axes.set_xticks(values, [str(value) for value in values])
             axes.set_xlabel(name)
-            if kind == "time":
+            if cost == "time":
                 axes.set_yscale("log", base=2)
             else:
                 axes.set_ylim(bottom=0)
         figure.axes[0].set_ylabel(label)
         figure.axes[0].legend()
-        figure.savefig(folder / f"growth-{kind}.svg", metadata={"Date": None})
+        figure.savefig(folder / f"growth-{cost}.svg", metadata={"Date": None})
 
 
 def main() -> None:

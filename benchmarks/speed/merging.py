@@ -80,9 +80,9 @@ def merge_command(
     return [program, work / "config.yaml", work / "theirs", "--no-copy-tokenizer"]
 
 
-def floor(root: Path, kind: str, work: Path) -> dict[str, float]:
+def floor(root: Path, model_class: str, work: Path) -> dict[str, float]:
     """CPU seconds that a merge takes before it computes, if it asks transformers for the model's class."""
-    imports = f"import torch, accelerate; from transformers import {kind}"
+    imports = f"import torch, accelerate; from transformers import {model_class}"
     return {
         "import": round(cost_of([sys.executable, "-c", imports]).cpu_seconds, 2),
         "read and write": round(cost_of([sys.executable, "-c", COPY, root, work / "copy"]).cpu_seconds, 2),
@@ -104,7 +104,7 @@ def main() -> None:
     write_models(shape, root)
     try:
         with tempfile.TemporaryDirectory(dir=root) as work:
-            least = floor(root, shape.kind, Path(work))
+            least = floor(root, shape.model_class, Path(work))
         console.print(f"floor: {least}")
         for method, (our, their) in METHODS.items():
             costs, other = [], their["merge_method"]
@@ -115,7 +115,7 @@ def main() -> None:
                     with tempfile.TemporaryDirectory(dir=root) as work:
                         measured[other].append(cost_of(merge_command(root, tasks(shape), their, Path(work))))
             best = {"ours": costs, "mergekit": measured[other]}
-            row = _row({tool: min(found, key=lambda cost: cost.cpu_seconds) for tool, found in best.items()})
+            row = _row({tool: min(runs, key=lambda cost: cost.cpu_seconds) for tool, runs in best.items()})
             rows.append({"method": method, "experts": shape.experts, "dtype": "bfloat16", **row})
             console.print(f"{method}: {row}")
     finally:
@@ -123,8 +123,8 @@ def main() -> None:
     if not arguments.quick:
         where = provenance() | {"peer_date": before["peer_date"]}
         where["versions"] |= peer_versions(["mergekit", "torch"])
-        found = {"shape": name, "rounds": arguments.rounds, "floor_cpu_seconds": least, "rows": rows}
-        write_json(RESULTS / FILE, found | where)
+        results = {"shape": name, "rounds": arguments.rounds, "floor_cpu_seconds": least, "rows": rows}
+        write_json(RESULTS / FILE, results | where)
 
 
 def _row(best: dict[str, Cost]) -> dict[str, Any]:

@@ -14,18 +14,18 @@ from epmq.runtime import spare_gc
 BATCH = 16  # as in peer_quantize.py
 
 
-def quantize(recipe: str, tokens: str) -> None:
+def quantize(file: str, tokens: str) -> None:
     """Merge and quantize in this process."""
-    wanted = epmq.load_recipe(recipe)  # before torch is imported: epmq does that in less time
+    recipe = epmq.load_recipe(file)  # before torch is imported: epmq does that in less time
     import torch
     from safetensors.torch import load_file
 
-    shares = load_file(tokens)["input_ids"].tensor_split(len(wanted.experts))
+    shares = load_file(tokens)["input_ids"].tensor_split(len(recipe.experts))
     calibration = {
         expert.name: [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in share.split(BATCH)]
-        for expert, share in zip(wanted.experts, shares)
+        for expert, share in zip(recipe.experts, shares)
     }
-    epmq.run(wanted, calibration=calibration, evaluate=False, progress=False)
+    epmq.run(recipe, calibration=calibration, evaluate=False, progress=False)
 
 
 if __name__ == "__main__":

@@ -71,15 +71,15 @@ def cost_of(command: Sequence[str | Path], folder: Path = ROOT) -> Cost:
     """Run a command to its end, in a folder.
 
     Raises:
-        RuntimeError: it failed; the end of what it said is given.
+        RuntimeError: it failed; the message has the end of its output.
     """
     line = [sys.executable, "-I", "-S", "-c", STARTER, *map(str, command)]
-    with tempfile.TemporaryFile() as said:
-        told = subprocess.run(line, stdout=subprocess.PIPE, stderr=said, cwd=folder, check=True).stdout
-        code, seconds, cpu, peak = json.loads(told)
+    with tempfile.TemporaryFile() as output:
+        cost = subprocess.run(line, stdout=subprocess.PIPE, stderr=output, cwd=folder, check=True).stdout
+        code, seconds, cpu, peak = json.loads(cost)
         if code:
-            said.seek(0)
-            end = said.read().decode(errors="replace")[-2000:]
+            output.seek(0)
+            end = output.read().decode(errors="replace")[-2000:]
             raise RuntimeError(f"{' '.join(map(str, command))} ended with {code}:\n{end}")
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes here
     return Cost(seconds, cpu, peak * unit / 2**20)

@@ -68,7 +68,7 @@ class Shape:
     """A published model's shape, and how it is calibrated.
 
     Attributes:
-        kind: the model's class in transformers.
+        model_class: name of the model's class in transformers.
         config: arguments of its config class.
         depth: arguments of its config class that count layers; all of them are `layers`.
         dtype: of base and experts on disk.
@@ -77,7 +77,7 @@ class Shape:
         targets: tokens of a target text.
     """
 
-    kind: str
+    model_class: str
     config: dict[str, Any]
     layers: int
     experts: int
@@ -87,32 +87,32 @@ class Shape:
     tokens: int | None = None
     targets: int = 0
 
-    def skeleton(self) -> Any:
+    def meta_model(self) -> Any:
         """The model on the meta device."""
-        kind = getattr(transformers, self.kind)
-        config = kind.config_class(**self.config, **dict.fromkeys(self.depth, self.layers), dtype=self.dtype)
+        model_class = getattr(transformers, self.model_class)
+        config = model_class.config_class(**self.config, **dict.fromkeys(self.depth, self.layers), dtype=self.dtype)
         with torch.device("meta"):
-            return kind(config)
+            return model_class(config)
 
     def batches(self, seed: int) -> list[dict[str, torch.Tensor]]:
         """One task's random calibration batches."""
         generator = torch.Generator().manual_seed(seed)
-        found = []
+        batches = []
         for start in range(0, self.samples, BATCH):
             size = min(BATCH, self.samples - start)
             if self.tokens is None:
-                found.append({"pixel_values": torch.randn(size, 3, 224, 224, generator=generator)})
+                batches.append({"pixel_values": torch.randn(size, 3, 224, 224, generator=generator)})
                 continue
             ids = torch.randint(2, self.config["vocab_size"], (size, self.tokens), generator=generator)
-            found.append({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+            batches.append({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
             if self.targets:
                 labels = torch.randint(2, self.config["vocab_size"], (size, self.targets), generator=generator)
-                found[-1]["labels"] = labels
-        return found
+                batches[-1]["labels"] = labels
+        return batches
 
     def stored(self) -> dict[str, torch.Size]:
         """Names and sizes of the tensors in a checkpoint: without the copies of shared ones."""
-        model = self.skeleton()
+        model = self.meta_model()
         shared = tied_names(model)
         if self.config.get("tie_word_embeddings") is False:
             # transformers 5 calls every T5 tied; FLAN-T5's files hold an output layer of its own all the same.
@@ -120,7 +120,7 @@ class Shape:
         return {name: tensor.shape for name, tensor in model.state_dict().items() if name not in shared}
 
     @property
-    def seen(self) -> int:
+    def tokens_a_task(self) -> int:
         """Tokens a task, targets among them."""
         if self.tokens is None:
             return self.samples * (1 + (224 // self.config["patch_size"]) ** 2)
@@ -185,7 +185,7 @@ def tasks(shape: Shape) -> list[str]:
 
 def write_models(shape: Shape, root: Path) -> None:
     """Write base and experts under `root`, a tensor at a time; what is there already is kept."""
-    model = shape.skeleton()
+    model = shape.meta_model()
     sizes = shape.stored()
     for source in ("base", *tasks(shape)):
         if (root / source).exists():
@@ -200,7 +200,7 @@ def write_models(shape: Shape, root: Path) -> None:
                     tensor += _random(size, source, name).mul_(NOISE)
                 writer.add(name, tensor.to(shape.dtype))
             writer.finish()
-            model.config.architectures = [shape.kind]
+            model.config.architectures = [shape.model_class]
             model.config.save_pretrained(folder)
 
 
@@ -215,20 +215,20 @@ class Clock:
         self.seconds: dict[str, float] = defaultdict(float)
         self._open, self._since = ["other"], time.perf_counter()
 
-    def _settle(self) -> None:
-        reached = time.perf_counter()
-        self.seconds[self._open[-1]] += reached - self._since
-        self._since = reached
+    def _count(self) -> None:
+        moment = time.perf_counter()
+        self.seconds[self._open[-1]] += moment - self._since
+        self._since = moment
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Run this phase's clock for the length of a `with` block."""
-        self._settle()
+        self._count()
         self._open.append(name)
         try:
             yield
         finally:
-            self._settle()
+            self._count()
             self._open.pop()
 
     def watch(self, owner: Any, name: str, phase: str) -> Any:
@@ -243,7 +243,7 @@ class Clock:
 
     def read(self) -> dict[str, float]:
         """Rounded seconds by phase so far, in the order in which phases were first left."""
-        self._settle()
+        self._count()
         return {name: round(value, 1) for name, value in self.seconds.items()}
 
 
@@ -272,7 +272,7 @@ def measure(name: str, root: Path) -> dict[str, Any]:
         "experts": shape.experts,
         "dtype": str(shape.dtype).removeprefix("torch."),
         "samples": shape.samples,
-        "tokens": shape.seen,
+        "tokens": shape.tokens_a_task,
         "layers": len(report["layers"]),
         "seconds": seconds,
         "cpu_seconds": round(cpu, 1),
@@ -290,19 +290,19 @@ def check_output(shape: Shape, path: Path, reported: list[str]) -> None:
     Raises:
         ValueError: it does not; the tensor is named.
     """
-    model, written = shape.skeleton(), Checkpoint(path)
+    model, written = shape.meta_model(), Checkpoint(path)
     layers = [name for name, _ in block_linears(model)]
     if set(reported) != set(layers):
         raise ValueError(f"{path}: not in the report: {sorted(set(layers) ^ set(reported))}")
-    wanted = {name: tuple(size) for name, size in shape.stored().items()}
+    expected = {name: tuple(size) for name, size in shape.stored().items()}
     for layer in layers:
-        rows, columns = wanted.pop(f"{layer}.weight")
-        wanted |= {f"{layer}.weight_packed": (rows, columns // 8), f"{layer}.weight_scale": (rows, 1)}
-        wanted[f"{layer}.weight_shape"] = (2,)
-    found = {name: written.shape(name) for name in written.names}
-    for name in wanted.keys() | found.keys():
-        if wanted.get(name) != found.get(name):
-            raise ValueError(f"{path}: {name} is {found.get(name)}, not {wanted.get(name)}")
+        rows, columns = expected.pop(f"{layer}.weight")
+        expected |= {f"{layer}.weight_packed": (rows, columns // 8), f"{layer}.weight_scale": (rows, 1)}
+        expected[f"{layer}.weight_shape"] = (2,)
+    shapes = {name: written.shape(name) for name in written.names}
+    for name in expected.keys() | shapes.keys():
+        if expected.get(name) != shapes.get(name):
+            raise ValueError(f"{path}: {name} is {shapes.get(name)}, not {expected.get(name)}")
     written.check_finite([name for name in written.names if not name.endswith(("_packed", "_shape"))])
 
 

@@ -122,16 +122,16 @@ def main() -> None:
     try:
         write_inputs(shape, root)
         for _ in range(arguments.rounds):
-            for tool, found in costs.items():
+            for tool, runs in costs.items():
                 with tempfile.TemporaryDirectory(dir=root) as work:
                     line = command(tool, root, Path(work) / "out", arguments.device)
                     # Peers leave logs where they are started.
-                    found.append(cost_of(line, Path(work)))
-                console.print(f"{tool}: {found[-1].as_dict()}")
+                    runs.append(cost_of(line, Path(work)))
+                console.print(f"{tool}: {runs[-1].as_dict()}")
     finally:
         shutil.rmtree(root, ignore_errors=True)
     if not arguments.quick:
-        write_results({tool: min(found, key=lambda cost: cost.cpu_seconds) for tool, found in costs.items()}, arguments)
+        write_results({tool: min(runs, key=lambda cost: cost.cpu_seconds) for tool, runs in costs.items()}, arguments)
 
 
 def write_results(best: dict[str, Cost], arguments: Any) -> None:

@@ -20,11 +20,11 @@ def test_candidates_that_are_there_are_not_measured_again(tmp_path, monkeypatch)
         {"method": "gptq", "adapt_heads": True, "seed": 0, "validation": 0.1},
     ]
     (tmp_path / "choice-text8.json").write_text(json.dumps({"rows": rows}))
-    asked = []
+    seeds = []
 
     def measured(suite, root, tasks, merge, quantize, **data):
         assert data["split"] == "validation"
-        asked.append(data["seed"])
+        seeds.append(data["seed"])
         assert quantize["bits"] == 4
         return {"mean_score": 0.5, "scores": {}, "metric": "accuracy"}
 
@@ -34,11 +34,11 @@ def test_candidates_that_are_there_are_not_measured_again(tmp_path, monkeypatch)
     monkeypatch.setattr(sys, "argv", ["choose", "text8"])
     choose.main()
     count = len(CANDIDATES[True])
-    assert asked == (count - 1) * [0] + (count + 2) * [1]
-    found = json.loads((tmp_path / "choice-text8.json").read_text())["rows"]
-    assert found[:3] == rows and len(found) == 2 * (count + 2)
+    assert seeds == (count - 1) * [0] + (count + 2) * [1]
+    written = json.loads((tmp_path / "choice-text8.json").read_text())["rows"]
+    assert written[:3] == rows and len(written) == 2 * (count + 2)
     choose.main()
-    assert len(asked) == 2 * count + 1
+    assert len(seeds) == 2 * count + 1
 
 
 def made(suite, gptq, scores, metric="accuracy"):
@@ -65,7 +65,7 @@ def test_the_choice_is_the_one_whose_worst_suite_is_best():
 @pytest.mark.parametrize("heads", [True, False])
 def test_the_default_is_the_best_that_was_measured(heads):
     choices = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("choice-*.json"))]
-    kinds = [not is_language(import_module(f"benchmarks.suites.{choice['suite']}")) for choice in choices]
-    found = choose.best([choice for choice, kind in zip(choices, kinds) if kind is heads], heads)
-    settled = Quantize(method="expert_guided").resolved(heads)
-    assert kinds.count(heads) == 2 and found == {name: getattr(settled, name) for name in choose.FIELDS}
+    with_heads = [not is_language(import_module(f"benchmarks.suites.{choice['suite']}")) for choice in choices]
+    best = choose.best([choice for choice, has in zip(choices, with_heads) if has is heads], heads)
+    default = Quantize(method="expert_guided").resolved(heads)
+    assert with_heads.count(heads) == 2 and best == {name: getattr(default, name) for name in choose.FIELDS}

@@ -13,8 +13,8 @@ from benchmarks.tables.accuracy import suite_table
 def made_row(merge, method, mean, bits=4):
     quantize = {"method": method, "bits": bits, "group_size": -1, "symmetric": True}
     cost = {"seed": 0, "seconds": 1.0, "peak_memory_mb": 100.0, "bytes": 1_000_000}
-    found = {"metric": "accuracy", "scores": {"one": mean - 0.1, "two": mean + 0.1}, "mean_score": mean}
-    return compare.row("text8", merge, quantize, found, **cost)
+    report = {"metric": "accuracy", "scores": {"one": mean - 0.1, "two": mean + 0.1}, "mean_score": mean}
+    return compare.row("text8", merge, quantize, report, **cost)
 
 
 @pytest.fixture
@@ -38,9 +38,9 @@ def test_gaps_are_taken_against_gptq_on_the_same_merge_and_grid(rows):
 
 
 def test_rows_have_every_field(rows):
-    wanted = "suite merge method bits group_size symmetric accuracy mean gap_recovered seconds peak_memory_mb seed"
+    fields = "suite merge method bits group_size symmetric accuracy mean gap_recovered seconds peak_memory_mb seed"
     for row in rows:
-        assert set([*wanted.split(), "versions", "date", "hardware"]) <= row.keys()
+        assert set([*fields.split(), "versions", "date", "hardware"]) <= row.keys()
     assert rows[0]["bits"] is None and rows[1]["bits"] == 4
 
 
@@ -48,8 +48,8 @@ def test_every_row_of_the_comparison_is_asked_for_once():
     # Two merges at three widths; of language models, the first at two.
     for suite, count in (("text8", 2 * (1 + 3 * 3 + 1)), ("vision8", 2 * (1 + 3 * 3 + 1)), ("causal3", 1 + 2 * 3 + 1)):
         module = importlib.import_module(f"benchmarks.suites.{suite}")
-        asked = [json.dumps([merge, quantize], sort_keys=True) for merge, quantize in compare.settings(module)]
-        assert len(asked) == len(set(asked)) == count
+        rows = [json.dumps([merge, quantize], sort_keys=True) for merge, quantize in compare.settings(module)]
+        assert len(rows) == len(set(rows)) == count
     assert set(compare.SAMPLES) == set(SUITES)
 
 
@@ -60,8 +60,8 @@ def test_the_table_says_what_the_rows_say(rows):
 
 
 def test_perplexities_are_shown_as_such():
-    found = {"metric": "log_perplexity", "scores": {"one": 0.0, "two": math.log(4)}, "mean_score": math.log(2)}
-    row = compare.row("causal3", "experts", {"method": "none"}, found, seed=0, seconds=None, peak_memory_mb=None)
+    report = {"metric": "log_perplexity", "scores": {"one": 0.0, "two": math.log(4)}, "mean_score": math.log(2)}
+    row = compare.row("causal3", "experts", {"method": "none"}, report, seed=0, seconds=None, peak_memory_mb=None)
     table = suite_table([row | {"bytes": None, "gap_recovered": None}])
     assert "| perplexity |" in table and "| experts | – | 2.00 | – | 1.00 | 4.00 |" in table
 

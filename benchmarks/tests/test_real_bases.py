@@ -1,4 +1,4 @@
-"""The walk on real pretrained weights: chained blocks equal the model's own forward bit for bit, for both bases."""
+"""On real pretrained weights too, chained blocks equal the model's own forward bit for bit."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def test_chained_blocks_equal_the_forward(name, module):
     if name == "minilm":
         assert any((batch["attention_mask"] == 0).any() for batch in batches)
     expected = [model(**batch, output_hidden_states=True).hidden_states for batch in batches]
-    walk = SequentialCalibrator(model, batches)
-    for depth, step in enumerate(walk, start=1):
+    calibrator = SequentialCalibrator(model, batches)
+    for depth, step in enumerate(calibrator, start=1):
         step.finish()
         last = depth == model.config.num_hidden_layers
         outputs = step.stack.outputs if last else [entry.args for entry in step.left]

@@ -80,10 +80,10 @@ def test_quick_builds_lie_beside_full_ones(monkeypatch: pytest.MonkeyPatch, tmp_
 
 def test_a_suite_is_built_from_its_module(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("EPMQ_CACHE", str(tmp_path))
-    seen: dict[str, Any] = {}
+    arguments: dict[str, Any] = {}
 
     def pool(root: Path, tasks: list[str], *rest: Any, **keywords: Any) -> dict[str, dict[str, Any]]:
-        seen.update(root=root, tasks=tasks, **keywords)
+        arguments.update(root=root, tasks=tasks, **keywords)
         sizes = {"train": 3, "validation": 1, "test": 2}
         scores = {"base_validation": 0.5, "validation": 1.0, "base_test": 0.25, "test": 0.75}
         return {task: {"examples": sizes, "seconds": 1.0, **scores} for task in tasks}
@@ -100,6 +100,6 @@ def test_a_suite_is_built_from_its_module(monkeypatch: pytest.MonkeyPatch, tmp_p
         prepare_task=None,
     )
     assert build_suite(suite, quick=True) == tmp_path / "suites" / "toy-quick"
-    assert (seen["tasks"], seen["settings"], seen["pooling"]) == (["a", "b"], {"epochs": 1}, "cls")
+    assert (arguments["tasks"], arguments["settings"], arguments["pooling"]) == (["a", "b"], {"epochs": 1}, "cls")
     table = accuracy_table("toy", pool(tmp_path, ["a"]))
     assert list(table.columns[-2].cells) == ["75.0", "75.0"]
