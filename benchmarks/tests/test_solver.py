@@ -1,5 +1,6 @@
 """The benchmark of the solver, without the peers: they live in an environment of their own."""
 
+import pytest
 import torch
 
 from benchmarks.speed import solver_worker
@@ -7,6 +8,7 @@ from benchmarks.tables.speed import solver_table
 from epmq.quantization.gptq import gptq
 
 
+@pytest.mark.slow
 def test_a_row_says_what_was_measured(monkeypatch):
     def peer(weight, hessian):
         damped = hessian + solver_worker.DAMPING * hessian.diagonal().mean() * torch.eye(len(hessian))

@@ -28,6 +28,7 @@ def work(pool, tmp_path, monkeypatch):
     logging.getLogger("epmq").setLevel(logging.NOTSET)
 
 
+@pytest.mark.slow
 def test_a_write_that_fails_loses_nothing(work, tmp_path):
     do, _, same = work
     (tmp_path / "disk").mkdir()
@@ -37,6 +38,7 @@ def test_a_write_that_fails_loses_nothing(work, tmp_path):
     assert counts["write_faults_refused"] >= counts["write_faults"] - 1  # the rename has been synced last
 
 
+@pytest.mark.slow
 def test_a_full_disk_loses_nothing(work, tmp_path):
     do, whole, same = work
     try:
@@ -47,6 +49,7 @@ def test_a_full_disk_loses_nothing(work, tmp_path):
     assert counts["full_disks_torn"] == counts["full_disks_left_behind"] == 0
 
 
+@pytest.mark.slow
 def test_the_number_of_threads_makes_no_difference(tmp_path):
     write_models(tmp_path)  # wide enough that LAPACK's Cholesky would be split among threads
     before = torch.get_num_threads()

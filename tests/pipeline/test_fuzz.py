@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 # A process of its own: inputs are opened in forks, and threads that other tests have started do not survive one.
 FUZZ = """
 import json, torch
@@ -16,6 +18,7 @@ print(json.dumps({**counts, "failed": [str(result) for result in log if failed(r
 """
 
 
+@pytest.mark.slow
 def test_damaged_files_end_in_one_error():
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", FUZZ],

@@ -245,6 +245,7 @@ run(json.loads(sys.argv[1]), progress=False, evaluate=False)
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_bytes(pool, tmp_path):
     """Kill −9 right after the first block is kept; `python -m benchmarks.faults` does it at random times."""
     wanted = recipe(pool, tmp_path / "out", {"method": "gptq"})

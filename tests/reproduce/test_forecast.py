@@ -46,6 +46,7 @@ def test_a_forecast_is_made_before_anything_is_fetched(clip, found, monkeypatch)
     assert rows["base"] is None and rows["ties-rtn-4"] == rows["ties-rtn-2"] > 0
 
 
+@pytest.mark.slow
 def test_sizes_are_those_of_the_files(clip, tmp_path):
     build(clip, tmp_path, tiny=True, rows=1)
     told, here = list(fetches(clip, None)), list(fetches(clip, tmp_path))

@@ -32,6 +32,7 @@ def opened(hub):
     return model, transformers.AutoTokenizer.from_pretrained(place)
 
 
+@pytest.mark.slow
 def test_the_score_is_that_of_the_likeliest_answer(hub):
     model, tokenizer = opened(hub)
     found = lm_eval(model, tokenizer, {"m_mmlu_fr": MMLU, "m_mmlu_de": MMLU}, hub=hub, batch_size=5)

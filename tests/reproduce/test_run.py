@@ -41,6 +41,7 @@ def call(*arguments: object) -> Any:
     return found
 
 
+@pytest.mark.slow
 def test_a_table_of_clip_models(hub, tmp_path):
     picked = ["--merge", "task_arithmetic", "--bits", 4]
     printed = call("clip-vit-b32-8", "--hub", hub, "-o", tmp_path / "out", "--quiet", *picked).output
@@ -74,6 +75,7 @@ def test_a_table_of_clip_models(hub, tmp_path):
     assert "arXiv 2605.16882" in text and "quick look" not in text
 
 
+@pytest.mark.slow
 def test_a_table_that_was_stopped_goes_on(hub, tmp_path, monkeypatch):
     out, picked = tmp_path / "out", ["--merge", "ties", "--method", "rtn", "--method", "gptq", "--bits", 8]
     again = ["clip-vit-b32-8", "--hub", hub, "-o", out, "--quiet", *picked, "--limit", 4]
@@ -135,6 +137,7 @@ def test_what_is_nowhere_is_named(hub, tmp_path):
         reproduce("clip-vit-b32-8", tmp_path / "out", hub=tmp_path, progress=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "tasks", "published"),
     [("clip-vit-l14-20", 20, {"experts": 93.5}), ("flan-t5-base-glue", 8, {"task_arithmetic-gptq-4": 78.26})],
@@ -157,6 +160,7 @@ def test_the_other_tables_run_too(tmp_path, name, tasks, published):
         assert metrics == "accuracy"
 
 
+@pytest.mark.slow
 def test_a_table_that_lm_eval_scores(tmp_path):
     table = load_table("llama-mergebench")
     build(table, tmp_path / "hub", rows=24)
