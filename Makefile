@@ -38,12 +38,12 @@ suites: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.suites vision8
 
 bench: suites
-	$(BIN)/python -m benchmarks.compare text8
-	$(BIN)/python -m benchmarks.compare vision8
+	$(BIN)/python -m benchmarks.accuracy.compare text8
+	$(BIN)/python -m benchmarks.accuracy.compare vision8
 
 peers:
 	$(PYTHON) -m venv .venv-peers
-	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check -r benchmarks/peers.txt
+	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check -r benchmarks/speed/peers.txt
 
 clean:
 	rm -rf $(VENV) .venv-peers epmq-demo

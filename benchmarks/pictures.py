@@ -6,17 +6,16 @@ output directories that are given, such as `epmq-demo/expert-guided` after `make
 
 from __future__ import annotations
 
+import argparse
 import re
-import sys
 from pathlib import Path
 
-from benchmarks.compare import RESULTS
+from benchmarks import RESULTS, ROOT
+from benchmarks.tables.markdown import SUITES
 from epmq.reporting import charts
-from epmq.reporting.page import packaged_text, render_page
-from epmq.reporting.runs import gap, read_runs
+from epmq.reporting.page import gap, page, read_runs
 
-DOCS = Path(__file__).parent.parent / "docs"
-SUITES = ("vision8", "text8", "text8lora", "causal3", "seq2seq")
+DOCS = ROOT / "docs"
 
 
 def gaps() -> str:
@@ -32,28 +31,25 @@ def gaps() -> str:
 def sizes(suite: str) -> str:
     """Size against score on Task Arithmetic."""
     runs, _ = read_runs([RESULTS / f"{suite}.json"])
-    return figure(render_page([run for run in runs if run.merge == "task_arithmetic"]), "Size against score")
+    return figure(page([run for run in runs if run.merge == "task_arithmetic"]), "Size against score")
 
 
 def figure(text: str, title: str) -> str:
     """The drawing of a page that has this title."""
-    found = re.findall(r"<figure>(<svg.*?</svg>)<figcaption><b>(.*?)\.</b>", text, re.DOTALL)
-    return next(svg for svg, name in found if name == title)
-
-
-def standalone(svg: str) -> str:
-    """A drawing as a file of its own: with its colours in it."""
-    plain = "svg{color:#222}@media(prefers-color-scheme:dark){svg{color:#ddd}}"
-    return svg.replace(">", f"><style>{plain}{packaged_text('charts.css')}</style>", 1) + "\n"
+    drawings = re.findall(r"<figure>(<svg.*?</svg>)<figcaption><b>(.*?)\.</b>", text, re.DOTALL)
+    return next(svg for svg, name in drawings if name == title)
 
 
 def main() -> None:
-    """Write the pictures."""
+    """Read the command line and write the pictures."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.pictures", description=__doc__)
+    parser.add_argument("outputs", nargs="*", metavar="DIR", help="output directories of runs")
+    outputs = parser.parse_args().outputs
     drawn = {"gaps": gaps(), "sizes-text8": sizes("text8"), "sizes-vision8": sizes("vision8")}
-    if sys.argv[1:]:
-        drawn["depth"] = figure(render_page(read_runs([Path(sys.argv[-1])])[0]), "Loss by depth")
+    if outputs:
+        drawn["depth"] = figure(page(read_runs([Path(outputs[-1])])[0]), "Loss by depth")
     for name, svg in drawn.items():
-        (DOCS / f"{name}.svg").write_text(standalone(svg), encoding="utf-8")
+        (DOCS / f"{name}.svg").write_text(charts.standalone(svg), encoding="utf-8")
 
 
 if __name__ == "__main__":

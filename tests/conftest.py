@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -26,6 +29,10 @@ from epmq.models.heads import HEAD_FILE, Head, save_head
 WORDS = ["the", "a", "cat", "dog", "sat", "ran", "on", "under", "mat", "tree", "red", "blue", "big", "small"]
 CHAT_TEMPLATE = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }}</s>{% endfor %}"
 TEXTS = ["the cat sat on the mat", "a dog ran", "blue tree"]
+
+settings.register_profile("ci", derandomize=True)
+if "CI" in os.environ:
+    settings.load_profile("ci")
 
 
 @pytest.fixture(autouse=True)
@@ -90,6 +97,12 @@ def write_texts(path: Path, count: int, classes: int, seed: int) -> Path:
 def pool(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder as `build_pool` makes it; tests that spoil it take a copy."""
     return build_pool(tmp_path_factory.mktemp("pool"))
+
+
+@pytest.fixture
+def own_pool(pool: Path, tmp_path: Path) -> Path:
+    """A copy of the pool that a test may spoil."""
+    return Path(shutil.copytree(pool, tmp_path / "pool"))
 
 
 def build_pool(folder: Path) -> Path:

@@ -257,7 +257,7 @@ def reproduce_case(root: Path) -> None:
 
 def build_hub(table: str, folder: Path) -> None:
     try:
-        from mirror import build
+        from tests.kit.mirror import build
     except ImportError:
         from benchmarks.mirror import build
     try:

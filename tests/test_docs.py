@@ -17,6 +17,7 @@ from epmq.recipe_file import load_recipe
 DOCS = Path(__file__).parent.parent / "docs"
 # Pages whose examples are run, one after the other, in one folder and one namespace a page.
 RUN = ("getting-started.md", "choosing.md", "extending.md", "report.md", "recipes.md")
+SLOW = {"recipes.md": pytest.mark.slow}
 TASKS = {"sentiment": "one", "topic": "two"}
 
 
@@ -42,7 +43,7 @@ def place(pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("page", RUN)
+@pytest.mark.parametrize("page", [pytest.param(page, marks=SLOW.get(page, ())) for page in RUN])
 def test_examples_run(page, place, monkeypatch, capsys):
     space: dict[str, object] = {}
     found = examples(page)

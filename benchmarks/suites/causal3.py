@@ -168,40 +168,41 @@ class _Open:
 def render(roff: str) -> Iterator[list[str]]:
     """Paragraphs of a manual page as lines: headings at the margin, text filled to 65 columns seven to the right."""
     page = _Open()
-    for name, rest in _requests(roff):
+    for name, arguments in _requests(roff):
         if not name or name in FONT_MACROS:
-            page.add(_plain(_joined(name, rest) if name else rest))
-        if name in BREAKS | HEADINGS | BLOCKS | BLOCK_ENDS or not (name or rest.strip() or page.literal is not None):
+            page.add(_plain(_joined(name, arguments) if name else arguments))
+        blank = not (name or arguments.strip() or page.literal is not None)
+        if blank or name in BREAKS | HEADINGS | BLOCKS | BLOCK_ENDS:
             yield from page.paragraph()
         if name in BLOCK_ENDS | HEADINGS:
             yield from page.block()
-        if name in HEADINGS and rest:
-            yield [_plain(" ".join(_arguments(rest))).upper()]
+        if name in HEADINGS and arguments:
+            yield [_plain(" ".join(_arguments(arguments))).upper()]
         elif name in BLOCKS and page.literal is None:
             page.literal = []
-        elif name == "IP" and rest and not rest.startswith(BULLETS):
-            page.words += _plain(_arguments(rest)[0]).split()
+        elif name == "IP" and arguments and not arguments.startswith(BULLETS):
+            page.words += _plain(_arguments(arguments)[0]).split()
 
 
 def _requests(roff: str) -> Iterator[tuple[str, str]]:
     """(macro, arguments) of each line, the macro empty for a line of text; without comments and tables."""
     table = False
     for line in [*roff.splitlines(), ".PP"]:
-        name, _, rest = line[1:].strip().partition(" ") if line[:1] in {".", "'"} else ("", "", line)
+        name, _, arguments = line[1:].strip().partition(" ") if line[:1] in {".", "'"} else ("", "", line)
         table = (table or name == "TS") and name != "TE"
         if not table and not line.startswith((r".\"", r"'\"", r"\"")):
-            yield name, rest
+            yield name, arguments
 
 
-def _joined(name: str, rest: str) -> str:
+def _joined(name: str, arguments: str) -> str:
     """Arguments of a font macro: alternating fonts set them without a space, single ones with."""
-    return ("" if len(name) == 2 and name not in {"SM", "SB"} else " ").join(_arguments(rest))
+    return ("" if len(name) == 2 and name not in {"SM", "SB"} else " ").join(_arguments(arguments))
 
 
-def _arguments(rest: str) -> list[str]:
+def _arguments(arguments: str) -> list[str]:
     """Arguments of a macro: words, or phrases in quotation marks."""
-    found = re.findall(r'"((?:[^"]|"")*)"?|((?:\\ |\S)+)', rest)
-    return [quoted or bare for quoted, bare in found]
+    pairs = re.findall(r'"((?:[^"]|"")*)"?|((?:\\ |\S)+)', arguments)
+    return [quoted or bare for quoted, bare in pairs]
 
 
 def _plain(text: str) -> str:

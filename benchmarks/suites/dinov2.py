@@ -78,14 +78,14 @@ def convert(folder: Path) -> float:
         loaded: Any = Dinov2Model.from_pretrained(first, dtype=torch.float32, output_loading_info=True)
         model, info = loaded
         model.save_pretrained(folder)
-    wrong = {kind: sorted(info[kind]) for kind in ("missing_keys", "unexpected_keys") if info[kind]}
+    wrong = {keys: sorted(info[keys]) for keys in ("missing_keys", "unexpected_keys") if info[keys]}
     if wrong:
         raise ValueError(f"{onnx_file().name}: does not fit Dinov2Model: {wrong}")
-    found = difference(Dinov2Model.from_pretrained(folder, dtype=torch.float32))
-    if not found < TOLERANCE:
-        raise ValueError(f"{folder}: hidden state is {found:.1e} away from onnxruntime's")
+    distance = difference(Dinov2Model.from_pretrained(folder, dtype=torch.float32))
+    if not distance < TOLERANCE:
+        raise ValueError(f"{folder}: hidden state is {distance:.1e} away from onnxruntime's")
     write_preprocessing(folder)
-    return found
+    return distance
 
 
 def write_preprocessing(folder: Path) -> None:
@@ -137,6 +137,6 @@ def difference(model: Any, count: int = 2, seed: int = 0) -> float:
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(source.SerializeToString(), options, providers=["CPUExecutionProvider"])
     pixels = torch.randn(count, 3, 224, 224, generator=torch.Generator().manual_seed(seed))
-    wanted = session.run([last], {source.graph.input[0].name: pixels.numpy()})[0]
-    found = model.eval()(pixel_values=pixels).last_hidden_state.numpy()
-    return float(np.abs(found - wanted).max())
+    expected = session.run([last], {source.graph.input[0].name: pixels.numpy()})[0]
+    hidden = model.eval()(pixel_values=pixels).last_hidden_state.numpy()
+    return float(np.abs(hidden - expected).max())

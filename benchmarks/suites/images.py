@@ -155,14 +155,14 @@ def split_by_group(pool: Pool, sizes: dict[str, int], seed: int) -> dict[str, Po
     for i, group in enumerate(pool.groups):
         members.setdefault(group, []).append(i)
     names = list(members)
-    wanted = {
+    limits = {
         "test": min(sizes["test"], int(0.4 * len(pool.images))),
         "validation": min(sizes["validation"], int(0.15 * len(pool.images))),
         "train": len(pool.images),
     }
     parts: dict[str, list[int]] = {split: [] for split in SPLITS}
     for position in rng.permutation(len(names)):
-        split = next(split for split in SPLITS if len(parts[split]) < wanted[split])
+        split = next(split for split in SPLITS if len(parts[split]) < limits[split])
         parts[split].extend(members[names[position]])
     return {split: take(pool, rng.permutation(part)[: sizes[split]]) for split, part in parts.items()}
 

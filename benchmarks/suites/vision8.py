@@ -184,14 +184,14 @@ def scripts(sizes: dict[str, int]) -> Prepared:
 
 def _characters(script: str, most: int) -> list[str]:
     """At most `most` letters of a script, a seeded draw; presentation forms (from U+F900 on) are left out."""
-    found = [
+    characters = [
         chr(code)
         for code in range(0x370, 0xF900)
         if unicodedata.category(chr(code)) in {"Lu", "Ll", "Lo"}
         and unicodedata.name(chr(code), "").startswith(f"{script} ")
     ]
-    order = np.random.default_rng(SEED).permutation(len(found))[:most]
-    return [found[i] for i in sorted(order)]
+    order = np.random.default_rng(SEED).permutation(len(characters))[:most]
+    return [characters[i] for i in sorted(order)]
 
 
 def _letter(character: str) -> str:

@@ -9,7 +9,7 @@ from epmq.data.encoding import encode
 from epmq.pipeline.run import prepare, run
 from epmq.recipe_file import load_recipe
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
 
 @pytest.mark.parametrize("method", ["gptq", "e_pmq", "expert_guided"])

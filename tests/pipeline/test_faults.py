@@ -6,16 +6,16 @@ import pytest
 import torch
 from conftest import recipe_for
 
-from benchmarks.faults import contents, finish, write_models
-from benchmarks.write_faults import fail_everywhere, fill_disks
-from epmq.calibration import offload as spill
+from epmq.calibration import offload
 from epmq.pipeline.run import run
+from tests.kit.runs import contents, finish, write_models
+from tests.kit.write_faults import fail_everywhere, fill_disks
 
 
 @pytest.fixture
 def work(pool, tmp_path, monkeypatch):
     """Does a run into a folder; what it should give; where it may write."""
-    monkeypatch.setattr(spill, "SMALLEST", 1)
+    monkeypatch.setattr(offload, "SMALLEST", 1)
     logging.getLogger("epmq").setLevel(logging.ERROR)
 
     def do(out):
@@ -23,30 +23,33 @@ def work(pool, tmp_path, monkeypatch):
         run(recipe, progress=False, evaluate=False)
 
     do(tmp_path / "whole")
-    wanted = contents(tmp_path / "whole")
-    yield do, wanted, lambda out: contents(out) == wanted
+    whole = contents(tmp_path / "whole")
+    yield do, whole, lambda out: contents(out) == whole
     logging.getLogger("epmq").setLevel(logging.NOTSET)
 
 
+@pytest.mark.slow
 def test_a_write_that_fails_loses_nothing(work, tmp_path):
     do, _, same = work
     (tmp_path / "disk").mkdir()
-    found = fail_everywhere(do, tmp_path / "disk", same, every=9)
-    assert found["write_faults"] > 5 and found["write_faults_torn"] == found["write_faults_left_behind"] == 0
-    assert found["write_faults_resumed_identical"] == found["write_faults"]
-    assert found["write_faults_refused"] >= found["write_faults"] - 1  # the rename has been synced last
+    counts = fail_everywhere(do, tmp_path / "disk", same, every=9)
+    assert counts["write_faults"] > 5 and counts["write_faults_torn"] == counts["write_faults_left_behind"] == 0
+    assert counts["write_faults_resumed_identical"] == counts["write_faults"]
+    assert counts["write_faults_refused"] >= counts["write_faults"] - 1  # the rename has been synced last
 
 
+@pytest.mark.slow
 def test_a_full_disk_loses_nothing(work, tmp_path):
-    do, wanted, same = work
+    do, whole, same = work
     try:
-        found = fill_disks(do, tmp_path / "disk", 3 * sum(map(len, wanted.values())), same)
+        counts = fill_disks(do, tmp_path / "disk", 3 * sum(map(len, whole.values())), same)
     except PermissionError as error:
         pytest.skip(str(error))
-    assert found["full_disks"] == found["full_disks_refused"] == found["full_disks_resumed_identical"] > 2
-    assert found["full_disks_torn"] == found["full_disks_left_behind"] == 0
+    assert counts["full_disks"] == counts["full_disks_refused"] == counts["full_disks_resumed_identical"] > 2
+    assert counts["full_disks_torn"] == counts["full_disks_left_behind"] == 0
 
 
+@pytest.mark.slow
 def test_the_number_of_threads_makes_no_difference(tmp_path):
     write_models(tmp_path)  # wide enough that LAPACK's Cholesky would be split among threads
     before = torch.get_num_threads()
@@ -62,11 +65,11 @@ def test_the_number_of_threads_makes_no_difference(tmp_path):
 def test_the_order_of_tasks_and_a_second_run_make_no_difference(pool, tmp_path):
     recipe = recipe_for(pool, merge={"method": "task_arithmetic", "scaling": [0.2, 0.5]})
     other = {**recipe, "experts": recipe["experts"][::-1], "merge": {**recipe["merge"], "scaling": [0.5, 0.2]}}
-    found = []
+    outputs = []
     for name, content in (("a", recipe), ("b", recipe), ("c", other)):
         run({**content, "output": str(tmp_path / name)}, progress=False, evaluate=False)
-        found.append(contents(tmp_path / name))
-    assert found[0] == found[1] == found[2]
+        outputs.append(contents(tmp_path / name))
+    assert outputs[0] == outputs[1] == outputs[2]
 
 
 def test_an_expert_that_is_removed_under_us_can_be_put_back(pool, tmp_path, monkeypatch):

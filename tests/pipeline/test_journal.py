@@ -12,7 +12,6 @@ import pytest
 import torch
 from conftest import recipe_for
 
-from benchmarks.faults import contents
 from epmq.calibration import engine as quantize
 from epmq.files import differences
 from epmq.pipeline import run as pipeline
@@ -20,6 +19,7 @@ from epmq.pipeline.journal import BLOCKS, INPUTS, Block, Journal, hash_batches, 
 from epmq.pipeline.run import run
 from epmq.quantization.grid import Grid, QuantizedTensor
 from epmq.runtime import versions
+from tests.kit.runs import contents
 
 METHODS: list[dict[str, Any]] = [
     {"method": "rtn"},
@@ -245,6 +245,7 @@ run(json.loads(sys.argv[1]), progress=False, evaluate=False)
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_bytes(pool, tmp_path):
     """Kill −9 right after the first block is kept; `python -m benchmarks.faults` does it at random times."""
     wanted = recipe(pool, tmp_path / "out", {"method": "gptq"})

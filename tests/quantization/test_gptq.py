@@ -114,6 +114,7 @@ def test_results_are_ordinary_tensors():
         tensor.add_(1)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_an_accelerator_gives_what_the_processor_gives(symmetric):

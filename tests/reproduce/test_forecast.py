@@ -1,3 +1,4 @@
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -5,10 +6,10 @@ import torch
 import transformers
 from typer.testing import CliRunner
 
-from benchmarks.mirror import TINY, build
 from epmq.cli import app
-from epmq.reproduce.forecast import Forecast, downloads, forecast, stub_models
-from epmq.reproduce.tables import RunOptions, Shape, Table, load_table
+from epmq.reproduce.forecast import Forecast, fetches, forecast, stub_models
+from epmq.reproduce.tables import Shape, Table, load_table
+from tests.kit.mirror import TINY, build
 
 
 def small(name: str) -> Table:
@@ -24,41 +25,36 @@ def clip() -> Table:
 
 
 @pytest.fixture(scope="module")
-def predicted(clip) -> Forecast:
-    options = RunOptions(["ties"], ["rtn", "expert_guided"], [4, 2], limit=6)
-    return forecast(clip, options, progress=False)
+def found(clip) -> Forecast:
+    return forecast(clip, limit=6, merges=["ties"], methods=["rtn", "expert_guided"], bits=[4, 2], progress=False)
 
 
-def test_a_forecast_is_made_before_anything_is_fetched(clip, predicted, monkeypatch):
-    assert {(item.role, item.path) for item in predicted.downloads} == {
-        ("base", None),
-        ("expert", None),
-        ("data", None),
-    }
-    names = [item.hub_id for item in predicted.downloads]
+def test_a_forecast_is_made_before_anything_is_fetched(clip, found, monkeypatch):
+    assert {(one.what, one.place) for one in found.fetches} == {("base", None), ("expert", None), ("data", None)}
+    names = [one.name for one in found.fetches]
     assert names[0] == clip.base and names[1:9] == [clip.expert(task) for task in clip.tasks]
     assert names[9:] == [task.data.dataset for task in clip.tasks.values()]
-    assert [item.bytes is None for item in predicted.downloads] == [False] * 9 + [True] * 8
-    assert "pytorch_model.bin without safetensors" in predicted.downloads[0].files
-    assert set(predicted.plans) == {("ties", "none"), ("ties", "rtn"), ("ties", "expert_guided")}
-    guided = predicted.plans["ties", "expert_guided"]
+    assert [one.bytes is None for one in found.fetches] == [False] * 9 + [True] * 8
+    assert "pytorch_model.bin without safetensors" in found.fetches[0].files
+    assert set(found.plans) == {("ties", "none"), ("ties", "rtn"), ("ties", "expert_guided")}
+    guided = found.plans["ties", "expert_guided"]
     assert guided.tokens == 8 * 6 * 5 and guided.layers == 2 * 6 and guided.blocks == 2  # tokens: 4 patches and a class
     assert guided.recipe.quantize.anchor_scale == 3 and guided.peak_memory_mb > 0  # heads that follow
     assert {"open", "merge", "forward", "moments", "targets", "solve", "read back"} <= guided.seconds.keys()
-    assert predicted.scored == 48 and predicted.scoring > 0
-    rows = {row.name: predicted.seconds(row) for row in predicted.rows}
+    assert found.scored == 48 and found.scoring > 0
+    rows = {row.name: found.seconds(row) for row in found.rows}
     assert rows["base"] is None and rows["ties-rtn-4"] == rows["ties-rtn-2"] > 0
 
 
+@pytest.mark.slow
 def test_sizes_are_those_of_the_files(clip, tmp_path):
     build(clip, tmp_path, tiny=True, rows=1)
-    for missing, local in zip(downloads(clip, None), downloads(clip, tmp_path)):
-        assert missing.path is None and local.path is not None and local.path.is_dir()
-        if missing.role == "expert":
-            weights = (local.path / "model.safetensors").stat().st_size
-            assert (
-                0 < weights - missing.bytes < 10_000 and local.bytes > missing.bytes
-            )  # a header is all there is beside
+    told, here = list(fetches(clip, None)), list(fetches(clip, tmp_path))
+    for one, other in zip(told, here):
+        assert one.place is None and other.place is not None and Path(other.place).is_dir()
+        if one.what == "expert":
+            weights = (Path(other.place) / "model.safetensors").stat().st_size
+            assert 0 < weights - one.bytes < 10_000 and other.bytes > one.bytes  # a header is all there is beside
 
 
 def test_holes_open_as_the_models_they_stand_for(clip):
@@ -71,15 +67,15 @@ def test_holes_open_as_the_models_they_stand_for(clip):
     assert not folder.exists()
 
 
-def test_a_forecast_in_the_terminal(clip, predicted, monkeypatch):
-    calls: list[Any] = []
+def test_a_forecast_in_the_terminal(clip, found, monkeypatch):
+    given: dict[str, Any] = {}
     monkeypatch.setattr(
-        "epmq.reproduce.forecast.forecast", lambda *arguments, **settings: calls.append(arguments) or predicted
+        "epmq.reproduce.forecast.forecast", lambda name, **settings: given.update(settings, name=name) or found
     )
     arguments = ["reproduce", "clip-vit-b32-8", "--dry-run", "--limit", "6", "--merge", "ties", "--bits", "4"]
     printed = CliRunner().invoke(app, arguments, env={"COLUMNS": "220"})
     assert printed.exit_code == 0, printed.output
-    assert calls == [("clip-vit-b32-8", RunOptions(merges=["ties"], bits=[4], limit=6))]
+    assert given["limit"] == 6 and given["merges"] == ["ties"] and given["bits"] == [4] and given["methods"] == ()
     for text in (
         "tanganke/clip-vit-base-patch32_sun397",
         "to be fetched",

@@ -8,11 +8,11 @@ import datasets
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks.mirror import build
 from epmq.cli import app
 from epmq.reproduce import run as loop
-from epmq.reproduce.run import reproduce
-from epmq.reproduce.tables import RunOptions, load_table
+from epmq.reproduce.run import chosen, reproduce
+from epmq.reproduce.tables import load_table
+from tests.kit.mirror import build
 
 
 @pytest.fixture(scope="module")
@@ -35,12 +35,13 @@ def _offline(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monke
 
 
 def call(*arguments: object) -> Any:
-    result = CliRunner().invoke(app, ["reproduce", *map(str, arguments)], env={"COLUMNS": "220"})
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
+    found = CliRunner().invoke(app, ["reproduce", *map(str, arguments)], env={"COLUMNS": "220"})
+    if found.exception is not None and not isinstance(found.exception, SystemExit):
+        raise found.exception
+    return found
 
 
+@pytest.mark.slow
 def test_a_table_of_clip_models(hub, tmp_path):
     picked = ["--merge", "task_arithmetic", "--bits", 4]
     printed = call("clip-vit-b32-8", "--hub", hub, "-o", tmp_path / "out", "--quiet", *picked).output
@@ -74,6 +75,7 @@ def test_a_table_of_clip_models(hub, tmp_path):
     assert "arXiv 2605.16882" in text and "quick look" not in text
 
 
+@pytest.mark.slow
 def test_a_table_that_was_stopped_goes_on(hub, tmp_path, monkeypatch):
     out, picked = tmp_path / "out", ["--merge", "ties", "--method", "rtn", "--method", "gptq", "--bits", 8]
     again = ["clip-vit-b32-8", "--hub", hub, "-o", out, "--quiet", *picked, "--limit", 4]
@@ -113,12 +115,13 @@ def test_a_table_that_was_stopped_goes_on(hub, tmp_path, monkeypatch):
 
 def test_rows_are_picked_by_name():
     table = load_table("clip-vit-b32-8")
-    names = [row.name for row in RunOptions(["ties"], ["e_pmq"], [3, 4]).rows(table)]
+    names = [row.name for row in chosen(table, ["ties"], ["e_pmq"], [3, 4])]
     assert names == ["base", "experts", "ties", "ties-e_pmq-4", "ties-e_pmq-3"]
-    assert len(RunOptions().rows(table)) == 2 + 2 + 2 * 5 * 4
+    assert len(chosen(table, [], [], [])) == 2 + 2 + 2 * 5 * 4
     for field, value in (("merges", "slerp"), ("methods", "awq"), ("bits", 5)):
+        picked = {"merges": [], "methods": [], "bits": [], field: [value]}
         with pytest.raises(ValueError, match=f"the table has no {value}; it has "):
-            RunOptions(**{field: [value]}).rows(table)
+            chosen(table, **picked)
 
 
 def test_tables_are_listed():
@@ -131,9 +134,10 @@ def test_tables_are_listed():
 
 def test_what_is_nowhere_is_named(hub, tmp_path):
     with pytest.raises(AssertionError, match="something asked the Hub"):
-        reproduce("clip-vit-b32-8", tmp_path / "out", RunOptions(hub=tmp_path), progress=False)
+        reproduce("clip-vit-b32-8", tmp_path / "out", hub=tmp_path, progress=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "tasks", "published"),
     [("clip-vit-l14-20", 20, {"experts": 93.5}), ("flan-t5-base-glue", 8, {"task_arithmetic-gptq-4": 78.26})],
@@ -141,8 +145,8 @@ def test_what_is_nowhere_is_named(hub, tmp_path):
 def test_the_other_tables_run_too(tmp_path, name, tasks, published):
     table = load_table(name)
     build(table, tmp_path / "hub")
-    options = RunOptions(["task_arithmetic"], ["gptq", "expert_guided"], [4], limit=4, hub=tmp_path / "hub")
-    content = reproduce(name, tmp_path / "out", options, progress=False)
+    picked = {"merges": ["task_arithmetic"], "methods": ["gptq", "expert_guided"], "bits": [4]}
+    content = reproduce(name, tmp_path / "out", hub=tmp_path / "hub", limit=4, progress=False, **picked)
     rows = {row["row"]: row for row in content["rows"]}
     ours = [row for row in rows.values() if "mean" in row]
     assert len(ours) == 5 and all(len(row["scores"]) == tasks for row in ours)
@@ -156,11 +160,12 @@ def test_the_other_tables_run_too(tmp_path, name, tasks, published):
         assert metrics == "accuracy"
 
 
+@pytest.mark.slow
 def test_a_table_that_lm_eval_scores(tmp_path):
     table = load_table("llama-mergebench")
     build(table, tmp_path / "hub", rows=24)
-    options = RunOptions(["task_arithmetic"], ["expert_guided"], [4], limit=2, hub=tmp_path / "hub")
-    content = reproduce(table, tmp_path / "out", options, progress=False)
+    picked = {"merges": ["task_arithmetic"], "methods": ["expert_guided"], "bits": [4]}
+    content = reproduce(table, tmp_path / "out", hub=tmp_path / "hub", limit=2, progress=False, **picked)
     rows = {row["row"]: row for row in content["rows"]}
     ours = [name for name, row in rows.items() if "mean" in row]
     assert ours == ["base", "experts", "task_arithmetic", "task_arithmetic-expert_guided-4"]

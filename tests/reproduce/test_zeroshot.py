@@ -4,13 +4,13 @@ import pytest
 import torch
 import transformers
 
-from benchmarks.mirror import build
 from epmq.data.encoding import load_processor
 from epmq.models.heads import load_head, save_head
 from epmq.models.multitask import MultiTaskModel
 from epmq.reproduce import zeroshot
 from epmq.reproduce.tables import load_table
 from epmq.reproduce.zeroshot import check_template, text_heads
+from tests.kit.mirror import build
 
 NAMES, TEMPLATES = ["cat", "dog", "big tree"], ["a photo of a {}.", "the {} itself"]
 

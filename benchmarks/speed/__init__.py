@@ -1,0 +1,1 @@
+"""What a run costs: time and memory, beside other tools, by shape and by size."""

@@ -1,0 +1,1 @@
+"""Tables for READMEs and docs, made from the results files."""

@@ -1,0 +1,98 @@
+"""Tables of time and memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.speed.growth import EXPECTED, GROWN, exponent, grown
+from benchmarks.speed.whole_run import OWN
+from benchmarks.tables.markdown import measured, table
+
+
+def shapes_table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: one line a shape, then what it was measured with."""
+    phases = ("check", "merge", "forward", "moments", "targets", "solve", "write")
+    head = ["shape", "parameters", "experts", "samples, tokens a task", "GB in", "GB out", "threads", "minutes"]
+    lines = []
+    for row in rows:
+        total = sum(row["seconds"].values())
+        cells = [row["name"], f"{row['parameters'] / 1e6:.0f} M", f"{row['experts']}"]
+        cells += [f"{row['samples']}, {row['tokens']}", f"{row['input_bytes'] / 1e9:.1f}"]
+        cells += [f"{row['output_bytes'] / 1e9:.2f}", f"{row['hardware']['threads']}", f"{total / 60:.1f}"]
+        cells += [f"{100 * row['seconds'].get(phase, 0) / total:.0f}" for phase in phases]
+        lines.append([*cells, f"{row['peak_memory_mb'] / 1e3:.1f}"])
+    return "\n".join([table([*head, *(f"{phase} %" for phase in phases), "peak GB"], lines), "", measured(rows)])
+
+
+def growth_tables(rows: list[dict[str, Any]]) -> str:
+    """Markdown: one line a run of `benchmarks.speed.growth`, then the exponents beside those that are expected."""
+    fields = {"cpu_seconds": "s, processor", "peak_memory_mb": "peak MB", "output_bytes": "output bytes"}
+    head = [*GROWN, *(title for field in fields.values() for title in (field, "predicted")), "s, wall"]
+    runs = []
+    for row in rows:
+        cells = [str(row[name]) for name in GROWN]
+        for field in fields:
+            predicted = row["predicted"][field]
+            cells += [f"{row[field]}", f"{predicted} ({100 * (predicted / row[field] - 1):+.0f} %)"]
+        runs.append([*cells, str(row["seconds"])])
+    exponents = []
+    for name in GROWN:
+        cells = [name]
+        for cost in EXPECTED:
+            cells += [f"{exponent(grown(rows, name), name, cost):.2f}", EXPECTED[cost][name]]
+        exponents.append(cells)
+    growth = table(["grows", "s, processor", "expected", "MB beyond those when all is open", "expected"], exponents)
+    return "\n".join([table(head, runs), "", growth, "", measured(rows)])
+
+
+def reproduce_table(results: dict[str, Any]) -> str:
+    """Markdown: one line a row of a published table that was run at full size."""
+    lines = []
+    for row in results["rows"]:
+        phases = ", ".join(f"{phase} {seconds:.0f}" for phase, seconds in row["seconds"].items())
+        peak = "–" if row["peak_memory_mb"] is None else f"{row['peak_memory_mb']:.0f}"
+        size = "–" if row["bytes"] is None else f"{row['bytes'] / 1e6:.0f}"
+        lines.append([row["row"], f"{sum(row['seconds'].values()):.0f}", phases, peak, size])
+    whole = (
+        f"{results['name']}, at most {results['limit']} examples a task: {results['seconds'] / 60:.1f} minutes in all"
+    )
+    total = f"{whole}, {results['cpu_seconds'] / 60:.1f} of processor time, {results['peak_memory_mb']:.0f} MB at most."
+    return "\n".join([table(["row", "s", "phases", "peak MB", "MB"], lines), "", total, "", measured([results])])
+
+
+def solver_table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: one line a shape and peer of `benchmarks.speed.solver`."""
+    head = ["out × in", "rounds", "ours, s", "over the floor", "at `@`'s rate", "peer", "peer, s", "times ours"]
+    head += ["error, ours", "error, peer"]
+    lines = []
+    for row in rows:
+        cells = [f"{row['out']} × {row['in']}", f"{row['rounds']}", f"{row['ours_seconds']:.3f}"]
+        cells += [f"{row['floor_ratio']:.1f}×", f"{row['torch_floor_ratio']:.1f}×"]
+        cells += [row["peer"], f"{row['peer_seconds']:.3f}", f"{row['ratio']:.1f}×"]
+        lines.append([*cells, f"{row['hessian_error_ours']:.5f}", f"{row['hessian_error_peer']:.5f}"])
+    fast, usual = (max(row[name] for row in rows) for name in ("matmul_gflops", "torch_matmul_gflops"))
+    rates = f"10⁹ operations a second in a product of 2048³: {fast:.0f}, by `@` {usual:.0f}."
+    return "\n".join([table(head, lines), "", rates, "", measured(rows)])
+
+
+def whole_run_table(results: dict[str, Any]) -> str:
+    """Markdown: one line a tool of `benchmarks.speed.whole_run`."""
+    head = ["tool", "s, processor", *(f"over our {method}" for method in OWN), "s", "peak MB"]
+    lines = []
+    for row in results["rows"]:
+        cells = [row["tool"], f"{row['cpu_seconds']:.0f}", *(f"{row[f'over {method}']:.2f}×" for method in OWN)]
+        lines.append([*cells, f"{row['seconds']:.0f}", f"{row['peak_memory_mb']:.0f}"])
+    return "\n".join([table(head, lines), "", measured([results])])
+
+
+def merging_table(results: dict[str, Any]) -> str:
+    """Markdown: one line a merge, ours beside mergekit's, then the least that a merge can take."""
+    lines = []
+    for row in results["rows"]:
+        cells = [row["method"]]
+        for name, ratio in (("cpu_seconds", "cpu_ratio"), ("peak_memory_mb", "memory_ratio")):
+            cells += [f"{row['ours'][name]:.0f}", f"{row['mergekit'][name]:.0f}", f"{row[ratio]:.1f}×"]
+        lines.append(cells)
+    merges = table(["merge", "CPU s", "mergekit", "ratio", "peak MB", "mergekit", "ratio"], lines)
+    least = ", ".join(f"{name} {seconds:.1f}" for name, seconds in results["floor_cpu_seconds"].items())
+    return "\n".join([merges, "", f"CPU seconds without any merging: {least}.", "", measured([results])])

@@ -1,0 +1,1 @@
+"""Tests of epmq; `tests.kit` is what benchmarks share with them."""
