@@ -13,7 +13,8 @@ from pathlib import Path
 from benchmarks import RESULTS, ROOT
 from benchmarks.tables.markdown import SUITES
 from epmq.reporting import charts
-from epmq.reporting.page import gap, page, read_runs
+from epmq.reporting.page import render_page
+from epmq.reporting.runs import gap, read_runs
 
 DOCS = ROOT / "docs"
 
@@ -31,11 +32,11 @@ def gaps() -> str:
 def sizes(suite: str) -> str:
     """Size against score on Task Arithmetic."""
     runs, _ = read_runs([RESULTS / f"{suite}.json"])
-    return figure(page([run for run in runs if run.merge == "task_arithmetic"]), "Size against score")
+    return figure(render_page([run for run in runs if run.merge == "task_arithmetic"]), "Size against score")
 
 
 def figure(text: str, title: str) -> str:
-    """The drawing of a page that has this title."""
+    """The drawing of a render_page that has this title."""
     drawings = re.findall(r"<figure>(<svg.*?</svg>)<figcaption><b>(.*?)\.</b>", text, re.DOTALL)
     return next(svg for svg, name in drawings if name == title)
 
@@ -47,7 +48,7 @@ def main() -> None:
     outputs = parser.parse_args().outputs
     drawn = {"gaps": gaps(), "sizes-text8": sizes("text8"), "sizes-vision8": sizes("vision8")}
     if outputs:
-        drawn["depth"] = figure(page(read_runs([Path(outputs[-1])])[0]), "Loss by depth")
+        drawn["depth"] = figure(render_page(read_runs([Path(outputs[-1])])[0]), "Loss by depth")
     for name, svg in drawn.items():
         (DOCS / f"{name}.svg").write_text(charts.standalone(svg), encoding="utf-8")
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from epmq.merging.experts import Sources
 from epmq.models.adapter import CONFIG
-from epmq.recipe import load_recipe
+from epmq.recipe_file import load_recipe
 
 WEIGHTS = "adapter_model.safetensors"
 

@@ -20,8 +20,8 @@ from benchmarks.accuracy.compare import SAMPLES, TEST_SAMPLES, is_language, meas
 from benchmarks.records import provenance, read_rows
 from benchmarks.suites.__main__ import SUITES, build
 from epmq.files import write_json
-from epmq.pipeline.evaluation import show_score
-from epmq.recipe import BY_HEADS
+from epmq.method_settings import BY_HEADS
+from epmq.reporting.scores import show_score
 
 PATH = RESULTS / "ablation.json"
 SEEDS = (0, 1, 2)

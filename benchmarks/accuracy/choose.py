@@ -24,8 +24,8 @@ from benchmarks.accuracy.compare import SAMPLES, is_language, measure
 from benchmarks.records import provenance
 from benchmarks.suites.__main__ import SUITES, build
 from epmq.files import write_json
-from epmq.pipeline.evaluation import show_score
 from epmq.recipe import GUIDED
+from epmq.reporting.scores import show_score
 from epmq.runtime import now
 
 # Validation examples a task.

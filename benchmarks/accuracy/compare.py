@@ -25,8 +25,9 @@ from epmq import recipe as spec
 from epmq.demo.pool import pool_recipe
 from epmq.files import write_json
 from epmq.models.multitask import load
-from epmq.pipeline.evaluation import gap_recovered, show_score
-from epmq.pipeline.run import evaluate_experts, run
+from epmq.pipeline.evaluation import evaluate_experts
+from epmq.pipeline.run import run
+from epmq.reporting.scores import gap_recovered, show_score
 
 MERGES: dict[str, dict[str, Any]] = {
     "task_arithmetic": {"method": "task_arithmetic", "scaling": 0.3},

@@ -22,7 +22,7 @@ from benchmarks.accuracy.compare import SAMPLES, TEST_SAMPLES, default, is_langu
 from benchmarks.records import provenance, read_rows
 from benchmarks.suites.__main__ import build
 from epmq.files import write_json
-from epmq.pipeline.evaluation import show_score
+from epmq.reporting.scores import show_score
 
 PATH = RESULTS / "crossed.json"
 # Suite → where its settings are chosen: suites of models alike (with heads, or without) that share no task with it.

@@ -18,7 +18,7 @@ from benchmarks.accuracy.compare import TEST_SAMPLES, measure
 from benchmarks.records import provenance, read_rows
 from benchmarks.suites.__main__ import build
 from epmq.files import write_json
-from epmq.pipeline.evaluation import show_score
+from epmq.reporting.scores import show_score
 
 PATH = RESULTS / "limits.json"
 # Suite, calibration examples a task (all there are where a task has fewer), bits, group size.

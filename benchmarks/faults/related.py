@@ -7,8 +7,8 @@ from statistics import median
 
 from benchmarks.suites.build import suite_dir
 from epmq.demo.pool import pool_recipe
-from epmq.merging.compatibility import SAMPLE, correlation
 from epmq.merging.experts import Sources
+from epmq.merging.relation import SAMPLE, correlation
 from epmq.models.blocks import find_stacks, linears
 
 

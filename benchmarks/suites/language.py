@@ -28,7 +28,7 @@ from epmq.demo.finetune import training_order
 from epmq.demo.texts import TextTask, split
 from epmq.files import write_json
 from epmq.models.multitask import MultiTaskModel
-from epmq.pipeline.evaluation import METRICS
+from epmq.pipeline.metrics import METRICS
 
 IGNORED = -100
 QUICK_SIZES = {"train": 64, "validation": 16, "test": 24}

@@ -11,7 +11,7 @@ from benchmarks.accuracy.ablation import STEPS
 from benchmarks.accuracy.crossed import CHOSEN_ON, chosen
 from benchmarks.records import read_rows
 from benchmarks.tables.markdown import SUITES, TITLES, grid, measured, metric, percent, score, table, used
-from epmq.pipeline.evaluation import gap_recovered
+from epmq.reporting.scores import gap_recovered
 
 NAMES = {"accuracy": "mean accuracy", "exact_match": "mean exact match", "log_perplexity": "perplexity"}
 

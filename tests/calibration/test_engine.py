@@ -7,11 +7,12 @@ import pytest
 import torch
 from conftest import recipe_for
 
-from epmq.calibration.engine import Calibration, load_outside, quantize_calibrated
+from epmq.calibration.engine import Calibration, quantize_calibrated
 from epmq.data.encoding import encode
 from epmq.merging.experts import Sources
 from epmq.models.blocks import linears
 from epmq.models.hooks import pre_hooks
+from epmq.models.meta import load_outside
 from epmq.pipeline.run import prepare
 from epmq.recipe_file import load_recipe
 

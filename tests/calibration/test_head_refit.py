@@ -13,7 +13,7 @@ from epmq.models.multitask import load_any_head
 from epmq.pipeline.prepare import prepare
 from epmq.pipeline.run import run
 from epmq.quantization.ridge import fit_ridge
-from epmq.recipe import load_recipe
+from epmq.recipe_file import load_recipe
 
 QUIET = {"progress": False, "evaluate": False}
 

@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import BertModel, CLIPConfig, CLIPModel
 
-from epmq.merging.compatibility import check_compatibility, correlation, token_numbers
 from epmq.merging.experts import Sources
+from epmq.merging.relation import check_relation, correlation, token_numbers
 from epmq.models.heads import HEAD_FILE, Head, save_head
 from epmq.pipeline.run import run
-from epmq.recipe import load_recipe
+from epmq.recipe_file import load_recipe
 from tests.kit import runs, wrong_merges
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "patch_size": 4}
@@ -32,7 +32,7 @@ def changed(models, folder, name):
 
 
 def test_experts_of_the_base_pass_without_a_word(models):
-    assert check_compatibility(Sources(load_recipe(runs.recipe(models, "out")))) == []
+    assert check_relation(Sources(load_recipe(runs.recipe(models, "out")))) == []
 
 
 @pytest.mark.parametrize("spoil", wrong_merges.WRONG, ids=lambda spoil: spoil.__name__)
@@ -65,7 +65,7 @@ def test_an_expert_that_differs_outside_the_sample_is_no_copy(models, tmp_path):
     with torch.no_grad():
         model.encoder.layer[0].output.dense.bias[3] += 1
     model.save_pretrained(tmp_path / "two")
-    assert check_compatibility(Sources(load_recipe(runs.recipe(tmp_path, "out")))) == []
+    assert check_relation(Sources(load_recipe(runs.recipe(tmp_path, "out")))) == []
 
 
 @given(st.floats(0, 3), st.integers(0, 99))
@@ -86,7 +86,7 @@ def test_one_layer_started_anew_is_no_other_base(models, tmp_path):
     with torch.no_grad():
         model.encoder.layer[0].output.dense.weight.normal_(std=0.02)
     model.save_pretrained(tmp_path / "two")
-    assert check_compatibility(Sources(load_recipe(runs.recipe(tmp_path, "out")))) == []
+    assert check_relation(Sources(load_recipe(runs.recipe(tmp_path, "out")))) == []
 
 
 def test_an_expert_far_from_the_base_is_noted(models, tmp_path):
@@ -96,7 +96,7 @@ def test_an_expert_far_from_the_base_is_noted(models, tmp_path):
         for parameter in model.parameters():
             parameter.mul_(4)
     model.save_pretrained(tmp_path / "two")
-    notes = check_compatibility(Sources(load_recipe(runs.recipe(tmp_path, "out"))))
+    notes = check_relation(Sources(load_recipe(runs.recipe(tmp_path, "out"))))
     assert notes == ["expert two is far from the base: its task vector has 3.0 times the base's norm"]
 
 
@@ -107,7 +107,7 @@ def test_the_sign_of_a_zero_makes_no_other_expert(models, tmp_path):
         with torch.no_grad():
             model.encoder.layer[0].output.dense.weight[0, 0] = zero
         model.save_pretrained(tmp_path / place)
-    notes = check_compatibility(Sources(load_recipe(runs.recipe(tmp_path, "out"))))
+    notes = check_relation(Sources(load_recipe(runs.recipe(tmp_path, "out"))))
     assert notes == ["expert two is the base itself: it adds nothing to the merge"]
 
 
@@ -119,9 +119,9 @@ def test_more_than_ten_classes_in_one_order(models, tmp_path, monkeypatch):
     sources = Sources(load_recipe(runs.recipe(tmp_path, "out")))
     config = {"id2label": {str(number): name for number, name in enumerate(names)}}
     monkeypatch.setattr(sources, "head_config", lambda task: config if task == "two" else None)
-    assert check_compatibility(sources) == []
+    assert check_relation(sources) == []
     config["id2label"]["0"], config["id2label"]["11"] = names[11], names[0]
-    assert [note[:46] for note in check_compatibility(sources)] == ["experts one and two have the same classes in a"]
+    assert [note[:46] for note in check_relation(sources)] == ["experts one and two have the same classes in a"]
 
 
 def test_many_classes_in_another_order_are_told_in_few_words(models, tmp_path):
@@ -129,7 +129,7 @@ def test_many_classes_in_another_order_are_told_in_few_words(models, tmp_path):
     names = [f"class {number}" for number in range(1000)]
     for place, order in (("one", names), ("two", [*names[:500], *names[:499:-1]])):
         save_head(Head(torch.ones(1000, 128), torch.zeros(1000), "mean", True, order), tmp_path / place / HEAD_FILE)
-    (note,) = check_compatibility(Sources(load_recipe(runs.recipe(tmp_path, "out"))))
+    (note,) = check_relation(Sources(load_recipe(runs.recipe(tmp_path, "out"))))
     assert "from number 500 on: class 500, class 501" in note and "; class 999, class 998" in note
     assert len(note) < 400
 
@@ -173,10 +173,10 @@ def test_a_model_of_several_parts_has_embeddings_too(tmp_path):
     clip = CLIPModel(CLIPConfig(text_config={**SMALL, "vocab_size": 64}, vision_config={**SMALL, "image_size": 8}))
     for place, seed in (("base", 1), ("one", 2), ("two", 3)):
         perturbed(clip, seed, 0.001).save_pretrained(tmp_path / place)
-    assert check_compatibility(Sources(load_recipe(runs.recipe(tmp_path, "out")))) == []
+    assert check_relation(Sources(load_recipe(runs.recipe(tmp_path, "out")))) == []
     (tmp_path / "base" / "vocab.json").write_text('{"a": 63, "b": 64}')
     with pytest.raises(ValueError, match="the tokenizer has token number 64, but the embeddings 64 rows"):
-        check_compatibility(Sources(load_recipe(runs.recipe(tmp_path, "out"))))
+        check_relation(Sources(load_recipe(runs.recipe(tmp_path, "out"))))
 
 
 @pytest.mark.parametrize(("moved", "alike"), [(1, None), (30, 85)])
@@ -184,16 +184,16 @@ def test_a_few_moved_tokens_are_a_note_and_many_an_error(models, monkeypatch, mo
     ours = {f"word{number}": number - 140 for number in range(200)}
     theirs = ours | {f"word{number}": 500 for number in range(moved)}
     monkeypatch.setattr(
-        "epmq.merging.compatibility.token_numbers", lambda folder: theirs if folder.name == "two" else ours
+        "epmq.merging.relation.token_numbers", lambda folder: theirs if folder.name == "two" else ours
     )
     sources = Sources(load_recipe(runs.recipe(models, "out")))
     if alike is None:
-        assert check_compatibility(sources) == [
+        assert check_relation(sources) == [
             "expert two: 1 tokens have other numbers than in the base, such as 'word0'"
         ]
     else:
         with pytest.raises(ValueError, match=f"expert two: its tokenizer numbers only {alike} % of the tokens"):
-            check_compatibility(sources)
+            check_relation(sources)
 
 
 def test_an_adapter_of_another_base_is_noted(models, tmp_path):
@@ -206,7 +206,7 @@ def test_an_adapter_of_another_base_is_noted(models, tmp_path):
         file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": name}))
         recipe = runs.recipe(models, "out")
         recipe["experts"][1]["model"] = str(tmp_path / "adapter")
-        notes = [note for note in check_compatibility(Sources(load_recipe(recipe))) if "trained on" in note]
+        notes = [note for note in check_relation(Sources(load_recipe(recipe))) if "trained on" in note]
         assert len(notes) == expected and all("expert two" in note and name in note for note in notes)
 
 

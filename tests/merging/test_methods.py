@@ -10,8 +10,9 @@ from peft.utils import merge_utils as peft
 
 from epmq.merging import methods as merging
 from epmq.merging.experts import Sources
-from epmq.merging.methods import METHODS, average, dare, disjoint_mean, magnitude_threshold, task_arithmetic
+from epmq.merging.methods import METHODS, average, dare, disjoint_mean, task_arithmetic
 from epmq.merging.methods import ties as ties_merge
+from epmq.merging.trim import magnitude_threshold
 from epmq.recipe_file import load_recipe
 
 BASE = torch.tensor([1.0, 2.0, 3.0, 4.0])

@@ -21,9 +21,18 @@ from epmq.data.encoding import encode, pack
 from epmq.data.examples import Examples
 from epmq.data.readers import read_examples
 from epmq.models.multitask import MultiTaskModel
-from epmq.pipeline.evaluation import METRICS, exact_match, log_perplexity, metric_of, metrics_of, rank_correlation, scorer_of, spearman
-from epmq.pipeline.metrics import accuracy
 from epmq.pipeline.evaluation import evaluate_experts
+from epmq.pipeline.metrics import (
+    METRICS,
+    accuracy,
+    exact_match,
+    log_perplexity,
+    metric_of,
+    metrics_of,
+    rank_correlation,
+    scorer_of,
+    spearman,
+)
 from epmq.pipeline.run import run
 from epmq.reporting.report import summary_table
 

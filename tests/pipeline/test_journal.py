@@ -13,9 +13,10 @@ import torch
 from conftest import recipe_for
 
 from epmq.calibration import engine as quantize
+from epmq.calibration.engine import Block
 from epmq.files import differences
 from epmq.pipeline import run as pipeline
-from epmq.pipeline.journal import BLOCKS, INPUTS, Block, Journal, hash_batches, remove_stale_workdir, resumable
+from epmq.pipeline.journal import BLOCKS, INPUTS, Journal, hash_batches, remove_stale_workdir, resumable
 from epmq.pipeline.run import run
 from epmq.quantization.grid import Grid, QuantizedTensor
 from epmq.runtime import versions

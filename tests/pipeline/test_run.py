@@ -18,9 +18,11 @@ from transformers import BertModel
 import epmq
 from epmq.data.encoding import encode, load_processor
 from epmq.data.readers import read_examples
-from epmq.pipeline.run import evaluate_checkpoint, evaluate_experts, merge, run
-from epmq.quantization.gptq import rtn, search_scales
+from epmq.pipeline.evaluation import evaluate_checkpoint, evaluate_experts
+from epmq.pipeline.run import merge, run
 from epmq.quantization.grid import Grid
+from epmq.quantization.rtn import rtn
+from epmq.quantization.scales import search_scales
 from epmq.reporting.report import TIMED
 
 QUIET = {"progress": False, "evaluate": False}

@@ -4,8 +4,8 @@ import pytest
 import torch
 from conftest import recipe_for
 
+from epmq.method_settings import Quantize
 from epmq.pipeline.run import run
-from epmq.recipe import Quantize
 from epmq.reporting.report import FLOAT16_MAX, block_losses, layer_notes, model_card
 
 

@@ -220,7 +220,7 @@ class Phase:
 
 
 class Meter:
-    """Notes seconds and peak memory between two calls of itself, by block and phase; see `CalibrationEngine.observe`."""
+    """Notes seconds and peak memory from call to call, by block and phase; see `CalibrationEngine.observe`."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

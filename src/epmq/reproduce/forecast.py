@@ -274,7 +274,8 @@ def _cost_table(forecast: Forecast) -> Any:
     table.add_section()
     table.add_row("in all", "", str(len(rows)), "", f"{total:.0f}", "", "")
     if forecast.scoring is not None:
-        table.add_row("scoring", f"{SCORED} examples", "", "at most, a forward of each", f"{forecast.scoring:.0f}", "", "")
+        phases = "at most, a forward of each"
+        table.add_row("scoring", f"{SCORED} examples", "", phases, f"{forecast.scoring:.0f}", "", "")
         if forecast.scored is not None:
             seconds = forecast.scored * len(rows) * forecast.scoring / SCORED
             what = f"{forecast.scored} examples a row"
