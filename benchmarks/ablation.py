@@ -18,8 +18,8 @@ from rich.console import Console
 from benchmarks.compare import RESULTS, SAMPLES, TEST_SAMPLES, is_language, measure, read_rows
 from benchmarks.suites.__main__ import SUITES, build
 from epmq.files import write_json
-from epmq.pipeline.evaluation import show_score
 from epmq.recipe import BY_HEADS
+from epmq.reporting.scores import show_score
 from epmq.runtime import hardware, now, versions
 
 PATH = RESULTS / "ablation.json"

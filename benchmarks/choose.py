@@ -22,8 +22,8 @@ from rich.console import Console
 from benchmarks.compare import RESULTS, SAMPLES, is_language, measure
 from benchmarks.suites.__main__ import SUITES, build
 from epmq.files import write_json
-from epmq.pipeline.evaluation import show_score
 from epmq.recipe import GUIDED
+from epmq.reporting.scores import show_score
 from epmq.runtime import hardware, now, versions
 
 # Validation examples a task.

@@ -21,8 +21,9 @@ from benchmarks.suites.__main__ import build
 from epmq.calibration import engine as quantize
 from epmq.files import write_json
 from epmq.quantization import gptq as solvers
-from epmq.quantization.gptq import gptq, hessian_loss
+from epmq.quantization.gptq import gptq
 from epmq.quantization.grid import Grid, QuantizedTensor
+from epmq.quantization.hessian import hessian_loss
 from epmq.runtime import hardware, now, versions
 
 PATH = RESULTS / "codes.json"

@@ -24,8 +24,8 @@ from epmq import recipe as spec
 from epmq.demo.pool import pool_recipe
 from epmq.files import write_json
 from epmq.models.multitask import load
-from epmq.pipeline.evaluation import gap_recovered, show_score
 from epmq.pipeline.run import evaluate_experts, run
+from epmq.reporting.scores import gap_recovered, show_score
 from epmq.runtime import hardware, now, versions
 
 RESULTS = Path(__file__).parent / "results"

@@ -20,7 +20,7 @@ from benchmarks.choose import best
 from benchmarks.compare import RESULTS, SAMPLES, TEST_SAMPLES, default, is_language, measure, read_rows
 from benchmarks.suites.__main__ import build
 from epmq.files import write_json
-from epmq.pipeline.evaluation import show_score
+from epmq.reporting.scores import show_score
 from epmq.runtime import hardware, now, versions
 
 PATH = RESULTS / "crossed.json"

@@ -35,7 +35,7 @@ from epmq.models.heads import HEAD_FILE, Head, save_head
 from epmq.models.multitask import load
 from epmq.pipeline.prepare import prepare
 from epmq.pipeline.run import run
-from epmq.recipe import load_recipe
+from epmq.recipe_file import load_recipe
 from epmq.reporting.inspection import inspection_tables
 
 RECIPE, OUTPUT = "recipe.yaml", "out"

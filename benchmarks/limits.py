@@ -17,7 +17,7 @@ from benchmarks import compare
 from benchmarks.compare import RESULTS, TEST_SAMPLES, measure, read_rows
 from benchmarks.suites.__main__ import build
 from epmq.files import write_json
-from epmq.pipeline.evaluation import show_score
+from epmq.reporting.scores import show_score
 from epmq.runtime import hardware, now, versions
 
 PATH = RESULTS / "limits.json"

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from benchmarks.compare import RESULTS
 from epmq.reporting import charts
-from epmq.reporting.page import gap, page, read_runs
+from epmq.reporting.page import render_page
+from epmq.reporting.runs import gap, read_runs
 
 DOCS = Path(__file__).parent.parent / "docs"
 SUITES = ("vision8", "text8", "text8lora", "causal3", "seq2seq")
@@ -31,7 +32,7 @@ def gaps() -> str:
 def sizes(suite: str) -> str:
     """Size against score on Task Arithmetic."""
     runs, _ = read_runs([RESULTS / f"{suite}.json"])
-    return figure(page([run for run in runs if run.merge == "task_arithmetic"]), "Size against score")
+    return figure(render_page([run for run in runs if run.merge == "task_arithmetic"]), "Size against score")
 
 
 def figure(text: str, title: str) -> str:
@@ -40,13 +41,19 @@ def figure(text: str, title: str) -> str:
     return next(svg for svg, name in found if name == title)
 
 
+def standalone(svg: str) -> str:
+    """A drawing as a file of its own: with its colours in it."""
+    plain = "svg{color:#222}@media(prefers-color-scheme:dark){svg{color:#ddd}}"
+    return svg.replace(">", f"><style>{plain}{charts.packaged_text('charts.css')}</style>", 1) + "\n"
+
+
 def main() -> None:
     """Write the pictures."""
     drawn = {"gaps": gaps(), "sizes-text8": sizes("text8"), "sizes-vision8": sizes("vision8")}
     if sys.argv[1:]:
-        drawn["depth"] = figure(page(read_runs([Path(sys.argv[-1])])[0]), "Loss by depth")
+        drawn["depth"] = figure(render_page(read_runs([Path(sys.argv[-1])])[0]), "Loss by depth")
     for name, svg in drawn.items():
-        (DOCS / f"{name}.svg").write_text(charts.standalone(svg), encoding="utf-8")
+        (DOCS / f"{name}.svg").write_text(standalone(svg), encoding="utf-8")
 
 
 if __name__ == "__main__":

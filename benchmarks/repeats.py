@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks.suites.build import suite_dir
 from epmq.demo.pool import pool_recipe
-from epmq.models.writer import SINGLE
+from epmq.models.checkpoint import SINGLE
 from epmq.pipeline import run as pipeline
 
 # Share of the largest weight that is less than a step of a grid.

@@ -55,7 +55,7 @@ WATCHED: tuple[tuple[Any, str, str], ...] = (
     (SequentialCalibrator, "resume", "forward"),
     (BlockStep, "run", "forward"),
     (Moments, "add", "moments"),
-    (Objective, "add", "targets"),
+    (Objective, "add_task", "targets"),
     (quantize, "_solve", "solve"),
     (CheckpointWriter, "add", "write"),
     (CheckpointWriter, "finish", "write"),

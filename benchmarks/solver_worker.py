@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from epmq import matmul as products
-from epmq.quantization.gptq import gptq, hessian_loss
+from epmq.quantization.gptq import gptq
 from epmq.quantization.grid import Grid, QuantizedTensor
+from epmq.quantization.hessian import hessian_loss
 
 GRID = Grid(bits=4, group_size=128, symmetric=True)
 DAMPING = 0.01

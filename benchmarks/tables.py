@@ -15,7 +15,7 @@ from benchmarks.ablation import STEPS
 from benchmarks.crossed import CHOSEN_ON, chosen
 from benchmarks.growth import EXPECTED, GROWN, exponent, grown
 from benchmarks.whole_run import OWN
-from epmq.pipeline.evaluation import gap_recovered
+from epmq.reporting.scores import gap_recovered
 
 SUITES = ("vision8", "text8", "text8lora", "causal3", "seq2seq")
 HERE = Path(__file__).parent

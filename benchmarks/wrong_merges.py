@@ -20,7 +20,7 @@ from epmq.merging.experts import Sources
 from epmq.models.blocks import find_stacks, linears
 from epmq.models.heads import HEAD_FILE, Head, save_head
 from epmq.pipeline.prepare import prepare
-from epmq.recipe import load_recipe
+from epmq.recipe_file import load_recipe
 
 Spoil = Callable[[Path], None]
 CLASSES = ["yes", "no", "maybe"]

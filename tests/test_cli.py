@@ -16,7 +16,7 @@ import epmq
 from epmq.cli import app, main
 from epmq.errors import InputError
 from epmq.pipeline.run import evaluate_checkpoint, evaluate_experts
-from epmq.recipe import load_recipe
+from epmq.recipe_file import load_recipe
 
 COMMANDS = ["run", "merge", "quantize", "eval", "inspect", "report", "init", "demo", "reproduce"]
 ENVIRONMENT = {

@@ -11,7 +11,8 @@ import yaml
 from conftest import write_texts
 
 from epmq.cli import main
-from epmq.recipe import Data, load_recipe
+from epmq.recipe import Data
+from epmq.recipe_file import load_recipe
 
 DOCS = Path(__file__).parent.parent / "docs"
 # Pages whose examples are run, one after the other, in one folder and one namespace a page.

@@ -10,7 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from epmq import matmul as products
-from epmq.matmul import addmm_, linear, matmul, transposed
+from epmq.matmul import addmm_, fast_transpose, linear, matmul
 from epmq.models.blocks import use_fast_matmul
 
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -58,8 +58,8 @@ def test_any_size_and_dtype(rows, inner, columns, double):
 
 def test_a_transpose_is_one(uses_onednn):
     rows = torch.randn(30, 20)
-    assert torch.equal(transposed(rows), rows.T)
-    assert transposed(rows).is_contiguous() == uses_onednn
+    assert torch.equal(fast_transpose(rows), rows.T)
+    assert fast_transpose(rows).is_contiguous() == uses_onednn
 
 
 @pytest.mark.parametrize("size", [(2048, 512, 512), (128, 3000, 600), (64, 4096, 64)])
@@ -80,10 +80,10 @@ def test_the_number_of_threads_changes_no_bit(uses_onednn, size):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_a_linear_layer_is_one(uses_onednn, bias, dtype):
     inputs, weight = torch.randn(2, 5, 30, dtype=dtype), torch.randn(20, 30, dtype=dtype)
-    shift = torch.randn(20, dtype=dtype) if bias else None
+    offset = torch.randn(20, dtype=dtype) if bias else None
     with torch.no_grad():
-        found = linear(inputs, weight, shift)
-    torch.testing.assert_close(found, nn.functional.linear(inputs, weight, shift), rtol=1e-4, atol=1e-4)
+        found = linear(inputs, weight, offset)
+    torch.testing.assert_close(found, nn.functional.linear(inputs, weight, offset), rtol=1e-4, atol=1e-4)
 
 
 class Doubled(nn.Linear):

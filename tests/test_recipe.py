@@ -11,8 +11,9 @@ from pydantic import ValidationError
 from epmq.files import parse_yaml
 from epmq.merging.methods import METHODS
 from epmq.quantization.grid import BITS, GROUP_SIZES, Grid
-from epmq.recipe import GUIDED, Merge, Quantize, Recipe, load_recipe
+from epmq.recipe import GUIDED, Merge, Quantize, Recipe
 from epmq.recipe import METHODS as QUANTIZERS
+from epmq.recipe_file import load_recipe
 
 
 def smallest(**fields):

@@ -22,7 +22,7 @@ from rich.table import Table
 
 from benchmarks.suites.build import chosen_tasks, suite_dir
 from epmq.data.encoding import encode
-from epmq.data.readers import Examples
+from epmq.data.examples import Examples
 from epmq.demo.build import SPLITS, whole_folder
 from epmq.demo.finetune import training_order
 from epmq.demo.texts import TextTask, split

@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from epmq.models.multitask import MultiTaskModel, load
     from epmq.pipeline.cost import dry_run
-    from epmq.pipeline.run import evaluate_checkpoint, evaluate_experts, merge, run
-    from epmq.recipe import Recipe, load_recipe
+    from epmq.pipeline.evaluation import evaluate_checkpoint, evaluate_experts
+    from epmq.pipeline.run import merge, run
+    from epmq.recipe import Recipe
+    from epmq.recipe_file import load_recipe
 
 __version__ = "0.1.0"
 __all__ = [
@@ -37,10 +39,10 @@ _HOME = {
     "MultiTaskModel": "epmq.models.multitask",
     "Recipe": "epmq.recipe",
     "dry_run": "epmq.pipeline.cost",
-    "evaluate_checkpoint": "epmq.pipeline.run",
-    "evaluate_experts": "epmq.pipeline.run",
+    "evaluate_checkpoint": "epmq.pipeline.evaluation",
+    "evaluate_experts": "epmq.pipeline.evaluation",
     "load": "epmq.models.multitask",
-    "load_recipe": "epmq.recipe",
+    "load_recipe": "epmq.recipe_file",
     "merge": "epmq.pipeline.run",
     "run": "epmq.pipeline.run",
 }

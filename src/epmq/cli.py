@@ -133,7 +133,7 @@ def run(
         from rich.console import Console
 
         from epmq import dry_run as predict
-        from epmq.reporting.report import plan_table
+        from epmq.pipeline.cost import plan_table
 
         Console().print(plan_table(predict(resolved, progress=not quiet)))
         return
@@ -201,10 +201,10 @@ def evaluate(
     if as_json:
         print(json.dumps(columns, indent=2))
         return
-    from epmq.reporting.report import score_title, shown_scores
+    from epmq.reporting.scores import score_title, shown_scores
 
     scores = [shown_scores(column) for column in columns.values()]
-    table = Table("task", *columns, title=score_title(next(iter(columns.values()))), title_justify="left")
+    table = Table("task", *columns, title=score_title(columns[str(checkpoint)]["metric"]), title_justify="left")
     for task in scores[0]:
         if task == "mean":
             table.add_section()
@@ -250,10 +250,12 @@ def report(
     title: Annotated[str | None, typer.Option(help="heading of the page")] = None,
 ) -> None:
     """Put several runs into one page: scores side by side, gap recovered, size, losses by depth."""
-    from epmq.reporting.page import read_experts, read_runs, write_page
+    from epmq.reporting.page import render_page
+    from epmq.reporting.runs import read_experts, read_runs
 
     runs, experts_in_runs = read_runs(paths)
-    write_page(output, runs, experts=read_experts(experts) if experts else experts_in_runs, title=title)
+    page = render_page(runs, experts=read_experts(experts) if experts else experts_in_runs, title=title)
+    output.write_text(page, encoding="utf-8")
     typer.echo(f"wrote {output}: {len(runs)} run{'s' * (len(runs) > 1)}")
 
 

@@ -60,11 +60,11 @@ def error_context(name: str | Path, fault: str | None = None) -> Iterator[None]:
     """
     try:
         yield
-    except FileNotFoundError:
-        raise
     except Exception as error:
-        if fault is not None:
-            raise InputError(f"{name}: {fault} ({reason(error)})") from error
-        if isinstance(error, ValueError):
+        if fault is None and isinstance(error, MissingError):
+            raise MissingError(f"{name}: {error}") from None
+        if fault is None and isinstance(error, ValueError):
             raise InputError(f"{name}: {error}") from None
+        if fault is not None and not isinstance(error, FileNotFoundError):
+            raise InputError(f"{name}: {fault} ({reason(error)})") from error
         raise

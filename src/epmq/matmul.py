@@ -22,9 +22,10 @@ def uses_onednn() -> bool:
     """
     if os.environ.get("EPMQ_ONEDNN") == "0":
         return False
-    found: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
-    other = bool(found.get("avx512_f") and found.get("sse4a"))  # SSE4a is AMD's alone
-    return other and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    suitable = bool(capabilities.get("avx512_f") and capabilities.get("sse4a"))  # SSE4a is AMD's alone
+    available = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return suitable and available and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def matmul(left: Tensor, right: Tensor) -> Tensor:
@@ -41,14 +42,24 @@ def matmul(left: Tensor, right: Tensor) -> Tensor:
 
 
 def addmm_(total: Tensor, left: Tensor, right: Tensor, alpha: float = 1.0) -> Tensor:
-    """Add alpha · left · right to `total` [m, n], in its place, and return it; the rest is as in `times`."""
+    """Add alpha · left · right to `total` in its place, without gradients.
+
+    Args:
+        total: [m, n] of any float dtype.
+        left: [m, k] in the same dtype.
+        right: [k, n] in the same dtype.
+        alpha: factor on the product.
+
+    Returns:
+        `total`.
+    """
     if not _suits(left, right):
         return total.addmm_(left, right, alpha=alpha)
     return total.add_(_onednn(left, right.T), alpha=alpha)
 
 
-def transposed(rows: Tensor) -> Tensor:
-    """rowsᵀ [m, n] for rows [n, m], so that neither rows of it nor the transpose of some are slow in a product."""
+def fast_transpose(rows: Tensor) -> Tensor:
+    """rowsᵀ [m, n] for rows [n, m], laid out so that its rows, and the transpose of some, are quick in a product."""
     return rows.T.contiguous() if _suits(rows) else rows.T
 
 
@@ -63,16 +74,16 @@ def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     Returns:
         [..., out] in that dtype.
     """
-    given = (inputs, weight) if bias is None else (inputs, weight, bias)
-    if torch.is_grad_enabled() or not _suits(*given):
+    operands = (inputs, weight) if bias is None else (inputs, weight, bias)
+    if torch.is_grad_enabled() or not _suits(*operands):
         return functional.linear(inputs, weight, bias)
     return _onednn(inputs, weight, bias)
 
 
-def _suits(*given: Tensor) -> bool:
+def _suits(*operands: Tensor) -> bool:
     """Whether oneDNN can take a product of these, and should; it refuses empty ones."""
     return uses_onednn() and all(
-        tensor.dtype == torch.float32 and tensor.device.type == "cpu" and tensor.numel() for tensor in given
+        tensor.dtype == torch.float32 and tensor.device.type == "cpu" and tensor.numel() for tensor in operands
     )
 
 
@@ -80,4 +91,5 @@ def _onednn(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
     """left · rightᵀ + bias."""
     if not (right.is_contiguous() or right.T.is_contiguous()):  # for which oneDNN has nothing but a loop of scalars
         right = right.T.contiguous().T if right.stride(0) == 1 else right.contiguous()
-    return torch.ops.mkldnn._linear_pointwise(left, right, bias, "none", [], "")
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(left, right, bias, "none", [], "")
+    return product

@@ -47,4 +47,4 @@ def test_errors_in_the_stream_count_by_their_share_of_the_experts_token():
     x, wanted = inputs[mask].double(), ((theirs - rows) / 2 - block.inner.bias)[mask].double()
     assert tap.moments.count == 7
     torch.testing.assert_close(tap.moments.gram.double(), (x.T * weights) @ x / 7, rtol=1e-4, atol=0)
-    torch.testing.assert_close(tap.moments.cross.double(), (wanted.T * weights) @ x / 7, rtol=1e-4, atol=0)
+    torch.testing.assert_close(tap.moments.target_cross.double(), (wanted.T * weights) @ x / 7, rtol=1e-4, atol=0)

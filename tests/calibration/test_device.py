@@ -7,7 +7,7 @@ from conftest import recipe_for
 import epmq
 from epmq.data.encoding import encode
 from epmq.pipeline.run import prepare, run
-from epmq.recipe import load_recipe
+from epmq.recipe_file import load_recipe
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

@@ -10,9 +10,10 @@ from conftest import recipe_for
 from epmq.calibration.engine import Calibration, load_outside, quantize_calibrated
 from epmq.data.encoding import encode
 from epmq.merging.experts import Sources
-from epmq.models.blocks import hooks, linears
+from epmq.models.blocks import linears
+from epmq.models.hooks import pre_hooks
 from epmq.pipeline.run import prepare
-from epmq.recipe import load_recipe
+from epmq.recipe_file import load_recipe
 
 
 def quantized(pool: Path, **settings: Any) -> tuple[Sources, list[Calibration], list[Any], dict[str, Any]]:
@@ -48,7 +49,7 @@ def record_inputs(model, layers, calibration, inputs) -> None:
             def note(name, task=part.task, mask=mask):
                 return lambda module, args: inputs[name].setdefault(task, []).append(args[0][mask].double())
 
-            with hooks([(layer, note(name)) for name, layer in layers.items()]):
+            with pre_hooks([(layer, note(name)) for name, layer in layers.items()]):
                 model(**batch)
 
 

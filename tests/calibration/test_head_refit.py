@@ -7,75 +7,15 @@ from torch.nn.functional import linear
 from transformers import BertForSequenceClassification
 
 import epmq
-from epmq.calibration import head_refit as answers
-from epmq.calibration.head_refit import Fit, fit
 from epmq.data.encoding import encode
 from epmq.models.heads import Head, load_head, save_head
 from epmq.models.multitask import load_any_head
 from epmq.pipeline.prepare import prepare
 from epmq.pipeline.run import run
+from epmq.quantization.ridge import fit_ridge
 from epmq.recipe import load_recipe
 
 QUIET = {"progress": False, "evaluate": False}
-
-
-def problem(examples=40, features=6, classes=3):
-    rows, weight, bias = torch.randn(examples, features), torch.randn(classes, features), torch.randn(classes)
-    scores = linear(rows, torch.randn(classes, features), torch.randn(classes)) + 0.1 * torch.randn(examples, classes)
-    return rows, scores, weight, bias
-
-
-def test_a_head_that_fits_is_left_alone():
-    rows, _, weight, bias = problem()
-    found = fit(rows, linear(rows, weight, bias), weight, bias)
-    assert torch.equal(found.weight, weight) and torch.equal(found.bias, bias)
-    assert found.strength == float("inf")
-
-
-@pytest.mark.parametrize("biased", [True, False])
-def test_the_error_is_that_of_leaving_each_example_out(biased, monkeypatch):
-    """The closed form against forty fits, each without one example; the ridge pulls towards the head there is."""
-    monkeypatch.setattr(answers, "STRENGTHS", (0.1,))
-    rows, scores, weight, bias = problem()
-    bias = bias if biased else None
-    found = fit(rows, scores, weight, bias)
-    wide, size = rows.double(), rows.double().square().mean().sqrt()
-    if biased:
-        wide = torch.cat([wide, size.expand(40, 1)], dim=1)
-    left = (scores - linear(rows, weight, bias)).double()
-    ridge = 0.1 * 40 * (wide.T @ wide / 40).diagonal().mean() * torch.eye(wide.shape[1])
-
-    def solved(keep):
-        return torch.linalg.solve(wide[keep].T @ wide[keep] + ridge, wide[keep].T @ left[keep])
-
-    errors = []
-    for i in range(40):
-        keep = torch.arange(40) != i
-        errors.append((left[i] - wide[i] @ solved(keep)).square().mean())
-    assert found.after == pytest.approx(float(torch.stack(errors).mean()), rel=1e-6)
-    move = solved(torch.ones(40, dtype=torch.bool)).T.float()
-    torch.testing.assert_close(found.weight, weight + move[:, :6])
-    if biased:
-        torch.testing.assert_close(found.bias, bias + float(size) * move[:, 6])
-    else:
-        assert found.bias is None
-
-
-def test_the_best_strength_is_taken(monkeypatch):
-    rows, scores, weight, bias = problem()
-    each = []
-    for strength in answers.STRENGTHS:
-        monkeypatch.setattr(answers, "STRENGTHS", (strength,))
-        each.append(fit(rows, scores, weight, bias).after)
-    monkeypatch.undo()
-    found = fit(rows, scores, weight, bias)
-    assert found.after == min(each) < found.before
-
-
-def test_more_features_than_examples_stay_finite():
-    rows, scores, weight, bias = problem(examples=4, features=32)
-    found = fit(rows, scores, weight, bias)
-    assert isinstance(found, Fit) and torch.isfinite(found.weight).all() and found.after <= found.before
 
 
 @pytest.fixture
@@ -117,11 +57,11 @@ def test_heads_give_the_experts_scores_on_the_new_features(pool, native, tmp_pat
             scores = linear(pooled(head, whole, batches), head.weight, head.bias)
             rows, weight, bias = pooled(head, model.backbone, batches), head.weight, head.bias
             found = model.head(task)
-        wanted = fit(rows, scores, weight, bias)
+        wanted = fit_ridge(rows, scores, weight, bias)
         torch.testing.assert_close(found.weight, wanted.weight, rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(found.bias, wanted.bias, rtol=1e-3, atol=1e-4)
         said = report["heads"][task]
-        assert said["strength"] == wanted.strength and said["after"] < said["before"]
+        assert said["strength"] == wanted.ridge and said["after"] < said["before"]
 
 
 def test_heads_can_follow_plain_gptq(pool, tmp_path):

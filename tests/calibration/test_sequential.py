@@ -3,7 +3,8 @@ import torch
 from families import FAMILIES
 
 from epmq.calibration.sequential import SequentialCalibrator
-from epmq.models.blocks import find_stacks, hooks, input_groups, linears
+from epmq.models.blocks import find_stacks, input_groups, linears
+from epmq.models.hooks import pre_hooks
 
 
 def groups_of(family: str) -> list[list[str]]:
@@ -80,7 +81,7 @@ def test_each_layer_runs_once_on_each_batch_and_sees_what_lies_before_it_changed
     assert len(calls) == len(set(calls)) * len(batches)
     for block, layer, i in seen:
         found, module = [], model.get_submodule(f"{block}.{layer}")
-        with hooks([(module, lambda module, args, found=found: found.append(args[0]))]):
+        with pre_hooks([(module, lambda module, args, found=found: found.append(args[0]))]):
             model(**batches[i])
         assert torch.equal(found[0], seen[block, layer, i]), (block, layer, i)
 

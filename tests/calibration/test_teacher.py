@@ -4,15 +4,15 @@ import pytest
 import torch
 from conftest import recipe_for
 
-from epmq.calibration.residual import at
 from epmq.calibration.teacher import Calibration, Teacher
 from epmq.data.encoding import encode
 from epmq.models.blocks import linears
 from epmq.models.heads import Head
-from epmq.models.meta import load_model
+from epmq.models.hooks import watch
+from epmq.models.loading import load_model
 from epmq.pipeline.run import prepare
 from epmq.quantization.hessian import Moments
-from epmq.recipe import load_recipe
+from epmq.recipe_file import load_recipe
 
 
 @torch.no_grad()
@@ -31,7 +31,7 @@ def test_a_stream_sees_what_the_expert_itself_computes(pool):
             with ExitStack() as stack:
                 seen = {place: [] for place in places}
                 for place in places:
-                    stack.enter_context(at(expert.get_submodule(block), place, seen[place].append))
+                    stack.enter_context(watch(expert.get_submodule(block), place, seen[place].append))
                 expert(**batch)
             for place in places:
                 for _ in range(2):
@@ -61,10 +61,10 @@ def test_drift_is_the_mixed_moment():
     inputs, own = torch.randn(40, 8).double(), torch.randn(40, 8).double()
     merged, expert, alpha = torch.randn(3, 8).double(), torch.randn(3, 8).double(), 0.3
     moments = Moments(8)
-    moments.add(inputs, beside=own - inputs)
+    moments.add(inputs, drift=own - inputs)
     mixed = (1 - alpha) * inputs + alpha * own
     wanted = expert @ (mixed.T @ inputs) / 40 - merged @ (inputs.T @ inputs) / 40
-    found = (expert - merged).float() @ moments.gram + alpha * expert.float() @ moments.cross
+    found = (expert - merged).float() @ moments.gram + alpha * expert.float() @ moments.input_drift
     torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-5)
 
 

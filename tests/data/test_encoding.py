@@ -19,7 +19,7 @@ from PIL import Image
 from transformers import BitImageProcessorPil, CLIPImageProcessorPil, CLIPProcessor
 
 from epmq.data.encoding import encode, image_processor_of, load_processor, pack, to_device, tokenizer_of, try_template
-from epmq.data.readers import Examples
+from epmq.data.examples import Examples
 
 
 def images(count: int, size: int = 8) -> np.ndarray:

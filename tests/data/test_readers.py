@@ -1,31 +1,15 @@
-import json
 import pickle
 import zipfile
 from pathlib import Path
-from typing import Any
 
-import datasets
 import numpy as np
-import pyarrow
-import pyarrow.parquet
 import pytest
-import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
+from tables import ROWS, images, lines, table
 
-from epmq.data.readers import Examples, Fields, from_objects, from_rows, read_dataset, read_examples
+from epmq.data.examples import Fields
+from epmq.data.readers import read_examples
 from epmq.errors import InputError
-
-
-def lines(path: Path, *rows: object) -> Path:
-    """A file with one line a row: text as it is, anything else as JSON."""
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
-    return path
-
-
-def images(count: int, size: int = 8) -> np.ndarray:
-    return np.random.default_rng(0).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
 
 
 @pytest.fixture
@@ -49,8 +33,8 @@ def test_lines_of_text(tmp_path):
 
 def test_lines_without_labels_and_with_other_names(tmp_path):
     path = lines(tmp_path / "a.jsonl", {"sentence": "x", "class": 1}, {"sentence": "y", "class": 0})
-    assert read_examples(path, "sentence").labels is None
-    assert read_examples(path, "sentence", "class").labels.tolist() == [1, 0]
+    assert read_examples(path, Fields("sentence")).labels is None
+    assert read_examples(path, Fields("sentence", "class")).labels.tolist() == [1, 0]
 
 
 @pytest.mark.parametrize(
@@ -183,49 +167,6 @@ def test_a_folder_without_classes_has_no_labels(folder):
     assert examples.labels is None and [path.name for path in examples.inputs] == ["9.png"]
 
 
-@settings(deadline=None, max_examples=30)
-@given(size=st.integers(1, 40), count=st.one_of(st.none(), st.integers(1, 50)), seed=st.integers(0, 100))
-def test_a_draw_is_seeded_and_without_replacement(size, count, seed):
-    examples = Examples("text", [str(i) for i in range(size)], np.arange(size))
-    np.random.seed(5)
-    before, state = np.random.get_state()[1].copy(), torch.get_rng_state()
-    drawn = examples.draw(count, seed)
-    assert np.array_equal(np.random.get_state()[1], before) and torch.equal(torch.get_rng_state(), state)
-    assert len(drawn) == (size if count is None else min(size, count))
-    assert drawn.inputs == [str(i) for i in drawn.labels] and len(set(drawn.inputs)) == len(drawn)
-    assert drawn.labels.tolist() == sorted(drawn.labels.tolist())
-    assert examples.draw(count, seed).inputs == drawn.inputs
-
-
-def test_draws_differ_with_the_seed_and_take_arrays_and_no_labels():
-    examples = Examples("image", images(100), None)
-    first, second = examples.draw(10, 0), examples.draw(10, 1)
-    assert first.inputs.shape == (10, 8, 8, 3) and first.labels is None
-    assert not np.array_equal(first.inputs, second.inputs)
-
-
-# --- tables ------------------------------------------------------------------------------------------------------
-
-
-def table(path: Path, rows: list[dict[str, Any]]) -> Path:
-    """The same rows in the form that the file's ending asks for."""
-    if path.suffix == ".jsonl":
-        return lines(path, *rows)
-    if path.suffix == ".csv":
-        frame = datasets.Dataset.from_list(rows).to_pandas()
-        frame.to_csv(path, index=False)
-    else:
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=2)
-    return path
-
-
-ROWS = [
-    {"text": 'he said: "a, b"', "label": 2, "other": "x\ny", "target": "eins"},
-    {"text": "ä ü 漢", "label": 0, "other": "", "target": "zwei"},
-    {"text": "two\nlines", "label": 1, "other": "z", "target": "drei"},
-]
-
-
 @pytest.mark.parametrize("ending", [".jsonl", ".csv", ".parquet"])
 def test_a_table_is_the_same_in_every_form(tmp_path, ending):
     path = table(tmp_path / f"a{ending}", ROWS)
@@ -233,9 +174,9 @@ def test_a_table_is_the_same_in_every_form(tmp_path, ending):
     assert examples.kind == "text" and examples.targets is None
     assert examples.inputs == [row["text"] for row in ROWS]
     assert examples.labels.tolist() == [2, 0, 1] and examples.labels.dtype == np.int64
-    pairs = read_examples(path, ("target", "text"))
+    pairs = read_examples(path, Fields(("target", "text")))
     assert pairs.kind == "text" and pairs.inputs == [(row["target"], row["text"]) for row in ROWS]
-    translated = read_examples(path, use="seq2seq", target="target")
+    translated = read_examples(path, use="seq2seq")
     assert translated.kind == "seq2seq" and translated.labels is None
     assert translated.inputs == examples.inputs and translated.targets == ["eins", "zwei", "drei"]
     documents = read_examples(path, use="causal")
@@ -268,26 +209,30 @@ def test_images_lie_beside_their_table(folder, ending):
 
 
 @pytest.mark.parametrize(
-    ("row", "settings", "message"),
+    ("row", "use", "message"),
     [
-        ({"text": "a"}, {"text": ("text", "other")}, "no text field 'other'"),
-        ({"text": "a"}, {"use": "seq2seq"}, "no target field 'target'"),
-        ({"text": "a", "target": 3}, {"use": "seq2seq"}, "no target field 'target'"),
-        ({"text": "a", "label": "²"}, {}, "field 'label' must be a class index"),
-        ({"text": "a", "label": "--1"}, {}, "field 'label' must be a class index"),
-        ({"text": "a", "label": True}, {}, "field 'label' must be a class index"),
-        ({"text": "a", "label": [1]}, {}, "field 'label' must be a class index"),
-        ({"messages": "hi"}, {}, "field 'messages' must be a list of messages with 'role' and 'content'"),
-        ({"messages": []}, {}, "field 'messages' must be a list of messages"),
-        ({"messages": [{"role": "user"}]}, {}, "field 'messages' must be a list of messages"),
-        ({"messages": ["hi"]}, {}, "field 'messages' must be a list of messages"),
-        ({"image": None, "label": 1}, {}, "no image field 'image'"),
-        ({"image": "a.png", "text": 5}, {}, "no text field 'text'"),
+        ({"text": "a"}, "seq2seq", "no target field 'target'"),
+        ({"text": "a", "target": 3}, "seq2seq", "no target field 'target'"),
+        ({"text": "a", "label": "²"}, "text", "field 'label' must be a class index"),
+        ({"text": "a", "label": "--1"}, "text", "field 'label' must be a class index"),
+        ({"text": "a", "label": True}, "text", "field 'label' must be a class index"),
+        ({"text": "a", "label": [1]}, "text", "field 'label' must be a class index"),
+        ({"messages": "hi"}, "text", "field 'messages' must be a list of messages with 'role' and 'content'"),
+        ({"messages": []}, "text", "field 'messages' must be a list of messages"),
+        ({"messages": [{"role": "user"}]}, "text", "field 'messages' must be a list of messages"),
+        ({"messages": ["hi"]}, "text", "field 'messages' must be a list of messages"),
+        ({"image": None, "label": 1}, "text", "no image field 'image'"),
+        ({"image": "a.png", "text": 5}, "text", "no text field 'text'"),
     ],
 )
-def test_a_row_that_lacks_something_is_named(tmp_path, row, settings, message):
+def test_a_row_that_lacks_something_is_named(tmp_path, row, use, message):
     with pytest.raises(ValueError, match=rf"a\.jsonl, line 2: {message}"):
-        read_examples(lines(tmp_path / "a.jsonl", "", row), **settings)
+        read_examples(lines(tmp_path / "a.jsonl", "", row), use=use)
+
+
+def test_a_row_without_the_second_text_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 2: no text field 'other'"):
+        read_examples(lines(tmp_path / "a.jsonl", "", {"text": "a"}), Fields(("text", "other")))
 
 
 def test_every_row_must_be_of_the_first_ones_kind(tmp_path):
@@ -346,18 +291,18 @@ def test_a_bad_parquet_is_named(tmp_path):
 
 def test_texts_and_targets_are_made_of_columns(tmp_path):
     rows = [{"a": "it's", "b": "so", "label": 1, "score": 2.25}, {"a": "no", "b": "{x}", "label": 0, "score": 4.0}]
-    made = {"use": "seq2seq", "prompt": "'{a}' or '{b}'? Say {{yes}}."}
-    found = read_examples(lines(tmp_path / "a.jsonl", *rows), **made, answers=("no", "yes"))
+    path, prompt = lines(tmp_path / "a.jsonl", *rows), "'{a}' or '{b}'? Say {{yes}}."
+    found = read_examples(path, Fields(prompt=prompt, answers=("no", "yes")), "seq2seq")
     assert found.inputs == ["'it's' or 'so'? Say {yes}.", "'no' or '{x}'? Say {yes}."]
     assert found.targets == ["yes", "no"]
-    scored = read_examples(lines(tmp_path / "a.jsonl", *rows), **made, answer="{score:.1f}")
+    scored = read_examples(path, Fields(prompt=prompt, answer="{score:.1f}"), "seq2seq")
     assert scored.targets == ["2.2", "4.0"]
-    plain = read_examples(lines(tmp_path / "a.jsonl", *rows), prompt="{a}")
+    plain = read_examples(path, Fields(prompt="{a}"))
     assert plain.kind == "text" and plain.inputs == ["it's", "no"] and plain.labels.tolist() == [1, 0]
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("columns", "message"),
     [
         ({"prompt": "{c}"}, "no field 'c', which '{c}' asks for"),
         ({"prompt": "{a:d}"}, "'{a:d}' cannot be filled in"),
@@ -368,158 +313,9 @@ def test_texts_and_targets_are_made_of_columns(tmp_path):
         ({"prompt": "{a}", "answers": ("no", "yes"), "label": "a"}, "field 'a' must be a class index"),
     ],
 )
-def test_a_template_that_does_not_fit_is_named(tmp_path, settings, message):
+def test_a_template_that_does_not_fit_is_named(tmp_path, columns, message):
     with pytest.raises(ValueError, match=rf"a\.jsonl, line 1: {message}"):
-        read_examples(lines(tmp_path / "a.jsonl", {"a": "x", "label": 2}), use="seq2seq", **settings)
-
-
-# --- datasets ----------------------------------------------------------------------------------------------------
-
-
-def dataset(name: Path, count: int | None = None, use: str = "text", split: str = "train", **fields: Any) -> Examples:
-    return read_dataset(str(name), None, split, Fields(**fields), use, count, 0)
-
-
-@pytest.fixture(autouse=True)
-def _cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "datasets")
-
-
-@pytest.mark.parametrize("ending", [".jsonl", ".csv", ".parquet"])
-def test_a_folder_of_tables_is_a_dataset(tmp_path, ending):
-    (tmp_path / "mine").mkdir()
-    table(tmp_path / "mine" / f"train{ending}", ROWS)
-    table(tmp_path / "mine" / f"test{ending}", ROWS[:1])
-    examples = dataset(tmp_path / "mine")
-    assert examples.inputs == [row["text"] for row in ROWS] and examples.labels.tolist() == [2, 0, 1]
-    assert len(dataset(tmp_path / "mine", split="test")) == 1
-    with pytest.raises(FileNotFoundError, match=r"mine/other: datasets cannot open it \(Unknown split"):
-        dataset(tmp_path / "mine", split="other")
-    with pytest.raises(ValueError, match=r"mine/train, row 0: no text field 'sentence'"):
-        dataset(tmp_path / "mine", text="sentence")
-
-
-def test_a_draw_of_a_dataset_is_that_of_a_file(tmp_path):
-    (tmp_path / "mine").mkdir()
-    path = lines(tmp_path / "mine" / "train.jsonl", *({"text": f"t{i}", "label": i} for i in range(50)))
-    drawn, whole = dataset(tmp_path / "mine", 7), read_examples(path).draw(7, 0)
-    assert drawn.inputs == whole.inputs and drawn.labels.tolist() == whole.labels.tolist()
-    assert len(dataset(tmp_path / "mine", 2, use="causal")) == 40
-
-
-def test_pictures_and_class_names_of_a_dataset(tmp_path):
-    names = datasets.ClassLabel(names=["cat", "dog"])
-    features = datasets.Features(image=datasets.Image(), label=names)
-    pictures = [Image.fromarray(array) for array in images(4)]
-    made = datasets.Dataset.from_dict({"image": pictures, "label": [0, 1, 1, 0]}, features=features)
-    (tmp_path / "mine").mkdir()
-    made.to_parquet(tmp_path / "mine" / "train.parquet")
-    # Opened by the library, given as an object, and read from its file without the library.
-    found = dataset(tmp_path / "mine"), from_objects(made, Fields(), "text", "here")
-    for examples in found:
-        assert examples.kind == "image" and examples.labels.tolist() == [0, 1, 1, 0]
-        assert all(np.array_equal(np.asarray(a), b) for a, b in zip(examples.inputs, images(4)))
-    raw = read_examples(tmp_path / "mine" / "train.parquet")
-    assert raw.kind == "image" and raw.labels.tolist() == [0, 1, 1, 0] and isinstance(raw.inputs[0]["bytes"], bytes)
-
-
-def test_pictures_of_a_dataset_are_decoded_when_they_are_asked_for(tmp_path, monkeypatch):
-    features = datasets.Features(image=datasets.Image(), label=datasets.Value("bool"), other=datasets.Value("string"))
-    content = {"image": [Image.fromarray(array) for array in images(6)], "label": [True, False] * 3, "other": ["x"] * 6}
-    (tmp_path / "mine").mkdir()
-    datasets.Dataset.from_dict(content, features=features).to_parquet(tmp_path / "mine" / "train.parquet")
-    decoded: list[int] = []
-    original = datasets.Image.decode_example
-    monkeypatch.setattr(
-        datasets.Image, "decode_example", lambda *args, **kwargs: decoded.append(1) or original(*args, **kwargs)
-    )
-    examples = dataset(tmp_path / "mine")
-    assert examples.kind == "image" and len(examples) == 6 and not decoded
-    assert examples.labels.tolist() == [1, 0, 1, 0, 1, 0] and examples.labels.dtype == np.int64
-    taken = examples.take(np.array([4, 1]))
-    assert len(decoded) == 2 and taken.labels.tolist() == [1, 0]
-    assert np.array_equal(np.asarray(taken.inputs[0]), images(6)[4])
-    assert dataset(tmp_path / "mine", label="none").labels is None
-    with pytest.raises(ValueError, match=r"mine/train, row 0: field 'other' must be a class index"):
-        dataset(tmp_path / "mine", label="other")
-
-
-def test_a_dataset_that_is_not_there_is_named(tmp_path, monkeypatch):
-    with pytest.raises(FileNotFoundError, match=r"dataset .*nowhere/train: datasets cannot open it \(Couldn't find"):
-        dataset(tmp_path / "nowhere")
-
-    def refuse(*args: Any, **kwargs: Any) -> None:
-        raise ConnectionError("offline\nand more")
-
-    monkeypatch.setattr(datasets, "load_dataset", refuse)
-    with pytest.raises(
-        FileNotFoundError, match=r"dataset owner/name/sub/test: datasets cannot open it \(offline and more\)$"
-    ):
-        read_dataset("owner/name", "sub", "test", Fields(), "text", None, 0)
-
-
-def test_a_dataset_without_rows_is_named(monkeypatch):
-    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: datasets.Dataset.from_dict({"text": []}))
-    with pytest.raises(ValueError, match=r"dataset owner/name/train: holds no examples"):
-        dataset(Path("owner/name"))
-
-
-def test_without_the_library_it_is_asked_for(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
-    with pytest.raises(
-        ValueError, match=r"dataset owner/name: needs the datasets library \(pip install 'epmq\[data\]'"
-    ):
-        dataset(Path("owner/name"))
-
-
-# --- Python objects ----------------------------------------------------------------------------------------------
-
-
-def test_objects_are_rows():
-    made = datasets.Dataset.from_list(ROWS)
-    for items in (ROWS, iter(ROWS), made, (dict(row) for row in ROWS)):
-        examples = from_objects(items, Fields(), "text", "python objects")
-        assert examples.kind == "text" and examples.inputs == [row["text"] for row in ROWS]
-        assert examples.labels.tolist() == [2, 0, 1]
-    numbers = from_objects([{"text": "a", "label": np.int32(4)}], Fields(), "text", "here").labels
-    assert numbers.tolist() == [4] and numbers.dtype == np.int64
-
-
-def test_objects_with_tensors_are_batches():
-    batches = [{"input_ids": torch.ones(2, 3).long(), "name": "x"}, {"input_ids": torch.ones(1, 4).long()}]
-    examples = from_objects(iter(batches), Fields(), "text", "here")
-    assert examples.kind == "batches" and examples.inputs == batches and len(examples) == 2
-    loader = torch.utils.data.DataLoader([{"pixel_values": torch.ones(3, 2, 2)} for _ in range(5)], batch_size=2)
-    examples = from_objects(loader, Fields(), "text", "here")
-    assert [len(batch["pixel_values"]) for batch in examples.inputs] == [2, 2, 1]
-
-
-def test_objects_of_another_form_are_named():
-    for items, message in (
-        ([], "here: holds no examples"),
-        (["just a text"], "here, item 0: no text field 'text' .not an object"),
-        ([{"text": "a"}, {"txt": "b"}], "here, item 1: no text field 'text'"),
-        ([{"input_ids": torch.ones(1)}, {"text": "b"}], "here, item 0: no text field"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            from_objects(items, Fields(), "text", "here")
-
-
-@settings(deadline=None, max_examples=20)
-@given(st.lists(st.tuples(st.text(max_size=5), st.integers(-3, 9)), max_size=8))
-def test_rows_keep_their_order(rows):
-    found = from_rows(((f"row {i}", {"text": a, "label": b}) for i, (a, b) in enumerate(rows)), Fields(), "text", "x")
-    labels = [] if found.labels is None else found.labels.tolist()
-    assert list(zip(found.inputs, labels)) == rows
-
-
-def test_short_texts_come_first():
-    pairs = Examples("text", [("aaa", "b"), ("a", ""), ("aa", "aaaa")], np.arange(3))
-    assert pairs.by_length().labels.tolist() == [1, 0, 2]
-    translated = Examples("seq2seq", ["aa", "a"], targets=["x", "y"]).by_length()
-    assert translated.inputs == ["a", "aa"] and translated.targets == ["y", "x"]
-    chats = Examples("chat", [[{"role": "user", "content": "a"}]])
-    assert chats.by_length() is chats
+        read_examples(lines(tmp_path / "a.jsonl", {"a": "x", "label": 2}), Fields(**columns), "seq2seq")
 
 
 @pytest.mark.parametrize(

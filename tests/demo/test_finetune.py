@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from epmq.data.encoding import encode, load_processor
-from epmq.data.readers import Examples
+from epmq.data.examples import Examples
 from epmq.demo import finetune
 from epmq.demo.build import build_pool
 from epmq.demo.finetune import accuracy, class_mean_head, train_expert, training_order

@@ -13,7 +13,7 @@ from epmq.merging.compatibility import check_compatibility, correlation, token_n
 from epmq.merging.experts import Sources
 from epmq.models.heads import HEAD_FILE, Head, save_head
 from epmq.pipeline.run import run
-from epmq.recipe import load_recipe
+from epmq.recipe_file import load_recipe
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "patch_size": 4}
 

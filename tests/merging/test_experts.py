@@ -26,7 +26,7 @@ from transformers import (
 import epmq
 from epmq.merging.experts import Sources
 from epmq.pipeline.run import evaluate_experts, merge, run
-from epmq.recipe import load_recipe
+from epmq.recipe_file import load_recipe
 
 QUIET: dict[str, Any] = {"progress": False, "evaluate": False}
 AVERAGE = {"merge": {"method": "average"}, "quantize": {"method": "none"}}

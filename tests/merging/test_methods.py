@@ -12,7 +12,7 @@ from epmq.merging import methods as merging
 from epmq.merging.experts import Sources
 from epmq.merging.methods import METHODS, average, dare, disjoint_mean, magnitude_threshold, task_arithmetic
 from epmq.merging.methods import ties as ties_merge
-from epmq.recipe import load_recipe
+from epmq.recipe_file import load_recipe
 
 BASE = torch.tensor([1.0, 2.0, 3.0, 4.0])
 TAU = torch.tensor([[0.5, -1.0, 0.0, 2.0], [1.5, 3.0, -0.25, -2.0]])

@@ -3,35 +3,22 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import TEXTS, padded_batches, perturbed, recipe_for, tiny_bert, tiny_dinov2
+from adapters import WEIGHTS, adapt, edit, rewrite, sources_of
+from conftest import perturbed, tiny_bert, tiny_dinov2
 from families import FAMILIES
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from torch import nn
-from transformers import (
-    AutoModelForSequenceClassification,
-    BertForMaskedLM,
-    BertForSequenceClassification,
-    BertModel,
-    LlamaForSequenceClassification,
-)
+from transformers import BertModel
 
-import epmq
-from epmq.data.encoding import load_processor
-from epmq.merging.experts import Sources
 from epmq.models.adapter import CONFIG, Adapter
-from epmq.pipeline.run import evaluate_experts, merge, run
-from epmq.recipe import load_recipe
 
-WEIGHTS = "adapter_model.safetensors"
 TARGETS = {
     "bert": ["query", "value", "output.dense"],
     "llama": ["q_proj", "down_proj"],
@@ -60,28 +47,6 @@ def settings_of(variant: str, family: str) -> dict[str, Any]:
         "bias_all": {"target_modules": targets, "bias": "all"},
         "bias_lora_only": {"target_modules": targets, "bias": "lora_only"},
     }[variant]
-
-
-def adapt(model: Any, folder: Path, moved: bool = True, **fields: Any) -> Any:
-    """A PEFT model whose adapter is written to `folder`, with every trained weight moved off its start."""
-    model = get_peft_model(model, LoraConfig(**{"r": 4, **fields}))
-    if moved:
-        generator = torch.Generator().manual_seed(3)
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
-    model.save_pretrained(folder)
-    return model.eval()
-
-
-def sources_of(base: Path, *experts: Path) -> Sources:
-    names = [{"name": f"t{i}", "model": str(path)} for i, path in enumerate(experts)]
-    return Sources(load_recipe({"base": str(base), "experts": names}))
-
-
-def edit(folder: Path, **fields: Any) -> None:
-    path = folder / CONFIG
-    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
 
 
 @pytest.fixture(scope="module")
@@ -254,10 +219,6 @@ def test_how_the_factors_started_does_not_matter(bases, plain, start):
     sources_of(bases["bert"], plain)
 
 
-def rewrite(folder: Path, change: Any) -> None:
-    save_file(change(load_file(folder / WEIGHTS)), folder / WEIGHTS)
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -321,121 +282,6 @@ def test_weights_of_the_whole_model_come_before_an_adapter_beside_them(bases, pl
 def test_an_adapter_on_the_hub_is_an_adapter(bases, plain, monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **settings: str(plain))
     assert isinstance(sources_of(bases["bert"], Path("owner/name")).experts["t0"], Adapter)
-
-
-# --- heads -------------------------------------------------------------------------------------------------------
-
-
-def classifier(pool: Path, folder: Path, **fields: Any) -> Any:
-    """A sequence classifier with three labels, adapted."""
-    model = BertForSequenceClassification.from_pretrained(pool / "base", num_labels=3)
-    return adapt(model, folder, target_modules=["query", "value"], **fields)
-
-
-@pytest.mark.parametrize("fields", [{"task_type": TaskType.SEQ_CLS}, {"modules_to_save": ["classifier"]}])
-@torch.no_grad()
-def test_an_adapter_brings_its_own_head(pool, tmp_path, fields):
-    """Whether PEFT wrote down the task or only the class that was trained."""
-    model = classifier(pool, tmp_path / "lora", **fields)
-    recipe = recipe_for(pool, output=str(tmp_path / "out"), merge={"method": "average"})
-    recipe["experts"] = [{**recipe["experts"][0], "model": str(tmp_path / "lora")}]
-    rows = [json.loads(line) for line in (pool / "data" / "one.jsonl").read_text().splitlines()]
-    batch = load_processor(pool / "base")([row["text"] for row in rows], padding=True, return_tensors="pt")
-    logits = model(**batch).logits
-    right = (logits.argmax(-1) == torch.tensor([row["label"] for row in rows])).float().mean().item()
-    assert evaluate_experts(recipe, progress=False)["scores"]["one"] == pytest.approx(right)
-
-    report = merge(recipe, progress=False, evaluate=True)
-    loaded = epmq.load(tmp_path / "out")
-    torch.testing.assert_close(loaded("one", **batch), logits, rtol=0, atol=1e-5)
-    assert loaded.answer("one", [row["text"] for row in rows]) == [f"LABEL_{i}" for i in logits.argmax(-1)]
-    assert report["scores"]["one"] == pytest.approx(right) and report["notes"] == []
-
-
-def test_adapters_and_whole_checkpoints_in_one_recipe(pool, tmp_path):
-    classifier(pool, tmp_path / "lora", task_type="SEQ_CLS", bias="all")
-    recipe = recipe_for(pool, output=str(tmp_path / "out"))
-    recipe["experts"][1]["model"] = str(tmp_path / "lora")
-    report = run(recipe, progress=False)
-    model = epmq.load(tmp_path / "out")
-    assert model.tasks == ["one", "two"] and set(report["scores"]) == {"one", "two"}
-    assert model.answer("one", TEXTS)[0] in "xyz" and model.answer("two", TEXTS)[0].startswith("LABEL_")
-    # By hand: the merge of what peft and transformers make of the two.
-    merge({**recipe, "output": str(tmp_path / "merged")}, progress=False)
-    lora = PeftModel.from_pretrained(
-        BertForSequenceClassification.from_pretrained(pool / "base", num_labels=3), tmp_path / "lora"
-    )
-    two, base = lora.merge_and_unload().bert.state_dict(), load_file(pool / "base" / "model.safetensors")
-    one = load_file(pool / "experts" / "one" / "model.safetensors")
-    for name, tensor in load_file(tmp_path / "merged" / "model.safetensors").items():
-        expected = base[name] + 0.3 * (one[name] - base[name]) + 0.3 * (two[name] - base[name])
-        torch.testing.assert_close(tensor, expected, rtol=0, atol=2e-6, msg=name)
-
-
-@torch.no_grad()
-def test_a_decoder_with_an_adapted_classifier(bases, tmp_path):
-    model = LlamaForSequenceClassification.from_pretrained(bases["llama"], num_labels=5)
-    model = adapt(model, tmp_path / "lora", target_modules=["q_proj"], task_type="SEQ_CLS")
-    recipe = {"base": str(bases["llama"]), "experts": [{"name": "t", "model": str(tmp_path / "lora")}]}
-    merge({**recipe, "merge": {"method": "average"}, "output": str(tmp_path / "out")}, progress=False)
-    batch = padded_batches(1)[0]
-    torch.testing.assert_close(epmq.load(tmp_path / "out")("t", **batch), model(**batch).logits, rtol=0, atol=1e-5)
-
-
-def test_a_head_that_was_not_saved_is_named(tmp_path):
-    FAMILIES["distilbert"].build().save_pretrained(tmp_path / "base")
-    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=3)
-    adapt(model, tmp_path / "lora", target_modules=["q_lin"], task_type="SEQ_CLS")
-    rewrite(tmp_path / "lora", lambda tensors: {k: v for k, v in tensors.items() if "pre_classifier" not in k})
-    with pytest.raises(ValueError, match=r"pre_classifier\.bias, pre_classifier\.weight is neither in the base nor"):
-        sources_of(tmp_path / "base", tmp_path / "lora")
-
-
-@pytest.mark.parametrize("saved", [True, False])
-def test_a_pooler_that_the_base_lacks_must_come_with_the_adapter(tmp_path, saved):
-    config = tiny_bert().config
-    BertForMaskedLM(config).save_pretrained(tmp_path / "base")
-    model = BertForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=3)
-    modules = ["classifier", "pooler"] if saved else ["classifier"]
-    model = adapt(model, tmp_path / "lora", target_modules=["query"], task_type="SEQ_CLS", modules_to_save=modules)
-    recipe = {"base": str(tmp_path / "base"), "experts": [{"name": "t", "model": str(tmp_path / "lora")}]}
-    recipe |= {"merge": {"method": "average"}, "output": str(tmp_path / "out")}
-    if not saved:
-        with pytest.raises(ValueError, match=r"pooler\.dense\.weight is neither in the base nor in the adapter"):
-            merge(recipe, progress=False)
-        return
-    merge(recipe, progress=False)
-    with torch.no_grad():
-        batch = padded_batches(1)[0]
-        torch.testing.assert_close(epmq.load(tmp_path / "out")("t", **batch), model(**batch).logits, rtol=0, atol=1e-5)
-
-
-def test_a_change_to_what_the_base_lacks_is_refused(tmp_path):
-    BertForMaskedLM(tiny_bert().config).save_pretrained(tmp_path / "base")
-    adapt(tiny_bert(), tmp_path / "lora", target_modules=["pooler.dense"])
-    with pytest.raises(ValueError, match=r"changes 'pooler\.dense\.weight', which the base lacks"):
-        sources_of(tmp_path / "base", tmp_path / "lora")
-
-
-def test_a_head_of_no_known_class_is_refused(pool, tmp_path):
-    class Mine(BertModel):
-        def __init__(self, config: Any) -> None:
-            super().__init__(config)
-            self.answer = nn.Linear(64, 3)
-
-    adapt(Mine.from_pretrained(pool / "base"), tmp_path, target_modules=["query"], modules_to_save=["answer"])
-    with pytest.raises(ValueError, match=r"answer\.weight.* is not in the base, and no task class is named for it"):
-        sources_of(pool / "base", tmp_path)
-
-
-def test_the_written_checkpoint_needs_no_adapter(pool, tmp_path):
-    classifier(pool, tmp_path / "lora", task_type="SEQ_CLS")
-    recipe = recipe_for(pool, output=str(tmp_path / "out"), quantize={"method": "rtn"})
-    recipe["experts"][1]["model"] = str(tmp_path / "lora")
-    run(recipe, progress=False, evaluate=False)
-    shutil.rmtree(tmp_path / "lora")
-    assert not list((tmp_path / "out").glob("adapter*"))
-    assert epmq.load(tmp_path / "out").answer("two", TEXTS)
 
 
 @pytest.mark.parametrize(

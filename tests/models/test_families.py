@@ -15,7 +15,7 @@ from families import FAMILIES
 import epmq
 from epmq.calibration.sequential import SequentialCalibrator
 from epmq.models.blocks import find_stacks, linears
-from epmq.models.meta import load_model
+from epmq.models.loading import load_model
 from epmq.pipeline.run import run
 
 QUIET: dict[str, Any] = {"progress": False, "evaluate": False}

@@ -12,7 +12,7 @@ from transformers import AutoModel
 from benchmarks.suites import vision8
 from epmq.calibration.sequential import SequentialCalibrator
 from epmq.data.encoding import encode, load_processor
-from epmq.data.readers import Examples
+from epmq.data.examples import Examples
 from epmq.demo import texts
 from epmq.demo.build import whole_folder
 from epmq.files import cache_dir

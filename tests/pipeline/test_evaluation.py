@@ -18,22 +18,22 @@ from typer.testing import CliRunner
 import epmq
 from epmq.cli import app
 from epmq.data.encoding import encode, pack
-from epmq.data.readers import Examples, read_examples
+from epmq.data.examples import Examples
+from epmq.data.readers import read_examples
 from epmq.models.multitask import MultiTaskModel
 from epmq.pipeline.evaluation import (
     METRICS,
     accuracy,
     exact_match,
-    gap_recovered,
     log_perplexity,
     metric_of,
+    metrics_of,
     rank_correlation,
     scorer_of,
-    show_score,
     spearman,
 )
-from epmq.pipeline.run import evaluate_experts, run, score_report
-from epmq.reporting.report import shown_scores, summary_table
+from epmq.pipeline.run import evaluate_experts, run
+from epmq.reporting.report import summary_table
 
 
 @pytest.fixture(scope="module")
@@ -63,11 +63,6 @@ def test_labels_that_do_not_fit_the_head_are_refused(merged):
     for labels, wrong in (([0, 1, 3], 3), ([0, -1, 1], -1)):
         with pytest.raises(ValueError, match=f"task one: label {wrong} but the head has 3 classes"):
             accuracy(model, "one", Examples("text", TEXTS, np.asarray(labels)))
-
-
-def test_gap_recovered_by_hand():
-    assert gap_recovered(73.6, 65.0, 90.3) == pytest.approx(0.34, abs=0.001)
-    assert gap_recovered(1.0, 1.0, 2.0) == 0 and gap_recovered(0.5, 1.0, 1.0) is None
 
 
 # --- perplexity --------------------------------------------------------------------------------------------------
@@ -185,26 +180,11 @@ def test_every_kind_has_its_metric_or_says_that_it_has_none():
     names = {kind: metric_of(Examples(kind, [])) for kind in METRICS}
     assert names["text"] == names["image"] == "accuracy" and names["seq2seq"] == "exact_match"
     assert names["tokens"] == names["causal"] == names["chat"] == "log_perplexity"
+    rated = Examples("seq2seq", ["x"], targets=["1"], metric="spearman")
+    assert metrics_of({"a": Examples("tokens", []), "b": rated}) == {"a": "log_perplexity", "b": "spearman"}
     for kind in ("image_text", "batches"):
         with pytest.raises(ValueError, match=f"{kind} examples cannot be scored; only calibrated on"):
             metric_of(Examples(kind, []))
-
-
-def test_scores_for_people():
-    assert show_score("log_perplexity", math.log(12.3)) == "12.30" and show_score("log_perplexity", 0.0) == "1.00"
-    assert show_score("accuracy", 0.876) == "87.6 %" and show_score("exact_match", 1.0) == "100.0 %"
-
-
-def test_tasks_of_different_metrics_have_a_mean_where_all_are_shares():
-    kinds = {"a": Examples("tokens", np.zeros((1, 2), int)), "b": Examples("seq2seq", ["x"], targets=["y"])}
-    mixed = score_report(kinds, {"a": math.log(3), "b": 0.5})
-    assert mixed["metric"] == {"a": "log_perplexity", "b": "exact_match"} and mixed["mean_score"] is None
-    rated = Examples("seq2seq", ["x"], targets=["1"], metric="spearman")
-    shares = score_report({"b": kinds["b"], "c": rated}, {"b": 0.5, "c": 0.7})
-    assert shares["metric"] == {"b": "exact_match", "c": "spearman"} and shares["mean_score"] == pytest.approx(0.6)
-    assert shown_scores(shares) == {"b": "50.0 % exact_match", "c": "70.0 spearman", "mean": "60.0"}
-    alone = score_report({"a": kinds["a"], "c": kinds["a"]}, {"a": 1.0, "c": 3.0})
-    assert alone == {"metric": "log_perplexity", "scores": {"a": 1.0, "c": 3.0}, "mean_score": 2.0}
 
 
 @pytest.fixture(scope="module")

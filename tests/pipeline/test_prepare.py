@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, BertForSequenceClassification, BertModel
 from epmq.models.meta import named_class
 from epmq.models.multitask import load
 from epmq.pipeline.prepare import prepare
-from epmq.recipe import load_recipe
+from epmq.recipe_file import load_recipe
 from epmq.reporting.inspection import inspection_tables
 
 

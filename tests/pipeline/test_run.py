@@ -22,8 +22,8 @@ from epmq.merging.methods import METHODS
 from epmq.models.heads import HEAD_FILE, Head, save_head
 from epmq.pipeline import run as pipeline
 from epmq.pipeline.run import evaluate_checkpoint, evaluate_experts, merge, run
-from epmq.quantization.gptq import rtn, search_scales
 from epmq.quantization.grid import Grid
+from epmq.quantization.rtn import rtn
 from epmq.reporting.report import TIMED
 
 QUIET = {"progress": False, "evaluate": False}
@@ -452,7 +452,7 @@ def test_rounding_is_rounding_of_the_merge(pool, tmp_path, symmetric, scales):
     found, merged = plain(pool, tmp_path / "out", quantize=settings), weights(tmp_path / "merged")
     for name, tensor in merged.items():
         if is_quantized(name):
-            tensor = rtn(tensor, grid, scales=search_scales(tensor, grid) if scales == "search" else None).dequantize()
+            tensor = rtn(tensor, grid, search=scales == "search").dequantize()
         assert torch.equal(found[name], tensor), name
 
 

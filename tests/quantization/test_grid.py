@@ -6,8 +6,8 @@ from compressed_tensors.quantization.utils import calculate_qparams
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from epmq.quantization.gptq import rtn
 from epmq.quantization.grid import BITS, GROUP_SIZES, Grid
+from epmq.quantization.rtn import round_with, rtn
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 GRIDS = st.builds(Grid, st.sampled_from(BITS), st.sampled_from([-1, 32, 64]), st.booleans())
@@ -68,7 +68,7 @@ def test_scales_are_rounded_to_the_dtype_they_are_stored_in(grid, dtype, rows, s
 @given(grid=GRIDS, dtype=st.sampled_from(DTYPES), rows=st.integers(1, 12), seed=st.integers(0, 10_000))
 def test_codes_and_values_are_compressed_tensors(grid, dtype, rows, seed):
     weight = weight_of(rows, 128, seed, dtype)
-    quantized = rtn(weight, grid, dtype)
+    quantized = rtn(weight, grid, scale_dtype=dtype)
     zero = None if grid.symmetric else quantized.zero_point
     # Codes are computed in float32 whatever the weight's dtype.
     codes = quantize(weight.float(), quantized.scale.float(), zero, arguments(grid), dtype=torch.int8)
@@ -106,7 +106,7 @@ def test_rounding_is_off_by_half_a_step_at_most(grid, rows, seed):
 def test_values_on_the_grid_come_back(grid, seed):
     weight = weight_of(6, 128, seed)
     quantized = rtn(weight, grid)
-    again = rtn(quantized.dequantize(), grid, scales=(quantized.scale, quantized.zero_point))
+    again = round_with(quantized.dequantize(), grid, quantized.scale, quantized.zero_point)
     assert torch.equal(again.codes, quantized.codes)
 
 
@@ -116,7 +116,7 @@ def test_rows_of_zeros_stay_zero(symmetric, dtype):
     weight = torch.zeros(3, 64, dtype=dtype)
     weight[1] = torch.randn(64)
     for grid in (Grid(4, -1, symmetric), Grid(2, 32, symmetric)):
-        quantized = rtn(weight, grid, dtype)
+        quantized = rtn(weight, grid, scale_dtype=dtype)
         values = quantized.dequantize()
         assert (quantized.scale > 0).all() and torch.isfinite(values).all()
         assert not values[0].any() and not values[2].any() and values[1].any()
@@ -138,7 +138,7 @@ def test_small_weights_keep_all_their_bits_in_16_bit_scales(dtype):
     grid = Grid(8)
     scale, _ = grid.scales(weight, dtype)
     assert torch.equal(scale.float(), reference_scales(weight, grid, dtype)[0])
-    assert (rtn(weight, grid, dtype).codes.float().abs().amax(1) >= 127).all()
+    assert (rtn(weight, grid, scale_dtype=dtype).codes.float().abs().amax(1) >= 127).all()
 
 
 @pytest.mark.parametrize("group_size", [size for size in GROUP_SIZES if size > 0])
@@ -167,9 +167,3 @@ def test_split_cuts_stacked_layers_apart(grid):
         alone = rtn(part, grid)
         assert torch.equal(found.codes, alone.codes) and torch.equal(found.dequantize(), alone.dequantize())
         assert torch.equal(found.scale, alone.scale) and torch.equal(found.zero_point, alone.zero_point)
-
-
-def test_stored_bits_count_codes_scales_and_zero_points():
-    weight = torch.randn(10, 64)
-    assert rtn(weight, Grid(4)).stored_bits == 640 * 4 + 10 * 32
-    assert rtn(weight, Grid(3, 32, False), torch.bfloat16).stored_bits == 640 * 3 + 20 * 16 + 20 * 3

@@ -1,10 +1,11 @@
 import pytest
 import torch
 
-from epmq.quantization.gptq import gptq, hessian_loss, rtn
+from epmq.quantization.gptq import gptq
 from epmq.quantization.grid import Grid
-from epmq.quantization.hessian import Moments
-from epmq.quantization.objective import Objective
+from epmq.quantization.hessian import Moments, hessian_loss
+from epmq.quantization.objective import Objective, damping_schedule
+from epmq.quantization.rtn import rtn
 
 
 def moments_of(inputs: torch.Tensor) -> Moments:
@@ -22,11 +23,11 @@ def layer():
     return merged, experts, inputs
 
 
-def solve(merged, experts, inputs, strength, weights=(0.5, 0.5)):
+def solve(merged, experts, inputs, ridge, weights=(0.5, 0.5)):
     objective = Objective(merged)
     for k, rows in enumerate(inputs):
-        objective.add(moments_of(rows), weights[k], None if experts is None else experts[k])
-    target, used = objective.target(strength)
+        objective.add_task(moments_of(rows), weights[k], None if experts is None else experts[k])
+    target, used = objective.target(ridge)
     return target, objective.damped(used), used
 
 
@@ -58,7 +59,7 @@ def test_the_pair_has_the_loss_of_the_definition(layer):
     """L(Q) − L(W*) = tr((Q − W*) H (Q − W*)ᵀ) for the loss as it is written with inputs and targets."""
     merged, experts, inputs = layer
     weights = (0.25, 0.75)
-    target, hessian, strength = solve(merged, experts, inputs, 0.05, weights)
+    target, hessian, ridge = solve(merged, experts, inputs, 0.05, weights)
     mean = sum(w * (x.square().sum(0) / len(x)) for w, x in zip(weights, inputs)).mean()
 
     def loss(candidate):
@@ -66,7 +67,7 @@ def test_the_pair_has_the_loss_of_the_definition(layer):
             w / len(x) * ((x @ candidate.T) - (x @ e.T)).double().square().sum()
             for w, x, e in zip(weights, inputs, experts)
         ]
-        return sum(fits) + strength * mean * (candidate - merged).double().square().sum()
+        return sum(fits) + ridge * mean * (candidate - merged).double().square().sum()
 
     quantized = gptq(target, hessian, Grid(3))[0].dequantize()
     delta = (quantized - target).double()
@@ -88,36 +89,25 @@ def test_dead_inputs_keep_the_anchor(layer):
 def test_rank_deficient_inputs_raise_the_anchor_and_say_so(layer):
     merged, experts, _ = layer
     rows = torch.randn(4, 32).double().float()
-    target, _, strength = solve(merged, experts, [rows, rows], 0.0)
-    assert strength > 0 and torch.isfinite(target).all()
+    target, _, ridge = solve(merged, experts, [rows, rows], 0.0)
+    assert ridge > 0 and torch.isfinite(target).all()
 
 
 def test_no_data_and_bad_data_are_refused(layer):
     merged, experts, inputs = layer
     with pytest.raises(ValueError, match="no calibration token"):
-        Objective(merged).add(Moments(32), 1.0)
+        Objective(merged).add_task(Moments(32), 1.0)
     inputs[0][0, 0] = float("inf")
     with pytest.raises(ValueError, match="NaN or Inf"):
         solve(merged, experts, inputs, 0.01)
 
 
-def test_moments_leave_padding_out():
-    inputs = torch.randn(3, 5, 8)
-    mask = torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0]]).bool()
-    masked, real = Moments(8), Moments(8)
-    masked.add(inputs, mask)
-    real.add(inputs[mask])
-    assert masked.count == 8
-    torch.testing.assert_close(masked.gram, real.gram)
-    torch.testing.assert_close(masked.mean, inputs[mask].mean(0))
-
-
-def test_given_outputs_are_the_target():
+def test_target_outputs_are_fitted():
     """min Σ ‖X Qᵀ − Y‖²/n + λ̄ ‖Q − A‖², solved directly."""
     inputs, outputs, anchor = torch.randn(50, 6), torch.randn(50, 3), torch.randn(3, 6)
     moments, objective = Moments(6), Objective(anchor)
-    moments.add(inputs, beside=outputs)
-    objective.add_outputs(moments, 1.0)
+    moments.add(inputs, targets=outputs)
+    objective.add_target_task(moments, 1.0)
     target, hessian = objective.target(0.1)[0], objective.damped(0.1)
     wanted = torch.linalg.solve(hessian, inputs.T @ outputs / 50 + (hessian - inputs.T @ inputs / 50) @ anchor.T).T
     torch.testing.assert_close(target, wanted, rtol=1e-4, atol=1e-4)
@@ -130,21 +120,26 @@ def test_the_loss_of_the_anchor_needs_no_hessian(layer, damping):
     objective = Objective(merged)
     for expert, rows in zip(experts, inputs):
         moments = Moments(32)
-        moments.add(rows, beside=0.1 * torch.randn_like(rows))
-        objective.add(moments, 0.5, expert, features=0.5)
-    target, strength = objective.target(0.05)
+        moments.add(rows, drift=0.1 * torch.randn_like(rows))
+        objective.add_task(moments, 0.5, expert, alpha=0.5)
+    target, ridge = objective.target(0.05)
     wanted = hessian_loss(merged - target, objective.damped(damping))
-    torch.testing.assert_close(objective.anchor_loss(target, strength, damping), wanted, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(objective.anchor_loss(target, ridge, damping), wanted, rtol=1e-3, atol=1e-5)
     assert not Objective(merged).anchor_loss(merged, 0.05, damping).any()
 
 
 def test_a_factor_is_kept_until_something_is_added(layer):
     merged, experts, inputs = layer
     objective = Objective(merged)
-    objective.add(moments_of(inputs[0]), 0.5, experts[0])
+    objective.add_task(moments_of(inputs[0]), 0.5, experts[0])
     first, used = objective.factor(0.1)
     assert objective.factor(0.1)[0] is first and used == 0.1
     assert objective.factor(0.2)[0] is not first
     again = objective.factor(0.1)[0]
-    objective.add(moments_of(inputs[1]), 0.5, experts[1])
+    objective.add_task(moments_of(inputs[1]), 0.5, experts[1])
     assert not torch.equal(objective.factor(0.1)[0].curvature, again.curvature)
+
+
+def test_the_ridge_is_raised_tenfold():
+    assert list(damping_schedule(0.5)) == pytest.approx([0.5 * 10**power for power in range(8)])
+    assert list(damping_schedule(0.0)) == pytest.approx([0.0, *(10**power for power in range(-6, 1))])

@@ -4,7 +4,7 @@ import xml.etree.ElementTree as ET
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from svg import parts
+from svg import elements
 
 from epmq.reporting import charts
 
@@ -16,7 +16,7 @@ LABEL = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_
 @given(st.dictionaries(LABEL, st.dictionaries(LABEL, NUMBERS, min_size=1), min_size=1, max_size=5))
 def test_every_value_has_a_mark(rows):
     svg = charts.dots(rows, "accuracy", "{:.1f}".format)
-    assert len(parts(svg, "mark")) == sum(map(len, rows.values()))
+    assert len(elements(svg, "mark")) == sum(map(len, rows.values()))
 
 
 @given(
@@ -24,14 +24,14 @@ def test_every_value_has_a_mark(rows):
 )
 def test_every_point_of_a_line_has_a_mark(series, log):
     svg = charts.lines(series, "bits", "gap", "{:.1f}".format, log=log)
-    assert len(parts(svg, "mark")) == sum(map(len, series.values()))
-    assert len(parts(svg, "line")) == len(series)
+    assert len(elements(svg, "mark")) == sum(map(len, series.values()))
+    assert len(elements(svg, "line")) == len(series)
 
 
 def test_marks_lie_where_their_values_say():
     svg = charts.lines({"a": [(2, 0), (3, 10), (4, 5)]}, "bits", "gap", "{:g}".format)
-    places = [(float(mark.get("cx")), float(mark.get("cy"))) for mark in parts(svg, "mark")]
-    (x2, y2), (x3, y3), (x4, y4) = places
+    centres = [(float(mark.get("cx")), float(mark.get("cy"))) for mark in elements(svg, "mark")]
+    (x2, y2), (x3, y3), (x4, y4) = centres
     assert x3 - x2 == pytest.approx(x4 - x3)
     assert y2 - y3 == pytest.approx(2 * (y2 - y4), abs=0.2) and y3 < y4 < y2  # up is less
 
@@ -50,16 +50,16 @@ def test_labels_do_not_lie_on_each_other():
         False,
         True,
     ]
-    assert len(parts(svg, "mark")) == 3
+    assert len(elements(svg, "mark")) == 3
 
 
 @given(NUMBERS, NUMBERS)
 def test_ticks_are_few_and_within(low, high):
     low, high = sorted((low, high))
     if high - low > 1e-6 * max(abs(low), abs(high), 1.0):
-        found = charts.ticks(low, high)
+        ticks = charts.ticks(low, high)
         slack = 1e-6 * (high - low)
-        assert len(found) <= 7 and all(low - slack <= tick <= high + slack for tick in found)
+        assert len(ticks) <= 7 and all(low - slack <= tick <= high + slack for tick in ticks)
 
 
 def test_text_of_users_is_text():

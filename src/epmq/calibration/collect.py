@@ -1,178 +1,196 @@
-"""What calibration gathers for the layers of a block: their inputs' moments, beside what the experts have there."""
+"""What is collected for the layers of a block: their inputs' moments, beside what the experts have in their place."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
-from epmq.calibration.residual import Place, ResidualAdd, at
+from epmq.calibration.context import CalibrationContext
+from epmq.calibration.residual import ResidualAdd, find_residual_adds
 from epmq.calibration.sequential import BlockStep
-from epmq.calibration.teacher import Calibration, Teacher
+from epmq.calibration.teacher import Teacher
 from epmq.errors import error_context
-from epmq.merging.experts import Sources
-from epmq.models.blocks import InputGroup, as_matrix, linears
+from epmq.models.blocks import InputGroup, as_matrix, input_groups, linears
+from epmq.models.hooks import HookPoint, watch
 from epmq.quantization.hessian import Moments
 from epmq.quantization.objective import Objective
 
 # Tokens smaller than this share of the batch's median count as if they were as large.
 SMALLEST = 0.01
+# Layers of a block that share an input, with the sum in the residual stream that they aim at, if any.
+LayerTarget = tuple[InputGroup, ResidualAdd | None]
+
+
+def find_layer_targets(step: BlockStep, stream: bool) -> list[LayerTarget]:
+    """The block's layers by their inputs, in the order of the forward, with what they aim at.
+
+    Args:
+        step: the block.
+        stream: whether layers that write to the residual stream aim at the experts' own.
+    """
+    groups = input_groups(step.block, lambda: step.run(0))
+    alone = [group.names[0] for group in groups if len(group.names) == 1 and stream]
+    adds = find_residual_adds(step.block, alone, lambda: step.run(0)) if alone else {}
+    return [(group, adds.get(group.names[0])) for group in groups]
 
 
 class LayerGroup:
-    """The layers of a block that share an input, stacked, with what calibration gathers for them.
+    """The layers of a block that share an input, stacked, with what is collected for them.
 
     Attributes:
         names: of the layers, within the block.
         modules: the layers.
         rows: their output sizes.
         calls: how often each is called in one forward of the block.
-        sum: the sum in the residual stream that the layer writes to and whose value in the expert it aims at, if any.
+        residual_add: the sum in the residual stream that the layer writes to and whose value in the expert it aims at.
         merged: their merged weights, stacked, [out, in] float32.
         objective: collected task by task; its anchor is the merged weight, or further along the task vector.
         tokens: calibration tokens seen.
         largest: the largest input there was, where the weights are stored in float16, which may not hold it.
     """
 
-    def __init__(
-        self, sources: Sources, step: BlockStep, group: InputGroup, residual_add: ResidualAdd | None = None
-    ) -> None:
+    def __init__(self, context: CalibrationContext, step: BlockStep, target: LayerTarget) -> None:
+        group, self.residual_add = target
         layers = dict(linears(step.block))
-        self.names, self.calls, self.sum = group.names, group.calls, residual_add
+        self._context, self._block = context, step.name
+        self.names, self.calls = group.names, group.calls
         self.modules = [layers[name] for name in group.names]
-        weights = [as_matrix(module, module.weight.detach()) for module in self.modules]  # type: ignore[operator]
-        self.rows = [len(weight) for weight in weights]
-        self.dtype = sources.stored_dtype(f"{step.name}.{group.names[0]}.weight") or torch.float32
-        self.merged = torch.cat(weights).float()
-        self.objective = Objective(self._anchor(sources, step.name))
+        self.merged = self._stack(module.get_parameter("weight").detach() for module in self.modules).float()
+        self.rows = [as_matrix(module, module.get_parameter("weight")).shape[0] for module in self.modules]
+        self.dtype = context.experts.base.dtype(f"{step.name}.{group.names[0]}.weight") or torch.float32
+        self.objective = Objective(self._anchor())
         self.tokens, self.largest = 0, 0.0
 
-    def _anchor(self, sources: Sources, block: str) -> Tensor:
-        scale = sources.recipe.quantize.anchor_scale
-        if scale is None or scale == 1:
+    def _anchor(self) -> Tensor:
+        scale = self._context.guidance.anchor_scale
+        if scale == 1:
             return self.merged
-        base = self._stack(sources.base_tensor(f"{block}.{name}.weight") for name in self.names).float()
+        reader = self._context.experts.base
+        base = self._stack(reader.tensor(f"{self._block}.{name}.weight") for name in self.names).to(self.merged)
         return base + scale * (self.merged - base)
 
-    def _stack(self, parts: Iterable[Tensor]) -> Tensor:
-        weights = [as_matrix(module, part) for module, part in zip(self.modules, parts)]
-        return torch.cat(weights).to(self.merged.device)
+    def _stack(self, weights: Iterable[Tensor]) -> Tensor:
+        return torch.cat([as_matrix(module, weight) for module, weight in zip(self.modules, weights)])
 
-    def expert(self, sources: Sources, block: str, task: str) -> Tensor:
-        """An expert's weights of these layers, stacked: [out, in]."""
-        return self._stack(sources.expert_tensor(task, f"{block}.{name}.weight") for name in self.names)
+    def hook_point(self, aims: bool) -> HookPoint:
+        """Where an expert's own values are found: at the sum that the layers aim at, or at their input."""
+        return self.residual_add.point if aims and self.residual_add is not None else self.names[0]
 
-    def see(self, inputs: Tensor) -> None:
+    def track_largest(self, inputs: Tensor) -> None:
         """Keep the largest input; asked only of float16, as it costs a pass and a wait for the device."""
         if self.dtype == torch.float16:
             self.largest = max(self.largest, float(inputs.detach().abs().max()))
 
-    def fold(self, sources: Sources, block: str, task: str, moments: Moments, stream: Teacher | None) -> None:
-        """Fold one task's moments into the objective."""
-        settings, weight = sources.recipe.quantize, sources.recipe.task_weight(task)
-        self.tokens += moments.count
-        if not settings.guided:
-            self.objective.add(moments, weight)
-        elif stream is not None and self.sum is not None:
-            self.objective.add_outputs(moments, weight)
-        else:
-            expert, shift = self.expert(sources, block, task), self.shift(sources, block, task)
-            self.objective.add(moments, weight, expert, shift, settings.expert_features or 0.0)
+    def add_task(self, task: str, moments: Moments, aims: bool) -> None:
+        """Fold one task's moments into the objective.
 
-    def shift(self, sources: Sources, block: str, task: str) -> Tensor:
+        Args:
+            task: its name.
+            moments: of the layers' input on its data.
+            aims: whether they hold what the expert has at the sum that the layers aim at.
+        """
+        context, weight = self._context, self._context.task_weights[task]
+        self.tokens += moments.count
+        if not context.guidance.experts:
+            self.objective.add_task(moments, weight)
+        elif aims:
+            self.objective.add_target_task(moments, weight)
+        else:
+            expert = context.experts.experts[task]
+            weights = self._stack(expert.tensor(f"{self._block}.{name}.weight") for name in self.names)
+            weights, bias_delta = weights.to(self.merged.device), self._bias_delta(task)
+            self.objective.add_task(moments, weight, weights, bias_delta, context.guidance.features)
+
+    def _bias_delta(self, task: str) -> Tensor:
         """An expert's biases less those the layers keep, stacked: [out] float32; zero for layers without one."""
-        parts = []
+        expert, deltas = self._context.experts.experts[task], []
         for name, module, rows in zip(self.names, self.modules, self.rows):
             bias = module.bias
             if isinstance(bias, Tensor):
-                theirs = sources.expert_tensor(task, f"{block}.{name}.bias").to(bias.device)
-                parts.append(theirs.float() - bias.detach().float())
+                theirs = expert.tensor(f"{self._block}.{name}.bias").to(bias.device)
+                deltas.append(theirs.float() - bias.detach().float())
             else:
-                parts.append(torch.zeros(rows, device=self.objective.anchor.device))
-        return torch.cat(parts)
+                deltas.append(torch.zeros(rows, device=self.merged.device))
+        return torch.cat(deltas)
 
 
-def place_of(names: Sequence[str], residual_add: ResidualAdd | None) -> Place:
-    """Where an expert's own values for a group of layers are found: at the sum they aim at, or at their input."""
-    return names[0] if residual_add is None else residual_add.place
-
-
-def gather(
-    sources: Sources,
-    step: BlockStep,
-    group: LayerGroup,
-    calibration: Sequence[Calibration],
-    streams: dict[str, Teacher],
-    places: Iterable[Place],
-) -> None:
-    """Collect the objective of some layers that share an input, one task at a time: one task's moments exist at a time.
+def collect(step: BlockStep, group: LayerGroup, context: CalibrationContext, points: Iterable[HookPoint]) -> None:
+    """Collect the objective of layers that share an input, one task at a time: one task's moments exist at a time.
 
     Args:
+        step: the block.
         group: the layers.
-        places: where the experts' own values are wanted for all layers of the block; an expert runs through the block
+        context: teachers and settings.
+        points: where the experts' own values are taken for all layers of the block; an expert runs through the block
             when it is first asked.
     """
-    batch, features = 0, sources.recipe.quantize.expert_features
-    for part in calibration:
-        moments = Moments(group.objective.anchor.shape[1], group.objective.anchor.device)
-        stream = streams.get(part.task)
-        if stream is not None and stream.step is None:
-            stream.run(step.name, places)
-        tap = InputCollector(step, group, moments, stream is not None)
-        for own in range(len(part.batches)):
-            if stream is not None and (tap.sum is not None or features):
-                tap.theirs = stream.take(own, tap.place)
-            tap.listen(batch)
-            step.rest(batch)
-            batch += 1
-        with error_context(f"{step.name}.{group.names[0]}, task {part.task}"):
-            group.fold(sources, step.name, part.task, moments, stream)
+    columns, device = group.merged.shape[1], group.merged.device
+    for task, batches in groupby(enumerate(step.batches), key=lambda item: item[1].task):
+        moments, teacher = Moments(columns, device), context.teachers.get(task)
+        if teacher is not None and teacher.step is None:
+            teacher.run(step.name, points)
+        collector = InputCollector(step, group, moments, teacher, context.guidance.features > 0)
+        for position, batch in batches:
+            collector.add_batch(position, batch.index)
+            step.offload(position)
+        with error_context(f"{step.name}.{group.names[0]}, task {task}"):
+            group.add_task(task, moments, collector.aims)
 
 
 class InputCollector:
     """Adds a layer's inputs to its moments, beside what the expert has in their place.
 
     Attributes:
-        place: where the expert has it.
-        theirs: what the expert has there on the batch that is listened to, in the order of calls; empty without a
-            stream.
+        aims: whether the layer aims at a sum in the expert's residual stream.
     """
 
-    def __init__(self, step: BlockStep, group: LayerGroup, moments: Moments, streamed: bool) -> None:
-        self.step, self.group, self.moments = step, group, moments
-        self.sum = group.sum if streamed else None
-        self.place = place_of(group.names, self.sum)
-        self.theirs: list[Tensor] = []
+    def __init__(
+        self, step: BlockStep, group: LayerGroup, moments: Moments, teacher: Teacher | None, features: bool
+    ) -> None:
+        self._step, self._group, self._moments = step, group, moments
+        self.aims = teacher is not None and group.residual_add is not None
+        self._teacher = teacher if self.aims or features else None
+        self._theirs: list[Tensor] = []  # what the expert has on the batch, in the order of calls
 
-    def listen(self, batch: int) -> None:
-        """Take a batch to the layers and note what they are called on."""
-        layer = self.group.names[0]
-        if self.group.calls > 1:  # what later calls receive depends on the earlier: run with the weights there are
-            with at(self.step.block, layer, self._inputs):
-                self.step.run(batch)
+    def add_batch(self, position: int, index: int) -> None:
+        """Take a batch to the layers and add what they are called on.
+
+        Args:
+            position: of the batch among all.
+            index: of the batch among its task's.
+        """
+        step, layer, add = self._step, self._group.names[0], self._group.residual_add
+        if self._teacher is not None:
+            self._theirs = self._teacher.take(index, self._group.hook_point(self.aims))
+        if self._group.calls > 1:  # what later calls receive depends on the earlier: run with the weights there are
+            with watch(step.block, layer, self._add_inputs):
+                step.run(position)
             return
-        inputs = self.step.reach(batch, layer)
-        if inputs is not None and self.sum is None:
-            self._inputs(inputs)
-        elif inputs is not None:
-            self._outputs(inputs, self.step.seen(batch, self.sum.rest))  # type: ignore[union-attr]
+        inputs = step.run_until(position, layer)
+        if inputs is None:
+            return
+        if self.aims and add is not None:
+            self._add_targets(inputs, step.kept_input(position, add.skip_input), add)
+        else:
+            self._add_inputs(inputs)
 
-    def _inputs(self, inputs: Tensor) -> None:
-        self.group.see(inputs)
-        drift = self.theirs.pop(0).float() - inputs.float() if self.theirs else None
-        self.moments.add(inputs, self.step.mask(inputs), drift)
+    def _add_inputs(self, inputs: Tensor) -> None:
+        self._group.track_largest(inputs)
+        drift = self._theirs.pop(0).float() - inputs.float() if self._theirs else None
+        self._moments.add(inputs, self._step.padding_mask(inputs), drift=drift)
 
     @torch.no_grad()
-    def _outputs(self, inputs: Tensor, rest: Tensor) -> None:
-        assert self.sum is not None
-        self.group.see(inputs)
-        theirs, bias = self.theirs.pop(0).float(), self.group.modules[0].bias
-        wanted = (theirs - rest.float()) / self.sum.scale
+    def _add_targets(self, inputs: Tensor, skip_input: Tensor, add: ResidualAdd) -> None:
+        self._group.track_largest(inputs)
+        theirs, bias = self._theirs.pop(0).float(), self._group.modules[0].bias
+        targets = (theirs - skip_input.float()) / add.scale
         if isinstance(bias, Tensor):
-            wanted -= bias.float()
+            targets -= bias.float()
         # What reads the stream normalises it, so an error counts by its share of the token's size; otherwise the few
         # very large tokens of a decoder, such as the first, would decide everything.
         size = theirs.square().mean(-1, keepdim=True).sqrt()
         size = size.clamp(min=max(SMALLEST * float(size.median()), 1e-6))
-        self.moments.add(inputs.float() / size, self.step.mask(inputs), wanted / size)
+        self._moments.add(inputs.float() / size, self._step.padding_mask(inputs), targets=targets / size)

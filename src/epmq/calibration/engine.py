@@ -1,40 +1,31 @@
-"""The loop: walk the merged model block by block, collect moments, solve, write the quantized layers."""
+"""The loop: block by block through the merged model, collect moments, solve, yield the finished block."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Protocol
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from epmq.calibration.collect import LayerGroup, gather, place_of
-from epmq.calibration.head_refit import Fit, HeadRefitter
-from epmq.calibration.offload import Offloader
-from epmq.calibration.residual import ResidualAdd, find_residual_adds
-from epmq.calibration.sequential import BlockStep, SequentialCalibrator, first_tensor
-from epmq.calibration.teacher import Calibration, Teacher, make_teachers
-from epmq.errors import InputError, error_context
-from epmq.merging.experts import Sources
-from epmq.models.blocks import InputGroup, Stack, as_matrix, block_linears, find_stacks, input_groups, linears
-from epmq.models.heads import Head
-from epmq.models.meta import load_embeddings, materialize, set_tensor, to_meta
-from epmq.models.multitask import NativeHead
-from epmq.pipeline.journal import Block, Journal
-from epmq.quantization.gptq import gptq, hessian_loss, rtn, rtn_fallback, search_scales
+from epmq.calibration.collect import LayerGroup, collect, find_layer_targets
+from epmq.calibration.context import CalibrationContext
+from epmq.calibration.head_refit import HeadFit, HeadRefitter
+from epmq.calibration.sequential import Batch, BlockStep, SequentialCalibrator
+from epmq.calibration.teacher import MakeHead, Teacher, equals_merge
+from epmq.errors import error_context
+from epmq.merging.experts import ExpertSet, TensorReader
+from epmq.method_settings import Quantize
+from epmq.models.blocks import as_matrix, find_stacks, linears
+from epmq.models.hooks import first_tensor
+from epmq.models.meta import load_outside, materialize, set_tensor, to_meta
+from epmq.quantization.gptq import gptq
 from epmq.quantization.grid import QuantizedTensor
-from epmq.quantization.objective import Objective
-from epmq.recipe import Quantize
+from epmq.quantization.hessian import hessian_loss
+from epmq.quantization.rtn import rtn, rtn_fallback
 from epmq.runtime import return_freed_memory
-
-Emit = Callable[[str, Tensor], None]
-EmitLayer = Callable[[str, nn.Module, QuantizedTensor], None]
-# Layers of a block that share an input, with the sum that they aim at, if any.
-LayerTarget = tuple[InputGroup, ResidualAdd | None]
-EmitHead = Callable[[str, Head | NativeHead, Fit], None]
 
 
 @dataclass
@@ -73,238 +64,205 @@ class LayerReport:
         return asdict(self)
 
 
-def check_grid(sources: Sources) -> None:
-    """Check before any compute that the grid fits every layer that would be quantized.
+@dataclass
+class Block:
+    """A finished block.
 
-    Raises:
-        ValueError: a layer does not fit; it is named.
+    Attributes:
+        name: in the model.
+        reports: what happened to its layers.
+        layers: name in the model → its quantized weight.
+        tensors: name in the model → every other tensor, in the dtype it is written in.
     """
-    grid = sources.recipe.quantize.grid
-    for name, linear in block_linears(sources.model):
-        weight = as_matrix(linear, linear.weight)  # type: ignore[arg-type]
-        try:
-            grid.width(weight.shape[1])
-        except ValueError as error:
-            raise InputError(f"quantize.group_size: {name}: {error}") from None
+
+    name: str
+    reports: list[LayerReport]
+    layers: dict[str, QuantizedTensor] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
 
 
-def quantize_nearest(
-    sources: Sources, emit: Emit, emit_layer: EmitLayer, done: Journal | None = None
-) -> Iterator[list[LayerReport]]:
+class FinishedBlock(Protocol):
+    """A block that an earlier run has finished: its reports, and its tensors as the model stores them."""
+
+    name: str
+    reports: list[LayerReport]
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor of the block, by its name in the model; a quantized weight is dequantized."""
+
+
+def round_blocks(
+    experts: ExpertSet, merged: TensorReader, settings: Quantize, finished: Sequence[FinishedBlock] = ()
+) -> Iterator[Block]:
     """Round the merged model to nearest, a block at a time, without calibration data.
 
     Args:
-        sources: merged model and experts.
-        emit: takes each tensor of a block that is not quantized, with its name.
-        emit_layer: takes each quantized layer.
-        done: the first blocks, where an earlier run has finished them; nothing of them is emitted.
-
-    Yields:
-        reports of one block's layers.
+        experts: base and experts.
+        merged: the merge of them.
+        settings: of the quantizer.
+        finished: the first blocks, where an earlier run has finished them; only their reports are yielded again.
     """
-    for number, (stack, index, block) in enumerate(_blocks(sources.model)):
-        if done is not None and number < done.found:
-            yield [LayerReport(**report) for report in done[number].reports]
+    stacks = find_stacks(experts.model)
+    blocks = [(stack.block_name(index), block) for stack in stacks for index, block in enumerate(stack.blocks)]
+    for number, (name, module) in enumerate(blocks):
+        if number < len(finished):
+            yield Block(name, finished[number].reports)
             continue
-        prefix, reports = stack.block_name(index), []
-        layers = dict(linears(block))
-        for name in sources.block_names(prefix):
-            local = name[len(prefix) + 1 :].removesuffix(".weight")
-            if local not in layers or not name.endswith(".weight"):
-                emit(name, sources.merged(name))
+        block, layers = Block(name, []), dict(linears(module))
+        for tensor_name in experts.block_names(name):
+            local = tensor_name[len(name) + 1 :].removesuffix(".weight")
+            if local not in layers or not tensor_name.endswith(".weight"):
+                block.tensors[tensor_name] = merged.tensor(tensor_name)
                 continue
-            weight = as_matrix(layers[local], sources.merged(name))
+            weight = as_matrix(layers[local], merged.tensor(tensor_name))
             start = time.perf_counter()
-            settings = sources.recipe.quantize
-            scales = search_scales(weight, settings.grid, weight.dtype) if settings.scales == "search" else None
-            quantized = rtn(weight, settings.grid, weight.dtype, scales)
+            search = settings.scales == "search"
+            block.layers[f"{name}.{local}"] = rtn(weight, settings.grid, search=search, scale_dtype=weight.dtype)
             seconds = time.perf_counter() - start
-            reports.append(LayerReport(f"{prefix}.{local}", list(weight.shape), local, seconds=seconds))
-            emit_layer(f"{prefix}.{local}", layers[local], quantized)
-        yield reports
+            block.reports.append(LayerReport(f"{name}.{local}", list(weight.shape), local, seconds=seconds))
+        yield block
 
 
-def quantize_calibrated(
-    sources: Sources,
-    calibration: Sequence[Calibration],
-    emit: Emit,
-    emit_layer: EmitLayer,
-    device: torch.device,
-    keep: bool = False,
-    emit_head: EmitHead = lambda task, head, fit: None,
-    emit_output: Callable[[Tensor], None] = lambda output: None,
-    spill: Offloader | None = None,
-    done: Journal | None = None,
-) -> Iterator[list[LayerReport]]:
-    """Quantize with `gptq` or `expert_guided`, a block at a time.
+class CalibrationEngine:
+    """Quantizes with calibration data: iterate to get one finished `Block` after the other.
 
     Every block sees the inputs that the quantized blocks before it produce.
 
     Args:
-        sources: merged model and experts; parameters outside the blocks must be loaded (`load_outside`).
-        calibration: batches of every task, in the order of the recipe's experts.
-        emit, emit_layer: as in `quantize_nearest`.
-        device: where blocks and moments live.
-        keep: leave the quantized weights in `sources.model`; otherwise a block is freed when it is done.
-        emit_head: takes each task whose head follows the model, with the head as it was and what it becomes.
-        emit_output: takes what the last block gives on the first batch, [..., hidden].
-        spill: takes calibration activations while they wait.
-        done: as in `quantize_nearest`.
+        context: readers, settings, device.
+        batches: of every task, task by task.
+        make_heads: task → what puts the expert's head on a backbone.
+        finished: the first blocks, where an earlier run has finished them; only their reports are yielded again.
+        keep: leave the quantized weights in the live model; otherwise a block is freed when it is done.
 
-    Yields:
-        reports of one block's layers.
+    Attributes:
+        output: what the last block gave on the first batch, [..., hidden]; None until the end.
+        head_fits: task → its head as it was, and the fit of its last linear map; complete at the end.
 
     Raises:
-        ValueError: a layer saw no data or not finite data, or its Hessian cannot be factored; it is named.
+        InputError: a layer saw no data or not finite data, or its Hessian cannot be factored; it is named.
     """
-    streams = make_teachers(sources, calibration, device, spill)
-    with ExitStack() as stack:  # what waits in an expert's forward would never be freed
-        for stream in streams.values():
-            stack.callback(stream.close)
-        batches = [batch for part in calibration for batch in part.batches]
-        apart, aimed = bool(streams and sources.recipe.quantize.expert_stream), False
-        heads = HeadRefitter(sources, calibration, streams) if sources.recipe.quantize.adapt_heads else None
-        walk = SequentialCalibrator(sources.model, batches, heads.conclude if heads else None, spill, shown=1)
-        for number, step in enumerate(walk):
-            if done is not None and number < done.found:
-                reports = _repeat(sources, step, done[number], streams, device, keep)
-                aimed |= any(report.aims for report in reports)
-                yield reports
-                continue
-            materialize(sources.model, sources.block_names(step.name), sources.merged, device)
-            with error_context(step.name):
-                aims = find_layer_targets(step, apart)
-            reports = _quantize_block(sources, step, aims, calibration, streams, emit_layer)
-            aimed |= any(report.aims for report in reports)
-            quantized = {f"{report.name}.weight" for report in reports}
-            for name, tensor in step.block.state_dict(prefix=f"{step.name}.").items():
-                if name in sources.names and name not in quantized:
-                    emit(name, tensor.to(sources.stored_dtype(name) or tensor.dtype))
-            step.finish()
-            if not keep:
-                to_meta(step.block)
-            yield reports
-        emit_output(first_tensor(walk.stacks[-1].outputs[0]))
-        for task, head, found in heads.fits() if heads else ():
-            emit_head(task, head, found)
-        if apart and not aimed:
-            sources.notes.append("no layer adds to the residual stream directly: expert_stream changed no target")
 
+    def __init__(
+        self,
+        context: CalibrationContext,
+        batches: Sequence[Batch],
+        make_heads: Mapping[str, MakeHead] | None = None,
+        finished: Sequence[FinishedBlock] = (),
+        keep: bool = False,
+    ) -> None:
+        self.context, self.batches, self.finished, self.keep = context, batches, finished, keep
+        self.make_heads = make_heads or {}
+        self.output: Tensor | None = None
+        self.head_fits: dict[str, HeadFit] = {}
 
-def _repeat(
-    sources: Sources, step: BlockStep, done: Block, streams: dict[str, Teacher], device: torch.device, keep: bool
-) -> list[LayerReport]:
-    """Take all batches, and the experts, through a block that an earlier run has finished."""
+    def __iter__(self) -> Iterator[Block]:
+        context, experts = self.context, self.context.experts
+        load_outside(experts.model, experts.outside_names(), context.merged.tensor, context.device, experts.tied)
+        with ExitStack() as stack:  # what waits in an expert's forward would never be freed
+            for teacher in self._start_teachers():
+                stack.callback(teacher.close)
+            refitter = self._refitter()
+            on_finished = refitter.on_finished if refitter else None
+            calibrator = SequentialCalibrator(
+                experts.model, self.batches, on_finished, context.offloader, outputs_for=1
+            )
+            aimed = False
+            for number, step in enumerate(calibrator):
+                block = self._finish_again(step, number) if number < len(self.finished) else self._quantize(step)
+                aimed |= any(report.aims for report in block.reports)
+                step.finish()
+                if not self.keep:
+                    to_meta(step.block)
+                yield block
+            self.output = first_tensor(calibrator.stacks[-1].outputs[0])
+            if refitter:
+                self.head_fits = refitter.fits()
+        if context.teachers and context.guidance.stream and not aimed:
+            experts.notes.append("no layer adds to the residual stream directly: expert_stream changed no target")
 
-    def read(name: str) -> Tensor:
-        weight = done.layers.get(name.removesuffix(".weight"))
-        if weight is None:
-            return sources.merged(name)
-        module = sources.model.get_submodule(name.removesuffix(".weight"))
-        return as_matrix(module, weight.dequantize().float())
+    def _start_teachers(self) -> Iterator[Teacher]:
+        """A teacher for every expert, if the settings ask what the experts themselves compute."""
+        context = self.context
+        for task, expert in context.experts.experts.items() if context.guidance.runs_experts else ():
+            if not equals_merge(context.experts, expert, context.merged):
+                batches = [batch for batch in self.batches if batch.task == task]
+                make_head = self.make_heads.get(task, lambda backbone: None)
+                teacher = Teacher(context.experts, expert, batches, make_head, context.device, context.offloader)
+                context.teachers[task] = teacher
+                yield teacher
 
-    reports = [LayerReport(**report) for report in done.reports]
-    if not all(report.name.startswith(f"{step.name}.") for report in reports):
-        raise RuntimeError(f"the finished block is not {step.name}: begin anew with --restart")
-    materialize(sources.model, sources.block_names(step.name), read, device)
-    for stream in streams.values():
-        stream.run(step.name, ())
-        stream.advance()
-    step.finish()
-    if not keep:
-        to_meta(step.block)
-    return reports
+    def _refitter(self) -> HeadRefitter | None:
+        if not self.context.guidance.refit_heads:
+            return None
+        return HeadRefitter(self.context.experts, self.make_heads, self.context.teachers)
 
+    def _finish_again(self, step: BlockStep, number: int) -> Block:
+        """Put a block that an earlier run has finished into the live model, and take the experts past it."""
+        finished, context = self.finished[number], self.context
+        if finished.name != step.name:
+            raise RuntimeError(f"the finished block is {finished.name}, not {step.name}: begin anew with --restart")
+        materialize(context.experts.model, context.experts.block_names(step.name), finished.tensor, context.device)
+        for teacher in context.teachers.values():
+            teacher.run(step.name, ())
+            teacher.end_block()
+        return Block(step.name, finished.reports)
 
-def _quantize_block(
-    sources: Sources,
-    step: BlockStep,
-    aims: list[LayerTarget],
-    calibration: Sequence[Calibration],
-    streams: dict[str, Teacher],
-    emit_layer: EmitLayer,
-) -> list[LayerReport]:
-    """Gather and solve the layers of the block that the walk is at, and put them into it, in the order of the forward.
+    def _quantize(self, step: BlockStep) -> Block:
+        """Collect and solve the layers of a block, and put them into it, in the order of the forward.
 
-    Each sees the inputs that the quantized layers before it give, and so mends what they left: a weight that is fitted
-    to inputs that then change does harm.
-    """
-    features = sources.recipe.quantize.expert_features
-    places = [place_of(group.names, residual_add) for group, residual_add in aims if residual_add or features]
-    step.stop_at(
-        [group.names[0] for group, _ in aims if group.calls == 1],
-        {residual_add.rest for _, residual_add in aims if residual_add is not None},
-    )
-    reports: list[LayerReport] = []
-    for shared, residual_add in aims:
-        group = LayerGroup(sources, step, shared, residual_add)
-        gather(sources, step, group, calibration, streams, places)
-        return_freed_memory()  # activations that stay lie between what is freed
-        with error_context(f"{step.name}.{group.names[0]}"):
-            reports += _solve(sources, step, group, emit_layer)
-        step.passed(group.names[0])
-        del group
-    for stream in streams.values():
-        stream.advance()
-    return_freed_memory()
-    return reports
+        Each sees the inputs that the quantized layers before it give, and so mends what they left: a weight that is
+        fitted to inputs that then change does harm.
+        """
+        context, experts, block = self.context, self.context.experts, Block(step.name, [])
+        materialize(experts.model, experts.block_names(step.name), context.merged.tensor, context.device)
+        with error_context(step.name):
+            targets = find_layer_targets(step, bool(context.teachers) and context.guidance.stream)
+        adds = [add for _, add in targets if add is not None]
+        pauses = [group.names[0] for group, _ in targets if group.calls == 1]
+        step.pause_before(pauses, {add.skip_input for add in adds})
+        points = [add.point if add else group.names[0] for group, add in targets if add or context.guidance.features]
+        for target in targets:
+            group = LayerGroup(context, step, target)
+            collect(step, group, context, points)
+            return_freed_memory()  # activations that stay lie between what is freed
+            with error_context(f"{step.name}.{group.names[0]}"):
+                self._solve(step, group, block)
+            step.release(group.names[0])
+            del group
+        for teacher in context.teachers.values():
+            teacher.end_block()
+        return_freed_memory()
+        for name, tensor in step.block.state_dict(prefix=f"{step.name}.").items():
+            if name in experts.names and name.removesuffix(".weight") not in block.layers:
+                block.tensors[name] = tensor.to(experts.base.dtype(name) or tensor.dtype)
+        return block
 
-
-def find_layer_targets(step: BlockStep, apart: bool) -> list[LayerTarget]:
-    """The block's layers by their inputs, in the order of the forward, with the sums that they aim at if `apart`."""
-    groups = input_groups(step.block, lambda: step.run(0))
-    alone = [group.names[0] for group in groups if len(group.names) == 1 and apart]
-    sums = find_residual_adds(step.block, alone, lambda: step.run(0)) if alone else {}
-    return [(group, sums.get(group.names[0])) for group in groups]
-
-
-def load_outside(sources: Sources, device: torch.device) -> None:
-    """Merge the tensors that lie outside the blocks (embeddings, norms, heads) into the skeleton."""
-    rest = load_embeddings(sources.model, sources.outside_names(), sources.merged, device)
-    materialize(sources.model, rest, sources.merged, device)
-    sources.tie(sources.model)
-
-
-def _solve(sources: Sources, step: BlockStep, group: LayerGroup, emit_layer: EmitLayer) -> list[LayerReport]:
-    """Quantize the layers of one input group together and put the result into the live block."""
-    settings, objective = sources.recipe.quantize, group.objective
-    start = time.perf_counter()
-    target, strength = group.merged, None
-    if settings.anchor_strength is not None:
-        target, strength = objective.target(settings.anchor_strength, settings.act_order)
-    solved, loss, hessian, damping = _round(settings, objective, target, settings.damping or strength, group.dtype)
-    solved, loss, rounded = rtn_fallback(solved, loss, target, hessian)
-    if group.merged is objective.anchor:
-        merge_loss = objective.anchor_loss(target, strength or 0.0, damping)
-    else:
-        merge_loss = hessian_loss(group.merged - target, hessian)
-    seconds = (time.perf_counter() - start) / len(group.names)
-    reports = []
-    by_row = (part.split(group.rows) for part in (loss, merge_loss, rounded))
-    for name, module, quantized, lost, off, nearest in zip(
-        group.names, group.modules, solved.split(group.rows), *by_row
-    ):
-        full, shape = f"{step.name}.{name}", list(quantized.codes.shape)
-        set_tensor(step.block, f"{name}.weight", as_matrix(module, quantized.dequantize().float()))
-        emit_layer(full, module, quantized)
-        losses = float(lost.sum()), float(off.sum())
-        done = LayerReport(full, shape, group.names[0], *losses, strength, damping, group.tokens, seconds)
-        reports.append(replace(done, aims=group.sum is not None, rounded=int(nearest.sum()), largest=group.largest))
-    return reports
-
-
-def _round(
-    settings: Quantize, objective: Objective, target: Tensor, damping: float | None, dtype: torch.dtype
-) -> tuple[QuantizedTensor, Tensor, Tensor, float]:
-    """Codes, loss a row, the Hessian, and its damping: raised tenfold until it can be factored."""
-    assert damping is not None
-    factor, raised = objective.factor(damping, settings.act_order)
-    search = settings.scales == "search"
-    solved, loss = gptq(target, factor, settings.grid, search=search, scale_dtype=dtype)
-    return solved, loss, objective.damped(raised), raised
-
-
-def _blocks(model: nn.Module) -> Iterator[tuple[Stack, int, nn.Module]]:
-    for stack in find_stacks(model):
-        for index, block in enumerate(stack.blocks):
-            yield stack, index, block
+    def _solve(self, step: BlockStep, group: LayerGroup, block: Block) -> None:
+        """Quantize the layers of one input group together, and put the result into the live block."""
+        settings, guidance, objective = self.context.settings, self.context.guidance, group.objective
+        start = time.perf_counter()
+        target, ridge = group.merged, None
+        if guidance.ridge is not None:
+            target, ridge = objective.target(guidance.ridge, settings.act_order)
+        factor, damping = objective.factor(guidance.damping or ridge or 0.0, settings.act_order)
+        search = settings.scales == "search"
+        solved, loss = gptq(target, factor, settings.grid, search=search, scale_dtype=group.dtype)
+        hessian = objective.damped(damping)
+        solved, loss, rounded = rtn_fallback(solved, loss, target, hessian)
+        if group.merged is objective.anchor:
+            merge_loss = objective.anchor_loss(target, ridge or 0.0, damping)
+        else:
+            merge_loss = hessian_loss(group.merged - target, hessian)
+        seconds = (time.perf_counter() - start) / len(group.names)
+        common = LayerReport("", [], group.names[0], strength=ridge, damping=damping, tokens=group.tokens)
+        common = replace(common, seconds=seconds, aims=group.residual_add is not None, largest=group.largest)
+        by_layer = (part.split(group.rows) for part in (loss, merge_loss, rounded))
+        for local, module, quantized, losses, merge_losses, rows in zip(
+            group.names, group.modules, solved.split(group.rows), *by_layer
+        ):
+            name, shape = f"{step.name}.{local}", list(quantized.codes.shape)
+            set_tensor(step.block, f"{local}.weight", as_matrix(module, quantized.dequantize().float()))
+            block.layers[name] = quantized
+            report = replace(common, name=name, shape=shape, loss=float(losses.sum()), rounded=int(rows.sum()))
+            block.reports.append(replace(report, merge_loss=float(merge_losses.sum())))

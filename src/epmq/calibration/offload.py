@@ -1,7 +1,7 @@
 """Keep tensors in files while nobody reads them.
 
-Calibration activations grow with the number of examples, and a walk reads each of them a few times only. A tensor that
-is spilled stays wherever it is referred to, such as in a model's forward that waits: only its memory is the system's to
+Calibration activations grow with the number of examples, and each of them is read a few times only. A tensor that is
+offloaded stays wherever it is referred to, such as in a model's forward that waits: only its memory is the system's to
 take from then on, and is read back when it is touched.
 """
 
@@ -22,17 +22,17 @@ SMALLEST = 1 << 20
 
 
 class Offloader:
-    """Spills tensors into nameless files in a folder; each goes with its tensor.
+    """Puts tensors into nameless files in a folder; each goes with its tensor.
 
     Args:
-        folder: on a disk, not in memory; None spills nothing.
+        folder: on a disk, not in memory; None offloads nothing.
     """
 
     def __init__(self, folder: str | Path | None = None) -> None:
         self._folder = folder
 
     def put(self, values: Iterable[object]) -> None:
-        """Put tensors among some values into files. Those on an accelerator, small and spilled ones stay as they are.
+        """Put tensors among some values into files. Those on an accelerator, small and offloaded ones stay as they are.
 
         Raises:
             OSError: the disk is full.

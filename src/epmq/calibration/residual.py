@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from epmq.models.hooks import HookPoint, watch
+
 # Share of a movement that may be left unexplained; rounding leaves about 1e-5.
 TOLERANCE = 1e-2
-# A module of a block by its name, or the block's own output.
-Place = str | None
 
 
 @dataclass(frozen=True)
@@ -25,21 +25,21 @@ class ResidualAdd:
     """Where the output y of a layer ends up: in z = h + s ∘ y.
 
     Attributes:
-        place: the module of the block that receives z; None if z is the block's output.
+        point: the module of the block that receives z; None if z is the block's output.
         scale: s, [out] float32, such as a layer scale; ones for a plain sum.
-        rest: the module of the block that receives h.
+        skip_input: the module of the block that receives h.
     """
 
-    place: Place
+    point: HookPoint
     scale: Tensor
-    rest: str
+    skip_input: str
 
 
 def find_residual_adds(block: nn.Module, layers: Sequence[str], run: Callable[[], Any]) -> dict[str, ResidualAdd]:
     """The sums that the named layers write to.
 
-    Left out are layers that write to none or are called more than once, and sums of which the rest h is the input of no
-    module that is called before the layer.
+    Left out are layers that write to none or are called more than once, and sums whose h is the input of no module that
+    is called before the layer.
 
     Args:
         block: the block.
@@ -47,36 +47,36 @@ def find_residual_adds(block: nn.Module, layers: Sequence[str], run: Callable[[]
         run: calls the block on real data; it must do the same each time.
     """
     before = _record(block, run)
-    found = {}
+    adds = {}
     for name in layers:
         with _disturbed(block.get_submodule(name)) as calls:
             after = _record(block, run)
         if len(calls) != 1:
             continue
         output, noise = calls[0]
-        for place, tensors in before.items():
-            if len(tensors) != 1 or len(after[place]) != 1:
+        for point, tensors in before.items():
+            if len(tensors) != 1 or len(after[point]) != 1:
                 continue
-            scale = _scale(tensors[0], after[place][0], output, noise)
+            scale = _scale(tensors[0], after[point][0], output, noise)
             if scale is None:
                 continue
-            rest = _rest(before, name, tensors[0], scale * output.float())
-            if rest is not None:
-                found[name] = ResidualAdd(place, scale, rest)
+            skip_input = _skip_input(before, name, tensors[0], scale * output.float())
+            if skip_input is not None:
+                adds[name] = ResidualAdd(point, scale, skip_input)
             break
-    return found
+    return adds
 
 
-def _rest(before: dict[Place, list[Tensor]], layer: str, total: Tensor, share: Tensor) -> str | None:
+def _skip_input(before: dict[HookPoint, list[Tensor]], layer: str, total: Tensor, share: Tensor) -> str | None:
     """The first module called before the layer whose input is what the layer's share is added to."""
-    wanted = total.float() - share
-    for place, tensors in before.items():
-        if place is None or place == layer:
+    skipped = total.float() - share
+    for point, tensors in before.items():
+        if point is None or point == layer:
             return None
-        if len(tensors) != 1 or tensors[0].shape != wanted.shape:
+        if len(tensors) != 1 or tensors[0].shape != skipped.shape:
             continue
-        if (tensors[0].float() - wanted).norm() <= TOLERANCE * share.norm():
-            return place
+        if (tensors[0].float() - skipped).norm() <= TOLERANCE * share.norm():
+            return point
     return None
 
 
@@ -91,11 +91,8 @@ def _disturbed(layer: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
         calls.append((output, noise))
         return output + noise
 
-    handle = layer.register_forward_hook(disturb)
-    try:
+    with layer.register_forward_hook(disturb):
         yield calls
-    finally:
-        handle.remove()
 
 
 def _scale(old: Tensor, new: Tensor, output: Tensor, noise: Tensor) -> Tensor | None:
@@ -112,38 +109,15 @@ def _scale(old: Tensor, new: Tensor, output: Tensor, noise: Tensor) -> Tensor | 
     return scale if (old - scale * output).norm() > TOLERANCE * old.norm() else None
 
 
-def _record(block: nn.Module, run: Callable[[], Any]) -> dict[Place, list[Tensor]]:
+def _record(block: nn.Module, run: Callable[[], Any]) -> dict[HookPoint, list[Tensor]]:
     """What every module of the block receives, in order of its first call, and last what the block gives."""
-    seen: dict[Place, list[Tensor]] = {}
-    places = [name for name, _ in block.named_modules() if name]
+    tensors: dict[HookPoint, list[Tensor]] = {}
+
+    def recording(point: HookPoint) -> Callable[[Tensor], None]:
+        return lambda tensor: tensors.setdefault(point, []).append(tensor)
+
     with ExitStack() as stack:
-        for place in [*places, None]:
-            stack.enter_context(at(block, place, lambda z, place=place: seen.setdefault(place, []).append(z)))  # type: ignore[misc]
+        for point in [*(name for name, _ in block.named_modules() if name), None]:
+            stack.enter_context(watch(block, point, recording(point)))
         run()
-    return seen
-
-
-@contextmanager
-def at(block: nn.Module, place: Place, note: Callable[[Tensor], None]) -> Iterator[None]:
-    """For the length of a `with` block, hand over the tensor at a place of a block each time that it is computed.
-
-    That is the first tensor among a module's arguments, or the first of what the block returns.
-    """
-
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        for value in (*args, *kwargs.values()):
-            if isinstance(value, Tensor):
-                note(value)
-                return
-
-    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        note(output if isinstance(output, Tensor) else output[0])
-
-    if place is None:
-        handle = block.register_forward_hook(after, prepend=True)
-    else:
-        handle = block.get_submodule(place).register_forward_pre_hook(before, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return tensors

@@ -1,7 +1,7 @@
-"""SequentialCalibrator a model block by block on calibration batches, with the model's own code as the driver.
+"""Take calibration batches through a model block by block, with the model's own code as the driver.
 
 Every batch has a forward of the model to itself, and all these forwards go side by side: each waits at the entry of
-the block that the walk is at, and inside of it before whichever layer it is asked to wait. So every layer runs once on
+the block that is calibrated, and inside of it before whichever layer it is asked to wait. So every layer runs once on
 every batch, every argument beside the hidden state (masks, position bias, rotary embeddings, encoder states, whatever
 differs from block to block) is exactly what the model passes, and no architecture has to be listed.
 """
@@ -9,8 +9,8 @@ differs from block to block) is exactly what the model passes, and no architectu
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,34 +19,50 @@ from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
 from epmq.calibration.offload import Offloader
-from epmq.calibration.residual import Place, at
-from epmq.errors import InputError
 from epmq.models.blocks import Stack, find_stacks, is_padding_mask
+from epmq.models.hooks import HookPoint, watch, without_cache
 
-Batch = dict[str, Any]
+
+@dataclass(frozen=True)
+class Batch:
+    """Calibration inputs.
+
+    Attributes:
+        task: whose they are.
+        index: number among the task's batches.
+        inputs: keyword arguments of the model's forward.
+    """
+
+    task: str
+    index: int
+    inputs: dict[str, Any]
 
 
 @dataclass
-class Entry:
-    """A forward waits at the entry of a block, which it is about to call with these arguments.
+class BlockEntry:
+    """A forward that waits at the entry of a block, which it is about to call with these arguments.
 
     Attributes:
-        given: what the part of the model that holds the block's stack was called with.
+        owner_arguments: what the part of the model that holds the block's stack was called with.
     """
 
     stack: Stack
     index: int
-    args: tuple
+    args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    given: dict[str, Any]
+    owner_arguments: dict[str, Any]
 
 
 @dataclass
 class PausedForward:
-    """A forward waits before a layer of the block, which it is about to call on these inputs."""
+    """A forward that waits before a layer of the block, which it is about to call on these inputs."""
 
     layer: str
     inputs: Tensor
+
+
+# Where a batch's forward waits; None where it has left the last block.
+State = BlockEntry | PausedForward | None
 
 
 class SequentialCalibrator:
@@ -55,135 +71,141 @@ class SequentialCalibrator:
     Args:
         model: the model in eval mode. Parameters outside the blocks must be real; a block's own may be on the meta
             device until the loop body for it runs.
-        batches: model inputs, one dict a batch.
-        conclude: called with the number of each batch when all blocks are finished: a forward of the model then costs
-            no more than what lies outside of its blocks.
-        spill: takes what batches hold while they wait.
-        shown: how many batches, from the first on, the last block is asked to give its output on; None for all. The
-            others stay before the last layers that they are taken to. Without `conclude` only.
+        batches: calibration inputs.
+        on_finished: called with each batch when all blocks are finished: a forward of the model then costs no more
+            than what lies outside of its blocks.
+        offloader: takes what batches hold while they wait.
+        outputs_for: how many batches, from the first on, go through the last block to its end; None for all. The
+            others stay before the last layers that they are taken to. Without `on_finished` only.
 
     `for step in SequentialCalibrator(model, batches)` yields a `BlockStep` a block, in the order of the model's
-    forward. The body loads the block, tries it (`step.run`), takes the batches from layer to layer (`step.reach`) while
-    it changes the layers that lie ahead, and ends with `step.finish()`, which takes all batches to the next block.
+    forward. The body loads the block, tries it (`step.run`), takes the batches from layer to layer (`step.run_until`)
+    while it changes the layers that lie ahead, and ends with `step.finish()`, which takes all batches to the next
+    block.
     """
 
     def __init__(
         self,
         model: nn.Module,
         batches: Sequence[Batch],
-        conclude: Callable[[int], None] | None = None,
-        spill: Offloader | None = None,
-        shown: int | None = None,
+        on_finished: Callable[[Batch], None] | None = None,
+        offloader: Offloader | None = None,
+        outputs_for: int | None = None,
     ) -> None:
-        self.shown = len(batches) if shown is None or conclude is not None else shown
-        self.model, self.batches, self.conclude, self.spill = model, batches, conclude, spill or Offloader()
+        self.outputs_for = len(batches) if outputs_for is None or on_finished is not None else outputs_for
+        self.model, self.batches, self.on_finished = model, batches, on_finished
+        self.offloader = offloader or Offloader()
         self.stacks = find_stacks(model)
-        self.length = sum(len(stack.blocks) for stack in self.stacks)
-        self.batch = 0
-        self._arguments: list[dict[str, dict[str, Any]]] = []
-        self._passed: list[int] = []
+        self.block_count = sum(len(stack.blocks) for stack in self.stacks)
+        self.position = 0  # of the batch whose forward runs
+        self._owner_arguments: list[dict[str, dict[str, Any]]] = []
+        self._blocks_done: list[int] = []
         self._forwards: list[greenlet] = []
 
     def __iter__(self) -> Generator[BlockStep, None, None]:
         count = len(self.batches)
-        self._passed, self._arguments = [0] * count, [{} for _ in self.batches]
+        self._blocks_done, self._owner_arguments = [0] * count, [{} for _ in self.batches]
         for stack in self.stacks:
             stack.outputs = [None] * count
         with ExitStack() as undo:
-            undo.enter_context(uncached(self.model))
+            undo.enter_context(without_cache(self.model))
             for stack in self.stacks:
-                undo.callback(self._listen(stack).remove)
+                undo.enter_context(self._record_arguments(stack))
                 for index, block in enumerate(stack.blocks):
-                    block.forward = self._entered(stack, index, block.forward)  # type: ignore[method-assign]
+                    block.forward = self._pausing(stack, index, block.forward)
                     undo.callback(block.__dict__.pop, "forward", None)
-                    undo.callback(block.register_forward_hook(self._left(stack, index)).remove)
+                    undo.enter_context(block.register_forward_hook(self._after_block(stack, index)))
             self._forwards = [greenlet(self._forward) for _ in self.batches]
             undo.callback(self._end)
-            reached = [self.resume(batch) for batch in range(count)]
-            for _ in range(self.length):
-                step = BlockStep(self, reached)
+            states = [self.resume(position) for position in range(count)]
+            for _ in range(self.block_count):
+                step = BlockStep(self, states)
                 yield step
                 if not step.finished:
                     raise RuntimeError(f"{step.name}: the loop went on without finish()")
-                reached = step.left
+                states = step.next_states
                 del step  # and with it the blocks' inputs
             self._end()
-            if self.conclude is not None:
-                self._give_back()
-                for self.batch in range(count):
-                    self.conclude(self.batch)
+            if self.on_finished is not None:
+                self._replay_outputs()
+                for position, batch in enumerate(self.batches):
+                    self.position = position
+                    self.on_finished(batch)
 
-    def resume(self, batch: int) -> Entry | PausedForward | None:
+    def resume(self, position: int) -> State:
         """Let the forward of a batch go on until it waits again; None when it has left the last block.
 
         Raises:
             ValueError: it ended before all blocks were called.
         """
-        self.batch = batch
+        self.position = position
         # Grad mode is the thread's: it must be what it was when another forward or the caller goes on.
         with torch.no_grad():
-            reached = self._forwards[batch].switch()
-        if isinstance(reached, Entry):
-            self.spill.put([*reached.args, *reached.kwargs.values()])
-        if reached is None and self._passed[batch] < self.length:
-            missing = ", ".join(stack.name for stack in self.stacks)
-            kind = type(self.model).__name__
-            raise InputError(f"the forward of {kind} ended before all blocks of {missing} were called")
-        return reached
+            state: State = self._forwards[position].switch()
+        if isinstance(state, BlockEntry):
+            self.offloader.put([*state.args, *state.kwargs.values()])
+        if state is None and self._blocks_done[position] < self.block_count:
+            stacks, model = ", ".join(stack.name for stack in self.stacks), type(self.model).__name__
+            raise ValueError(f"the forward of {model} ended before all blocks of {stacks} were called")
+        return state
 
     def at_last_block(self) -> bool:
         """Whether no block lies ahead of any batch but the one that it is in."""
-        return min(self._passed) >= self.length - 1
+        return min(self._blocks_done) >= self.block_count - 1
 
-    def waits(self) -> bool:
+    def in_forward(self) -> bool:
         """Whether the code that asks is a batch's forward, not a call from outside."""
-        return bool(self._forwards) and getcurrent() is self._forwards[self.batch]
+        return bool(self._forwards) and getcurrent() is self._forwards[self.position]
+
+    def pause(self, state: State) -> None:
+        """Let the batch's forward, which calls this, wait until it is resumed."""
+        getcurrent().parent.switch(state)
 
     def _forward(self) -> None:
-        self.model(**self.batches[self.batch])
+        self.model(**self.batches[self.position].inputs)
 
-    def _entered(self, stack: Stack, index: int, original: Callable[..., Any]) -> Callable[..., Any]:
+    def _pausing(self, stack: Stack, index: int, original: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if self.waits():
-                given = self._arguments[self.batch][stack.name]
-                getcurrent().parent.switch(Entry(stack, index, args, kwargs, given))  # type: ignore[union-attr]
+            if self.in_forward():
+                owner_arguments = self._owner_arguments[self.position][stack.name]
+                self.pause(BlockEntry(stack, index, args, kwargs, owner_arguments))
             return original(*args, **kwargs)
 
         return forward
 
-    def _left(self, stack: Stack, index: int) -> Callable[..., None]:
-        def leave(module: nn.Module, args: tuple, output: Any) -> None:
-            if not self.waits():
+    def _after_block(self, stack: Stack, index: int) -> Callable[..., None]:
+        def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if not self.in_forward():
                 return
-            self._passed[self.batch] += 1
+            self._blocks_done[self.position] += 1
             if index == len(stack.blocks) - 1:
-                stack.outputs[self.batch] = output
-            if self._passed[self.batch] == self.length:
-                getcurrent().parent.switch(None)  # type: ignore[union-attr]  # what follows is not asked for
+                stack.outputs[self.position] = output
+            if self._blocks_done[self.position] == self.block_count:
+                self.pause(None)  # what follows is not asked for
 
-        return leave
+        return after
 
-    def _give_back(self) -> None:
+    def _replay_outputs(self) -> None:
         """Let every block give what the last of its stack gave on the batch."""
         for stack in self.stacks:
             for block in stack.blocks:
-                block.forward = lambda *args, stack=stack, **kwargs: stack.outputs[self.batch]  # type: ignore[method-assign]
+                block.forward = lambda *args, stack=stack, **kwargs: stack.outputs[self.position]
 
     def _end(self) -> None:
         for forward in self._forwards:
             forward.throw()
         self._forwards = []
 
-    def _listen(self, stack: Stack) -> Any:
+    def _record_arguments(self, stack: Stack) -> Any:
         """Note what the stack's owner is called with: it is where padding masks are still what the user gave."""
         owner = _owner(self.model, stack, self.stacks)
         signature = inspect.signature(owner.forward)
 
-        def note(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             bound = signature.bind(*args, **kwargs).arguments
-            self._arguments[self.batch][stack.name] = bound | bound.get("kwargs", {})
+            self._owner_arguments[self.position][stack.name] = bound | bound.get("kwargs", {})
 
-        return owner.register_forward_pre_hook(note, with_kwargs=True)
+        return owner.register_forward_pre_hook(record, with_kwargs=True)
 
 
 def _owner(model: nn.Module, stack: Stack, stacks: Sequence[Stack]) -> nn.Module:
@@ -194,62 +216,50 @@ def _owner(model: nn.Module, stack: Stack, stacks: Sequence[Stack]) -> nn.Module
         name = ".".join(parts[:depth])
         if not any(other.startswith(name + "." if name else "") for other in others):
             return model.get_submodule(name)
-    raise InputError(f"{stack.name} lies inside another stack")
-
-
-def first_tensor(output: Any) -> Tensor:
-    """The hidden states in what a block gives: the output itself, or its first part."""
-    return output if isinstance(output, Tensor) else output[0]
-
-
-@contextmanager
-def uncached(model: nn.Module) -> Iterator[None]:
-    """Ask for no key–value cache: one would grow each time that a block runs on the same batch."""
-    configs: list[Any] = [getattr(module, "config", None) for module in model.modules()]
-    asking = [config for config in configs if getattr(config, "use_cache", False)]
-    try:
-        for config in asking:
-            config.use_cache = False
-        yield
-    finally:
-        for config in asking:
-            config.use_cache = True
+    raise ValueError(f"{stack.name} lies inside another stack")
 
 
 class BlockStep:
-    """One block of a walk.
+    """One block, with all batches at its entry.
+
+    Batches are named by their position in the calibrator's list.
 
     Attributes:
         name: the block's name in the model.
         block: the module.
-        left: where each batch waits once it has left the block.
+        next_states: where each batch waits once it has left the block.
     """
 
-    def __init__(self, walk: SequentialCalibrator, reached: list[Any]) -> None:
-        self._walk, self._entries, self._stops = walk, reached, list[PausedForward | None]([None] * len(reached))
-        self.stack, self.index = reached[0].stack, reached[0].index
+    def __init__(self, calibrator: SequentialCalibrator, states: list[Any]) -> None:
+        self._calibrator, self._entries = calibrator, states
+        self.stack, self.index = states[0].stack, states[0].index
         self.name, self.block = self.stack.block_name(self.index), self.stack.blocks[self.index]
-        self.left: list[Entry | PausedForward | None] = [None] * len(reached)
-        self._gone = [False] * len(reached)
-        self._seen: list[dict[Place, Tensor]] = [{} for _ in reached]
+        self.next_states: list[State] = [None] * len(states)
+        self._paused: list[PausedForward | None] = [None] * len(states)
+        self._has_left = [False] * len(states)
+        self._kept: list[dict[HookPoint, Tensor]] = [{} for _ in states]
         self._ahead: set[str] = set()
         self._undo = ExitStack()
-        self.batch = 0
+        self.position = 0  # of the batch that runs
+
+    @property
+    def batches(self) -> Sequence[Batch]:
+        return self._calibrator.batches
 
     @property
     def finished(self) -> bool:
         """Whether all batches have left the block."""
-        return all(self._gone)
+        return all(self._has_left)
 
     @torch.no_grad()
-    def run(self, batch: int) -> Any:
+    def run(self, position: int) -> Any:
         """The block's output on one batch, as the block is now. The batch's forward stays where it is."""
-        self.batch = batch
-        entry = self._entries[batch]
+        self.position = position
+        entry = self._entries[position]
         return self.block(*entry.args, **entry.kwargs)
 
-    def stop_at(self, layers: Sequence[str], keep: Iterable[str] = ()) -> None:
-        """Say before which layers every batch is to wait, and what is to be kept of each batch on its way (`seen`).
+    def pause_before(self, layers: Sequence[str], keep: Iterable[str] = ()) -> None:
+        """Say before which layers every batch is to wait, and whose inputs are kept on its way (`kept_input`).
 
         Raises:
             RuntimeError: it has been said before.
@@ -258,55 +268,55 @@ class BlockStep:
             raise RuntimeError(f"{self.name}: batches are under way")
         self._ahead = set(layers)
         for layer in layers:
-            hook = self.block.get_submodule(layer).register_forward_pre_hook(self._stop(layer))
-            self._undo.callback(hook.remove)
-        for place in keep:
-            self._undo.enter_context(at(self.block, place, lambda tensor, place=place: self._keep(place, tensor)))  # type: ignore[misc]
+            self._undo.enter_context(self.block.get_submodule(layer).register_forward_pre_hook(self._pausing(layer)))
+        for point in keep:
+            self._undo.enter_context(watch(self.block, point, self._keeping(point)))
 
-    def reach(self, batch: int, layer: str) -> Tensor | None:
-        """Take a batch to a layer of `stop_at`; layers before it must be what they are to be.
+    def run_until(self, position: int, layer: str) -> Tensor | None:
+        """Take a batch to a layer of `pause_before`; layers before it must be what they are to be.
 
         Returns:
             the layer's inputs; None if the batch does not come by it.
         """
-        self.batch = batch
-        stop = self._stops[batch]
-        while not self._gone[batch] and (stop is None or stop.layer not in self._ahead):
-            stop = self._stops[batch] = self._resume(batch)
-        return stop.inputs if stop is not None and stop.layer == layer else None
+        self.position = position
+        paused = self._paused[position]
+        while not self._has_left[position] and (paused is None or paused.layer not in self._ahead):
+            paused = self._paused[position] = self._resume(position)
+        return paused.inputs if paused is not None and paused.layer == layer else None
 
-    def passed(self, layer: str) -> None:
-        """Say that a layer of `stop_at` is what it is to be: batches go through it from now on."""
+    def release(self, layer: str) -> None:
+        """Say that a layer of `pause_before` is what it is to be: batches go through it from now on."""
         self._ahead.discard(layer)
 
-    def seen(self, batch: int, place: Place) -> Tensor:
-        """What a batch had at a place of `stop_at` on its way."""
-        return self._seen[batch][place]
+    def kept_input(self, position: int, point: HookPoint) -> Tensor:
+        """What a batch had at a point of `pause_before` on its way."""
+        return self._kept[position][point]
 
-    def proceed(self, batch: int) -> None:
+    def leave(self, position: int) -> None:
         """Take a batch to the next block, whatever lies between."""
-        self.batch = batch
-        while not self._gone[batch]:
-            self._resume(batch)
+        self.position = position
+        while not self._has_left[position]:
+            self._resume(position)
 
     def finish(self) -> None:
-        """Take all batches to the next block; at the last one, those that are to be shown to its end."""
-        count = self._walk.shown if self._walk.at_last_block() else len(self._entries)
-        for batch in range(count):
-            self.proceed(batch)
-        self._gone[count:] = [True] * (len(self._gone) - count)
+        """Take all batches to the next block; at the last one, those whose outputs are asked for to its end."""
+        calibrator = self._calibrator
+        count = calibrator.outputs_for if calibrator.at_last_block() else len(self._entries)
+        for position in range(count):
+            self.leave(position)
+        self._has_left[count:] = [True] * (len(self._has_left) - count)
         self._undo.close()
 
-    def mask(self, inputs: Tensor) -> Tensor | None:
+    def padding_mask(self, inputs: Tensor) -> Tensor | None:
         """Which tokens of a layer's inputs are real in the batch that runs: booleans [batch, tokens], or None if all.
 
         The stack's own padding mask, or the encoder's where the inputs are the encoder's output (cross-attention).
         Flattened inputs [batch·tokens, in] are recognised too.
         """
-        given = self._entries[self.batch].given
-        states = given.get("encoder_hidden_states")
+        arguments = self._entries[self.position].owner_arguments
+        states = arguments.get("encoder_hidden_states")
         crossing = isinstance(states, Tensor) and states.data_ptr() == inputs.data_ptr()
-        mask = given.get("encoder_attention_mask" if crossing else "attention_mask")
+        mask = arguments.get("encoder_attention_mask" if crossing else "attention_mask")
         if not isinstance(mask, Tensor) or not is_padding_mask(mask):
             return None
         if tuple(mask.shape) == tuple(inputs.shape[:-1]) or (inputs.ndim == 2 and mask.numel() == len(inputs)):
@@ -314,25 +324,28 @@ class BlockStep:
             return None if bool(mask.all()) else mask
         return None
 
-    def rest(self, batch: int) -> None:
+    def offload(self, position: int) -> None:
         """Say that a batch is not asked for again before its next layer."""
-        stop = self._stops[batch]
-        self._walk.spill.put([stop and stop.inputs, *self._seen[batch].values()])
+        paused = self._paused[position]
+        self._calibrator.offloader.put([paused and paused.inputs, *self._kept[position].values()])
 
-    def _resume(self, batch: int) -> PausedForward | None:
-        reached = self._walk.resume(batch)
-        if isinstance(reached, PausedForward):
-            return reached
-        self._gone[batch], self.left[batch], self._seen[batch] = True, reached, {}
+    def _resume(self, position: int) -> PausedForward | None:
+        state = self._calibrator.resume(position)
+        if isinstance(state, PausedForward):
+            return state
+        self._has_left[position], self.next_states[position], self._kept[position] = True, state, {}
         return None
 
-    def _stop(self, layer: str) -> Callable[..., None]:
-        def wait(module: nn.Module, args: tuple) -> None:
-            if layer in self._ahead and self._walk.waits():
-                getcurrent().parent.switch(PausedForward(layer, args[0]))  # type: ignore[union-attr]
+    def _pausing(self, layer: str) -> Callable[..., None]:
+        def before(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if layer in self._ahead and self._calibrator.in_forward():
+                self._calibrator.pause(PausedForward(layer, args[0]))
 
-        return wait
+        return before
 
-    def _keep(self, place: Place, tensor: Tensor) -> None:
-        if self._walk.waits():
-            self._seen[self._walk.batch][place] = tensor
+    def _keeping(self, point: HookPoint) -> Callable[[Tensor], None]:
+        def keep(tensor: Tensor) -> None:
+            if self._calibrator.in_forward():
+                self._kept[self._calibrator.position][point] = tensor
+
+        return keep

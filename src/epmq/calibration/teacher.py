@@ -1,119 +1,96 @@
-"""Calibration batches, and the experts' own streams through their blocks beside the merged model's."""
+"""The experts as teachers: each goes through its own blocks beside the merged model's, and tells what it computes."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from epmq.calibration.offload import Offloader
-from epmq.calibration.residual import Place, at
 from epmq.calibration.sequential import Batch, BlockStep, SequentialCalibrator
-from epmq.merging.experts import Sources
+from epmq.merging.experts import ExpertReader, ExpertSet, TensorReader
 from epmq.models.heads import Head
-from epmq.models.meta import hold_used_rows, load_embeddings, materialize, to_meta
+from epmq.models.hooks import HookPoint, watch
+from epmq.models.meta import hold_used_rows, load_outside, materialize, to_meta
 from epmq.models.multitask import MultiTaskModel, NativeHead
 
-
-@dataclass
-class Calibration:
-    """One task's calibration batches.
-
-    Attributes:
-        task: name of the task.
-        batches: model inputs.
-        head: puts the expert's head on a backbone; None where it has none.
-    """
-
-    task: str
-    batches: list[Batch]
-    head: Callable[[nn.Module], Head | NativeHead | None] = lambda backbone: None
-
-
-def make_teachers(
-    sources: Sources, calibration: Sequence[Calibration], device: torch.device, spill: Offloader | None = None
-) -> dict[str, Teacher]:
-    """A stream for every expert, if the recipe wants to know what the experts themselves compute.
-
-    An expert that is the merged model, bit for bit, has none: its targets are plain GPTQ's.
-    """
-    settings = sources.recipe.quantize
-    if not (settings.expert_features or settings.expert_stream or settings.adapt_heads):
-        return {}
-    outside = sources.outside_names()
-    # Blocks first: nearly every expert differs there, and a large embedding need not be merged to see it.
-    names = [*(name for name in sources.names if name not in outside), *outside]
-    return {
-        part.task: Teacher(sources, part, device, spill)
-        for part in calibration
-        if any(not torch.equal(sources.merged(name), sources.expert_tensor(part.task, name)) for name in names)
-    }
+# Puts an expert's head on a backbone; gives None where it has none that can be built.
+MakeHead = Callable[[nn.Module], Head | NativeHead | None]
 
 
 class Teacher:
-    """An expert on its own calibration batches, in lock-step with the walk of the merged model.
+    """An expert on its own calibration batches, in lock-step with the merged model.
 
     Only the tensors outside its blocks stay in memory. It runs through each block once, with the block's weights in
     memory for just that long, and keeps what it was asked to.
+
+    Args:
+        experts: base and experts.
+        expert: the one that teaches.
+        batches: of its task.
+        make_head: of its task.
+        device: where it runs.
+        offloader: takes what its batches hold while they wait.
     """
 
     def __init__(
-        self, sources: Sources, calibration: Calibration, device: torch.device, spill: Offloader | None = None
+        self,
+        experts: ExpertSet,
+        expert: ExpertReader,
+        batches: Sequence[Batch],
+        make_head: MakeHead,
+        device: torch.device,
+        offloader: Offloader | None = None,
     ) -> None:
-        self.sources, self.task, self.device = sources, calibration.task, device
-        self.model = sources.skeleton()
-        rest = hold_used_rows(self.model, sources.outside_names(), sources.tied, self._read, device)
-        rest = load_embeddings(self.model, rest, self._read, device)
-        materialize(self.model, rest, self._read, device)
-        sources.tie(self.model)
-        self._calibration, self._scores = calibration, list[Tensor]()
-        self._spill = spill or Offloader()
-        self._steps = SequentialCalibrator(self.model, calibration.batches, self._conclude, spill).__iter__()
+        self._experts, self._expert, self._device = experts, expert, device
+        self.task, self.model = expert.task, experts.meta_model()
+        names = hold_used_rows(self.model, experts.outside_names(), experts.tied, expert.tensor, device)
+        load_outside(self.model, names, expert.tensor, device, experts.tied)
+        self._batches, self._make_head = batches, make_head
+        self._head: Head | NativeHead | None = None
+        self._scores: list[Tensor] = []
+        self._offloader = offloader or Offloader()
+        self._steps = SequentialCalibrator(self.model, batches, self._score, offloader).__iter__()
         self.step: BlockStep | None = None
-        self._seen: list[dict[Place, list[list[Tensor]]]] = []
+        self._kept: list[dict[HookPoint, list[list[Tensor]]]] = []
 
-    def _read(self, name: str) -> Tensor:
-        return self.sources.expert_tensor(self.task, name)
-
-    def run(self, block: str, places: Iterable[Place]) -> None:
-        """Run the block that the merged model is at on all batches, and keep what passes at some places.
+    def run(self, block: str, points: Iterable[HookPoint]) -> None:
+        """Run the block that the merged model is at on all batches, and keep what passes at some points.
 
         Args:
             block: its name.
-            places: each as often as it will be taken.
+            points: each as often as it will be taken.
 
         Raises:
             RuntimeError: the expert's next block is another one.
         """
         step = self.step = next(self._steps, None)
-        if step is None:
-            raise RuntimeError(f"expert {self.task} is at its end, the merged model at {block}")
-        if step.name != block:
-            raise RuntimeError(f"expert {self.task} is at block {step.name}, the merged model at {block}")
-        materialize(self.model, self.sources.block_names(block), self._read, self.device)
-        takes = Counter(places)
-        for batch in range(len(self._calibration.batches)):
-            seen: dict[Place, list[Tensor]] = {place: [] for place in takes}
+        if step is None or step.name != block:
+            at = "its end" if step is None else f"block {step.name}"
+            raise RuntimeError(f"expert {self.task} is at {at}, the merged model at {block}")
+        materialize(self.model, self._experts.block_names(block), self._expert.tensor, self._device)
+        takes = Counter(points)
+        for position in range(len(self._batches)):
+            tensors: dict[HookPoint, list[Tensor]] = {point: [] for point in takes}
             with ExitStack() as stack:
-                for place, found in seen.items():
-                    stack.enter_context(at(step.block, place, found.append))
-                step.proceed(batch)
-            self._spill.put(tensor for found in seen.values() for tensor in found)
-            self._seen.append({place: [found] * takes[place] for place, found in seen.items()})
+                for point, passing in tensors.items():
+                    stack.enter_context(watch(step.block, point, passing.append))
+                step.leave(position)
+            self._offloader.put(tensor for passing in tensors.values() for tensor in passing)
+            self._kept.append({point: [passing] * takes[point] for point, passing in tensors.items()})
         to_meta(step.block)
         step.finish()
 
-    def take(self, batch: int, place: Place) -> list[Tensor]:
-        """The tensors that passed at a place, in order, on a batch (its number among the expert's own)."""
-        return list(self._seen[batch][place].pop())
+    def take(self, index: int, point: HookPoint) -> list[Tensor]:
+        """The tensors that passed at a point, in order, on one of the expert's own batches."""
+        return list(self._kept[index][point].pop())
 
-    def advance(self) -> None:
-        """End the block."""
-        self.step, self._seen = None, []
+    def end_block(self) -> None:
+        """Let go of what was kept of the block."""
+        self.step, self._kept = None, []
 
     def close(self) -> None:
         """Let go of the batches that wait in the expert's forward; it runs no further."""
@@ -125,14 +102,22 @@ class Teacher:
         Raises:
             RuntimeError: there are blocks left.
         """
-        left = next(self._steps, None)
-        if left is not None:
-            raise RuntimeError(f"expert {self.task} is at block {left.name}, not at its end")
+        step = next(self._steps, None)
+        if step is not None:
+            raise RuntimeError(f"expert {self.task} is at block {step.name}, not at its end")
         return torch.cat(self._scores)
 
-    def _conclude(self, batch: int) -> None:
-        if batch == 0:
-            self._head = self._calibration.head(self.model)
+    def _score(self, batch: Batch) -> None:
+        if batch.index == 0:
+            self._head = self._make_head(self.model)
         if self._head is not None:
             model = MultiTaskModel(self.model, {self.task: self._head})
-            self._scores.append(model(self.task, **self._calibration.batches[batch]))
+            self._scores.append(model(self.task, **batch.inputs))
+
+
+def equals_merge(experts: ExpertSet, expert: ExpertReader, merged: TensorReader) -> bool:
+    """Whether an expert is the merged model, bit for bit: then it has nothing to teach, and targets are GPTQ's."""
+    outside = experts.outside_names()
+    # Blocks first: nearly every expert differs there, and a large embedding need not be merged to see it.
+    names = [*(name for name in experts.names if name not in outside), *outside]
+    return all(torch.equal(merged.tensor(name), expert.tensor(name)) for name in names)

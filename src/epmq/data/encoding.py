@@ -12,9 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from epmq.data.readers import Examples
+from epmq.data.examples import Examples
 from epmq.errors import InputError, error_context
 
+# Files of which one shows that there is an image processor, or a tokenizer.
+IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
+TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json")
 # Tokens of a window where neither the recipe nor the tokenizer asks for fewer.
 WINDOW = 512
 # Far longer than a chat template needs for one conversation.
@@ -34,41 +37,37 @@ def load_processor(directory: str | Path) -> Any:
     from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
 
     directory = Path(directory)
-    images = (directory / "preprocessor_config.json").exists() or (directory / "processor_config.json").exists()
-    texts = any(
-        (directory / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json")
-    )
+    images, texts = (any((directory / name).exists() for name in names) for names in (IMAGE_FILES, TEXT_FILES))
     if not images and not texts:
         return None
-    kind = AutoTokenizer if not images else AutoProcessor if texts else AutoImageProcessor
-    with (
-        warnings.catch_warnings(),
-        error_context(directory, "transformers cannot open the tokenizer or image processor"),
-    ):
+    image_class: Any = AutoImageProcessor
+    processor_class: Any = AutoTokenizer if not images else AutoProcessor if texts else image_class
+    fault = "transformers cannot open the tokenizer or image processor"
+    with warnings.catch_warnings(), error_context(directory, fault):
         warnings.simplefilter("ignore")
         # Without a value, transformers asks on standard input whether code in the directory may run.
-        found = kind.from_pretrained(directory, trust_remote_code=False)
-        if images and image_processor_of(found) is None:
+        processor = processor_class.from_pretrained(directory, trust_remote_code=False)
+        if images and image_processor_of(processor) is None:
             # A vision tower alone is no processor's model: beside its tokenizer's files, transformers sees those only.
-            found = AutoImageProcessor.from_pretrained(directory, trust_remote_code=False)
-    return found
+            processor = image_class.from_pretrained(directory, trust_remote_code=False)
+    return processor
 
 
 def tokenizer_of(processor: Any) -> Any:
     """The tokenizer in a processor; None if there is none."""
-    found = getattr(processor, "tokenizer", processor)
-    if not hasattr(found, "convert_ids_to_tokens"):
+    tokenizer = getattr(processor, "tokenizer", processor)
+    if not hasattr(tokenizer, "convert_ids_to_tokens"):
         return None
-    if found.pad_token_id is None and found.eos_token_id is not None:
-        found.pad_token = found.eos_token  # decoders often come without; padding is masked out anyway
-    found.padding_side = "right"  # whatever it was to generate with: positions count from the first token
-    return found
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
+        tokenizer.pad_token = tokenizer.eos_token  # decoders often come without; padding is masked out anyway
+    tokenizer.padding_side = "right"  # whatever it was to generate with: positions count from the first token
+    return tokenizer
 
 
 def image_processor_of(processor: Any) -> Any:
     """The image processor in a processor; None if there is none."""
-    found = getattr(processor, "image_processor", processor)
-    return found if hasattr(found, "image_mean") or hasattr(found, "do_resize") else None
+    images = getattr(processor, "image_processor", processor)
+    return images if hasattr(images, "image_mean") or hasattr(images, "do_resize") else None
 
 
 def encode(
@@ -99,20 +98,21 @@ def encode(
             yield {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         return
     tokenizer, images = tokenizer_of(processor), image_processor_of(processor)
-    needs_images, needs_texts = examples.kind.startswith("image"), examples.kind != "image"
-    if (needs_images and images is None) or (needs_texts and tokenizer is None):
-        wanted = "image processor" if needs_images and images is None else "tokenizer"
-        raise InputError(f"{examples.kind} examples need the base model's {wanted}, found {type(processor).__name__}")
+    without_images = images is None and examples.kind.startswith("image")
+    if without_images or (tokenizer is None and examples.kind != "image"):
+        missing = "image processor" if without_images else "tokenizer"
+        raise InputError(f"{examples.kind} examples need the base model's {missing}, found {type(processor).__name__}")
     if examples.kind == "chat" and len(examples):
         try_template(tokenizer, examples.inputs[0])
     for start in range(0, len(examples), batch_size):
-        with error_context(
-            f"{examples.kind} examples", f"the base model's {type(processor).__name__} cannot take them"
-        ):
-            batch = _encode(
-                examples.take(np.arange(start, min(start + batch_size, len(examples)))), tokenizer, images, max_length
-            )
+        chunk = examples.take(np.arange(start, min(start + batch_size, len(examples))))
+        with error_context(f"{examples.kind} examples", _refusal(processor)):
+            batch = _encode(chunk, tokenizer, images, max_length)
         yield batch
+
+
+def _refusal(processor: Any) -> str:
+    return f"the base model's {type(processor).__name__} cannot take them"
 
 
 def try_template(tokenizer: Any, messages: Any) -> None:
@@ -132,11 +132,10 @@ def try_template(tokenizer: Any, messages: Any) -> None:
 
     with error_context(tokenizer.name_or_path, "its chat template cannot be used"):
         check_template(tokenizer.get_chat_template())
-    # A thread cannot be stopped, but this one does not keep the process from ending.
-    thread = Thread(target=render, daemon=True)
-    thread.start()
-    thread.join(TEMPLATE_SECONDS)
-    with error_context(tokenizer.name_or_path, "its chat template cannot be used"):
+        # A thread cannot be stopped, but this one does not keep the process from ending.
+        thread = Thread(target=render, daemon=True)
+        thread.start()
+        thread.join(TEMPLATE_SECONDS)
         error = errors[0] if errors else TimeoutError(f"no end within {TEMPLATE_SECONDS} s")
         if error is not None:
             raise error
@@ -175,8 +174,8 @@ def _encode(examples: Examples, tokenizer: Any, images: Any, max_length: int | N
 
 
 def _targets(targets: list[str], tokenizer: Any, cut: dict[str, Any]) -> dict[str, torch.Tensor]:
-    found = tokenizer(text_target=targets, **cut)
-    ids, mask = found["input_ids"], found["attention_mask"]
+    encoded = tokenizer(text_target=targets, **cut)
+    ids, mask = encoded["input_ids"], encoded["attention_mask"]
     shifted = torch.cat([torch.ones_like(mask[:, :1]), mask[:, :-1]], dim=1)
     return {"labels": ids.masked_fill(mask == 0, -100), "decoder_attention_mask": shifted}
 
@@ -196,8 +195,8 @@ def _image(source: Any) -> Any:
         source = BytesIO(source)
     if not isinstance(source, (str, Path, BytesIO)):
         return source  # an array
-    place = source if isinstance(source, (str, Path)) else "a picture"
-    with error_context(place, "not a readable image"), Image.open(source) as image:
+    name = source if isinstance(source, (str, Path)) else "a picture"
+    with error_context(name, "not a readable image"), Image.open(source) as image:
         return image.convert("RGB")
 
 
@@ -226,9 +225,9 @@ def pack(examples: Examples, processor: Any, length: int | None, count: int | No
     for start in range(0, len(order), 256):
         if count is not None and total >= count * length:
             break
-        with error_context("texts", f"the base model's {type(processor).__name__} cannot take them"):
-            found = tokenizer([examples.inputs[i] for i in order[start : start + 256]])["input_ids"]
-        for part in found:
+        with error_context("texts", _refusal(processor)):
+            encoded = tokenizer([examples.inputs[i] for i in order[start : start + 256]])["input_ids"]
+        for part in encoded:
             parts.append(part if end is None or (part and part[-1] == end) else [*part, end])
             total += len(parts[-1])
     windows = total // length if count is None else min(count, total // length)

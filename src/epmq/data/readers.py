@@ -1,4 +1,4 @@
-"""Examples: what calibration and evaluation feed to a model, from files, from `datasets` or from Python objects.
+"""Examples from files, from the `datasets` library or from Python objects.
 
 Tables are read row by row: `.jsonl` (one object a line), `.csv` (with a header), `.parquet`, a name or folder that
 `datasets` knows, or any iterable of dicts. What a row holds decides what it is: chat messages, an image (with a text:
@@ -10,123 +10,47 @@ with one sub-folder a class.
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
+from epmq.data.examples import Examples, Fields, Pictures, draw_index
 from epmq.errors import InputError, MissingError, error_context, reason
+from epmq.recipe import Data
 
 IMAGE_ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
-TABLES = (".jsonl", ".csv", ".parquet")
-# How a model takes its texts: as they are, as the beginning of a running text, or as source and target.
-USES = ("text", "causal", "seq2seq")
 
 
-@dataclass(frozen=True)
-class Examples:
-    """Inputs and labels of one split of one task.
-
-    Attributes:
-        kind: `text`, `image`, `image_text`, `seq2seq`, `causal` (documents for a language model), `chat`, `tokens`
-            (windows of token ids, see `epmq.data.encoding.pack`) or `batches` (ready model inputs).
-        inputs: n of them: strings or pairs of strings; images (one uint8 array [n, height, width, 3], file paths or
-            pictures) or pairs of image and string; conversations (lists of messages); an int64 array [n, tokens];
-            dicts of tensors.
-        labels: class index of each example, int64 [n], or None where the source has none.
-        targets: for `seq2seq`: n strings.
-        metric: name of the function in `epmq.pipeline.evaluation` that scores them; None leaves it to their kind.
-    """
-
-    kind: str
-    inputs: Any
-    labels: np.ndarray | None = None
-    targets: list[str] | None = None
-    metric: str | None = None
-
-    def __len__(self) -> int:
-        return len(self.inputs)
-
-    def take(self, index: np.ndarray) -> Examples:
-        """The examples at the positions `index`, in that order."""
-        if isinstance(self.inputs, np.ndarray):
-            inputs: Any = self.inputs[index]
-        else:
-            inputs = [self.inputs[i] for i in index]
-        labels = None if self.labels is None else self.labels[index]
-        targets = None if self.targets is None else [self.targets[i] for i in index]
-        return replace(self, inputs=inputs, labels=labels, targets=targets)
-
-    def draw(self, count: int | None, seed: int) -> Examples:
-        """A seeded draw of `count` examples without replacement; all of them, in order, if `count` is None."""
-        if count is None or count >= len(self):
-            return self
-        order = np.random.default_rng(seed).permutation(len(self))
-        return self.take(np.sort(order[:count]))
-
-    def by_length(self) -> Examples:
-        """Texts in order of their length, so that batches carry little padding; anything else as it is."""
-        if self.kind not in ("text", "seq2seq", "causal"):
-            return self
-        return self.take(np.argsort([sum(map(len, _parts(text))) for text in self.inputs], kind="stable"))
+def fields_of(data: Data | None) -> Fields:
+    """The columns that a recipe's data names; the usual ones where there is none."""
+    if data is None:
+        return Fields()
+    columns: dict[str, Any] = {field.name: getattr(data, field.name) for field in dataclasses.fields(Fields)}
+    columns = {name: tuple(value) if isinstance(value, list) else value for name, value in columns.items()}
+    return Fields(**columns)
 
 
-def _parts(text: str | tuple[str, str]) -> tuple[str, ...]:
-    return (text,) if isinstance(text, str) else text
+def read_data(data: Data, use: str, count: int | None, seed: int) -> Examples:
+    """The examples that a recipe names; arguments and errors as in `read_dataset` and `read_examples`."""
+    if data.dataset is not None:
+        return read_dataset(data.dataset, data.subset, data.split or "train", fields_of(data), use, count, seed)
+    assert data.path is not None
+    return read_examples(data.path, fields_of(data), use)
 
 
-@dataclass(frozen=True)
-class Fields:
-    """Names of a table's columns; two text columns make pairs.
-
-    Attributes:
-        prompt: a text made of columns, such as `Is "{sentence}" good English?`; takes the place of `text`.
-        answer: a target made of columns, such as `{label:.1f}`; takes the place of `target`.
-        answers: a target for each class index in the label column; takes the place of `target`.
-    """
-
-    text: str | tuple[str, str] = "text"
-    label: str = "label"
-    target: str = "target"
-    image: str = "image"
-    messages: str = "messages"
-    prompt: str | None = None
-    answer: str | None = None
-    answers: tuple[str, ...] | None = None
-
-
-class Pictures(Sequence[Any]):
-    """The pictures of a `datasets.Dataset`, each decoded when it is asked for: a whole test set need not fit in memory.
-
-    Args:
-        rows: the dataset.
-        column: with the pictures.
-    """
-
-    def __init__(self, rows: Any, column: str) -> None:
-        self._rows, self._column = rows, column
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self._rows[int(index)][self._column]
-
-
-def read_examples(
-    path: str | Path, text: Any = "text", label: str = "label", use: str = "text", **names: Any
-) -> Examples:
+def read_examples(path: str | Path, fields: Fields | None = None, use: str = "text") -> Examples:
     """Read one split from a file or a folder of images.
 
     Args:
         path: a `.jsonl`, `.csv`, `.parquet` or `.npz` file, or a folder of images.
-        text, label, names: the columns' names, see `Fields`.
+        fields: names of the columns; the usual ones if left out.
         use: one of `USES`: what the model makes of texts.
 
     Raises:
@@ -141,10 +65,9 @@ def read_examples(
     elif path.suffix == ".npz":
         examples = _read_npz(path)
     elif path.suffix in TABLES:
-        rows = {".jsonl": _jsonl_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}[path.suffix](path)
-        examples = from_rows(rows, Fields(text, label, **names), use, f"{path}")
+        examples = from_rows(TABLES[path.suffix](path), fields or Fields(), use, str(path))
         if examples.kind in ("image", "image_text"):
-            examples = _beside(examples, path.parent)
+            examples = _locate_images(examples, path.parent)
     else:
         raise InputError(f"{path}: expected a {', '.join(TABLES)} or .npz file, or a folder of images")
     if len(examples) == 0:
@@ -173,55 +96,53 @@ def read_dataset(
         import datasets
     except ImportError:
         raise InputError(f"dataset {name}: needs the datasets library (pip install 'epmq[data]')") from None
-    place = f"dataset {'/'.join(part for part in (name, subset, split) if part)}"
+    source = f"dataset {'/'.join(part for part in (name, subset, split) if part)}"
     try:
         rows: Any = datasets.load_dataset(name, subset, split=split)
     except Exception as error:  # whatever the library and its file systems raise
-        raise MissingError(f"{place}: datasets cannot open it ({reason(error)})") from None
+        raise MissingError(f"{source}: datasets cannot open it ({reason(error)})") from None
     if count is not None:
-        wanted = count if use != "causal" else 20 * count
-        order = np.random.default_rng(seed).permutation(len(rows))[:wanted]
-        rows = rows.select(np.sort(order))
+        rows = rows.select(draw_index(len(rows), count if use != "causal" else 20 * count, seed))
     if len(rows) == 0:
-        raise InputError(f"{place}: holds no examples")
+        raise InputError(f"{source}: holds no examples")
     if isinstance(rows.features.get(fields.image), datasets.Image) and fields.text not in rows.features:
-        return _read_pictures(rows, fields, place)
-    return from_rows(((f"row {i}", row) for i, row in enumerate(rows)), fields, use, place)
+        return _read_pictures(rows, fields, source)
+    return from_rows(((f"row {i}", row) for i, row in enumerate(rows)), fields, use, source)
 
 
-def _read_pictures(rows: Any, fields: Fields, place: str) -> Examples:
+def _read_pictures(rows: Any, fields: Fields, source: str) -> Examples:
     """The pictures of a dataset and their classes; a column of booleans is one of two classes."""
     if fields.label not in rows.features:
         return Examples("image", Pictures(rows, fields.image))
-    found = list(rows.select_columns(fields.label)[fields.label])
+    classes = list(rows.select_columns(fields.label)[fields.label])
     if getattr(rows.features[fields.label], "dtype", None) == "bool":
-        found = [int(value) for value in found]
-    labels = [_label(value, fields.label, f"{place}, row {i}") for i, value in enumerate(found)]
+        classes = [int(value) for value in classes]
+    labels = [_label(value, fields.label, f"{source}, row {i}") for i, value in enumerate(classes)]
     return Examples("image", Pictures(rows, fields.image), np.asarray(labels, dtype=np.int64))
 
 
-def from_objects(items: Iterable[Any], fields: Fields, use: str, place: str) -> Examples:
+def from_objects(items: Iterable[Any], fields: Fields, use: str, source: str) -> Examples:
     """Examples from Python objects: rows as dicts, or ready batches (dicts with tensors), as from a data loader.
 
     Raises:
-        ValueError: there are none, or they are neither; `place` is named.
+        ValueError: there are none, or they are neither; `source` is named.
     """
-    found = list(items)
-    if found and all(isinstance(item, Mapping) and _has_tensor(item) for item in found):
-        return Examples("batches", [dict(item) for item in found])
-    examples = from_rows(((f"item {i}", row) for i, row in enumerate(found)), fields, use, place)
+    items = list(items)
+    if items and all(isinstance(item, Mapping) and _has_tensor(item) for item in items):
+        return Examples("batches", [dict(item) for item in items])
+    examples = from_rows(((f"item {i}", row) for i, row in enumerate(items)), fields, use, source)
     if len(examples) == 0:
-        raise InputError(f"{place}: holds no examples")
+        raise InputError(f"{source}: holds no examples")
     return examples
 
 
-def from_rows(rows: Iterable[tuple[str, Any]], fields: Fields, use: str, place: str) -> Examples:
+def from_rows(rows: Iterable[tuple[str, Any]], fields: Fields, use: str, source: str) -> Examples:
     """Examples from rows, each with what to call it in an error.
 
     Args:
         rows: (such as `line 3`, the row) pairs.
         fields, use: see `read_examples`.
-        place: where the rows come from.
+        source: where the rows come from.
 
     Raises:
         ValueError: a row lacks a field, or holds something else in it; it is named.
@@ -231,7 +152,7 @@ def from_rows(rows: Iterable[tuple[str, Any]], fields: Fields, use: str, place: 
     targets: list[str] = []
     labels: list[int] = []
     for where, row in rows:
-        where = f"{place}, {where}"
+        where = f"{source}, {where}"
         if not isinstance(row, Mapping):
             raise InputError(f"{where}: no text field {fields.text!r} (not an object with named fields)")
         kind = kind or _kind(row, fields, use)
@@ -241,7 +162,7 @@ def from_rows(rows: Iterable[tuple[str, Any]], fields: Fields, use: str, place: 
         if fields.label in row and kind in ("text", "image"):
             labels.append(_label(row[fields.label], fields.label, where))
     if labels and len(labels) != len(inputs):
-        raise InputError(f"{place}: only {len(labels)} of {len(inputs)} lines have the field {fields.label!r}")
+        raise InputError(f"{source}: only {len(labels)} of {len(inputs)} lines have the field {fields.label!r}")
     known = np.asarray(labels, dtype=np.int64) if labels else None
     return Examples(kind or "text", inputs, known, targets if kind == "seq2seq" else None)
 
@@ -329,10 +250,10 @@ def _has_tensor(item: Mapping[str, Any]) -> bool:
     return any(isinstance(value, Tensor) for value in item.values())
 
 
-def _beside(examples: Examples, folder: Path) -> Examples:
+def _locate_images(examples: Examples, folder: Path) -> Examples:
     """Image paths in a file are relative to that file."""
 
-    def place(image: Any) -> Any:
+    def locate(image: Any) -> Any:
         if not isinstance(image, str):
             return image
         if not (folder / image).is_file():
@@ -340,8 +261,8 @@ def _beside(examples: Examples, folder: Path) -> Examples:
         return folder / image
 
     paired = examples.kind == "image_text"
-    inputs = [(place(x[0]), x[1]) if paired else place(x) for x in examples.inputs]
-    return replace(examples, inputs=inputs)
+    inputs = [(locate(x[0]), x[1]) if paired else locate(x) for x in examples.inputs]
+    return dataclasses.replace(examples, inputs=inputs)
 
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
@@ -389,6 +310,9 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
             number += 1
         if batch is None:
             return
+
+
+TABLES = {".jsonl": _jsonl_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
 
 
 def _read_npz(path: Path) -> Examples:

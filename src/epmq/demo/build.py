@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from epmq.data.readers import Examples, read_examples
+from epmq.data.examples import Examples
+from epmq.data.readers import read_examples
 from epmq.demo.pool import split_file
 from epmq.errors import InputError
 from epmq.files import whole_directory

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from epmq.data.encoding import encode
-from epmq.data.readers import Examples
+from epmq.data.examples import Examples
 from epmq.models.heads import HEAD_FILE, Head, save_head
 from epmq.models.multitask import MultiTaskModel
 from epmq.pipeline import evaluation as evaluate

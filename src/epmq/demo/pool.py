@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from epmq.errors import MissingError
-from epmq.recipe import Recipe, load_recipe
+from epmq.recipe import Recipe
+from epmq.recipe_file import load_recipe
 
 
 def split_file(folder: Path, split: str) -> Path:

@@ -1,8 +1,54 @@
-"""Output formats. Each module turns one quantized layer into named tensors and describes itself for `config.json`.
+"""Output formats: a stateless module each, which turns one quantized layer into named tensors.
 
-To add a format, write a module with the two functions and give it a line in `FORMATS`.
+To add a format, write a module with the functions of `Format` and give it a line in `FORMATS`.
 """
 
-from epmq.export import dequantized, packed
+from __future__ import annotations
 
-FORMATS = {"pack-quantized": packed, "dequantized": dequantized}
+from collections.abc import Callable
+from typing import Any, Protocol, cast
+
+from torch import Tensor
+
+from epmq.export import dequantized, packed
+from epmq.models.checkpoint import TensorSpec
+from epmq.quantization.grid import Grid, QuantizedTensor
+
+
+class Format(Protocol):
+    """What a format's module has. A layer that stores its weight as [in, out] is `transposed`."""
+
+    HOLDS_TRANSPOSED: bool
+
+    def specs(
+        self, layer: str, shape: tuple[int, int], grid: Grid, dtype: str, transposed: bool
+    ) -> dict[str, TensorSpec]:
+        """Name → dtype and shape of the tensors that stand for a weight.
+
+        Args:
+            layer: its name on disk.
+            shape: [out, in].
+            grid: the grid.
+            dtype: of the weight on disk, as safetensors calls it; scales have it too.
+            transposed: see above.
+        """
+
+    def tensors(self, layer: str, weight: QuantizedTensor, transposed: bool) -> dict[str, Tensor]:
+        """The tensors that stand for a weight, by the names of `specs`."""
+
+    def weight(self, layer: str, read: Callable[[str], Tensor], grid: Grid, transposed: bool) -> Tensor:
+        """The plain weight [out, in] back from the tensors, as `QuantizedTensor.dequantize` gives it."""
+
+    def config(self, grid: Grid, ignore: list[str]) -> dict[str, Any] | None:
+        """The `quantization_config` of `config.json`, if it needs one.
+
+        Args:
+            grid: of all quantized layers.
+            ignore: names of the linear layers that are not quantized.
+        """
+
+
+FORMATS: dict[str, Format] = {
+    "pack-quantized": cast(Format, packed),
+    "dequantized": cast(Format, dequantized),
+}

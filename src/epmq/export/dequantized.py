@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from epmq.models.blocks import as_matrix
+from epmq.models.checkpoint import TensorSpec
 from epmq.quantization.grid import Grid, QuantizedTensor
 
-NEEDS_LINEAR = False
+HOLDS_TRANSPOSED = True
 
 
-def tensors(prefix: str, layer: nn.Module, weight: QuantizedTensor) -> dict[str, Tensor]:
-    """The layer's dequantized weight as its module stores it; arguments as in `epmq.export.packed`."""
-    return {f"{prefix}.weight": as_matrix(layer, weight.dequantize())}
+def specs(layer: str, shape: tuple[int, int], grid: Grid, dtype: str, transposed: bool) -> dict[str, TensorSpec]:
+    """One tensor; see `epmq.export.Format`."""
+    return {f"{layer}.weight": (dtype, shape[::-1] if transposed else shape)}
 
 
-def stored_bytes(rows: int, columns: int, grid: Grid, dtype: torch.dtype) -> int:
-    """Bytes of a layer's tensors; arguments as in `epmq.export.packed`."""
-    return rows * columns * dtype.itemsize
+def tensors(layer: str, weight: QuantizedTensor, transposed: bool) -> dict[str, Tensor]:
+    """The dequantized weight as its module stores it."""
+    plain = weight.dequantize()
+    return {f"{layer}.weight": plain.T if transposed else plain}
+
+
+def weight(layer: str, read: Callable[[str], Tensor], grid: Grid, transposed: bool) -> Tensor:
+    """The weight [out, in], as stored."""
+    plain = read(f"{layer}.weight")
+    return plain.T if transposed else plain
 
 
 def config(grid: Grid, ignore: list[str]) -> dict[str, Any] | None:

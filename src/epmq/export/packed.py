@@ -2,63 +2,68 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from epmq.models.checkpoint import TensorSpec
 from epmq.quantization.grid import Grid, QuantizedTensor
 
-NEEDS_LINEAR = True
+HOLDS_TRANSPOSED = False
 
 
-def tensors(prefix: str, layer: nn.Module, weight: QuantizedTensor) -> dict[str, Tensor]:
-    """The tensors that stand for one layer's weight.
+def specs(layer: str, shape: tuple[int, int], grid: Grid, dtype: str, transposed: bool) -> dict[str, TensorSpec]:
+    """Codes and zero points packed into 32-bit words, scales, and the shape; see `epmq.export.Format`."""
+    rows, columns = shape
+    groups = columns // grid.width(columns)
+    packed: dict[str, TensorSpec] = {
+        f"{layer}.weight_packed": ("I32", (rows, _words(columns, grid.bits))),
+        f"{layer}.weight_scale": (dtype, (rows, groups)),
+        f"{layer}.weight_shape": ("I64", (2,)),
+    }
+    if not grid.symmetric:
+        packed[f"{layer}.weight_zero_point"] = ("I32", (_words(rows, grid.bits), groups))
+    return packed
 
-    Args:
-        prefix: the layer's name on disk.
-        layer: its module.
-        weight: the codes.
 
-    Returns:
-        `weight_packed` [out, ⌈in·bits/32⌉] int32, `weight_scale` [out, groups], `weight_shape` [2] int64 and, on an
-        asymmetric grid, `weight_zero_point` [⌈out·bits/32⌉, groups] int32.
+def _words(numbers: int, bits: int) -> int:
+    """32-bit words that some numbers take."""
+    return -(-numbers * bits // 32)
+
+
+def tensors(layer: str, weight: QuantizedTensor, transposed: bool) -> dict[str, Tensor]:
+    """`weight_packed` [out, ⌈in·bits/32⌉] int32, `weight_scale` [out, groups], `weight_shape` [2] int64 and, on an
+    asymmetric grid, `weight_zero_point` [⌈out·bits/32⌉, groups] int32.
     """
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
     bits = weight.grid.bits
     packed = {
-        f"{prefix}.weight_packed": pack_to_int32(weight.codes, bits),
-        f"{prefix}.weight_scale": weight.scale,
-        f"{prefix}.weight_shape": torch.tensor(weight.codes.shape),
+        f"{layer}.weight_packed": pack_to_int32(weight.codes, bits),
+        f"{layer}.weight_scale": weight.scale,
+        f"{layer}.weight_shape": torch.tensor(weight.codes.shape),
     }
     if not weight.grid.symmetric:
-        packed[f"{prefix}.weight_zero_point"] = pack_to_int32(weight.zero_point, bits, packed_dim=0)
+        packed[f"{layer}.weight_zero_point"] = pack_to_int32(weight.zero_point, bits, packed_dim=0)
     return packed
 
 
-def stored_bytes(rows: int, columns: int, grid: Grid, dtype: torch.dtype) -> int:
-    """Bytes of the tensors that stand for one layer's weight.
+def weight(layer: str, read: Callable[[str], Tensor], grid: Grid, transposed: bool) -> Tensor:
+    """The weight [out, in] of the codes, in the dtype of the scales."""
+    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 
-    Args:
-        rows, columns: of the weight.
-        grid: its grid.
-        dtype: of the scales.
-    """
-    groups = columns // grid.width(columns)
-    words = rows * -(-columns * grid.bits // 32)
+    scale, shape = read(f"{layer}.weight_scale"), torch.Size(read(f"{layer}.weight_shape").tolist())
+    codes = unpack_from_int32(read(f"{layer}.weight_packed"), grid.bits, shape)
+    zero = torch.zeros(scale.shape, dtype=torch.int8)
     if not grid.symmetric:
-        words += -(-rows * grid.bits // 32) * groups
-    return 4 * words + rows * groups * dtype.itemsize + 2 * torch.int64.itemsize
+        zero = unpack_from_int32(read(f"{layer}.weight_zero_point"), grid.bits, scale.shape, packed_dim=0)
+    return QuantizedTensor(codes, scale, zero, grid).dequantize()
 
 
 def config(grid: Grid, ignore: list[str]) -> dict[str, Any] | None:
-    """The `quantization_config` of `config.json`.
-
-    Args:
-        grid: the grid of all quantized layers.
-        ignore: names of the linear layers that are not quantized.
-    """
+    """The `quantization_config` of compressed-tensors; see `epmq.export.Format`."""
     from compressed_tensors.quantization import QuantizationConfig
 
     weights = {

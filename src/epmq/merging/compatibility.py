@@ -1,240 +1,152 @@
-"""Whether experts are what a merge takes them for: different fine-tunes of this base.
-
-All of it is told from a sample of the weights and from small files, before any compute.
-"""
+"""Whether base and experts fit together, tensor by tensor; told from headers, before any compute."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from hashlib import sha256
-from itertools import combinations
-from pathlib import Path
-from typing import Any
+import logging
+import re
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from epmq.errors import InputError
-from epmq.merging.experts import Sources
+from epmq.errors import InputError, error_context
+from epmq.merging.experts import ExpertReader, ExpertSet
 from epmq.models.adapter import Adapter
-from epmq.models.blocks import block_linears
-from epmq.models.heads import HEAD_FILE, load_head
-from epmq.models.meta import vocabulary
+from epmq.models.blocks import find_stacks
+from epmq.models.checkpoint import architecture_of
+from epmq.models.meta import has_task_head, named_class
+from epmq.recipe import Expert
 
-# Rows of each layer's weight that stand for all of it.
-SAMPLE = 16
-# Least correlation with the base of what was fine-tuned from it. Fine-tuning hardly turns a weight; those from another
-# start have no correlation with it (a standard deviation of 0.01 for the ten thousand entries of a sample).
-RELATED = 0.3
-# Norm of the task vector over that of the base, above which an expert is noted: √2 is how far weights of another start
-# are. An adapter that is scaled wrongly goes beyond it, as does a model whose weights were multiplied.
-FAR = 1.4
-# Share of the tokens that two tokenizers number alike, above which they are one with a few additions.
-SAME_TOKENS = 0.99
+LOG = logging.getLogger("epmq")
 
 
-def check_compatibility(sources: Sources) -> list[str]:
-    """Look for experts of another base, for experts that are the same, and for tokenizers and labels that differ.
+def open_experts(base: str, experts: Sequence[Expert]) -> ExpertSet:
+    """Open a base and its experts, and check that they fit.
 
-    Returns:
-        what is odd but may be meant, in words that name the experts.
+    Args:
+        base: directory or Hub id.
+        experts: as a recipe names them.
 
     Raises:
-        ValueError: an expert was not fine-tuned from this base, or its tokens have other numbers, or the tokenizer has
-            more tokens than the model; expert and figures are named.
+        MissingError, InputError: a checkpoint is missing, or does not fit the base; the tensor and both shapes are
+            named.
     """
-    notes = _check_weights(sources)
-    notes += _check_adapters(sources)
-    notes += _check_tokenizers(sources)
-    return notes + _check_labels(sources)
-
-
-@dataclass
-class Sample:
-    """What some rows of every layer say of an expert beside the base.
-
-    Attributes:
-        cosines: tensor → correlation with the base.
-        sizes: tensor → norm of the task vector over that of the base.
-        content: of all rows; two samples with one digest are equal.
-    """
-
-    cosines: dict[str, float] = field(default_factory=dict)
-    sizes: dict[str, float] = field(default_factory=dict)
-    content: Any = field(default_factory=sha256)
-
-    def add(self, name: str, base: Tensor, expert: Tensor) -> None:
-        """Take in rows of one tensor, of the base and of the expert, both [rows, columns] float64."""
-        self.cosines[name] = correlation(base, expert)
-        self.sizes[name] = _ratio(float((expert - base).norm()), float(base.norm()))
-        self.content.update((expert + 0.0).contiguous().numpy())  # -0 is 0
-
-
-def _check_weights(sources: Sources) -> list[str]:
-    base, samples = _samples(sources)
-    notes = []
-    for task, sample in samples.items():
-        close, far = _middle(sample.cosines), _middle(sample.sizes)
-        if close < RELATED:
-            least = min(sample.cosines, key=lambda name: sample.cosines[name])
-            raise InputError(
-                f"expert {task}: its weights have a correlation of {close:.2f} with the base's, where fine-tuning "
-                f"leaves one near 1: it was not fine-tuned from {sources.base.path} ({sources.experts[task].path}; "
-                f"the least is {sample.cosines[least]:.2f}, of {least!r})"
-            )
-        if far > FAR:
-            notes.append(f"expert {task} is far from the base: its task vector has {far:.1f} times the base's norm")
-        if sample.content.digest() == base.content.digest() and _same(sources, task, None):
-            notes.append(f"expert {task} is the base itself: it adds nothing to the merge")
-    for one, other in combinations(samples, 2):
-        alike = samples[one].content.digest() == samples[other].content.digest()
-        if alike and _same(sources, one, other):
-            notes.append(f"experts {one} and {other} have the same weights, which count twice in the merge")
-    return notes
-
-
-def _samples(sources: Sources) -> tuple[Sample, dict[str, Sample]]:
-    """Samples of the base and of every expert; only one layer's rows are held at a time."""
-    of_base, samples = Sample(), {task: Sample() for task in sources.experts}
-    rows, names = slice(0, SAMPLE), [f"{name}.weight" for name, _ in block_linears(sources.model)]
-    for name in names:
-        if name not in sources.names:
-            continue
-        base = sources.base_rows(name, rows).double()
-        of_base.add(name, base, base)
-        for task, sample in samples.items():
-            sample.add(name, base, sources.expert_rows(task, name, rows).double())
-    return of_base, samples
-
-
-def correlation(base: Tensor, expert: Tensor) -> float:
-    """Cosine between the entries of two tensors of one shape; 1 where both are zero, 0 where one is."""
-    size = float(base.norm() * expert.norm())
-    return float((base * expert).sum()) / size if size else float(not base.any() and not expert.any())
-
-
-def _middle(figures: dict[str, float]) -> float:
-    """Median over layers, because a fine-tune may start some anew; what is NaN is refused later, by name."""
-    return float(torch.tensor(list(figures.values())).nanmedian())
-
-
-def _ratio(part: float, whole: float) -> float:
-    return part / whole if whole else float(part > 0)
-
-
-def _same(sources: Sources, task: str, other: str | None) -> bool:
-    """Whether two experts, or an expert and the base, are the same in every tensor."""
-
-    def read(name: str) -> Tensor:
-        return sources.base_tensor(name) if other is None else sources.expert_tensor(other, name)
-
-    return all(torch.equal(sources.expert_tensor(task, name), read(name)) for name in sources.names)
-
-
-def _check_adapters(sources: Sources) -> list[str]:
-    """Adapters say what they were trained on; that is a path or an id, so only its last part is compared."""
-    notes = []
-    known = {
-        sources.base.path.name,
-        Path(sources.recipe.base).name,
-        Path(str(sources.config.get("_name_or_path"))).name,
-    }
-    for task, expert in sources.experts.items():
-        trained_on = isinstance(expert, Adapter) and expert.config.get("base_model_name_or_path")
-        if trained_on and Path(str(trained_on)).name not in known:
-            notes.append(
-                f"expert {task}: the adapter was trained on {trained_on}; the base here is {sources.recipe.base}"
-            )
-    return notes
-
-
-def _check_tokenizers(sources: Sources) -> list[str]:
-    ours, notes = token_numbers(sources.base.path), []
-    if not ours:
-        return []
-    rows = vocabulary(sources.model)
-    if rows is not None and max(ours.values()) >= rows:
-        raise InputError(
-            f"{sources.base.path}: the tokenizer has token number {max(ours.values())}, but the embeddings {rows} rows"
-        )
-    for task, expert in sources.experts.items():
-        theirs = token_numbers(expert.path)
-        shared = ours.keys() & theirs.keys()
-        if not theirs:
-            continue
-        moved = [token for token in sorted(shared) if ours[token] != theirs[token]]
-        alike = (len(shared) - len(moved)) / max(1, min(len(ours), len(theirs)))
-        if alike < SAME_TOKENS:
-            example = f", such as {moved[0]!r}" if moved else ""
-            raise InputError(
-                f"expert {task}: its tokenizer numbers only {100 * alike:.0f} % of the tokens as the base's does"
-                f"{example} ({expert.path})"
-            )
-        if moved:
-            notes.append(
-                f"expert {task}: {len(moved)} tokens have other numbers than in the base, such as {moved[0]!r}"
-            )
-    return notes
-
-
-def token_numbers(folder: Path) -> dict[str, int]:
-    """Token → number of the tokenizer in a folder; empty where there is none, or none of a known form."""
-    try:
-        found: dict[Any, Any] = {}
-        if (folder / "tokenizer.json").exists():
-            content = _json(folder / "tokenizer.json")
-            entries = content["model"]["vocab"]
-            if isinstance(entries, list):  # Unigram: pairs of token and score, numbered as they come
-                entries = {token: number for number, (token, _) in enumerate(entries)}
-            added = {token["content"]: token["id"] for token in content.get("added_tokens") or []}
-            found = {**entries, **added}
-        elif (folder / "vocab.json").exists():
-            found = {**_json(folder / "vocab.json")}
-        elif (folder / "vocab.txt").exists():
-            # Not splitlines: other characters that end a line, such as U+2028, are tokens of some vocabularies.
-            lines = (folder / "vocab.txt").read_text(encoding="utf-8").rstrip("\n").split("\n")
-            found = {token: number for number, token in enumerate(lines)}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return {}  # what cannot be read is refused, with a reason, where it is used
-    return {str(token): number for token, number in found.items() if type(number) is int}
-
-
-def _json(file: Path) -> Any:
-    return json.loads(file.read_text(encoding="utf-8"))
-
-
-def _check_labels(sources: Sources) -> list[str]:
-    """Heads that have the same classes in another order are two readings of one task."""
-    notes = []
-    labels = dict(_labels(sources))
-    for one, other in combinations(labels, 2):
-        ours, theirs = labels[one], labels[other]
-        if ours != theirs and sorted(ours) == sorted(theirs):
-            first = next(number for number, pair in enumerate(zip(ours, theirs)) if pair[0] != pair[1])
-            orders = "; ".join(f"{', '.join(names[first:]):.100}" for names in (ours, theirs))
-            notes.append(
-                f"experts {one} and {other} have the same classes in another order, from number {first} on: {orders}"
-            )
-    return notes
-
-
-def _labels(sources: Sources) -> Iterator[tuple[str, list[str]]]:
-    for expert in sources.recipe.experts:
-        file = Path(expert.head) if expert.head else sources.experts[expert.name].path / HEAD_FILE
-        names = (sources.head_config(expert.name) or {}).get("id2label")
-        if file.is_file():
-            found = load_head(file).labels
-        elif isinstance(names, dict):
-            found = [str(names[number]) for number in sorted(names, key=_number)]
+    opened = ExpertSet(base, experts)
+    _check_base(opened)
+    for expert in opened.experts.values():
+        if expert.adapter is not None:
+            _check_adapter(opened, expert, expert.adapter)
         else:
+            _check_checkpoint(opened, expert)
+        _check_tied(opened, expert)
+    for expert in opened.experts.values():
+        _check_head(opened, expert)
+    _warn_of_pickles(opened)
+    return opened
+
+
+def _check_base(experts: ExpertSet) -> None:
+    base, state = experts.base, experts.model.state_dict()
+    for name in experts.names:
+        shape, wanted = list(base.shape(name)), list(state[name].shape)
+        if shape != wanted:
+            raise InputError(f"{base.path}: tensor {name!r} is {shape}, but {wanted} by config.json")
+        if torch.is_floating_point(state[name]) and base.dtype(name) is None:
+            raise InputError(f"{base.path}: tensor {name!r} is {base.spec(name)[0]}, not float64, 32, 16 or bfloat16")
+    with error_context(str(base.path)):
+        inside = tuple(stack.name + "." for stack in find_stacks(experts.model))
+    for name in experts.absent:
+        if name.startswith(inside) or name.endswith(("embeddings.weight", "embed_tokens.weight")):
+            raise InputError(f"{base.path}: no tensor for {name!r} of {type(experts.model).__name__}")
+    if experts.absent:
+        experts.notes.append(f"not in the base, left out: {', '.join(experts.absent)}")
+
+
+def _check_checkpoint(experts: ExpertSet, expert: ExpertReader) -> None:
+    checkpoint, task, path = expert.checkpoint, expert.task, expert.path
+    ours, theirs = experts.config.get("model_type"), checkpoint.config.get("model_type")
+    if ours != theirs:
+        raise InputError(f"expert {task}: model type {theirs!r}, but the base is {ours!r} ({path})")
+    if checkpoint.config.get("quantization_config"):
+        raise InputError(f"expert {task}: quantized already; give the model it was quantized from ({path})")
+    if not expert.stored:
+        raise InputError(f"expert {task}: shares no tensor with the base ({path})")
+    for name in experts.names:
+        stored = expert.stored.get(name)
+        if stored is None:
+            if any(part.isdigit() for part in name.split(".")):
+                raise InputError(f"expert {task}: tensor {name!r} is missing in {path}")
+            experts.notes.append(f"expert {task} has no tensor {name}: the base's takes its place")
             continue
-        if len(set(found)) > 1:
-            yield expert.name, found
+        _check_shape(experts, expert, name, checkpoint.shape(stored))
+        if experts.base.dtype(name) is not None and checkpoint.dtype(stored) is None:
+            raise InputError(f"expert {task}: tensor {name!r} is {checkpoint.dtype_name(stored)}, not a float ({path})")
+    _check_extra_blocks(experts, expert)
 
 
-def _number(key: object) -> tuple[int, str]:
-    """Order of the keys of `id2label`, which are numbers in words: 10 comes after 9; what is no number, at the end."""
-    text = str(key)
-    return (int(text), text) if text.isdecimal() else (1 << 31, text)
+def _check_extra_blocks(experts: ExpertSet, expert: ExpertReader) -> None:
+    for stack in find_stacks(experts.model):
+        block = re.compile(rf"(?:^|\.){re.escape(stack.name)}\.(\d+)\.")
+        for name in expert.extra:
+            index = block.search(name)
+            if index and int(index[1]) >= len(stack.blocks) and name not in experts.base.checkpoint:
+                raise InputError(
+                    f"expert {expert.task}: tensor {name!r} has no counterpart in the base ({expert.path})"
+                )
+
+
+def _check_adapter(experts: ExpertSet, expert: ExpertReader, adapter: Adapter) -> None:
+    task, stored = expert.task, expert.stored
+    if not stored:
+        raise InputError(f"expert {task}: the adapter changes no tensor of the base ({adapter.path})")
+    for name in [*expert.extra, *(stored[name] for name in experts.absent if name in stored)]:
+        if adapter.changes(name):
+            raise InputError(f"expert {task}: the adapter changes {name!r}, which the base lacks ({adapter.path})")
+    for name in experts.names:
+        if name in stored and adapter.replaces(stored[name]):
+            _check_shape(experts, expert, name, adapter.shape(stored[name]))
+        if name in stored and adapter.changes(stored[name]):
+            shape = adapter.change_shape(stored[name])
+            _check_shape(experts, expert, name, shape[::-1] if expert.is_transposed(name) else shape)
+
+
+def _check_shape(experts: ExpertSet, expert: ExpertReader, name: str, shape: tuple[int, ...]) -> None:
+    wanted = experts.base.shape(name)
+    if shape != wanted:
+        raise InputError(
+            f"expert {expert.task}: tensor {name!r} is {list(shape)}, but {list(wanted)} in the base ({expert.path})"
+        )
+
+
+def _check_tied(experts: ExpertSet, expert: ExpertReader) -> None:
+    """What is one tensor in the base must be one in the expert."""
+    for name, leader in experts.tied.items():
+        if name in expert.stored:
+            if not _equal(expert.tensor(name), expert.tensor(leader)):
+                raise InputError(
+                    f"expert {expert.task}: {name!r} differs from {leader!r}, its equal in the base ({expert.path})"
+                )
+        elif expert.adapter is not None and leader in expert.stored:
+            experts.notes.append(f"expert {expert.task} was trained on {leader} alone; {name}, its equal, follows it")
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are the same but for rounding."""
+    if one.shape != other.shape:
+        return False
+    return torch.equal(one, other) or torch.allclose(one.float(), other.float(), atol=1e-6)
+
+
+def _check_head(experts: ExpertSet, expert: ExpertReader) -> None:
+    architecture = architecture_of(expert.checkpoint.config)
+    unknown = expert.head_config is None and expert.adapter is None and expert.extra and has_task_head(architecture)
+    if unknown and named_class(architecture) is None:
+        experts.notes.append(f"expert {expert.task}: transformers has no class {architecture}, its head is left out")
+
+
+def _warn_of_pickles(experts: ExpertSet) -> None:
+    for checkpoint in (experts.base.checkpoint, *(expert.checkpoint for expert in experts.experts.values())):
+        for name in checkpoint.pickles:
+            note = f"{checkpoint.path / name} is a pickle: only tensors were read from it; safetensors are safer"
+            experts.notes.append(note)
+            LOG.warning(note)

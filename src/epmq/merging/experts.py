@@ -1,23 +1,21 @@
-"""The merged model and the experts as sources of tensors, read and merged one tensor at a time."""
+"""Base and experts as readers of tensors, one at a time, by the names that the tensors have in the shared model."""
 
 from __future__ import annotations
 
-import logging
-import math
-import re
-from collections.abc import Iterator, Sequence
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from epmq.errors import InputError
-from epmq.merging.methods import METHODS, magnitude_threshold
-from epmq.models import adapter as adapters
+from epmq.errors import error_context
+from epmq.models import adapter as lora
 from epmq.models.adapter import Adapter, is_adapter
 from epmq.models.blocks import LINEAR, find_stacks, is_transposed
-from epmq.models.checkpoint import Checkpoint, architecture_of, is_finite, resolve
+from epmq.models.checkpoint import Checkpoint, TensorSpec, architecture_of, resolve
+from epmq.models.heads import HEAD_FILE, Head
 from epmq.models.meta import (
     build_meta_model,
     has_task_head,
@@ -28,200 +26,234 @@ from epmq.models.meta import (
     shared_checkpoint,
     tied_names,
 )
-from epmq.models.writer import TensorSpec
-from epmq.recipe import Recipe
-
-# Entries of a tensor that are read at once when it is merged.
-ROWS = 1 << 22
-
-LOG = logging.getLogger("epmq")
+from epmq.models.multitask import NativeHead, load_any_head
+from epmq.recipe import Expert
 
 
-class Sources:
-    """Base and experts of a recipe, opened and checked.
+class TensorReader(Protocol):
+    """What gives the tensors of one model: the base, an expert, or the merge of them."""
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor of the model, in the dtype it is stored in (what an adapter changes is float32)."""
+
+
+class BaseReader:
+    """Tensors of the base.
+
+    Args:
+        checkpoint: the base.
+        stored: name in the model → name on disk.
+        tied: tensors that share another one's storage: name → the name they follow.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, stored: dict[str, str], tied: dict[str, str]) -> None:
+        self.checkpoint, self.path, self.stored, self._tied = checkpoint, checkpoint.path, stored, tied
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor, in the dtype on disk."""
+        return self.checkpoint.tensor(self.stored[self._tied.get(name, name)])
+
+    def rows(self, name: str, rows: slice) -> Tensor:
+        """Some rows of a tensor, along the first dimension on disk."""
+        return self.checkpoint.rows(self.stored[self._tied.get(name, name)], rows)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, from the header."""
+        return self.checkpoint.shape(self.stored[name])
+
+    def dtype(self, name: str) -> torch.dtype | None:
+        """Float dtype of a tensor on disk; None for any other kind."""
+        return self.checkpoint.dtype(self.stored[name])
+
+    def spec(self, name: str) -> TensorSpec:
+        """Dtype and shape of a tensor, from the header; the merged model's are the same."""
+        return self.checkpoint.spec(self.stored[name])
+
+    def check_finite(self, names: Iterable[str] | None = None) -> None:
+        """Look for NaN and Inf in some tensors, or in all.
+
+        Raises:
+            InputError: a tensor has one; file and tensor are named.
+        """
+        self.checkpoint.check_finite([self.stored[name] for name in (self.stored if names is None else names)])
+
+
+class ExpertReader:
+    """Tensors of one expert, be it a checkpoint or an adapter; the base's where the expert has none.
 
     Attributes:
-        base: the base checkpoint.
+        task: its name.
+        checkpoint: its file.
+        stored: name in the model → name on disk.
+        extra: names on disk that the model does not have, such as a head's.
+        head_file: the head that its recipe names, or that lies beside its weights; None where there is none.
+    """
+
+    def __init__(self, expert: Expert, checkpoint: Checkpoint, experts: ExpertSet) -> None:
+        self.task, self.checkpoint, self.path = expert.name, checkpoint, checkpoint.path
+        self.adapter = checkpoint if isinstance(checkpoint, Adapter) else None
+        self.stored, self.extra = experts.rename(checkpoint)
+        self._base, self._model = experts.base, experts.model
+        self._absent = experts.absent
+        beside = self.path / HEAD_FILE
+        self.head_file = Path(expert.head) if expert.head else beside if beside.exists() else None
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor, in the dtype on disk; what an adapter changes is float32."""
+        stored, adapter = self.stored.get(name), self.adapter
+        if stored is None:
+            return self._base.tensor(name)
+        if adapter is None:
+            return self.checkpoint.tensor(stored)
+        start = adapter.tensor(stored) if adapter.replaces(stored) else self._base.tensor(name)
+        if not adapter.changes(stored):
+            return start
+        return lora.apply(start, adapter.change(stored), self.is_transposed(name))
+
+    def rows(self, name: str, rows: slice) -> Tensor:
+        """Some rows of `tensor`, along the first dimension on disk."""
+        stored, adapter = self.stored.get(name), self.adapter
+        if stored is None:
+            return self._base.rows(name, rows)
+        if adapter is None:
+            return self.checkpoint.rows(stored, rows)
+        start = adapter.tensor(stored)[rows] if adapter.replaces(stored) else self._base.rows(name, rows)
+        if not adapter.changes(stored):
+            return start
+        if self.is_transposed(name):
+            return lora.apply(start, adapter.change(stored, columns=rows), transposed=True)
+        return lora.apply(start, adapter.change(stored, rows), transposed=False)
+
+    def is_transposed(self, name: str) -> bool:
+        """Whether a module stores a weight as [in, out], or is an embedding: an adapter's change is then turned."""
+        module = self._model.get_submodule(name.rpartition(".")[0])
+        return is_transposed(module) if isinstance(module, LINEAR) else isinstance(module, nn.Embedding)
+
+    def check_finite(self, names: Iterable[str] | None = None) -> None:
+        """As `BaseReader.check_finite`, of what the expert has of its own."""
+        names = self.stored if names is None else [name for name in names if name in self.stored]
+        self.checkpoint.check_finite([self.stored[name] for name in names])
+
+    def head_tensors(self) -> dict[str, Tensor]:
+        """Tensors that the base does not have: the expert's own task head, with the names on disk."""
+        if self.head_config is None:
+            return {}
+        return {name: self.checkpoint.tensor(name) for name in self._head_names()}
+
+    def _head_names(self) -> list[str]:
+        return self.extra + [stored for name, stored in self.stored.items() if name in self._absent]
+
+    @cached_property
+    def head_config(self) -> dict[str, Any] | None:
+        """Content of a `config.json` for the expert's own task head; None if it has none.
+
+        Raises:
+            InputError: an adapter brings a head that fits no task class.
+        """
+        if not self.extra:
+            return None
+        if self.adapter is not None:
+            tensors = {name: self.adapter.tensor(name) for name in self._head_names()}
+            return lora.task_head_config(self.adapter, self._base.checkpoint.config, tensors, self._absent)
+        architecture = architecture_of(self.checkpoint.config)
+        return self.checkpoint.config if has_task_head(architecture) and named_class(architecture) else None
+
+    @property
+    def has_head(self) -> bool:
+        return self.head_file is not None or self.head_config is not None
+
+    def head(self, backbone: nn.Module) -> Head | NativeHead | None:
+        """The expert's head on a backbone; None where it has none.
+
+        Raises:
+            InputError: it cannot be built.
+        """
+        if self.head_file is not None:
+            return load_any_head(self.head_file, backbone)
+        if self.head_config is None:
+            return None
+        return NativeHead(backbone, self.head_config["architectures"][0], self.head_config, self.head_tensors())
+
+
+class ExpertSet:
+    """A base and its experts, opened; `epmq.merging.compatibility.open_experts` also checks that they fit.
+
+    Args:
+        source: directory or Hub id of the base.
+        experts: as a recipe names them.
+
+    Attributes:
+        source: the base, as it was named.
+        base: reader of the base.
+        experts: task name → reader of the expert.
         config: content of the `config.json` of what base and experts share.
-        model: the skeleton of that.
-        experts: task name → the expert's checkpoint or adapter.
+        model: that model without its weights.
         names: tensors of the model that the base has, as `state_dict` calls them, without tied copies.
         tied: tensors that share another one's storage in the base: name → the name it follows.
         absent: tensors of the model outside its blocks that the base lacks, such as a pooler; they are zero.
         notes: fallbacks taken, in words; they go into the report.
 
     Raises:
-        ValueError, FileNotFoundError: a checkpoint is missing, or does not fit the base; the tensor and both shapes
-            are named.
+        MissingError, InputError: a checkpoint is missing or cannot be read.
     """
 
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe = recipe
-        self.notes: list[str] = []
-        self.base = Checkpoint(recipe.base)
-        self.experts = {
+    def __init__(self, source: str, experts: Sequence[Expert]) -> None:
+        self.source, self.notes = source, list[str]()
+        checkpoint = Checkpoint(source)
+        opened = {
             expert.name: Adapter(path) if is_adapter(path) else Checkpoint(path)
-            for expert in recipe.experts
+            for expert in experts
             for path in [resolve(expert.model)]
         }
-        full = [expert for expert in self.experts.values() if not isinstance(expert, Adapter)]
-        self._shared = shared_checkpoint(self.base, full)
+        full = [expert for expert in opened.values() if not isinstance(expert, Adapter)]
+        self._shared = shared_checkpoint(checkpoint, full)
         self.config = self._shared.config
         self.model = build_meta_model(self._shared)
         self.tied = tied_names(self.model)
-        self._stored = self._rename(self.base)[0]
+        self.base = BaseReader(checkpoint, self.rename(checkpoint)[0], self.tied)
         self._untie()
-        renamed = {task: self._rename(expert) for task, expert in self.experts.items()}
-        self._expert_stored = {task: stored for task, (stored, _) in renamed.items()}
-        self._expert_extra = {task: extra for task, (_, extra) in renamed.items()}
-        self._thresholds: list[float] | None = None
-        state = self.model.state_dict()
-        wanted = [name for name in state if name not in self.tied]
-        self.names = [name for name in wanted if name in self._stored]
-        self.absent = [name for name in wanted if name not in self._stored]
-        self._check_base(state)
-        for task, expert in self.experts.items():
-            if isinstance(expert, Adapter):
-                self._check_adapter(task, expert)
-            else:
-                self._check_expert(task)
-            self._check_tied(task)
-        self._heads = {task: self._find_head(task) for task in self.experts}
+        state = [name for name in self.model.state_dict() if name not in self.tied]
+        self.names = [name for name in state if name in self.base.stored]
+        self.absent = [name for name in state if name not in self.base.stored]
+        self.experts = {expert.name: ExpertReader(expert, opened[expert.name], self) for expert in experts}
         self._fill_absent(self.model)
-        self._warn_of_pickles()
 
-    def _warn_of_pickles(self) -> None:
-        for checkpoint in (self.base, *self.experts.values()):
-            for name in checkpoint.pickles:
-                note = f"{checkpoint.path / name} is a pickle: only tensors were read from it; safetensors are safer"
-                self.notes.append(note)
-                LOG.warning(note)
-
-    def _rename(self, checkpoint: Checkpoint) -> tuple[dict[str, str], list[str]]:
-        try:
-            found, extra = rename(self.model, checkpoint.names)
-        except ValueError as error:
-            raise InputError(f"{checkpoint.path}: {error}") from None
+    def rename(self, checkpoint: Checkpoint) -> tuple[dict[str, str], list[str]]:
+        """Name in the model → name on disk, and the names on disk that the model does not have."""
+        with error_context(str(checkpoint.path)):
+            stored, extra = rename(self.model, checkpoint.names)
         if not isinstance(checkpoint, Adapter):
             for name, leader in self.tied.items():
-                if name in found:  # some files hold a shared tensor under another of its names
-                    found.setdefault(leader, found[name])
-        return found, extra
+                if name in stored:  # some files hold a shared tensor under another of its names
+                    stored.setdefault(leader, stored[name])
+        return stored, extra
 
     def _untie(self) -> None:
         """Let go of what the config ties but the base holds with different values, as `from_pretrained` does.
 
         FLAN-T5 is such a model: transformers 5 ties every T5, whatever its config says.
         """
+        stored = self.base.stored
         for name, leader in list(self.tied.items()):
-            pair = {self._stored[key] for key in (name, leader) if key in self._stored}
-            if len(pair) == 2 and not torch.equal(*(self.base.tensor(stored) for stored in pair)):
+            pair = {stored[key] for key in (name, leader) if key in stored}
+            if len(pair) == 2 and not torch.equal(*map(self.base.checkpoint.tensor, pair)):
                 del self.tied[name]
-
-    def _check_base(self, state: dict[str, Tensor]) -> None:
-        for name in self.names:
-            found, wanted = list(self.base.shape(self._stored[name])), list(state[name].shape)
-            if found != wanted:
-                raise InputError(f"{self.base.path}: tensor {name!r} is {found}, but {wanted} by config.json")
-            if torch.is_floating_point(state[name]) and self.base.dtype(self._stored[name]) is None:
-                kind = self.base.kind(self._stored[name])
-                raise InputError(f"{self.base.path}: tensor {name!r} is {kind}, not float64, 32, 16 or bfloat16")
-        try:
-            inside = tuple(stack.name + "." for stack in find_stacks(self.model))
-        except ValueError as error:
-            raise InputError(f"{self.base.path}: {error}") from None
-        for name in self.absent:
-            if name.startswith(inside) or name.endswith(("embeddings.weight", "embed_tokens.weight")):
-                raise InputError(f"{self.base.path}: no tensor for {name!r} of {type(self.model).__name__}")
-        if self.absent:
-            self.notes.append(f"not in the base, left out: {', '.join(self.absent)}")
-
-    def _check_expert(self, task: str) -> None:
-        expert, stored = self.experts[task], self._expert_stored[task]
-        ours, theirs = self.config.get("model_type"), expert.config.get("model_type")
-        if ours != theirs:
-            raise InputError(f"expert {task}: model type {theirs!r}, but the base is {ours!r} ({expert.path})")
-        if expert.config.get("quantization_config"):
-            raise InputError(f"expert {task}: quantized already; give the model it was quantized from ({expert.path})")
-        if not stored:
-            raise InputError(f"expert {task}: shares no tensor with the base ({expert.path})")
-        for name in self.names:
-            if name not in stored:
-                if any(part.isdigit() for part in name.split(".")):
-                    raise InputError(f"expert {task}: tensor {name!r} is missing in {expert.path}")
-                self.notes.append(f"expert {task} has no tensor {name}: the base's takes its place")
-                continue
-            self._check_shape(task, name, expert.shape(stored[name]))
-            if self.base.dtype(self._stored[name]) is not None and expert.dtype(stored[name]) is None:
-                kind = expert.kind(stored[name])
-                raise InputError(f"expert {task}: tensor {name!r} is {kind}, not a float ({expert.path})")
-
-        for stack in find_stacks(self.model):
-            block = re.compile(rf"(?:^|\.){re.escape(stack.name)}\.(\d+)\.")
-            for name in self._expert_extra[task]:
-                index = block.search(name)
-                if index and int(index[1]) >= len(stack.blocks) and name not in self.base:
-                    raise InputError(f"expert {task}: tensor {name!r} has no counterpart in the base ({expert.path})")
-
-    def _check_adapter(self, task: str, adapter: Adapter) -> None:
-        if not self._expert_stored[task]:
-            raise InputError(f"expert {task}: the adapter changes no tensor of the base ({adapter.path})")
-        stored = self._expert_stored[task]
-        for name in [*self._expert_extra[task], *(stored[name] for name in self.absent if name in stored)]:
-            if adapter.changes(name):
-                raise InputError(f"expert {task}: the adapter changes {name!r}, which the base lacks ({adapter.path})")
-        for name in self.names:
-            if name in stored and adapter.replaces(stored[name]):
-                self._check_shape(task, name, adapter.shape(stored[name]))
-            if name in stored and adapter.changes(stored[name]):
-                rows, columns = adapter.change_shape(stored[name])
-                self._check_shape(task, name, (columns, rows) if self._transposed(name) else (rows, columns))
-
-    def _check_tied(self, task: str) -> None:
-        """What is one tensor in the base must be one in the expert."""
-        adapter = self.experts[task] if isinstance(self.experts[task], Adapter) else None
-        for name, leader in self.tied.items():
-            if name in self._expert_stored[task]:
-                ours, theirs = self.expert_tensor(task, name), self.expert_tensor(task, leader)
-                same = ours.shape == theirs.shape and (
-                    torch.equal(ours, theirs) or torch.allclose(ours.float(), theirs.float(), atol=1e-6)
-                )
-                if not same:
-                    place = self.experts[task].path
-                    raise InputError(
-                        f"expert {task}: {name!r} differs from {leader!r}, its equal in the base ({place})"
-                    )
-            elif adapter is not None and leader in self._expert_stored[task]:
-                self.notes.append(f"expert {task} was trained on {leader} alone; {name}, its equal, follows it")
-
-    def _check_shape(self, task: str, name: str, found: tuple[int, ...]) -> None:
-        wanted = self.base.shape(self._stored[name])
-        if found != wanted:
-            place = self.experts[task].path
-            raise InputError(
-                f"expert {task}: tensor {name!r} is {list(found)}, but {list(wanted)} in the base ({place})"
-            )
-
-    def _transposed(self, name: str) -> bool:
-        module = self.model.get_submodule(name.rpartition(".")[0])
-        return is_transposed(module) if isinstance(module, LINEAR) else isinstance(module, nn.Embedding)
 
     def _fill_absent(self, model: nn.Module) -> None:
         state = model.state_dict()
         for name in self.absent:
             set_tensor(model, name, torch.zeros(state[name].shape))
 
-    def skeleton(self) -> Any:
+    def meta_model(self) -> Any:
         """Another copy of the model without its weights."""
         model = build_meta_model(self._shared)
         self._fill_absent(model)
         return model
 
-    def whole_model(self, task: str | None, device: torch.device) -> Any:
-        """An expert, or the base if `task` is None, with all its weights, in float32 and eval mode."""
-        model = self.skeleton()
-        read = self.base_tensor if task is None else lambda name: self.expert_tensor(task, name)
-        materialize(model, self.names, read, device)
+    def whole_model(self, reader: TensorReader, device: torch.device) -> Any:
+        """The model with all weights that a reader gives, in float32 and eval mode."""
+        model = self.meta_model()
+        materialize(model, self.names, reader.tensor, device)
         self.tie(model)
         return model.to(device)
 
@@ -229,39 +261,6 @@ class Sources:
         """Let the model's shared tensors share their storage again, once those they follow have been read."""
         model.all_tied_weights_keys = dict(self.tied)
         model.tie_weights(recompute_mapping=False)
-
-    def check_finite(self) -> Iterator[None]:
-        """Look through all weights for NaN and Inf, one checkpoint a step.
-
-        Raises:
-            ValueError: file and tensor are named.
-        """
-        self.base.check_finite(list(self._stored.values()))
-        yield
-        for task, expert in self.experts.items():
-            expert.check_finite(list(self._expert_stored[task].values()))
-            yield
-
-    def _finite(self, name: str, tensor: Tensor) -> Tensor:
-        """Pass on what was made of the weights of one name, or say which of them has NaN or Inf.
-
-        Every method of merging passes them on to its result, so one look at that does for all weights.
-
-        Raises:
-            ValueError: file and tensor are named.
-        """
-        if not is_finite(tensor):
-            self.base.check_finite([self._stored[name]])
-            for task, expert in self.experts.items():
-                expert.check_finite([self._expert_stored[task][name]] if name in self._expert_stored[task] else [])
-        return tensor
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype that most of the base's weights have on disk."""
-        kinds = [self.base.dtype(self._stored[name]) for name in self.names]
-        floats = [kind for kind in kinds if kind is not None]
-        return max(set(floats), key=floats.count)
 
     def block_names(self, block: str) -> list[str]:
         """Names of the tensors of one block."""
@@ -272,147 +271,17 @@ class Sources:
         prefixes = tuple(stack.name + "." for stack in find_stacks(self.model))
         return [name for name in self.names if not name.startswith(prefixes)]
 
-    def stored_name(self, name: str) -> str:
-        """What the base calls a tensor on disk; outputs keep these names."""
-        return self._stored[name]
 
-    def form(self, name: str) -> TensorSpec:
-        """Dtype and shape of a tensor, from the base's header; the merged model's are the same."""
-        return self.base.form(self._stored[name])
+def guiding_head(expert: ExpertReader, notes: list[str]) -> Callable[[nn.Module], Head | NativeHead | None]:
+    """Builds an expert's head on a backbone; one that cannot be built is carried over, and guides nothing."""
 
-    def base_shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor, from the base's header."""
-        return self.base.shape(self._stored[name])
-
-    def stored_dtype(self, name: str) -> torch.dtype | None:
-        """The dtype of one of the base's tensors on disk; None if it is not a float."""
-        return self.base.dtype(self._stored[name])
-
-    def base_tensor(self, name: str) -> Tensor:
-        """A tensor of the base, in the dtype on disk."""
-        return self.base.tensor(self._stored[self.tied.get(name, name)])
-
-    def expert_tensor(self, task: str, name: str) -> Tensor:
-        """A tensor of an expert, in the dtype on disk; the base's where the expert has none.
-
-        What an adapter changes is float32.
-        """
-        expert, stored = self.experts[task], self._expert_stored[task].get(name)
-        if stored is None:
-            return self.base_tensor(name)
-        if not isinstance(expert, Adapter):
-            return expert.tensor(stored)
-        start = expert.tensor(stored) if expert.replaces(stored) else self.base_tensor(name)
-        return adapters.apply(start, expert.change(stored), self._transposed(name)) if expert.changes(stored) else start
-
-    def head_tensors(self, task: str) -> dict[str, Tensor]:
-        """Tensors of an expert that the base does not have: its own task head, with the names on disk."""
-        if self._heads[task] is None:
-            return {}
-        return {name: self.experts[task].tensor(name) for name in self._head_names(task)}
-
-    def head_config(self, task: str) -> dict[str, Any] | None:
-        """Content of a `config.json` for an expert's own task head; None if it has none."""
-        return self._heads[task]
-
-    def _head_names(self, task: str) -> list[str]:
-        own = [stored for name, stored in self._expert_stored[task].items() if name in self.absent]
-        return self._expert_extra[task] + own
-
-    def _find_head(self, task: str) -> dict[str, Any] | None:
-        expert = self.experts[task]
-        if not self._expert_extra[task]:
+    def build(backbone: nn.Module) -> Head | NativeHead | None:
+        try:
+            return expert.head(backbone)
+        except ValueError as error:
+            note = f"expert {expert.task}: its scores cannot guide ({error})"
+            if note not in notes:
+                notes.append(note)
             return None
-        if isinstance(expert, Adapter):
-            tensors = {name: expert.tensor(name) for name in self._head_names(task)}
-            return adapters.head_settings(expert, self.base.config, tensors, self.absent)
-        architecture = architecture_of(expert.config)
-        if not has_task_head(architecture):
-            return None
-        if named_class(architecture) is None:
-            self.notes.append(f"expert {task}: transformers has no class {architecture}, its head is left out")
-            return None
-        return expert.config
 
-    def merged(self, name: str) -> Tensor:
-        """A tensor of the merged model, in the base's dtype. Integer buffers are the base's."""
-        if self._at_once(name):
-            return next(self.merged_parts(name))
-        merged = torch.empty(self.base_shape(name), dtype=self.stored_dtype(name))
-        for rows, part in zip(self._rows(name), self.merged_parts(name)):
-            merged[rows] = part
-        return merged
-
-    def merged_parts(self, name: str) -> Iterator[Tensor]:
-        """As `merged`, a large tensor some rows at a time.
-
-        That is how it is read, too: what was read of a file is resident until its map is closed.
-
-        Raises:
-            ValueError: a weight is NaN or Inf; file and tensor are named.
-        """
-        if self.stored_dtype(name) is None:
-            yield self.base_tensor(name)
-            return
-        method, settings = METHODS[self.recipe.merge.method], self._settings(name)
-        if self._at_once(name):
-            experts = [self.expert_tensor(task, name) for task in self.experts]
-            yield self._finite(name, method(self.base_tensor(name), experts, **settings))
-            return
-        for rows in self._rows(name):
-            experts = [self.expert_rows(task, name, rows) for task in self.experts]
-            yield self._finite(name, method(self.base_rows(name, rows), experts, **settings))
-
-    def _at_once(self, name: str) -> bool:
-        """Whether a tensor is merged as a whole: a small one is, and DARE's draw is one for the whole tensor."""
-        large = self.stored_dtype(name) is not None and math.prod(self.base_shape(name)) > ROWS
-        return not large or self.recipe.merge.method == "dare"
-
-    def _rows(self, name: str) -> Iterator[slice]:
-        """The rows of a tensor in portions."""
-        count, *rest = self.base_shape(name) or (1,)
-        step = max(1, ROWS // max(1, math.prod(rest)))
-        return (slice(start, min(start + step, count)) for start in range(0, count, step))
-
-    def base_rows(self, name: str, rows: slice) -> Tensor:
-        """Some rows of `base_tensor`, along the first dimension on disk."""
-        return self.base.rows(self._stored[self.tied.get(name, name)], rows)
-
-    def expert_rows(self, task: str, name: str, rows: slice) -> Tensor:
-        """Some rows of `expert_tensor`, along the first dimension on disk."""
-        expert, stored = self.experts[task], self._expert_stored[task].get(name)
-        if stored is None:
-            return self.base_rows(name, rows)
-        if not isinstance(expert, Adapter):
-            return expert.rows(stored, rows)
-        start = expert.tensor(stored)[rows] if expert.replaces(stored) else self.base_rows(name, rows)
-        if not expert.changes(stored):
-            return start
-        if self._transposed(name):
-            return adapters.apply(start, expert.change(stored, columns=rows), transposed=True)
-        return adapters.apply(start, expert.change(stored, rows), transposed=False)
-
-    def _settings(self, name: str) -> dict[str, Any]:
-        settings = self.recipe.merge.settings()
-        if self.recipe.merge.method == "dare":
-            settings |= {"seed": self.recipe.seed, "name": name}
-        if self.recipe.merge.method == "ties":
-            whole = self.recipe.merge.trim == "model"
-            if whole and self._thresholds is None:
-                self._thresholds = self._find_thresholds(self.names, settings["density"])
-            settings["thresholds"] = self._thresholds or self._find_thresholds([name], settings["density"])
-        return settings
-
-    def _find_thresholds(self, names: Sequence[str], density: float) -> list[float]:
-        """Each expert's threshold over some tensors."""
-        floats = [name for name in names if self.stored_dtype(name) is not None]
-        return [magnitude_threshold(partial(self._pairs, task, floats), density) for task in self.experts]
-
-    def _pairs(self, task: str, names: Sequence[str]) -> Iterator[tuple[Tensor, Tensor]]:
-        for name in names:
-            if not self.base_shape(name):
-                pairs = iter([(self.base_tensor(name), self.expert_tensor(task, name))])
-            else:
-                pairs = ((self.base_rows(name, rows), self.expert_rows(task, name, rows)) for rows in self._rows(name))
-            for base, expert in pairs:
-                yield self._finite(name, base), self._finite(name, expert)
+    return build

@@ -1,7 +1,8 @@
 """Merge methods: pure functions on tensors.
 
 Each takes the base tensor, one tensor an expert (all of one shape) and its settings, computes in float32 and
-returns the merged tensor in the base's dtype. To add a method, write such a function and give it a line in `METHODS`.
+returns the merged tensor in the base's dtype. To add a method, write such a function, and the class of its settings in
+`epmq.method_settings`, under the same name.
 
 All work piece by piece, small enough for a processor's cache: merging is bound by memory, and K task vectors of a whole
 embedding matrix in float32 would be the peak of a run's memory.
@@ -9,30 +10,20 @@ embedding matrix in float32 would be the peak of a run's memory.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Sequence
+import zlib
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import hardshrink
 
 from epmq.errors import InputError
+from epmq.merging.trim import magnitude_threshold
 
 Scaling = float | Sequence[float]
-# A base tensor, or some of its rows, and an expert's.
-Pair = tuple[Tensor, Tensor]
 
 # Entries that are merged at once.
 PIECE = 1 << 17
-# One in so many entries is drawn to tell where a threshold lies; odd, so that it goes through all columns of a matrix.
-STRIDE = 257
-# Where the threshold is looked for first: so many standard deviations of the draw around its place.
-SLACK = 5.0
-
-
-def task_vector(base: Tensor, expert: Tensor) -> Tensor:
-    """τ = W_k − W_0, float32 (Ilharco et al., arXiv 2212.04089)."""
-    return expert.to(torch.float32, copy=True).sub_(base)
 
 
 def average(base: Tensor, experts: Sequence[Tensor], *, weights: Sequence[float] | None = None) -> Tensor:
@@ -171,65 +162,6 @@ def _agreement(tau: Sequence[Tensor], agreed: str) -> Tensor:
     return same if agreed == "sum" else same.div_(votes.clamp_(min=1))
 
 
-def magnitude_threshold(pairs: Callable[[], Iterable[Pair]], density: float) -> float:
-    """The magnitude of the ⌊density · n⌋-th largest of the n entries of a task vector that is never whole in memory.
-
-    A draw of the entries tells between which two magnitudes it must lie; one pass over all of them then counts what is
-    larger and keeps what lies between. Should it lie elsewhere after all, the pass is repeated with a wider bracket, so
-    the result is exact.
-
-    Args:
-        pairs: gives the base's and the expert's tensors piece by piece, the same ones each time it is called.
-        density: 0 to 1.
-
-    Returns:
-        the threshold: entries at or above it are the `density` largest (equal ones are all kept); infinite if none are.
-    """
-    count, drawn = 0, []
-    for base, expert in pairs():
-        count += base.numel()
-        drawn.append(task_vector(base.reshape(-1)[::STRIDE], expert.reshape(-1)[::STRIDE]).abs_())
-    keep = int(density * count)
-    if keep <= 0:
-        return math.inf
-    sample = torch.cat(drawn).sort(descending=True).values
-    place, slack = keep / count * len(sample), SLACK
-    while True:
-        spread = slack * (1 + math.sqrt(place * (1 - keep / count)))
-        first, last = int(place - spread), math.ceil(place + spread)
-        high = float(sample[first]) if first >= 0 else math.inf
-        low = float(sample[last]) if last < len(sample) else 0.0
-        found = _rank_between(pairs, keep, low, high)
-        if found is not None:
-            return found
-        slack *= 8
-
-
-def _rank_between(pairs: Callable[[], Iterable[Pair]], keep: int, low: float, high: float) -> float | None:
-    """The `keep`-th largest magnitude if it lies between two, these included; else None."""
-    above = at_high = at_low = 0
-    # In one growing piece of memory: many small ones, kept between large ones that come and go, would hold those apart.
-    inside = bytearray()
-    for whole in pairs():
-        for base, expert in zip(*(tensor.reshape(-1).split(PIECE) for tensor in whole)):
-            sizes = task_vector(base, expert).abs_()
-            larger = sizes > high
-            above += int(larger.count_nonzero())
-            between = sizes[(sizes >= low) ^ larger]
-            # Equal magnitudes, of which 16-bit numbers have many, are counted and not kept.
-            at_high += int((between == high).count_nonzero())
-            at_low += int((between == low).count_nonzero()) if low < high else 0
-            inside += between[(between > low) & (between < high)].cpu().numpy().data.cast("B")
-    for rank, value in ((above, None), (at_high, high)):
-        if keep <= rank:
-            return value
-        keep -= rank
-    count = len(inside) // 4
-    if keep <= count:
-        return float(torch.frombuffer(inside, dtype=torch.float32).kthvalue(count - keep + 1).values)
-    return low if keep <= count + at_low else None
-
-
 def _by_pieces(merge: Callable[[Tensor, Sequence[Tensor]], Tensor], base: Tensor, parts: Sequence[Tensor]) -> Tensor:
     """The merge of one entry depends on nothing but that entry of base and parts: take a slice of each at a time.
 
@@ -258,15 +190,5 @@ def _per_expert(value: Scaling, experts: Sequence[Tensor], field: str) -> list[f
 
 
 def _bernoulli(shape: torch.Size, density: float, key: str) -> Tensor:
-    import zlib
-
     generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
     return torch.rand(shape, generator=generator) < density
-
-
-METHODS: dict[str, Callable[..., Tensor]] = {
-    "average": average,
-    "task_arithmetic": task_arithmetic,
-    "ties": ties,
-    "dare": dare,
-}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,34 +17,15 @@ from epmq.models.meta import named_class
 
 CONFIG = "adapter_config.json"
 # Fields of a LoRA config that need nothing done here, whatever they hold: training, bookkeeping, or read below.
+# fmt: off
 _HARMLESS = {
-    "alpha_pattern",
-    "auto_mapping",
-    "base_model_name_or_path",
-    "bias",
-    "ensure_weight_tying",
-    "eva_config",
-    "exclude_modules",
-    "fan_in_fan_out",
-    "inference_mode",
-    "init_lora_weights",
-    "layers_pattern",
-    "layers_to_transform",
-    "lora_alpha",
-    "lora_dropout",
-    "megatron_core",
-    "modules_to_save",
-    "peft_type",
-    "peft_version",
-    "qalora_group_size",
-    "r",
-    "rank_pattern",
-    "revision",
-    "runtime_config",
-    "target_modules",
-    "task_type",
-    "use_rslora",
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "ensure_weight_tying", "eva_config",
+    "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern",
+    "layers_to_transform", "lora_alpha", "lora_dropout", "megatron_core", "modules_to_save", "peft_type",
+    "peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config", "target_modules",
+    "task_type", "use_rslora",
 }
+# fmt: on
 # α/r is a factor on weights: one that is larger leaves nothing of them.
 LARGEST_ALPHA = 1e6
 # Initial values that change the base's own weights: the adapter alone does not say what the expert is.
@@ -94,28 +76,25 @@ class Adapter(Checkpoint):
                 raise InputError(f"{self.path}: {target!r} is not a linear layer or an embedding: not applied here")
 
     def _check_config(self) -> None:
-        place = self.path / CONFIG
-        if self.config.get("peft_type") != "LORA":
-            raise InputError(f"{place}: peft_type {self.config.get('peft_type')!r} is not applied here, only LORA")
-        unknown = [name for name, value in self.config.items() if value and name not in _HARMLESS]
+        file, config = self.path / CONFIG, self.config
+        if config.get("peft_type") != "LORA":
+            raise InputError(f"{file}: peft_type {config.get('peft_type')!r} is not applied here, only LORA")
+        unknown = [name for name, value in config.items() if value and name not in _HARMLESS]
         if unknown:
-            raise InputError(f"{place}: {', '.join(unknown)} is not applied here; merge the adapter with peft first")
-        self._check_scaling(place)
-        if not isinstance(self.config.get("auto_mapping"), dict | None):
-            raise InputError(f"{place}: auto_mapping must be an object")
-        start = self.config.get("init_lora_weights")
-        if isinstance(start, str) and start.lower().startswith(_MOVES_BASE):
-            raise InputError(f"{place}: init_lora_weights {start!r} moves the base's weights; merge it with peft first")
-
-    def _check_scaling(self, place: Path) -> None:
-        patterns = self.config.get("alpha_pattern")
+            raise InputError(f"{file}: {', '.join(unknown)} is not applied here; merge the adapter with peft first")
+        patterns = config.get("alpha_pattern")
         if not isinstance(patterns, dict | None):
-            raise InputError(f"{place}: alpha_pattern must be an object, found {patterns!r:.100}")
-        for name, alpha in {"lora_alpha": self.config.get("lora_alpha", 8), **(patterns or {})}.items():
+            raise InputError(f"{file}: alpha_pattern must be an object, found {patterns!r:.100}")
+        for name, alpha in {"lora_alpha": config.get("lora_alpha", 8), **(patterns or {})}.items():
             if type(alpha) not in (int, float) or not abs(alpha) < LARGEST_ALPHA:
-                raise InputError(f"{place}: {name} must be a number of a sensible size, found {alpha!r:.100}")
-            with error_context(place, f"{name!r:.100} is no pattern"):
+                raise InputError(f"{file}: {name} must be a number of a sensible size, found {alpha!r:.100}")
+            with error_context(file, f"{name!r:.100} is no pattern"):
                 re.compile(name)
+        if not isinstance(config.get("auto_mapping"), dict | None):
+            raise InputError(f"{file}: auto_mapping must be an object")
+        start = config.get("init_lora_weights")
+        if isinstance(start, str) and start.lower().startswith(_MOVES_BASE):
+            raise InputError(f"{file}: init_lora_weights {start!r} moves the base's weights; merge it with peft first")
 
     @property
     def names(self) -> list[str]:
@@ -155,13 +134,13 @@ class Adapter(Checkpoint):
         down, up = self._read(parts["A"]).float(), self._read(parts["B"]).float()
         return self._scaling(name.rpartition(".")[0], len(down)) * (up[rows] @ down[:, columns])
 
-    def check_finite(self, names: list[str] | None = None) -> None:
+    def check_finite(self, names: Iterable[str] | None = None) -> None:
         """As `Checkpoint.check_finite`, of the factors."""
-        wanted = self.names if names is None else names
-        super().check_finite([stored for name in wanted for stored in self._parts[name].values()])
+        checked = self.names if names is None else names
+        super().check_finite(stored for name in checked for stored in self._parts[name].values())
 
     def _stored_shape(self, stored: str) -> tuple[int, ...]:
-        return tuple(self._slice(stored).get_shape())
+        return super().shape(stored)
 
     def _scaling(self, module: str, rank: int) -> float:
         patterns: dict[str, float] = self.config.get("alpha_pattern") or {}
@@ -173,14 +152,14 @@ class Adapter(Checkpoint):
 def _parse(name: str) -> tuple[str, str | None]:
     """Which tensor of the base a tensor of an adapter belongs to, and as what: `A`, `B`, `full` or nothing known."""
     name = name.removeprefix("base_model.model.").replace(".modules_to_save.", ".").replace(".base_layer.", ".")
-    found = re.fullmatch(r"(.+)\.lora_(embedding_)?([AB])(?:\.weight)?", name)
-    if found:
+    factor = re.fullmatch(r"(.+)\.lora_(?:embedding_)?([AB])(?:\.weight)?", name)
+    if factor:
         # An embedding's factors are A [r, vocabulary] and B [features, r]: their product is its weight's transpose.
-        return f"{found[1]}.weight", found[3]
+        return f"{factor[1]}.weight", factor[2]
     return name, None if ".lora_" in name else "full"
 
 
-def head_settings(
+def task_head_config(
     adapter: Adapter, base_config: dict[str, Any], tensors: dict[str, Tensor], absent: list[str]
 ) -> dict[str, Any]:
     """The config of the task class whose head an adapter brings in `modules_to_save`.
@@ -204,29 +183,26 @@ def head_settings(
     table = getattr(transformers, _HEADS.get(str(adapter.config.get("task_type")), ""), {})
     # Without a task type, PEFT writes down the class that was trained.
     trained = (adapter.config.get("auto_mapping") or {}).get("base_model_class")
-    kind: Any = table[type(config)] if type(config) in table else named_class(trained)
-    if kind is None:
+    head_class: Any = table[type(config)] if type(config) in table else named_class(trained)
+    if head_class is None:
         raise InputError(f"{adapter.path}: {', '.join(tensors)} is not in the base, and no task class is named for it")
     for labels in sorted({len(tensor) for tensor in tensors.values() if tensor.ndim}):
         config.num_labels = labels
         with error_context(adapter.path, "its base's config gives no model with a head"), init_empty_weights():
-            state = kind._from_config(config).state_dict()
+            state = head_class._from_config(config).state_dict()
         if all(name in state and state[name].shape == tensor.shape for name, tensor in tensors.items()):
-            prefix = f"{kind.base_model_prefix}."
+            prefix = f"{head_class.base_model_prefix}."
             known = {name for name in state if name.startswith(prefix) and name.removeprefix(prefix) not in absent}
             missing = state.keys() - known - tensors.keys()
             if missing:
                 raise InputError(
-                    f"{adapter.path}: of the head of {kind.__name__}, {', '.join(sorted(missing))} is neither in the "
-                    "base nor in the adapter; name it in modules_to_save when training"
+                    f"{adapter.path}: of the head of {head_class.__name__}, {', '.join(sorted(missing))} is neither in "
+                    "the base nor in the adapter; name it in modules_to_save when training"
                 )
-            return {**base_config, "architectures": [kind.__name__], **_labels(labels)}
-    raise InputError(f"{adapter.path}: its head ({', '.join(tensors)}) does not fit {kind.__name__}")
-
-
-def _labels(count: int) -> dict[str, Any]:
-    names = {str(i): f"LABEL_{i}" for i in range(count)}
-    return {"id2label": names, "label2id": {name: int(i) for i, name in names.items()}}
+            names = {str(i): f"LABEL_{i}" for i in range(labels)}
+            ids = {name: int(i) for i, name in names.items()}
+            return {**base_config, "architectures": [head_class.__name__], "id2label": names, "label2id": ids}
+    raise InputError(f"{adapter.path}: its head ({', '.join(tensors)}) does not fit {head_class.__name__}")
 
 
 def apply(base: Tensor, change: Tensor, transposed: bool) -> Tensor:

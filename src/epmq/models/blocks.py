@@ -7,7 +7,6 @@ and layers belong together when they receive the same tensor.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -18,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from epmq import matmul as products
 from epmq.errors import InputError
+from epmq.models.hooks import pre_hooks
 
 LINEAR = (nn.Linear, Conv1D)
 # A list of modules with a smaller share of the model's linear weights than this is not a stack of blocks.
@@ -87,8 +87,8 @@ def as_matrix(linear: nn.Module, weight: Tensor) -> Tensor:
 def use_fast_matmul(model: nn.Module) -> None:
     """Let a model's linear layers multiply by `epmq.matmul`, as long as no gradients are asked for."""
     for _, layer in linears(model) if products.uses_onednn() else ():
-        if type(layer).forward in [kind.forward for kind in LINEAR]:  # not what a subclass makes of it
-            layer.forward = partial(_multiply, layer)  # type: ignore[method-assign]
+        if type(layer).forward in [layer_class.forward for layer_class in LINEAR]:  # not what a subclass makes of it
+            layer.forward = partial(_multiply, layer)
 
 
 def _multiply(layer: Any, inputs: Tensor) -> Tensor:
@@ -124,29 +124,18 @@ def input_groups(block: nn.Module, run: Callable[[], object]) -> list[InputGroup
         return lambda module, args: seen.setdefault(name, []).append(args[0])
 
     # The tensors are kept until the end: a freed one could lend its address to another.
-    with hooks([(module, note(name)) for name, module in linears(block)]):
+    with pre_hooks((module, note(name)) for name, module in linears(block)):
         run()
     missing = [name for name, _ in linears(block) if name not in seen]
     if missing:
         raise InputError(f"linear layers that saw no calibration data: {', '.join(missing)}")
-    groups: dict[tuple, list[str]] = {}
+    groups: dict[tuple[Any, ...], list[str]] = {}
     for name, inputs in seen.items():
-        groups.setdefault(tuple(_identity(tensor) for tensor in inputs), []).append(name)
+        groups.setdefault(tuple(map(_identity, inputs)), []).append(name)
     return [InputGroup(names, len(inputs)) for inputs, names in groups.items()]
 
 
-@contextmanager
-def hooks(pairs: list[tuple[nn.Module, Callable[..., None]]]) -> Iterator[None]:
-    """Forward pre-hooks, for the length of a `with` block."""
-    handles = [module.register_forward_pre_hook(hook) for module, hook in pairs]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _identity(tensor: Tensor) -> tuple:
+def _identity(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+from math import prod
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from zipfile import is_zipfile
 
@@ -13,16 +16,63 @@ from torch import Tensor
 
 from epmq.errors import InputError, MissingError, error_context, reason
 from epmq.files import read_json
-from epmq.models.writer import INDEX, SINGLE, TensorSpec
 
-# What is fetched from the Hub: never code, and pickles only where the user names one.
-PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+# Endings of the files of a model that are fetched and read: never code, and pickles only where the user names one.
+MODEL_FILES = (".json", ".safetensors", ".txt", ".model", ".jinja")
+HUB_PATTERNS = [f"*{ending}" for ending in MODEL_FILES]
 # Weights in pickles, which are opened only by name and only as tensors (`torch.load(weights_only=True)`).
 PICKLES = (".bin", ".bin.index.json")
+# Files beside the weights that belong to the tokenizer or the processor.
+PROCESSOR_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "chat_template.jinja",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "generation_config.json",
+)
 # Fields of a config that say how many there are of something, and more than any model has.
 COUNTS, MOST = ("layers", "n_layer", "num_labels", "depth"), 100_000
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_INTEGERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
+# Dtypes by the names that safetensors gives them.
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# What the header of a safetensors file says of a tensor: its dtype, as safetensors calls it, and its shape.
+TensorSpec = tuple[str, tuple[int, ...]]
+
+
+def byte_size(spec: TensorSpec) -> int:
+    """Bytes of a tensor in a file."""
+    return prod(spec[1]) * bits_of(spec[0]) // 8
+
+
+def bits_of(dtype: str) -> int:
+    """Of one number of a safetensors dtype, such as BF16 or F8_E4M3."""
+    number = re.search(r"\d+", dtype)
+    return int(number[0]) if number else 8  # BOOL
+
+
+def model_files(folder: Path) -> list[Path]:
+    """The files of a model directory that are read, pickles included, by name."""
+    return sorted(file for file in folder.iterdir() if file.name.endswith((*MODEL_FILES, ".bin")))
 
 
 def resolve(source: str | Path) -> Path:
@@ -38,15 +88,15 @@ def resolve(source: str | Path) -> Path:
     pickled = str(source).endswith(PICKLES)
     if path.is_dir() or (pickled and path.is_file()):
         return path
-    found = re.fullmatch(r"([\w.-]+/[\w.-]+)" + (r"/([\w.-]+)" if pickled else "()"), str(source))
-    if not found:
+    hub = re.fullmatch(r"([\w.-]+/[\w.-]+)" + (r"/([\w.-]+)" if pickled else "()"), str(source))
+    if not hub:
         raise MissingError(f"{source}: no such directory (and not a Hub id of the form owner/name)")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        patterns = [*PATTERNS, "*.bin"] if pickled else PATTERNS
-        return Path(snapshot_download(found[1], allow_patterns=patterns)) / found[2]
+        patterns = [*HUB_PATTERNS, "*.bin"] if pickled else HUB_PATTERNS
+        return Path(snapshot_download(hub[1], allow_patterns=patterns)) / hub[2]
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise MissingError(f"{source}: no such directory, and the Hub did not give it ({reason(error)})") from None
 
@@ -70,19 +120,10 @@ class _Pickled:
     def get_tensor(self, name: str) -> Tensor:
         return self._tensors[name]
 
-    def get_slice(self, name: str) -> _Pickled._Header:
-        return self._Header(self._tensors[name])
-
-    class _Header:
-        def __init__(self, tensor: Tensor) -> None:
-            self._tensor = tensor
-
-        def get_shape(self) -> list[int]:
-            return list(self._tensor.shape)
-
-        def get_dtype(self) -> str:
-            kinds = {dtype: kind for kind, dtype in {**_DTYPES, **_INTEGERS, "BOOL": torch.bool}.items()}
-            return kinds.get(self._tensor.dtype, str(self._tensor.dtype).removeprefix("torch."))
+    def get_slice(self, name: str) -> Any:
+        tensor = self._tensors[name]
+        dtype = DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
+        return SimpleNamespace(get_shape=lambda: list(tensor.shape), get_dtype=lambda: dtype)
 
 
 class Checkpoint:
@@ -111,42 +152,44 @@ class Checkpoint:
         self._shard: dict[str, str] = self._read_index(named)
 
     def _read_index(self, named: str | None) -> dict[str, str]:
-        index = self.path / (named if named and named.endswith(".json") else self.INDEX)
         if named and not named.endswith(".json"):
             return dict.fromkeys(self._open(named).keys(), named)
+        index = self.path / (named or self.INDEX)
         if index.exists():
-            shards = read_json(index).get("weight_map")
-            if not isinstance(shards, dict):
-                raise InputError(f"{index}: no 'weight_map'")
-            for name, shard in shards.items():
-                if not isinstance(shard, str) or Path(shard).name != shard:
-                    raise InputError(f"{index}: tensor {name!r} lies in {shard!r}, which is not a plain file name")
-                if shard.endswith(PICKLES) and not named:
-                    raise InputError(f"{index}: {shard} is a pickle")
-                if not (self.path / shard).exists():
-                    raise MissingError(f"{self.path / shard}: named in {index.name} but missing")
-            listed = {name: file for file in sorted(set(shards.values())) for name in self._open(file).keys()}
-            for name, shard in shards.items():
-                if listed.get(name) != shard:
-                    raise InputError(f"{index}: tensor {name!r} is not in {shard}")
-            return shards
+            return self._check_index(index, pickles=named is not None)
         if (self.path / self.SINGLE).exists():
             return dict.fromkeys(self._open(self.SINGLE).keys(), self.SINGLE)
         pickles = [file.name for file in sorted(self.path.glob("*.bin*")) if file.name.endswith(PICKLES)]
-        named_pickle = next((name for name in reversed(pickles) if "model" in name), None)
-        hint = f" ({named_pickle} is a pickle: name that file to have it opened)" if named_pickle else ""
+        pickle = next((name for name in reversed(pickles) if "model" in name), None)
+        hint = f" ({pickle} is a pickle: name that file to have it opened)" if pickle else ""
         raise MissingError(f"{self.path}: no {self.SINGLE} and no {self.INDEX}{hint}")
+
+    def _check_index(self, index: Path, pickles: bool) -> dict[str, str]:
+        """Tensor name → shard, where each shard is there and has what the index says; more is left unread."""
+        shards = read_json(index).get("weight_map")
+        if not isinstance(shards, dict):
+            raise InputError(f"{index}: no 'weight_map'")
+        for name, shard in shards.items():
+            if not isinstance(shard, str) or Path(shard).name != shard:
+                raise InputError(f"{index}: tensor {name!r} lies in {shard!r}, which is not a plain file name")
+            if shard.endswith(PICKLES) and not pickles:
+                raise InputError(f"{index}: {shard} is a pickle")
+            if not (self.path / shard).exists():
+                raise MissingError(f"{self.path / shard}: named in {index.name} but missing")
+        listed = {name: shard for shard in sorted(set(shards.values())) for name in self._open(shard).keys()}
+        for name, shard in shards.items():
+            if listed.get(name) != shard:
+                raise InputError(f"{index}: tensor {name!r} is not in {shard}")
+        return shards
 
     def _open(self, shard: str) -> Any:
         if shard not in self._files:
+            path, pickled = self.path / shard, shard.endswith(PICKLES)
             try:
-                if shard.endswith(PICKLES):
-                    self._files[shard] = _Pickled(self.path / shard)
-                else:
-                    self._files[shard] = safe_open(str(self.path / shard), framework="pt")
+                self._files[shard] = _Pickled(path) if pickled else safe_open(str(path), framework="pt")
             except (SafetensorError, OSError, ValueError) as error:
-                kind = "pickle of tensors" if shard.endswith(PICKLES) else "safetensors file"
-                raise InputError(f"{self.path / shard}: not a readable {kind} ({reason(error)})") from None
+                form = "pickle of tensors" if pickled else "safetensors file"
+                raise InputError(f"{path}: not a readable {form} ({reason(error)})") from None
         return self._files[shard]
 
     @property
@@ -167,26 +210,30 @@ class Checkpoint:
     def __contains__(self, name: str) -> bool:
         return name in self._shard
 
-    def _slice(self, name: str) -> Any:
+    def _shard_of(self, name: str) -> str:
         if name not in self._shard:
             raise KeyError(f"{self.path}: no tensor {name!r}")
-        return self._open(self._shard[name]).get_slice(name)
+        return self._shard[name]
+
+    def _slice(self, name: str) -> Any:
+        return self._open(self._shard_of(name)).get_slice(name)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, from the header."""
         return tuple(self._slice(name).get_shape())
 
-    def kind(self, name: str) -> str:
+    def dtype_name(self, name: str) -> str:
         """What safetensors calls a tensor's dtype, such as `F32` or `I32`."""
-        return self._slice(name).get_dtype()
+        return str(self._slice(name).get_dtype())
 
     def dtype(self, name: str) -> torch.dtype | None:
-        """Float dtype of a tensor, from the header; None for any other kind."""
-        return _DTYPES.get(self.kind(name))
+        """Dtype of a tensor, from the header; None where it is no float."""
+        dtype = DTYPES.get(self.dtype_name(name))
+        return dtype if dtype is not None and dtype.is_floating_point else None
 
-    def form(self, name: str) -> TensorSpec:
+    def spec(self, name: str) -> TensorSpec:
         """Dtype, as safetensors calls it, and shape of a tensor, from the header."""
-        return self.kind(name), self.shape(name)
+        return self.dtype_name(name), self.shape(name)
 
     def tensor(self, name: str) -> Tensor:
         """Read one tensor.
@@ -205,19 +252,18 @@ class Checkpoint:
         return self._read(name, rows)
 
     def _read(self, name: str, rows: slice | None = None) -> Tensor:
-        if name not in self._shard:
-            raise KeyError(f"{self.path}: no tensor {name!r}")
-        shard = self._shard[name]
+        shard = self._shard_of(name)
         if shard.endswith(PICKLES):
-            tensor = self._open(shard).get_tensor(name)
-            return tensor if rows is None else tensor[rows]
+            pickled: Tensor = self._open(shard).get_tensor(name)
+            return pickled if rows is None else pickled[rows]
         # A map for this tensor alone: pages that were read stay resident until their map is closed, and with one map
         # for the file all weights would be in the end.
         with error_context(self.path / shard, f"tensor {name!r} cannot be read"):
-            file = safe_open(str(self.path / shard), framework="pt")
-            return file.get_tensor(name) if rows is None else file.get_slice(name)[rows]
+            file: Any = safe_open(str(self.path / shard), framework="pt")
+            tensor: Tensor = file.get_tensor(name) if rows is None else file.get_slice(name)[rows]
+            return tensor
 
-    def check_finite(self, names: list[str] | None = None) -> None:
+    def check_finite(self, names: Iterable[str] | None = None) -> None:
         """Read all tensors once and look for NaN and Inf.
 
         Raises:
@@ -239,18 +285,18 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The content of a `config.json`, with what is read here of the kind that it should be.
+    """The content of a `config.json`, with what is read here of the type that it should be.
 
     Raises:
         FileNotFoundError, ValueError: there is none, or a field holds something else; the file is named.
     """
     config = read_json(path)
-    named = config.get("architectures")
-    if named is not None and not (isinstance(named, list) and all(isinstance(name, str) for name in named)):
-        raise InputError(f"{path}: architectures must be a list of names, found {named!r:.100}")
-    for field, kind in (("model_type", str), ("quantization_config", dict)):
-        if not isinstance(config.get(field), kind | None):
-            raise InputError(f"{path}: {field} must be a {kind.__name__}, found {config[field]!r:.100}")
+    names = config.get("architectures")
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise InputError(f"{path}: architectures must be a list of names, found {names!r:.100}")
+    for field, expected in (("model_type", str), ("quantization_config", dict)):
+        if not isinstance(config.get(field), expected | None):
+            raise InputError(f"{path}: {field} must be a {expected.__name__}, found {config[field]!r:.100}")
     _check_counts(path, config)
     return config
 
@@ -266,4 +312,5 @@ def _check_counts(path: Path, config: dict[str, Any]) -> None:
 
 def architecture_of(config: dict[str, Any]) -> str | None:
     """Name of the class that a config is of, if it says so."""
-    return (config.get("architectures") or [None])[0]
+    names: list[str] = config.get("architectures") or []
+    return names[0] if names else None

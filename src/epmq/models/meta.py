@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from epmq.errors import InputError, error_context
+from epmq.models.blocks import use_fast_matmul
 from epmq.models.checkpoint import Checkpoint, architecture_of
 
 # Classes whose weights are all shared between experts: their own architecture is merged. Everything else that is not
@@ -37,47 +37,44 @@ def model_class(config: Any, architecture: str | None) -> Any:
     """
     import transformers
 
-    found = None if has_task_head(architecture) else named_class(architecture)
-    return found or transformers.MODEL_MAPPING[type(config)]
+    whole = None if has_task_head(architecture) else named_class(architecture)
+    return whole or transformers.MODEL_MAPPING[type(config)]
 
 
 def named_class(architecture: Any) -> Any:
     """The model class of transformers of that name; None if it has none."""
     import transformers
 
-    found = getattr(transformers, architecture, None) if isinstance(architecture, str) else None
-    return found if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) else None
+    named = getattr(transformers, architecture, None) if isinstance(architecture, str) else None
+    return named if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel) else None
 
 
 @contextmanager
-def no_larger(place: str | Path, tensors: int, entries: int) -> Iterator[None]:
+def no_larger(source: str | Path, tensors: int, entries: int) -> Iterator[None]:
     """Refuse to build, in a `with` block, a model that is far larger than what there is for it.
 
     A config may say anything; without this a billion layers would be made, one by one, before the first is missed.
 
     Args:
-        place: what describes the model.
+        source: what describes the model.
         tensors: how many tensors there are.
         entries: no tensor has more entries.
 
     Raises:
-        ValueError: the config describes more; `place` is named.
+        ValueError: the config describes more; `source` is named.
     """
-    left = SPARE + 8 * tensors
+    budget = SPARE + 8 * tensors
 
-    def look(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        nonlocal left
-        left -= 1
-        if left < 0:
-            raise InputError(f"{place} describes far more tensors than the {tensors} that there are")
+    def check(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal budget
+        budget -= 1
+        if budget < 0:
+            raise InputError(f"{source} describes far more tensors than the {tensors} that there are")
         if parameter is not None and parameter.numel() > entries:
-            raise InputError(f"{place} describes a {name} of {list(parameter.shape)}, more than there is in all")
+            raise InputError(f"{source} describes a {name} of {list(parameter.shape)}, more than there is in all")
 
-    handle = register_module_parameter_registration_hook(look)
-    try:
+    with register_module_parameter_registration_hook(check):
         yield
-    finally:
-        handle.remove()
 
 
 def shared_checkpoint(base: Checkpoint, experts: Sequence[Checkpoint]) -> Checkpoint:
@@ -88,8 +85,8 @@ def shared_checkpoint(base: Checkpoint, experts: Sequence[Checkpoint]) -> Checkp
     """
     types = {expert.config.get("model_type") for expert in experts}
     parts = [part.get("model_type") for part in base.config.values() if isinstance(part, dict)]
-    apart = len(types) == 1 and types != {base.config.get("model_type")} and types <= set(parts)
-    return experts[0] if apart else base
+    part_alone = len(types) == 1 and types != {base.config.get("model_type")} and types <= set(parts)
+    return experts[0] if part_alone else base
 
 
 def build_meta_model(checkpoint: Checkpoint) -> Any:
@@ -102,19 +99,17 @@ def build_meta_model(checkpoint: Checkpoint) -> Any:
     from accelerate import init_empty_weights
     from transformers import AutoConfig
 
-    from epmq.models.blocks import use_fast_matmul
-
-    place = checkpoint.path / "config.json"
+    config_file = checkpoint.path / checkpoint.CONFIG
     if checkpoint.config.get("quantization_config"):
-        raise InputError(f"{place}: the model is quantized already; give the one it was quantized from")
-    with error_context(place, "transformers cannot open this model"):
+        raise InputError(f"{config_file}: the model is quantized already; give the one it was quantized from")
+    with error_context(config_file, "transformers cannot open this model"):
         config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
-        kind = model_class(config, architecture_of(checkpoint.config))
+        architecture: Any = model_class(config, architecture_of(checkpoint.config))
         # Once with nothing allocated at all: real buffers, and a parameter before it is registered, may be of any size.
-        with no_larger(place, len(checkpoint.names), checkpoint.bits), torch.device("meta"):
-            kind._from_config(config, dtype=torch.float32)
+        with no_larger(config_file, len(checkpoint.names), checkpoint.bits), torch.device("meta"):
+            architecture._from_config(config, dtype=torch.float32)
         with init_empty_weights(include_buffers=False):
-            model = kind._from_config(config, dtype=torch.float32).eval()
+            model = architecture._from_config(config, dtype=torch.float32).eval()
     use_fast_matmul(model)
     return model
 
@@ -126,7 +121,7 @@ def rename(model: Any, stored: Iterable[str]) -> tuple[dict[str, str], list[str]
     that any checkpoint that `from_pretrained` reads is read here too.
 
     Args:
-        model: the skeleton.
+        model: a model on the meta device.
         stored: names on disk, perhaps with a prefix or with a task head's tensors among them.
 
     Returns:
@@ -142,17 +137,17 @@ def rename(model: Any, stored: Iterable[str]) -> tuple[dict[str, str], list[str]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     renamings: Any = [t for t in transforms if not isinstance(t, WeightConverter)]
     state = model.state_dict()
-    found: dict[str, str] = {}
+    stored_names: dict[str, str] = {}
     extra: list[str] = []
     for name in stored:
         renamed, converted = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
         if converted is not None:
             raise InputError(f"tensor {name!r} is converted by transformers on load, which epmq does not do yet")
         if renamed in state:
-            found[renamed] = name
+            stored_names[renamed] = name
         else:
             extra.append(name)
-    return found, extra
+    return stored_names, extra
 
 
 def tied_names(model: Any) -> dict[str, str]:
@@ -163,8 +158,7 @@ def tied_names(model: Any) -> dict[str, str]:
 
 def set_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
     """Put a real tensor in the place of a parameter or buffer (which may be on the meta device)."""
-    path, _, leaf = name.rpartition(".")
-    module = model.get_submodule(path)
+    module, leaf = _owner(model, name), name.rpartition(".")[2]
     if leaf in module._parameters:
         module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
     else:
@@ -178,77 +172,98 @@ def materialize(model: nn.Module, names: Iterable[str], read: Callable[[str], Te
         set_tensor(model, name, tensor.float() if torch.is_floating_point(tensor) else tensor)
 
 
-def load_embeddings(model: Any, names: Iterable[str], read: Callable[[str], Tensor], device: torch.device) -> list[str]:
-    """Put the weights of embeddings and of the output layer in place as they are on disk; returns the other names.
+def load_outside(
+    model: Any, names: Iterable[str], read: Callable[[str], Tensor], device: torch.device, tied: dict[str, str]
+) -> None:
+    """Put real tensors in the place of those outside of the blocks, and tie them.
 
-    Read lazily (memory-mapped) and cast after the look-up, a large vocabulary costs an expert no memory, and its
-    output layer, which no calibration runs, costs nothing.
+    Embeddings and the output layer stay in the dtype that they have on disk: read lazily (memory-mapped) and cast after
+    the look-up, a large vocabulary costs an expert no memory, and its output layer, which no calibration runs, costs
+    nothing.
+
+    Args:
+        model: a model on the meta device.
+        names: of the tensors, without tied copies.
+        read: gives the tensor of a name.
+        device: where to.
+        tied: tied copy → the name it follows.
     """
-    output, rest = model.get_output_embeddings(), []
+    output = model.get_output_embeddings()
     for name in names:
-        module = model.get_submodule(name.rpartition(".")[0])
-        if type(module) is not nn.Embedding and (module is not output or output is None):
-            rest.append(name)
-            continue
-        set_tensor(model, name, read(name).to(device))
+        module = _owner(model, name)
         if type(module) is nn.Embedding:
+            set_tensor(model, name, read(name).to(device))
             module.register_forward_hook(lambda module, args, rows: rows.float())
-    return rest
+        elif module is output:
+            set_tensor(model, name, read(name).to(device))
+        else:
+            materialize(model, [name], read, device)
+    tie(model, tied)
+
+
+def tie(model: Any, tied: dict[str, str]) -> None:
+    """Let tied copies (name → the name it follows) share their storage again, once those they follow are real."""
+    model.all_tied_weights_keys = dict(tied)
+    model.tie_weights(recompute_mapping=False)
 
 
 class UsedRows:
     """Looks up the rows of an embedding that calibration uses, and holds no others, in float32.
 
     A table that is mapped into memory would become resident piece by piece, one an expert.
+
+    Args:
+        size: rows of the whole table.
+        read: gives the whole table, [size, features].
+        device: of the rows.
     """
 
     def __init__(self, size: int, read: Callable[[], Tensor], device: torch.device) -> None:
         self._read, self._rows = read, torch.empty(0)
-        self._place = torch.full((size,), -1, device=device)
+        self._position = torch.full((size,), -1, device=device)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """As a forward pre-hook: give the embedding the rows it needs, and their places instead of the ids."""
+        """As a forward pre-hook: give the embedding the rows it needs, and their positions instead of the ids."""
         ids = args[0]
         used = ids.unique()
-        new = used[self._place[used] < 0]
+        new = used[self._position[used] < 0]
         if len(new):
             rows = self._read()[new.cpu()].float().to(new.device)
-            self._place[new] = torch.arange(len(self._rows), len(self._rows) + len(new), device=new.device)
+            self._position[new] = torch.arange(len(self._rows), len(self._rows) + len(new), device=new.device)
             self._rows = torch.cat([self._rows, rows]) if len(self._rows) else rows
         module._parameters["weight"] = nn.Parameter(self._rows, requires_grad=False)
-        return self._place[ids], *args[1:]
+        return self._position[ids], *args[1:]
 
 
 def hold_used_rows(
     model: Any, names: Iterable[str], tied: dict[str, str], read: Callable[[str], Tensor], device: torch.device
 ) -> list[str]:
-    """Let the word embedding read the rows that it looks up when it does; returns the names that are left to load.
+    """Let the word embedding read the rows that it looks up when it does; returns the names of all other tensors.
 
     Other embeddings are small, and models take their weight by other ways than a look-up.
 
     Args:
-        model: a skeleton.
+        model: a model on the meta device.
         names: tensors to load, without tied copies.
         tied: tied copy → the name it follows; embeddings among them look up the same rows.
         read: gives the tensor of a name.
         device: of the rows.
     """
-    rest = []
     try:
         words = model.get_input_embeddings()
     except NotImplementedError:  # a model of several parts, such as CLIP
         return list(names)
+    others = []
     for name in names:
         module = _owner(model, name)
-        if isinstance(module, nn.Embedding) and module is words:
-            rows = UsedRows(module.num_embeddings, partial(read, name), device)
-            same = [module, *(_owner(model, other) for other, leader in tied.items() if leader == name)]
-            for embedding in same:
-                if isinstance(embedding, nn.Embedding):
-                    embedding.register_forward_pre_hook(rows)
-        else:
-            rest.append(name)
-    return rest
+        if module is not words or not isinstance(module, nn.Embedding):
+            others.append(name)
+            continue
+        rows = UsedRows(module.num_embeddings, partial(read, name), device)
+        for embedding in (module, *(_owner(model, copy) for copy, leader in tied.items() if leader == name)):
+            if isinstance(embedding, nn.Embedding):
+                embedding.register_forward_pre_hook(rows)
+    return others
 
 
 def _owner(model: nn.Module, name: str) -> nn.Module:
@@ -263,87 +278,11 @@ def to_meta(module: nn.Module) -> None:
                 child._parameters[leaf] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
 
 
-def load_model(path: str | Path, config: dict[str, Any], **settings: Any) -> Any:
-    """`from_pretrained` with the class that the checkpoint's config names.
-
-    Packed weights are unpacked first: transformers (5.23) cannot load packed models of which it converts tensors on
-    load, such as DINOv2, and the rest it would unpack in the first forward.
-    """
-    import transformers
-
-    checkpoint = Checkpoint(path)
-    kind: Any = named_class(architecture_of(config)) or transformers.AutoModel
-    settings = {"dtype": torch.float32, "trust_remote_code": False, "use_safetensors": True, **settings}
-    quantization = config.get("quantization_config") or {}
-    bounds = no_larger(checkpoint.path / checkpoint.CONFIG, len(checkpoint.names), checkpoint.bits)
-    with error_context(path, "transformers cannot load this model"), bounds:
-        if quantization.get("format") != "pack-quantized":
-            return kind.from_pretrained(path, **settings).eval()
-        plain = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
-        del plain.quantization_config
-        state = _unpacked(checkpoint, quantization)
-        return kind.from_pretrained(None, config=plain, state_dict=state, **settings).eval()
-
-
-def why_not_direct(path: str | Path, config: dict[str, Any]) -> str | None:
-    """Why plain `from_pretrained` cannot open a checkpoint, or None if it can.
-
-    transformers 5.21 to 5.23 refuse every pack-quantized model of which they split a tensor on load (DINOv2 is one,
-    for the sake of its largest size); this is tried rather than listed, so that a mended version is noticed.
-    """
-    import transformers
-
-    kind: Any = named_class(architecture_of(config)) or transformers.AutoModel
-    try:
-        with redirect_stderr(io.StringIO()), _quiet():  # the loader's progress bars, and what it has to say
-            kind.from_pretrained(path, trust_remote_code=False)
-    except (ValueError, AttributeError, KeyError, TypeError, RuntimeError) as error:
-        return f"{type(error).__name__} in transformers {transformers.__version__}"
-    return None
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-
-
-def _unpacked(checkpoint: Checkpoint, quantization: dict[str, Any]) -> dict[str, Tensor]:
-    """All tensors of a pack-quantized checkpoint, with plain weights in place of the packed ones."""
-    layers, plain = split_packed(checkpoint.names)
-    state = {name: checkpoint.tensor(name) for name in plain}
-    return state | {f"{layer}.weight": unpacked_weight(checkpoint, layer, quantization) for layer in layers}
-
-
-def split_packed(names: Iterable[str]) -> tuple[list[str], list[str]]:
-    """The layers of a pack-quantized checkpoint whose weights are packed, and the names of all other tensors."""
-    names, end = list(names), ".weight_packed"
-    layers = {name.removesuffix(end): None for name in names if name.endswith(end)}
-    owners = ((name, *name.rpartition(".")[::2]) for name in names)
-    return list(layers), [name for name, layer, leaf in owners if layer not in layers or not leaf.startswith("weight_")]
-
-
-def unpacked_weight(checkpoint: Checkpoint, layer: str, quantization: dict[str, Any]) -> Tensor:
-    """The plain weight [out, in] of one packed layer, in the dtype of its scales, by compressed-tensors' own code."""
-    from compressed_tensors.compressors import BaseCompressor
-    from compressed_tensors.quantization import QuantizationScheme
-
-    (group,) = quantization["config_groups"].values()
-    compressor = BaseCompressor.get_value_from_registry("pack-quantized")
-    leaves = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
-    packed = {leaf: checkpoint.tensor(f"{layer}.{leaf}") for leaf in leaves if f"{layer}.{leaf}" in checkpoint}
-    return compressor.decompress(packed, QuantizationScheme.model_validate(group))["weight"]
-
-
 def vocabulary(model: Any) -> int | None:
     """How many tokens a model has embeddings for; None if it takes none."""
+    size: int | None
     try:
-        return model.get_input_embeddings().num_embeddings
+        size = model.get_input_embeddings().num_embeddings
     except (NotImplementedError, AttributeError):  # a model of several parts, such as CLIP, or one for images
-        return getattr(getattr(model.config, "text_config", model.config), "vocab_size", None)
+        size = getattr(getattr(model.config, "text_config", model.config), "vocab_size", None)
+    return size

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from epmq.data.encoding import encode, load_processor, to_device, tokenizer_of
+from epmq.data.examples import Examples
 from epmq.errors import InputError, UnknownTaskError, error_context
 from epmq.models.checkpoint import read_config, resolve
 from epmq.models.heads import Head, load_head, read_head_file
-from epmq.models.meta import load_model, named_class, no_larger, rename, set_tensor
+from epmq.models.loading import load_model
+from epmq.models.meta import named_class, no_larger, rename, set_tensor
 from epmq.models.writer import save_tensors
 
 HEADS = "heads"
@@ -32,65 +34,62 @@ class NativeHead(nn.Module):
         self, backbone: nn.Module, architecture: str, config: dict[str, Any], tensors: dict[str, Tensor]
     ) -> None:
         super().__init__()
-        import transformers
-        from accelerate import init_empty_weights
-
-        kind = named_class(architecture)
-        if kind is None:
-            raise InputError(f"transformers has no class {architecture}")
         parameters = list(backbone.parameters())
         # While a model is being built its blocks are empty, and embeddings keep the dtype on disk.
-        place = next((parameter for parameter in reversed(parameters) if not parameter.is_meta), torch.empty(0))
+        sample = next((parameter for parameter in reversed(parameters) if not parameter.is_meta), torch.empty(0))
         entries = 64 * sum(tensor.numel() for tensor in [*parameters, *tensors.values()])
-        tensors = {
-            name: tensor.to(place.device, place.dtype if tensor.is_floating_point() else None)
-            for name, tensor in tensors.items()
-        }
-        with error_context(f"the config of {architecture}", "transformers cannot build it"):
-            settings = transformers.AutoConfig.for_model(**config)
-            with no_larger("it", len(parameters) + len(tensors), entries), torch.device("meta"):
-                kind._from_config(settings)
-            with init_empty_weights(include_buffers=False):
-                model = kind._from_config(settings).eval()
-        prefix = kind.base_model_prefix
-        setattr(model, prefix, getattr(backbone, prefix, backbone))
+        self.model: Any = _meta_task_model(architecture, config, len(parameters) + len(tensors), entries)
+        prefix = self.model.base_model_prefix
+        setattr(self.model, prefix, getattr(backbone, prefix, backbone))
         self.own: dict[str, Tensor] = {}
-        self.stored = rename(model, tensors)[0]
+        self.stored = rename(self.model, tensors)[0]
         for name, stored in self.stored.items():
+            tensor = tensors[stored].to(sample.device, sample.dtype if tensors[stored].is_floating_point() else None)
             if name.startswith(f"{prefix}."):
                 # The backbone is every task's: a part of it that is this task's own, such as a pooler, is put in
                 # its place for the length of a call.
-                self.own[name] = tensors[stored]
+                self.own[name] = tensor
             else:
-                set_tensor(model, name, tensors[stored])
-        missing = [
-            name
-            for name, parameter in model.named_parameters()
-            if parameter.is_meta and not name.startswith(f"{prefix}.")
-        ]
+                set_tensor(self.model, name, tensor)
+        absent = [name for name, parameter in self.model.named_parameters() if parameter.is_meta]
+        missing = [name for name in absent if not name.startswith(f"{prefix}.")]
         if missing:
             raise InputError(f"head of {architecture}: no tensor for {', '.join(missing)}")
-        self.model = model
 
     @property
     def scoring(self) -> nn.Linear | None:
         """The last linear layer that is the head's own: the one that gives the scores, where one does."""
-        found = None
-        for name, module in self.model.named_modules():
-            if isinstance(module, nn.Linear) and f"{name}.weight" in self.stored and f"{name}.weight" not in self.own:
-                found = module
-        return found
+        heads = self.stored.keys() - self.own.keys()
+        layers = [(name, module) for name, module in self.model.named_modules() if isinstance(module, nn.Linear)]
+        return next((layer for name, layer in reversed(layers) if f"{name}.weight" in heads), None)
 
-    def moved(self, tensors: dict[str, Tensor], weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
+    def with_weights(self, tensors: dict[str, Tensor], weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
         """The head's tensors as they are on disk, with another weight and bias in the layer that gives the scores."""
-        place = next(name for name, module in self.model.named_modules() if module is self.scoring)
-        new = {f"{place}.weight": weight, f"{place}.bias": bias}
+        layer = next(name for name, module in self.model.named_modules() if module is self.scoring)
+        new = {f"{layer}.weight": weight, f"{layer}.bias": bias}
         changed = {self.stored[name]: tensor for name, tensor in new.items() if tensor is not None}
         return {**tensors, **{name: tensor.to(tensors[name].dtype) for name, tensor in changed.items()}}
 
     def forward(self, **inputs: Any) -> Tensor:
         """Logits of the task class."""
-        return torch.func.functional_call(self.model, self.own, (), inputs).logits
+        logits: Tensor = torch.func.functional_call(self.model, self.own, (), inputs).logits
+        return logits
+
+
+def _meta_task_model(architecture: str, config: dict[str, Any], tensors: int, entries: int) -> Any:
+    """A task class without its weights, no larger than so many tensors and entries of one; see `no_larger`."""
+    import transformers
+    from accelerate import init_empty_weights
+
+    task_class = named_class(architecture)
+    if task_class is None:
+        raise InputError(f"transformers has no class {architecture}")
+    with error_context(f"the config of {architecture}", "transformers cannot build it"):
+        settings = transformers.AutoConfig.for_model(**config)
+        with no_larger("it", tensors, entries), torch.device("meta"):
+            task_class._from_config(settings)
+        with init_empty_weights(include_buffers=False):
+            return task_class._from_config(settings).eval()
 
 
 def save_native_head(path: Path, architecture: str, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -131,7 +130,8 @@ class MultiTaskModel(nn.Module):
         """Class scores [batch, classes] of one task; `inputs` are the backbone's."""
         head = self.head(task)
         if isinstance(head, NativeHead):
-            return head(**inputs)
+            logits: Tensor = head(**inputs)
+            return logits
         return head.scores(head.read(self.backbone(**inputs), inputs.get("attention_mask")))
 
     def labels(self, task: str) -> list[str]:
@@ -145,13 +145,11 @@ class MultiTaskModel(nn.Module):
     @torch.no_grad()
     def answer(self, task: str, inputs: Any, max_length: int | None = None) -> list[str | int]:
         """The best class of each input (texts, or images as paths or uint8 arrays), by name where names are known."""
-        from epmq.data.readers import Examples
-
         kind = "image" if self.backbone.main_input_name == "pixel_values" else "text"
-        names, found = self.labels(task), []
+        names, classes = self.labels(task), list[int]()
         for batch in encode(Examples(kind, list(inputs)), self.processor, 32, max_length):
-            found += self(task, **to_device(batch, self.device)).argmax(-1).tolist()
-        return [names[index] if names else index for index in found]
+            classes += self(task, **to_device(batch, self.device)).argmax(-1).tolist()
+        return [names[index] if names else index for index in classes]
 
     @torch.no_grad()
     def generate(self, texts: list[str], max_new_tokens: int = 64, **settings: Any) -> list[str]:
@@ -172,16 +170,16 @@ class MultiTaskModel(nn.Module):
         for text in texts:
             batch = to_device(dict(tokenizer(text, return_tensors="pt")), self.device)
             batch.pop("token_type_ids", None)
-            found = self.backbone.generate(
-                **batch, **{"max_new_tokens": max_new_tokens, "do_sample": False, **settings}
-            )
+            options = {"max_new_tokens": max_new_tokens, "do_sample": False, **settings}
+            tokens = self.backbone.generate(**batch, **options)
             start = 0 if self.backbone.config.is_encoder_decoder else batch["input_ids"].shape[1]
-            written.append(tokenizer.decode(found[0, start:], skip_special_tokens=True))
+            written.append(tokenizer.decode(tokens[0, start:], skip_special_tokens=True))
         return written
 
     @property
     def device(self) -> torch.device:
-        return next(self.backbone.parameters()).device
+        device: torch.device = next(self.backbone.parameters()).device
+        return device
 
 
 def load(

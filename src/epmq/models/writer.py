@@ -1,102 +1,144 @@
-"""Writing: a checkpoint shard by shard, files and directories that appear whole or not at all."""
+"""The one writer of checkpoints: every tensor goes straight to its final place, each byte once.
+
+Dtypes and shapes of all tensors are known before any is computed, and with them the files, their headers and the place
+of every number. Tensors may come in any order, and a file may be gone on with where an earlier process has stopped.
+"""
 
 from __future__ import annotations
 
 import json
-import re
-import shutil
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
-from math import prod
+import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from safetensors import SafetensorError, safe_open
+import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from epmq.errors import InputError
 from epmq.files import write_json
+from epmq.models.checkpoint import DTYPES, INDEX, SINGLE, TensorSpec, bits_of, byte_size
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-# Files beside the weights that belong to the tokenizer or the processor.
-PROCESSOR_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "spiece.model",
-    "chat_template.jinja",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "generation_config.json",
-)
-# Bytes that are copied at once.
-COPIED = 1 << 24
-# Bytes of tensors that are held in memory before they are written.
-PART_BYTES = 1 << 25
 # A shard of an output is full when it holds this much.
 SHARD_BYTES = 4 << 30
-# What the header of a safetensors file says of a tensor: its dtype, as safetensors calls it, and its shape.
-TensorSpec = tuple[str, tuple[int, ...]]
+# Bytes that are written before they go to the disk and out of memory.
+HELD = 1 << 26
 
 
 class CheckpointWriter:
-    """Writes tensors as they come, in small parts, and puts the parts together into shards at the end.
+    """Writes the tensors of a checkpoint; usable in a `with` block, which closes its files.
 
     Args:
         folder: an existing directory.
+        specs: name → dtype and shape of every tensor, in the order in which shards are filled.
         shard_bytes: a shard is full when it holds this much.
-        part_bytes: so much is held in memory at most, beside one tensor.
+        reread: whether somebody is going to read the output soon. Else what was written is let go of: left in the
+            system's cache it would take memory, which costs more time than the writing where that memory has to be
+            found first, and push out what is still to be read.
+
+    Attributes:
+        files: of the weights, in `folder`. What lies in them already stays until it is written over.
+        order: names of all tensors as they follow one another in the files.
+        total: bytes of all tensors.
     """
 
-    def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES, part_bytes: int = PART_BYTES) -> None:
-        self.folder, self.shard_bytes, self.part_bytes = folder, shard_bytes, min(part_bytes, shard_bytes)
-        self._pending: dict[str, Tensor] = {}
-        self._pending_bytes = 0
-        self._shards: list[list[Path]] = []  # each with its parts
-        self._shard_bytes = shard_bytes
-        self._parts = 0
-        self.sizes: dict[str, int] = {}
+    def __init__(
+        self, folder: Path, specs: Mapping[str, TensorSpec], shard_bytes: int = SHARD_BYTES, reread: bool = True
+    ) -> None:
+        self.folder, self.specs, self._reread = folder, dict(specs), reread
+        self.total = sum(map(byte_size, self.specs.values()))
+        shards = _shards(self.specs, shard_bytes)
+        self.files = shard_files(len(shards))
+        self._handles: dict[str, BinaryIO] = {}
+        self._offsets: dict[str, tuple[str, int]] = {}
+        self.order: list[str] = []
+        for file, shard in zip(self.files, shards):
+            header, offsets = make_header(shard)
+            handle = self._handles[file] = (folder / file).open("r+b" if (folder / file).exists() else "w+b")
+            handle.write(header)
+            handle.truncate(len(header) + sum(map(byte_size, shard.values())))
+            self._offsets |= {name: (file, len(header) + offset) for name, offset in offsets.items()}
+            self.order += offsets
+        self._index = {name: file for file, shard in zip(self.files, shards) for name in shard}
 
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Take one tensor.
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the files."""
+        for handle in self._handles.values():
+            handle.close()
+
+    def write(self, name: str, parts: Tensor | Iterable[Tensor]) -> None:
+        """Write one tensor.
+
+        Args:
+            name: one of `specs`.
+            parts: the tensor, or parts of it that follow one another along its first dimension, in the dtype of its
+                spec. Only one part is in memory.
 
         Raises:
-            ValueError: the name was written before.
+            InputError: it is not what its spec says; it is named.
         """
-        if name in self.sizes:
-            raise InputError(f"tensor {name!r} is written twice")
-        self.sizes[name] = tensor.numel() * tensor.element_size()
-        self._pending[name] = tensor.detach().cpu().contiguous()
-        self._pending_bytes += self.sizes[name]
-        if self._pending_bytes >= self.part_bytes:
-            self._flush()
+        file, offset = self._offsets[name]
+        handle, size, written = self._handles[file], byte_size(self.specs[name]), 0
+        handle.seek(offset)
+        for part in [parts] if isinstance(parts, Tensor) else parts:
+            numbers = part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+            written += len(numbers)
+            if written <= size:  # else it would run into the next tensor
+                handle.write(numbers.data)
+            if not self._reread and (offset + written) // HELD != (offset + written - len(numbers)) // HELD:
+                _let_go(handle)
+        if written != size:
+            raise InputError(f"tensor {name!r} has {written} bytes, not the {size} expected")
 
-    def _flush(self) -> None:
-        if not self._pending:
-            return
-        if self._shard_bytes >= self.shard_bytes:
-            self._shards.append([])
-            self._shard_bytes = 0
-        part = self.folder / f"part-{self._parts}"
-        save_tensors(self._pending, part, {"format": "pt"})
-        self._shards[-1].append(part)
-        self._shard_bytes += self._pending_bytes
-        self._parts += 1
-        self._pending, self._pending_bytes = {}, 0
+    def tensor(self, name: str) -> Tensor:
+        """Read back a tensor that has been written."""
+        (dtype, shape), (file, offset) = self.specs[name], self._offsets[name]
+        handle = self._handles[file]
+        handle.seek(offset)
+        content = bytearray(handle.read(byte_size(self.specs[name])))
+        return torch.frombuffer(content, dtype=DTYPES[dtype]).reshape(shape) if content else torch.empty(shape)
+
+    def sync(self) -> None:
+        """See everything that was written onto the disk."""
+        for handle in self._handles.values():
+            handle.flush()
+            os.fsync(handle.fileno())
 
     def finish(self) -> None:
-        """Write the last part and put the shards together and, if there are several, their index."""
-        self._flush()
-        files = shard_files(len(self._shards))
-        names = [join(parts, self.folder / file) for parts, file in zip(self._shards, files)]
-        write_index(self.folder, dict(zip(files, names)), sum(self.sizes.values()))
+        """Hand everything to the system, and write the index, if there are several files."""
+        for handle in self._handles.values():
+            handle.flush()
+        if len(self.files) > 1:
+            write_json(self.folder / INDEX, {"metadata": {"total_size": self.total}, "weight_map": self._index})
+
+
+def _shards(specs: Mapping[str, TensorSpec], shard_bytes: int) -> list[dict[str, TensorSpec]]:
+    """Which tensors go into which shard, in order."""
+    shards: list[dict[str, TensorSpec]] = [{}]
+    filled = 0
+    for name, spec in specs.items():
+        if filled >= shard_bytes:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = spec
+        filled += byte_size(spec)
+    return shards
+
+
+def _let_go(handle: BinaryIO) -> None:
+    """See what was written onto the disk, and out of the system's cache."""
+    if hasattr(os, "posix_fadvise"):
+        handle.flush()
+        os.fdatasync(handle.fileno())
+        os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def shard_files(count: int) -> list[str]:
@@ -105,84 +147,22 @@ def shard_files(count: int) -> list[str]:
     return [SINGLE] if count == 1 else several
 
 
-def write_index(folder: Path, shards: Mapping[str, Iterable[str]], total: int) -> None:
-    """Write the index of a checkpoint in several shards; one file needs none.
-
-    Args:
-        folder: where the shards are.
-        shards: file → names of its tensors.
-        total: bytes of all tensors.
-    """
-    if len(shards) > 1:
-        weight_map = {name: file for file, names in shards.items() for name in names}
-        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-
-
-def join(parts: Sequence[Path], target: Path) -> list[str]:
-    """Make one safetensors file of several, which vanish; their bytes are copied and not interpreted.
-
-    Args:
-        parts: safetensors files with different tensors.
-        target: the file to write.
-
-    Returns:
-        the tensors' names.
-    """
-    if len(parts) == 1:
-        parts[0].rename(target)
-        with safe_open(str(target), framework="pt") as whole:
-            return list(whole.keys())
-    forms: dict[str, TensorSpec] = {}
-    places: dict[str, tuple[Path, int]] = {}
-    for part in parts:
-        with part.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            entries = json.loads(file.read(length))
-        entries.pop("__metadata__", None)
-        forms |= {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in entries.items()}
-        places |= {name: (part, 8 + length + entry["data_offsets"][0]) for name, entry in entries.items()}
-    header, names = make_header(forms)
-    with target.open("wb") as out, ExitStack() as stack:
-        files = {part: stack.enter_context(part.open("rb")) for part in parts}
-        out.write(header)
-        for name in names:
-            part, begin = places[name]
-            files[part].seek(begin)
-            for left in range(byte_size(forms[name]), 0, -COPIED):
-                out.write(files[part].read(min(left, COPIED)))
-    for part in parts:
-        part.unlink()
-    return names
-
-
-def make_header(forms: Mapping[str, TensorSpec]) -> tuple[bytes, list[str]]:
-    """The head of a safetensors file, and its tensors' names in the order in which their bytes follow."""
+def make_header(specs: Mapping[str, TensorSpec]) -> tuple[bytes, dict[str, int]]:
+    """The head of a safetensors file, and where each tensor's bytes begin behind it."""
     # The order that the format asks for, so that every tensor is aligned: by falling size of the numbers, then by name.
-    names = sorted(forms, key=lambda name: (-_bits(forms[name][0]), name))
+    names = sorted(specs, key=lambda name: (-bits_of(specs[name][0]), name))
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in names:
-        start, end = end, end + byte_size(forms[name])
-        entries[name] = {"dtype": forms[name][0], "shape": forms[name][1], "data_offsets": [start, end]}
+        start, end = end, end + byte_size(specs[name])
+        entries[name] = {"dtype": specs[name][0], "shape": specs[name][1], "data_offsets": [start, end]}
     header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     header += b" " * (-len(header) % 8)
-    return len(header).to_bytes(8, "little") + header, names
-
-
-def byte_size(form: TensorSpec) -> int:
-    """Bytes of a tensor in a file."""
-    dtype, shape = form
-    return prod(shape) * _bits(dtype) // 8
-
-
-def _bits(dtype: str) -> int:
-    """Of one number of a safetensors dtype, such as BF16 or F8_E4M3."""
-    found = re.search(r"\d+", dtype)
-    return int(found[0]) if found else 8  # BOOL
+    return len(header).to_bytes(8, "little") + header, {name: entries[name]["data_offsets"][0] for name in names}
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Write a safetensors file.
+    """Write a small safetensors file, such as a head.
 
     Raises:
         OSError: it cannot be written; the file is named.
@@ -191,10 +171,3 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, 
         save_file(dict(tensors), str(path), metadata=metadata)
     except SafetensorError as error:
         raise OSError(f"{path}: cannot be written ({error})") from None
-
-
-def copy_processor(source: Path, target: Path) -> None:
-    """Copy tokenizer and processor files, as they are."""
-    for name in PROCESSOR_FILES:
-        if (source / name).exists():
-            shutil.copyfile(source / name, target / name)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.table import Table
 from torch import Tensor
 
 from epmq.calibration.sequential import Batch
@@ -38,7 +39,8 @@ from epmq.pipeline.measure import (
 )
 from epmq.pipeline.prepare import Objects, PreparedRun, prepare
 from epmq.pipeline.run import TRIED
-from epmq.recipe import Quantize, Recipe, load_recipe
+from epmq.recipe import Quantize, Recipe
+from epmq.recipe_file import load_recipe
 from epmq.runtime import gc_frozen, memory_mb, progress_bars, return_freed_memory, select_device
 
 FLOAT = 4  # bytes
@@ -94,6 +96,28 @@ def dry_run(
     with progress_bars(progress) as bar:
         job = prepare(recipe, bar, calibration=calibration)
     return plan_of(job, clock(place) - start)
+
+
+def plan_table(plan: Plan) -> Table:
+    """What a run will do and cost."""
+    recipe, quantize = plan.recipe, plan.recipe.quantize
+    table = Table(title="dry run: nothing was written", title_justify="left", show_header=False)
+    table.add_row("merge", f"{recipe.merge.method}, {len(recipe.experts)} experts")
+    table.add_row("quantize", quantize.method)
+    table.add_row("model", f"{plan.blocks} blocks, {plan.layers} layers to quantize")
+    if quantize.method != "none":
+        table.add_row("bits", f"{quantize.bits}, group size {quantize.group_size}")
+    if quantize.calibrates:
+        table.add_row("calibration", f"about {plan.tokens} tokens")
+    table.add_section()
+    for phase, seconds in plan.seconds.items():
+        table.add_row(phase, f"{seconds:.1f} s")
+    table.add_row("time", f"{sum(plan.seconds.values()):.1f} s, without evaluation")
+    table.add_row("peak memory", f"{plan.peak_memory_mb:.0f} MB")
+    table.add_row("output", f"{plan.output_bytes / 1e6:.1f} MB; {plan.disk_bytes / 1e6:.1f} MB while it is written")
+    for note in plan.notes:
+        table.add_row("note", note)
+    return table
 
 
 @gc_frozen()  # as a run is

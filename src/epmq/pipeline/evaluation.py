@@ -1,208 +1,97 @@
-"""How good a model is at each task."""
+"""Score a checkpoint, or the experts that it was made of, on the data of a recipe."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
+from rich.progress import Progress
 
-from epmq.data.encoding import encode, to_device, tokenizer_of
-from epmq.data.readers import Examples
+from epmq.data.encoding import load_processor
+from epmq.data.examples import Examples
 from epmq.errors import InputError
-from epmq.models.multitask import MultiTaskModel
+from epmq.merging.compatibility import open_experts
+from epmq.merging.experts import ExpertSet
+from epmq.models.blocks import use_fast_matmul
+from epmq.models.multitask import MultiTaskModel, load
+from epmq.pipeline.metrics import metrics_of, scorer_of
+from epmq.pipeline.prepare import ExpertData, check_head
+from epmq.recipe import Recipe
+from epmq.recipe_file import load_recipe
+from epmq.reporting.scores import score_report
+from epmq.runtime import progress_bars, select_device
 
-Advance = Callable[[int], Any]
+
+def evaluate_model(
+    model: MultiTaskModel, evaluation: dict[str, Examples], recipe: Recipe, bar: Progress
+) -> dict[str, float]:
+    """The score of every task, in its metric (`epmq.pipeline.metrics.METRICS`). The model's layers are sped up."""
+    use_fast_matmul(model)
+    row = bar.add_task("evaluate", total=sum(len(examples) for examples in evaluation.values()))
+    return {
+        task: scorer_of(examples)(
+            model, task, examples, recipe.batch_size, recipe.max_length, lambda n: bar.advance(row, n)
+        )
+        for task, examples in evaluation.items()
+    }
 
 
-def _silent(count: int) -> None:
-    """Tells nobody how many examples are done."""
-
-
-@torch.no_grad()
-def accuracy(
-    model: MultiTaskModel,
-    task: str,
-    examples: Examples,
-    batch_size: int = 32,
-    max_length: int | None = None,
-    advance: Advance = _silent,
-) -> float:
-    """Share of examples whose best-scored class is the label.
+def evaluate_checkpoint(
+    path: str | Path, recipe: str | Path | dict[str, Any] | Recipe, *, progress: bool = True
+) -> dict[str, Any]:
+    """Score a checkpoint on every task of a recipe that has evaluation data.
 
     Args:
-        model: backbone and heads.
-        task: which head.
-        examples: with labels.
-        batch_size, max_length: see `epmq.data.encoding.encode`.
-        advance: called with the number of examples done, batch by batch.
+        path: a checkpoint that epmq wrote.
+        recipe: names the evaluation data.
+
+    Returns:
+        `metric`, `scores` by task and `mean_score`, as in a report.
 
     Raises:
-        ValueError: the examples have no labels, or a label is not a class of the head.
+        InputError: the recipe has no evaluation data.
+        UnknownTaskError: the checkpoint has no head for a task.
     """
-    if examples.labels is None:
-        raise InputError(f"task {task}: the evaluation data has no labels")
-    examples = examples.by_length()
-    assert examples.labels is not None
-    right, start = 0, 0
-    for batch in encode(examples, model.processor, batch_size, max_length):
-        scores = model(task, **to_device(batch, model.device))
-        labels = examples.labels[start : start + len(scores)]
-        wrong = labels[(labels < 0) | (labels >= scores.shape[1])]
-        if len(wrong):
-            raise InputError(f"task {task}: label {wrong[0]} but the head has {scores.shape[1]} classes")
-        right += int((scores.argmax(-1).cpu().numpy() == labels).sum())
-        start += len(scores)
-        advance(len(scores))
-    return right / len(examples)
+    recipe = load_recipe(recipe)
+    _, evaluation = _open(recipe)
+    with progress_bars(progress) as bar:
+        scores = evaluate_model(load(path, select_device(recipe.device)), evaluation, recipe, bar)
+    return score_report(metrics_of(evaluation), scores)
 
 
-@torch.no_grad()
-def log_perplexity(
-    model: MultiTaskModel,
-    task: str,
-    examples: Examples,
-    batch_size: int = 32,
-    max_length: int | None = None,
-    advance: Advance = _silent,
-) -> float:
-    """Mean negative log-likelihood of a token given those before it, in nats; its exponential is the perplexity.
+def evaluate_experts(
+    recipe: str | Path | dict[str, Any] | Recipe, *, base: bool = False, progress: bool = True
+) -> dict[str, Any]:
+    """Score each expert on its own task: what one model for all tasks is measured against.
 
-    The first token of a sequence is not predicted, padding does not count. Arguments as in `accuracy`; the examples
-    are windows of tokens, documents or conversations.
+    Args:
+        recipe: names experts and evaluation data.
+        base: measure the base model under each expert's head instead.
+
+    Returns:
+        as `evaluate_checkpoint`.
     """
-    total, count, examples = 0.0, 0, examples.by_length()
-    for batch in encode(examples, model.processor, batch_size, max_length):
-        batch = to_device(batch, model.device)
-        labels = batch["input_ids"][:, 1:].masked_fill(batch["attention_mask"][:, 1:] == 0, -100)
-        # One sequence at a time: the scores of a large vocabulary are not copied whole.
-        for scores, wanted in zip(model.backbone(**batch).logits, labels):
-            total += float(torch.nn.functional.cross_entropy(scores[:-1].float(), wanted, reduction="sum"))
-        count += int((labels != -100).sum())
-        advance(len(labels))
-    return total / max(count, 1)
+    recipe = load_recipe(recipe)
+    experts, evaluation = _open(recipe)
+    scores: dict[str, float] = {}
+    with progress_bars(progress) as bar:
+        for task in (expert.name for expert in recipe.experts if expert.name in evaluation):
+            expert = experts.experts[task]
+            backbone = experts.whole_model(experts.base if base else expert, select_device(recipe.device))
+            head = expert.head(backbone)
+            model = MultiTaskModel(backbone, {} if head is None else {task: head}, load_processor(experts.base.path))
+            scores |= evaluate_model(model, {task: evaluation[task]}, recipe, bar)
+    return score_report(metrics_of(evaluation), scores)
 
 
-@torch.no_grad()
-def exact_match(
-    model: MultiTaskModel,
-    task: str,
-    examples: Examples,
-    batch_size: int = 32,
-    max_length: int | None = None,
-    advance: Advance = _silent,
-) -> float:
-    """Share of examples whose greedily generated text is the target, but for space at its ends.
-
-    Arguments as in `accuracy`; the examples have targets.
-    """
-    pairs = list(_written(model, examples, batch_size, max_length, advance))
-    return sum(text.strip() == target.strip() for text, target in pairs) / len(pairs)
-
-
-@torch.no_grad()
-def spearman(
-    model: MultiTaskModel,
-    task: str,
-    examples: Examples,
-    batch_size: int = 32,
-    max_length: int | None = None,
-    advance: Advance = _silent,
-) -> float:
-    """Spearman's ρ between the numbers that are generated and those in the targets, −1 to 1.
-
-    A text that is no number counts as 0, as in FusionBench's tables; where all texts are the same number there is no
-    order, and ρ is 0. Arguments as in `accuracy`; the examples have targets.
-
-    Raises:
-        ValueError: a target is no number.
-    """
-    pairs = list(_written(model, examples, batch_size, max_length, advance))
-    wrong = next((target for _, target in pairs if _number(target) is None), None)
-    if wrong is not None:
-        raise InputError(f"task {task}: the target {wrong!r} is no number")
-    return rank_correlation(*([_number(text) or 0.0 for text in texts] for texts in zip(*pairs)))
-
-
-def _written(
-    model: MultiTaskModel, examples: Examples, batch_size: int, max_length: int | None, advance: Advance
-) -> Iterator[tuple[str, str]]:
-    """What is greedily generated for each example, and its target; texts no shorter than the longest target."""
-    examples, start = examples.by_length(), 0
-    assert examples.targets is not None
-    tokenizer = tokenizer_of(model.processor)
-    longest = max(len(ids) for ids in tokenizer(text_target=examples.targets)["input_ids"])
-    for batch in encode(examples, model.processor, batch_size, max_length):
-        inputs = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
-        found = model.backbone.generate(**inputs, max_new_tokens=longest + 1, do_sample=False, num_beams=1)
-        texts = tokenizer.batch_decode(found, skip_special_tokens=True)
-        yield from zip(texts, examples.targets[start : start + len(texts)])
-        start += len(texts)
-        advance(len(texts))
-
-
-def _number(text: str) -> float | None:
-    try:
-        value = float(text)
-    except ValueError:
-        return None
-    return value if math.isfinite(value) else None
-
-
-def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:
-    """Spearman's ρ: the correlation of the ranks, equal values sharing the mean of theirs; 0 where all are equal."""
-    ranks = []
-    for values in (one, other):
-        _, index, counts = np.unique(np.asarray(values, dtype=float), return_inverse=True, return_counts=True)
-        rank = (np.cumsum(counts) - (counts - 1) / 2)[index]
-        ranks.append(rank - rank.mean())
-    size = float(np.sqrt((ranks[0] ** 2).sum() * (ranks[1] ** 2).sum()))
-    return float((ranks[0] * ranks[1]).sum()) / size if size else 0.0
-
-
-# How each kind of examples may be scored; the first is what is taken where nothing else is asked for.
-METRICS: dict[str, tuple[Callable[..., float], ...]] = {
-    "text": (accuracy,),
-    "image": (accuracy,),
-    "seq2seq": (exact_match, spearman),
-    "tokens": (log_perplexity,),
-    "causal": (log_perplexity,),
-    "chat": (log_perplexity,),
-}
-# Metrics of which 1 is the best: tasks that are scored by them have a mean, whichever it is in each.
-SHARES = ("accuracy", "exact_match", "spearman")
-
-
-def scorer_of(examples: Examples) -> Callable[..., float]:
-    """The metric that examples are scored by.
-
-    Raises:
-        ValueError: there is none for their kind, or not the one that is asked for.
-    """
-    if examples.kind not in METRICS:
-        raise InputError(f"{examples.kind} examples cannot be scored; only calibrated on")
-    known = METRICS[examples.kind]
-    found = next((metric for metric in known if examples.metric in (None, metric.__name__)), None)
-    if found is None:
-        names = ", ".join(metric.__name__ for metric in known)
-        raise InputError(f"metric: {examples.kind} examples are scored by {names}, not by {examples.metric}")
-    return found
-
-
-def metric_of(examples: Examples) -> str:
-    """Name of the metric that examples are scored by; errors as in `scorer_of`."""
-    return scorer_of(examples).__name__
-
-
-def show_score(metric: str, value: float) -> str:
-    """A score for people: shares in percent, log-perplexities as perplexities, a correlation times 100."""
-    if metric == "log_perplexity":
-        return f"{math.exp(value):.2f}"
-    return f"{100 * value:.1f}" if metric == "spearman" else f"{100 * value:.1f} %"
-
-
-def gap_recovered(method: float, gptq: float, experts: float) -> float | None:
-    """(method − GPTQ on the merged model) / (experts − GPTQ on the merged model); None where there is no gap."""
-    return None if experts == gptq else (method - gptq) / (experts - gptq)
+def _open(recipe: Recipe) -> tuple[ExpertSet, dict[str, Examples]]:
+    if all(expert.evaluation is None for expert in recipe.experts):
+        raise InputError("recipe: no expert has evaluation data")
+    experts = open_experts(recipe.base, recipe.experts)
+    processor = load_processor(experts.base.path)
+    evaluation = {}
+    for expert in recipe.experts:
+        if expert.evaluation is not None:
+            evaluation[expert.name] = ExpertData(experts, recipe, expert, processor).evaluation(None)
+            check_head(experts, expert.name, evaluation[expert.name])
+    return experts, evaluation

@@ -19,13 +19,14 @@ from epmq.calibration.engine import find_layer_targets
 from epmq.calibration.sequential import Batch, BlockStep, SequentialCalibrator
 from epmq.matmul import matmul
 from epmq.merging.experts import Sources
-from epmq.models.blocks import as_matrix, find_stacks, hooks, linears
-from epmq.models.meta import load_embeddings, materialize
+from epmq.models.blocks import as_matrix, find_stacks, linears
+from epmq.models.hooks import pre_hooks
+from epmq.models.meta import load_outside, materialize
 from epmq.quantization.factor import factorize
-from epmq.quantization.gptq import gptq, rtn, search_scales
-from epmq.quantization.grid import QuantizedTensor
+from epmq.quantization.gptq import gptq
 from epmq.quantization.hessian import Moments
 from epmq.quantization.objective import Objective
+from epmq.quantization.rtn import rtn
 from epmq.recipe import Quantize
 from epmq.runtime import return_freed_memory
 
@@ -81,9 +82,7 @@ def try_stacks(sources: Sources, batch: Batch, apart: bool, device: torch.device
         device: where blocks live.
     """
     model = sources.skeleton()
-    rest = load_embeddings(model, sources.outside_names(), sources.base_tensor, device)
-    materialize(model, rest, sources.base_tensor, device)
-    sources.tie(model)
+    load_outside(model, sources.outside_names(), sources.base_tensor, device, sources.tied)
     for stack in find_stacks(model):
         materialize(model, sources.block_names(stack.block_name(0)), sources.base_tensor, device)
         _repeat_first(stack.blocks)
@@ -109,7 +108,7 @@ def _try_block(sources: Sources, step: BlockStep, apart: bool, device: torch.dev
     def count(name: str) -> Callable[..., None]:
         return lambda module, args: tokens.update({name: tokens.get(name, 0) + args[0].numel() // args[0].shape[-1]})
 
-    with hooks([(module, count(name)) for name, module in linears(step.block)]):
+    with pre_hooks([(module, count(name)) for name, module in linears(step.block)]):
         step.run(0)
     seconds = timed(lambda: _run_afresh(step), device)
     aims = find_layer_targets(step, apart)
@@ -250,12 +249,8 @@ def codes_seconds(columns: int, rows: int, settings: Quantize, product: float, d
 
 def rounding_seconds(settings: Quantize, device: torch.device) -> float:
     """Seconds that an entry of a weight takes to be rounded to nearest."""
-    weight, grid = torch.randn(ROWS, COLUMNS, device=device), settings.grid
-
-    def work() -> QuantizedTensor:
-        return rtn(weight, grid, scales=search_scales(weight, grid) if settings.scales == "search" else None)
-
-    return timed(work, device) / weight.numel()
+    weight, search = torch.randn(ROWS, COLUMNS, device=device), settings.scales == "search"
+    return timed(lambda: rtn(weight, settings.grid, search=search), device) / weight.numel()
 
 
 def _hessian(columns: int, device: torch.device) -> Tensor:

@@ -2,90 +2,200 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.progress import Progress
+from torch import Tensor
 
-from epmq.calibration.head_refit import Fit
+from epmq.calibration.engine import Block, LayerReport
+from epmq.calibration.head_refit import HeadFit, with_weights
 from epmq.export import FORMATS
 from epmq.files import write_json
-from epmq.models.blocks import LINEAR
-from epmq.models.direct import write_directly
-from epmq.models.heads import Head, load_head, save_head
+from epmq.merging.experts import ExpertReader
+from epmq.models.blocks import LINEAR, as_matrix, block_linears, find_stacks, is_transposed
+from epmq.models.checkpoint import PROCESSOR_FILES, TensorSpec
+from epmq.models.heads import load_head, save_head
 from epmq.models.multitask import HEADS, NativeHead, save_native_head
-from epmq.models.writer import CheckpointWriter, byte_size, copy_processor
+from epmq.models.writer import CheckpointWriter
 from epmq.pipeline.journal import Journal
-from epmq.pipeline.prepare import PreparedRun, head_file
+from epmq.pipeline.prepare import PreparedRun
+from epmq.pipeline.verify import WrongOutputError
 
 
-def write_quantized(job: PreparedRun, folder: Path, journal: Journal) -> tuple[list[str], int]:
-    """Write all weights in the recipe's format; returns the quantized layers' names and the bytes of all weights."""
-    sources, pack, writer = job.sources, FORMATS[job.recipe.format], CheckpointWriter(folder)
-    quantized: list[str] = []
-    for name in sources.outside_names():
-        writer.add(sources.stored_name(name), sources.merged(name))
-    for block in journal:
+class QuantizedWeights:
+    """The weights of a quantized output: where the tensors outside the blocks go, and block after block.
+
+    Args:
+        run: the parts of the run.
+        folder: where the files go. What lies in them of an earlier run stays.
+
+    Attributes:
+        bytes: of all weights.
+    """
+
+    def __init__(self, run: PreparedRun, folder: Path) -> None:
+        self._run, self._format, self._grid = run, FORMATS[run.recipe.format], run.recipe.quantize.grid
+        self._stored = run.experts.base.stored
+        self._transposed = {name: is_transposed(layer) for name, layer in block_linears(run.experts.model)}
+        self._writer = CheckpointWriter(folder, weight_specs(run))
+        self.bytes = self._writer.total
+
+    def __enter__(self) -> QuantizedWeights:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._writer.close()
+
+    def _layer(self, name: str) -> str:
+        """A layer's name on disk."""
+        return self._stored[f"{name}.weight"].removesuffix(".weight")
+
+    def write_outside(self) -> None:
+        """Merge and write the tensors that lie in no block."""
+        for name in self._run.experts.outside_names():
+            self._writer.write(self._stored[name], self._run.merged.parts(name))
+
+    def write_block(self, block: Block) -> None:
+        """Write a finished block; when this returns it is on the disk."""
         for name, weight in block.layers.items():
-            quantized.append(name)
-            prefix = sources.stored_name(f"{name}.weight").removesuffix(".weight")
-            for stored, tensor in pack.tensors(prefix, sources.model.get_submodule(name), weight).items():
-                writer.add(stored, tensor)
+            for stored, tensor in self._format.tensors(self._layer(name), weight, self._transposed[name]).items():
+                self._writer.write(stored, tensor)
         for name, tensor in block.tensors.items():
-            writer.add(sources.stored_name(name), tensor)
-    writer.finish()
-    return quantized, sum(writer.sizes.values())
+            self._writer.write(self._stored[name], tensor)
+        self._writer.sync()
+
+    def check_block(self, block: Block) -> None:
+        """Read a block's layers back and hold them against their codes, where no data is there to run them on.
+
+        Raises:
+            WrongOutputError: a layer is another one, or not finite; it is named.
+        """
+        for name, weight in block.layers.items():
+            plain = weight.dequantize()
+            if not plain.isfinite().all():
+                raise WrongOutputError(f"{name}: weights are not finite when quantized; nothing was published")
+            if not self._plain(name).equal(plain):
+                raise WrongOutputError(
+                    f"{self._writer.folder}: read back, {name} is not what was quantized; nothing was published"
+                )
+
+    def _plain(self, name: str) -> Tensor:
+        """The weight [out, in] of a layer that has been written."""
+        return self._format.weight(self._layer(name), self._writer.tensor, self._grid, self._transposed[name])
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor that has been written, by its name in the model and as the model stores it."""
+        layer = name.removesuffix(".weight")
+        if layer not in self._transposed or not name.endswith(".weight"):
+            return self._writer.tensor(self._stored[name])
+        return as_matrix(self._run.experts.model.get_submodule(layer), self._plain(layer))
+
+    def finish(self) -> None:
+        """See that the checkpoint is whole."""
+        self._writer.finish()
 
 
-def write_merged(job: PreparedRun, folder: Path, bar: Progress) -> int:
+@dataclass
+class WrittenBlock:
+    """A block that an earlier run has finished (`epmq.calibration.engine.FinishedBlock`)."""
+
+    name: str
+    reports: list[LayerReport]
+    weights: QuantizedWeights
+
+    def tensor(self, name: str) -> Tensor:
+        return self.weights.tensor(name)
+
+
+def written_blocks(journal: Journal, weights: QuantizedWeights) -> list[WrittenBlock]:
+    """The blocks that an earlier run has finished."""
+    entries = [journal[index] for index in range(len(journal))]
+    return [WrittenBlock(e.name, [LayerReport(**report) for report in e.reports], weights) for e in entries]
+
+
+def weight_specs(run: PreparedRun) -> dict[str, TensorSpec]:
+    """Stored name → dtype and shape of every tensor that a run writes, in the order in which they are written."""
+    experts, recipe = run.experts, run.recipe
+    base = experts.base
+    if recipe.quantize.method == "none":
+        return {base.stored[name]: base.spec(name) for name in experts.names}
+    specs = {base.stored[name]: base.spec(name) for name in experts.outside_names()}
+    layers = dict(block_linears(experts.model))
+    for stack in find_stacks(experts.model):
+        for index in range(len(stack.blocks)):
+            names = experts.block_names(stack.block_name(index))
+            plain = [name for name in names if name.removesuffix(".weight") not in layers]
+            for name in names:
+                layer = name.removesuffix(".weight")
+                if layer in layers and name.endswith(".weight"):
+                    rows, columns = as_matrix(layers[layer], layers[layer].get_parameter("weight")).shape
+                    specs |= FORMATS[recipe.format].specs(
+                        base.stored[name].removesuffix(".weight"),
+                        (rows, columns),
+                        recipe.quantize.grid,
+                        base.spec(name)[0],
+                        is_transposed(layers[layer]),
+                    )
+            specs |= {base.stored[name]: base.spec(name) for name in plain}
+    return specs
+
+
+def write_merged(run: PreparedRun, folder: Path, bar: Progress) -> int:
     """Merge into `folder` without quantizing; returns the bytes of all weights."""
-    sources = job.sources
-    names = {sources.stored_name(name): name for name in sources.names}
-    forms = {stored: sources.form(name) for stored, name in names.items()}
-    steps = write_directly(folder, forms, lambda stored: sources.merged_parts(names[stored]))
-    for _ in bar.track(steps, total=len(names), description="merge"):
-        pass
-    write_rest(job, folder, [], {})
-    return sum(map(byte_size, forms.values()))
+    stored = {run.experts.base.stored[name]: name for name in run.experts.names}
+    with CheckpointWriter(folder, weight_specs(run), reread=False) as writer:
+        for name in bar.track(writer.order, description="merge"):
+            writer.write(name, run.merged.parts(stored[name]))
+        writer.finish()
+        return writer.total
 
 
-def write_rest(
-    job: PreparedRun, folder: Path, quantized: list[str], fits: dict[str, tuple[Head | NativeHead, Fit]]
-) -> None:
-    """Write all that is beside the weights: config, heads, processor."""
-    _write_config(job, folder, quantized)
-    _write_heads(job, folder, fits)
-    copy_processor(job.sources.base.path, folder)
+def write_rest(run: PreparedRun, folder: Path, quantized: list[str], fits: Mapping[str, HeadFit]) -> None:
+    """Write all that is beside the weights: config, heads, processor.
+
+    Args:
+        run: the parts of the run.
+        folder: where to.
+        quantized: names of the quantized layers.
+        fits: task → what became of its head, where it follows the model.
+    """
+    _write_config(run, folder, quantized)
+    (folder / HEADS).mkdir(exist_ok=True)
+    for expert in run.experts.experts.values():
+        _write_head(expert, folder / HEADS / f"{expert.task}.safetensors", fits.get(expert.task))
+    if not any((folder / HEADS).iterdir()):
+        (folder / HEADS).rmdir()
+    for name in PROCESSOR_FILES:
+        if (run.experts.base.path / name).exists():
+            shutil.copyfile(run.experts.base.path / name, folder / name)
 
 
-def _write_config(job: PreparedRun, folder: Path, quantized: list[str]) -> None:
-    model = job.sources.model
+def _write_config(run: PreparedRun, folder: Path, quantized: list[str]) -> None:
+    model = run.experts.model
     model.config.save_pretrained(folder)
-    config = {**job.sources.config, "architectures": [type(model).__name__]}
+    config = {**run.experts.config, "architectures": [type(model).__name__]}
     config.pop("quantization_config", None)
     if quantized:
-        ignore = [
-            name for name, module in model.named_modules() if isinstance(module, LINEAR) and name not in quantized
-        ]
-        settings = FORMATS[job.recipe.format].config(job.recipe.quantize.grid, ignore)
+        linears = [name for name, module in model.named_modules() if isinstance(module, LINEAR)]
+        ignored = [name for name in linears if name not in quantized]
+        settings = FORMATS[run.recipe.format].config(run.recipe.quantize.grid, ignored)
         if settings is not None:
             config["quantization_config"] = settings
     write_json(folder / "config.json", config)
 
 
-def _write_heads(job: PreparedRun, folder: Path, fits: dict[str, tuple[Head | NativeHead, Fit]]) -> None:
-    """Write every task's head: the expert's own, or what became of it where it follows the model."""
-    (folder / HEADS).mkdir()
-    for expert in job.recipe.experts:
-        target, file = folder / HEADS / f"{expert.name}.safetensors", head_file(job.sources, expert)
-        tensors, fitted = job.sources.head_tensors(expert.name), fits.get(expert.name)
-        if file is not None:
-            head = load_head(file)
-            save_head(head if fitted is None else fitted[1].moved(head), target)
-        elif tensors:
-            config = job.sources.head_config(expert.name)
-            assert config is not None
-            if fitted is not None and isinstance(fitted[0], NativeHead):
-                tensors = fitted[0].moved(tensors, fitted[1].weight, fitted[1].bias)
-            save_native_head(target, config["architectures"][0], config, tensors)
-    if not any((folder / HEADS).iterdir()):
-        (folder / HEADS).rmdir()
+def _write_head(expert: ExpertReader, path: Path, fit: HeadFit | None) -> None:
+    """Write a task's head: the expert's own, or what became of it where it follows the model."""
+    if expert.head_file is not None:
+        head = load_head(expert.head_file)
+        save_head(head if fit is None else with_weights(head, fit.fit), path)
+        return
+    tensors, config = expert.head_tensors(), expert.head_config
+    if not tensors or config is None:
+        return
+    if fit is not None and isinstance(fit.head, NativeHead):
+        tensors = fit.head.with_weights(tensors, fit.fit.weight, fit.fit.bias)
+    save_native_head(path, config["architectures"][0], config, tensors)

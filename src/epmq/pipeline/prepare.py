@@ -5,43 +5,58 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from rich.progress import Progress
-from torch import nn
 
-from epmq.calibration.engine import check_grid
 from epmq.data.encoding import encode, load_processor, pack
-from epmq.data.readers import Examples, Fields, Pictures, from_objects
-from epmq.errors import InputError
+from epmq.data.examples import Examples, Fields, Pictures
+from epmq.data.readers import fields_of, from_objects, read_data
+from epmq.errors import InputError, error_context
 from epmq.export import FORMATS
 from epmq.files import check_output
-from epmq.merging.compatibility import check_compatibility
-from epmq.merging.experts import Sources
-from epmq.models.blocks import block_linears
+from epmq.merging.compatibility import open_experts
+from epmq.merging.experts import BaseReader, ExpertReader, ExpertSet
+from epmq.merging.merged import MergedWeights
+from epmq.merging.relation import check_relation
+from epmq.models.blocks import as_matrix, block_linears, is_transposed
 from epmq.models.heads import HEAD_FILE, load_head
 from epmq.models.meta import vocabulary
-from epmq.models.multitask import NativeHead
-from epmq.pipeline.evaluation import metric_of
+from epmq.pipeline.metrics import metric_of
 from epmq.recipe import Data, Expert, Recipe
 from epmq.runtime import select_device
 
 # Task name → rows (dicts), or ready batches (dicts of tensors), in place of the data that the recipe names.
 Objects = Mapping[str, Iterable[Any]]
+# Share of the blocks' weights that may lie in no linear layer without a note.
+UNTOUCHED = 0.05
 
 
 @dataclass
 class PreparedRun:
-    """A recipe whose every part has been opened and checked; nothing has been computed."""
+    """A recipe whose every part has been opened and checked; nothing has been computed.
+
+    Attributes:
+        recipe: with everything filled in that depends on the checkpoints, experts by name.
+        experts: base and experts.
+        merged: the merge of them.
+        processor: the base's tokenizer or image processor, or None.
+        calibration: task → inputs of the model, batch by batch.
+        evaluation: task → labelled examples.
+    """
 
     recipe: Recipe
-    sources: Sources
+    experts: ExpertSet
+    merged: MergedWeights
     processor: Any
-    calibration: dict[str, Examples]
+    calibration: dict[str, list[dict[str, Any]]]
     evaluation: dict[str, Examples]
+
+    @property
+    def device(self) -> torch.device:
+        return select_device(self.recipe.device)
 
 
 def prepare(
@@ -55,195 +70,217 @@ def prepare(
     """Open everything a run will need and check that it fits together.
 
     Raises:
-        FileNotFoundError, FileExistsError, ValueError: the field, file or tensor at fault is named.
+        MissingError, OutputExistsError, InputError: the field, file or tensor at fault is named.
     """
+    _check_fields(recipe, calibration or {}, evaluation or {})
+    listed, recipe = recipe.experts, recipe.ordered()
+    experts = open_experts(recipe.base, recipe.experts)
+    recipe = recipe.resolved(all(expert.has_head for expert in experts.experts.values()))
+    if recipe.quantize.method != "none":
+        _check_layers(experts, recipe)
+        experts.notes += _untouched(experts)
+    experts.notes += check_relation(experts)
+    processor = load_processor(experts.base.path)
+    inputs, scored = {}, {}
+    for expert in recipe.experts:
+        data = ExpertData(experts, recipe, expert, processor)
+        if recipe.quantize.calibrates:
+            inputs[expert.name] = data.calibration(calibration)
+        if evaluate and (expert.evaluation is not None or expert.name in (evaluation or {})):
+            scored[expert.name] = data.evaluation(evaluation)
+        check_head(experts, expert.name, scored.get(expert.name))
+    if scored:
+        _check_task_classes(experts)
+    if recipe.quantize.method != "none":  # a mere merge reads the weights once and finds out as early
+        _check_finite(experts, bar)
+    scored = {expert.name: scored[expert.name] for expert in listed if expert.name in scored}
+    merged = MergedWeights(experts, recipe.merge, recipe.seed)
+    return PreparedRun(recipe, experts, merged, processor, inputs, scored)
+
+
+def _check_fields(recipe: Recipe, calibration: Objects, evaluation: Objects) -> None:
+    """Check what needs no checkpoint to be open."""
     if recipe.output is not None:
         check_output(recipe.output)
-    for name in {**(calibration or {}), **(evaluation or {})}:
+    for name in {**calibration, **evaluation}:
         if name not in [expert.name for expert in recipe.experts]:
             raise InputError(f"data for {name!r}, but the recipe has no expert of that name")
     for expert in recipe.experts:
-        if recipe.quantize.calibrates and expert.calibration is None and expert.name not in (calibration or {}):
+        if recipe.quantize.calibrates and expert.calibration is None and expert.name not in calibration:
             raise InputError(f"experts.{expert.name}.calibration: {recipe.quantize.method} needs calibration data")
-    if recipe.activations == "disk" and select_device(recipe.device).type != "cpu":
-        raise InputError(f"activations: disk works on a CPU only, not on {select_device(recipe.device)}")
-    listed, recipe = recipe.experts, recipe.ordered()
-    sources = Sources(recipe)
-    heads = [head_file(sources, e) is not None or sources.head_config(e.name) is not None for e in recipe.experts]
-    recipe = sources.recipe = recipe.model_copy(update={"quantize": recipe.quantize.resolved(all(heads))})
-    if recipe.quantize.method != "none":
-        check_grid(sources)
-        check_format(sources)
-        sources.notes += _untouched(sources)
-    sources.notes += check_compatibility(sources)
-    processor = load_processor(sources.base.path)
-    used, scored = {}, {}
-    for expert in recipe.experts:
-        if recipe.quantize.calibrates:
-            used[expert.name] = examples_of(sources, expert, processor, "calibration", calibration)
-        if evaluate and (expert.evaluation is not None or expert.name in (evaluation or {})):
-            scored[expert.name] = examples_of(sources, expert, processor, "evaluation", evaluation)
-        check_head(sources, expert, scored.get(expert.name))
-    if scored:
-        check_task_classes(sources)
-    if recipe.quantize.method != "none":  # a mere merge reads the weights once and finds out as early
-        steps = sources.check_finite()
-        for _ in steps if bar is None else bar.track(steps, total=1 + len(recipe.experts), description="check weights"):
-            pass
-    scored = {expert.name: scored[expert.name] for expert in listed if expert.name in scored}
-    return PreparedRun(recipe, sources, processor, used, scored)
+    device = select_device(recipe.device)
+    if recipe.activations == "disk" and device.type != "cpu":
+        raise InputError(f"activations: disk works on a CPU only, not on {device}")
 
 
-def _untouched(sources: Sources) -> list[str]:
+def _check_layers(experts: ExpertSet, recipe: Recipe) -> None:
+    """Check that grid and format can hold every layer that would be quantized.
+
+    Raises:
+        InputError: a layer does not fit; it is named.
+    """
+    grid, holds_transposed = recipe.quantize.grid, FORMATS[recipe.format].HOLDS_TRANSPOSED
+    for name, layer in block_linears(experts.model):
+        with error_context(f"quantize.group_size: {name}"):
+            grid.width(as_matrix(layer, layer.get_parameter("weight")).shape[1])
+    for name, layer in block_linears(experts.model):
+        if is_transposed(layer) and not holds_transposed:
+            raise InputError(f"format: {recipe.format} cannot hold {name}, a {type(layer).__name__}: use dequantized")
+
+
+def _untouched(experts: ExpertSet) -> list[str]:
     """A note on large weights of the blocks that are in no linear layer, such as fused experts of a mixture."""
-    layers = {f"{name}.weight" for name, _ in block_linears(sources.model)}
-    outside = set(sources.outside_names())
-    left = {name: prod(sources.base_shape(name)) for name in sources.names if name not in layers | outside}
-    total = sum(left.values()) + sum(prod(sources.base_shape(name)) for name in layers)
-    if sum(left.values()) <= 0.05 * total:
+    layers = {f"{name}.weight" for name, _ in block_linears(experts.model)}
+    outside, shape = set(experts.outside_names()), experts.base.shape
+    sizes = {name: prod(shape(name)) for name in experts.names if name not in layers | outside}
+    untouched, total = sum(sizes.values()), sum(sizes.values()) + sum(prod(shape(name)) for name in layers)
+    if untouched <= UNTOUCHED * total:
         return []
-    largest = max(left, key=lambda name: left[name])
-    share = 100 * sum(left.values()) / total
+    largest = max(sizes, key=lambda name: sizes[name])
     return [
-        f"{share:.0f} % of the blocks' weights lie in no linear layer and are not quantized; the largest: {largest}"
+        f"{100 * untouched / total:.0f} % of the blocks' weights lie in no linear layer and are not quantized; the "
+        f"largest: {largest}"
     ]
 
 
-def text_use(sources: Sources, expert: Expert) -> str:
-    """How an expert takes texts (one of `USES`): it classifies them with a head, else it writes them."""
-    if head_file(sources, expert) is not None or sources.head_config(expert.name) is not None:
-        return "text"
-    if sources.model.config.is_encoder_decoder:
-        return "seq2seq"
-    return "causal" if sources.model.can_generate() else "text"
+def _check_finite(experts: ExpertSet, bar: Progress | None) -> None:
+    """Look through all weights for NaN and Inf."""
+    readers: list[BaseReader | ExpertReader] = [experts.base, *experts.experts.values()]
+    for reader in readers if bar is None else bar.track(readers, description="check weights"):
+        reader.check_finite()
 
 
-def examples_of(sources: Sources, expert: Expert, processor: Any, field: str, objects: Objects | None) -> Examples:
-    """An expert's examples, drawn, packed and tried on the processor.
+class ExpertData:
+    """The examples of one expert, drawn, packed and tried on the processor.
 
     Args:
-        sources: base and experts.
+        experts: base and experts.
+        recipe: how many examples, how they are encoded.
         expert: whose examples.
         processor: the base's tokenizer or image processor.
-        field: `calibration` or `evaluation`.
-        objects: rows or batches that take the place of the recipe's data.
-
-    Raises:
-        FileNotFoundError, ValueError: expert, field and file are named.
     """
-    recipe, place = sources.recipe, f"experts.{expert.name}.{field}"
-    data: Data | None = getattr(expert, field)
-    use = text_use(sources, expert)
-    count = data.samples if data else None
-    if count is None and field == "calibration":
-        count = recipe.samples
-    try:
-        if objects and expert.name in objects:
-            examples = from_objects(objects[expert.name], data.fields if data else Fields(), use, "python objects")
+
+    def __init__(self, experts: ExpertSet, recipe: Recipe, expert: Expert, processor: Any) -> None:
+        self._experts, self._recipe, self._expert, self._processor = experts, recipe, expert, processor
+
+    def calibration(self, objects: Objects | None) -> list[dict[str, Any]]:
+        """Calibration inputs of the model, batch by batch.
+
+        Args:
+            objects: rows or batches that take the place of the recipe's data.
+
+        Raises:
+            MissingError, InputError: expert, field and file are named.
+        """
+        data = self._expert.calibration
+        count = data.samples if data and data.samples is not None else self._recipe.samples
+        with self._context("calibration"):
+            return self._encoded(self._examples(data, objects, count))
+
+    def evaluation(self, objects: Objects | None) -> Examples:
+        """Labelled examples to score; arguments and errors as in `calibration`."""
+        data = self._expert.evaluation
+        with self._context("evaluation"):
+            examples = self._examples(data, objects, data.samples if data else None)
+            tried = examples
+            if isinstance(examples.inputs, Pictures):  # a large test set is read once, when it is scored
+                tried = examples.take(np.arange(min(len(examples), self._recipe.batch_size)))
+            self._encoded(tried)
+            examples = replace(examples, metric=data.metric if data else None)
+            self._check_scored(examples, data)
+        return examples
+
+    def _context(self, field: str) -> Any:
+        return error_context(f"experts.{self._expert.name}.{field}")
+
+    def _examples(self, data: Data | None, objects: Objects | None, count: int | None) -> Examples:
+        recipe, use = self._recipe, text_use(self._experts, self._expert.name)
+        if objects and self._expert.name in objects:
+            columns = fields_of(data) if data else Fields()
+            examples = from_objects(objects[self._expert.name], columns, use, "python objects")
         else:
             assert data is not None
-            examples = data.read(use, count, recipe.seed)
+            examples = read_data(data, use, count, recipe.seed)
         if examples.kind == "causal" and (data is None or data.pack):
-            examples = pack(examples, processor, recipe.max_length, count, recipe.seed)
-        elif examples.kind != "batches":
-            examples = examples.draw(count, recipe.seed)
-        tried = examples
-        if isinstance(examples.inputs, Pictures):  # a large test set is read once, when it is scored
-            tried = examples.take(np.arange(min(len(examples), recipe.batch_size)))
-        for batch in encode(tried, processor, recipe.batch_size, recipe.max_length):
-            check_tokens(sources, batch)
-        if field == "evaluation":
-            examples = replace(examples, metric=data.metric if data else None)
-            check_scored(sources, examples, data)
-    except (ValueError, FileNotFoundError) as error:
-        raise type(error)(f"{place}: {error}") from None
-    return examples
+            return pack(examples, self._processor, recipe.max_length, count, recipe.seed)
+        return examples if examples.kind == "batches" else examples.draw(count, recipe.seed)
+
+    def _encoded(self, examples: Examples) -> list[dict[str, Any]]:
+        batches = list(encode(examples, self._processor, self._recipe.batch_size, self._recipe.max_length))
+        for batch in batches:
+            _check_tokens(self._experts, batch)
+        return batches
+
+    def _check_scored(self, examples: Examples, data: Data | None) -> None:
+        """Check that examples can be scored with what they hold, on this model."""
+        metric, model = metric_of(examples), self._experts.model
+        if metric == "accuracy" and examples.labels is None:
+            raise InputError(f"{data.path or data.dataset if data else 'python objects'} has no labels")
+        if metric == "log_perplexity" and (not model.can_generate() or model.config.is_encoder_decoder):
+            raise InputError(
+                f"{examples.kind} examples are scored by perplexity, which {type(model).__name__} does not give"
+            )
 
 
-def check_tokens(sources: Sources, batch: dict[str, Any]) -> None:
-    """Check before any compute that a batch has tokens, and the model an embedding for each.
+def text_use(experts: ExpertSet, task: str) -> str:
+    """How an expert takes texts (one of `USES`): it classifies them with a head, else it writes them."""
+    if experts.experts[task].has_head:
+        return "text"
+    if experts.model.config.is_encoder_decoder:
+        return "seq2seq"
+    return "causal" if experts.model.can_generate() else "text"
+
+
+def _check_tokens(experts: ExpertSet, batch: dict[str, Any]) -> None:
+    """Check that a batch has tokens, and the model an embedding for each.
 
     Raises:
-        ValueError: there are none, or the tokenizer is not this model's.
+        InputError: there are none, or the tokenizer is not this model's.
     """
     for name in ("input_ids", "decoder_input_ids", "labels"):
-        ids, rows = batch.get(name), vocabulary(sources.model)
+        ids, rows = batch.get(name), vocabulary(experts.model)
         if name == "input_ids" and isinstance(ids, torch.Tensor) and not ids.numel():
             raise InputError("a batch of examples has no tokens at all")
         if isinstance(ids, torch.Tensor) and rows is not None and ids.numel() and int(ids.max()) >= rows:
             raise InputError(
-                f"token {int(ids.max())} in {name}, but {sources.base.path} has {rows} embeddings: the tokenizer is "
+                f"token {int(ids.max())} in {name}, but {experts.base.path} has {rows} embeddings: the tokenizer is "
                 "another model's"
             )
 
 
-def check_format(sources: Sources) -> None:
-    """Check before any compute that the format has a form for every layer that would be quantized.
+def check_head(experts: ExpertSet, task: str, evaluation: Examples | None) -> None:
+    """Check that an expert's head can be read, and fits the model and the evaluation data.
 
     Raises:
-        ValueError: a layer does not fit; it is named.
+        MissingError, InputError: expert and file are named.
     """
-    name = sources.recipe.format
-    for where, module in block_linears(sources.model) if FORMATS[name].NEEDS_LINEAR else []:
-        if not isinstance(module, nn.Linear):
-            raise InputError(f"format: {name} cannot hold {where}, a {type(module).__name__}: use dequantized")
-
-
-def check_head(sources: Sources, expert: Expert, evaluation: Examples | None) -> None:
-    """Check before any compute that an expert's head can be read, and fits the model and the evaluation data.
-
-    Raises:
-        FileNotFoundError, ValueError: expert and file are named.
-    """
-    place, file = f"experts.{expert.name}", head_file(sources, expert)
+    field, expert = f"experts.{task}", experts.experts[task]
+    file = expert.head_file
     if file is None:
-        scored = None if evaluation is None else metric_of(evaluation)
-        if scored == "accuracy" and sources.head_config(expert.name) is None:
-            raise InputError(f"{place}: evaluation needs a head, and neither {HEAD_FILE} nor a task head is there")
+        metric = None if evaluation is None else metric_of(evaluation)
+        if metric == "accuracy" and expert.head_config is None:
+            raise InputError(f"{field}: evaluation needs a head, and neither {HEAD_FILE} nor a task head is there")
         return
     head = load_head(file)
-    taken = head.weight if head.projection is None else head.projection
-    features, width = taken.shape[1], getattr(sources.model.config, "hidden_size", None)
+    pooled = head.weight if head.projection is None else head.projection
+    features, width = pooled.shape[1], getattr(experts.model.config, "hidden_size", None)
     if width is not None and features != width * (2 if head.pooling == "cls_mean" else 1):
-        raise InputError(f"{place}: {file} takes {features} features, but the model's hidden size is {width}")
+        raise InputError(f"{field}: {file} takes {features} features, but the model's hidden size is {width}")
     labels = None if evaluation is None else evaluation.labels
     if labels is not None and not 0 <= labels.min() <= labels.max() < len(head.weight):
         wrong = labels.min() if labels.min() < 0 else labels.max()
-        raise InputError(f"{place}.evaluation: label {wrong} but the head has {len(head.weight)} classes")
+        raise InputError(f"{field}.evaluation: label {wrong} but the head has {len(head.weight)} classes")
 
 
-def check_task_classes(sources: Sources) -> None:
-    """Check before any compute that heads of task classes can be built: evaluation, at the end, loads all of them.
-
-    Raises:
-        ValueError: one cannot; expert and folder are named.
-    """
-    for expert in sources.recipe.experts:
-        config = sources.head_config(expert.name)
-        if config is None or head_file(sources, expert) is not None:
-            continue
-        try:
-            NativeHead(sources.model, config["architectures"][0], config, sources.head_tensors(expert.name))
-        except ValueError as error:
-            raise InputError(f"expert {expert.name}: {error} ({sources.experts[expert.name].path})") from None
-
-
-def check_scored(sources: Sources, examples: Examples, data: Data | None) -> None:
-    """Check before any compute that examples can be scored with what they hold, on this model.
+def _check_task_classes(experts: ExpertSet) -> None:
+    """Check that heads of task classes can be built: evaluation, at the end, loads all of them.
 
     Raises:
-        ValueError: they cannot.
+        InputError: one cannot; expert and folder are named.
     """
-    metric, model = metric_of(examples), sources.model
-    if metric == "accuracy" and examples.labels is None:
-        raise InputError(f"{data.path or data.dataset if data else 'python objects'} has no labels")
-    if metric == "log_perplexity" and (not model.can_generate() or model.config.is_encoder_decoder):
-        raise InputError(
-            f"{examples.kind} examples are scored by perplexity, which {type(model).__name__} does not give"
-        )
-
-
-def head_file(sources: Sources, expert: Expert) -> Path | None:
-    """The head file of an expert: the one its recipe names, or the one beside its weights."""
-    beside = sources.experts[expert.name].path / HEAD_FILE
-    return Path(expert.head) if expert.head else beside if beside.exists() else None
+    for expert in experts.experts.values():
+        if expert.head_file is None:
+            try:
+                expert.head(experts.model)
+            except ValueError as error:
+                raise InputError(f"expert {expert.task}: {error} ({expert.path})") from None

@@ -2,114 +2,81 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from epmq.calibration.sequential import Batch, SequentialCalibrator, first_tensor
-from epmq.models.blocks import as_matrix
+from epmq.calibration.sequential import Batch, SequentialCalibrator
 from epmq.models.checkpoint import Checkpoint
-from epmq.models.meta import (
-    build_meta_model,
-    load_embeddings,
-    materialize,
-    rename,
-    set_tensor,
-    split_packed,
-    tied_names,
-    to_meta,
-    unpacked_weight,
-)
-from epmq.pipeline.journal import Block
+from epmq.models.hooks import first_tensor
+from epmq.models.loading import split_packed, unpacked_weight
+from epmq.models.meta import build_meta_model, load_outside, materialize, rename, set_tensor, tied_names, to_meta
 
 # Largest difference over largest value that may come of another order of sums.
 TOLERANCE = 1e-3
 
 
-def check_reloaded(folder: Path, batch: Batch, wanted: Tensor) -> None:
+class WrongOutputError(RuntimeError):
+    """What was written is not what was quantized: a bug, a broken disk or broken memory."""
+
+
+def check_reloaded(folder: Path, inputs: dict[str, Any], output: Tensor) -> None:
     """Check that a checkpoint gives what the model in memory gave.
 
     Args:
         folder: what was written.
-        batch: model inputs; where they are is where the checkpoint is run.
-        wanted: what the last block of the model in memory gave on them, [..., hidden].
+        inputs: of the model; where they are is where the checkpoint is run.
+        output: what the last block of the model in memory gave on them, [..., hidden].
 
     Raises:
-        RuntimeError: it gives something else; by how much is said.
+        WrongOutputError: it gives something else; by how much is said.
     """
-    found = reloaded_output(folder, batch)
-    off = float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-12))
-    if not off <= TOLERANCE:  # nor NaN
-        raise RuntimeError(
-            f"{folder}: read back, it gives other outputs than the model in memory (off by {off:.2g} of the largest), "
-            "so it is not what was quantized; nothing was published"
+    error = (reloaded_output(folder, inputs) - output).abs().max() / output.abs().max().clamp(min=1e-12)
+    if not float(error) <= TOLERANCE:  # nor NaN
+        raise WrongOutputError(
+            f"{folder}: read back, it gives other outputs than the model in memory (off by {float(error):.2g} of the "
+            "largest), so it is not what was quantized; nothing was published"
         )
 
 
-def check_stored(folder: Path, blocks: Iterable[Block], model: nn.Module) -> None:
-    """Check every quantized layer of a checkpoint against its codes, where no data is there to run it on.
-
-    Args:
-        folder: what was written.
-        blocks: of the run, with the codes of their layers.
-        model: has the layers, by the names that they have in the blocks.
-
-    Raises:
-        RuntimeError: a layer is another one, or not finite; it is named.
-    """
-    checkpoint = Checkpoint(folder)
-    quantization = checkpoint.config.pop("quantization_config", None)
-    _, read = _plain(checkpoint, build_meta_model(checkpoint), quantization)
-    for name, weight in ((name, weight) for block in blocks for name, weight in block.layers.items()):
-        found = as_matrix(model.get_submodule(name), read(f"{name}.weight")).float()
-        wanted = weight.dequantize().float()
-        if not torch.isfinite(wanted).all():
-            raise RuntimeError(f"{name}: weights are not finite when quantized; nothing was published")
-        if float((found - wanted).abs().max()) > TOLERANCE * float(wanted.abs().max()):
-            raise RuntimeError(f"{folder}: read back, {name} is not what was quantized; nothing was published")
-
-
-def reloaded_output(folder: Path, batch: Batch) -> Tensor:
+def reloaded_output(folder: Path, inputs: dict[str, Any]) -> Tensor:
     """What the last block of a checkpoint gives on a batch, [..., hidden], with one block in memory at a time."""
     checkpoint = Checkpoint(folder)
-    device = next(value.device for value in batch.values() if isinstance(value, Tensor))
+    device = next(value.device for value in inputs.values() if isinstance(value, Tensor))
     quantization = checkpoint.config.pop("quantization_config", None)
     model = build_meta_model(checkpoint)
-    names, read = _plain(checkpoint, model, quantization)
+    names, read = _plain_reader(checkpoint, model, quantization)
     tied = {name: leader for name, leader in tied_names(model).items() if name not in names}
     for name, tensor in model.state_dict().items():
         if name not in names and name not in tied:
             set_tensor(model, name, torch.zeros(tensor.shape, device=device))
-    walk = SequentialCalibrator(model, [batch])
-    inside = tuple(stack.name + "." for stack in walk.stacks)
-    rest = load_embeddings(model, [name for name in names if not name.startswith(inside)], read, device)
-    materialize(model, rest, read, device)
-    model.all_tied_weights_keys = tied
-    model.tie_weights(recompute_mapping=False)
+    calibrator = SequentialCalibrator(model, [Batch("", 0, inputs)])
+    inside = tuple(stack.name + "." for stack in calibrator.stacks)
+    load_outside(model, [name for name in names if not name.startswith(inside)], read, device, tied)
     for buffer in model.buffers():
         buffer.data = buffer.data.to(device)
-    for step in walk:
+    for step in calibrator:
         materialize(model, [name for name in names if name.startswith(step.name + ".")], read, device)
         step.finish()
         to_meta(step.block)
-    return first_tensor(walk.stacks[-1].outputs[0])
+    return first_tensor(calibrator.stacks[-1].outputs[0])
 
 
-def _plain(
+def _plain_reader(
     checkpoint: Checkpoint, model: Any, quantization: dict[str, Any] | None
 ) -> tuple[list[str], Callable[[str], Tensor]]:
     """The model's names of the tensors that a checkpoint has, and what reads one of them, unpacked."""
     layers, plain = split_packed(checkpoint.names)
     packed = {f"{layer}.weight": layer for layer in layers}
-    found, _ = rename(model, [*plain, *packed])
+    stored, _ = rename(model, [*plain, *packed])
 
     def read(name: str) -> Tensor:
-        layer = packed.get(found[name])
+        layer = packed.get(stored[name])
         if layer is None:
-            return checkpoint.tensor(found[name])
+            return checkpoint.tensor(stored[name])
         return unpacked_weight(checkpoint, layer, quantization or {})
 
-    return list(found), read
+    return list(stored), read

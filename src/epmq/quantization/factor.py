@@ -39,26 +39,28 @@ class Factor:
         Returns:
             [rows, n] in the same dtype, contiguous.
         """
-        rest = right.T.contiguous().index_select(0, self.order)
-        found, parts = torch.empty_like(rest), _parts(len(self.order), BLOCK)
-        inverses = [self._corner_inverse(*part) for part in parts]
-        for (start, end), inverse in zip(parts, inverses):
-            part = rest[start:end]
+        remaining = right.T.contiguous().index_select(0, self.order)
+        solution, blocks = torch.empty_like(remaining), _blocks(len(self.order), BLOCK)
+        inverses = [self._corner_inverse(*block) for block in blocks]
+        for (start, end), inverse in zip(blocks, inverses):
+            rows = remaining[start:end]
             if start:
-                addmm_(part, self.upper[:start, start:end].T, found[:start], alpha=-1)
-            found[start:end] = matmul(inverse.T, part)
-        rest, found = found.div_(self.curvature[:, None]), rest
-        for (start, end), inverse in zip(reversed(parts), reversed(inverses)):
-            part = rest[start:end]
+                addmm_(rows, self.upper[:start, start:end].T, solution[:start], alpha=-1)
+            solution[start:end] = matmul(inverse.T, rows)
+        remaining, solution = solution.div_(self.curvature[:, None]), remaining
+        for (start, end), inverse in zip(reversed(blocks), reversed(inverses)):
+            rows = remaining[start:end]
             if end < len(self.order):
-                addmm_(part, self.upper[start:end, end:], found[end:], alpha=-1)
-            found[start:end] = matmul(inverse, part)
-        return found.index_select(0, torch.argsort(self.order)).T.contiguous()
+                addmm_(rows, self.upper[start:end, end:], solution[end:], alpha=-1)
+            solution[start:end] = matmul(inverse, rows)
+        return solution.index_select(0, torch.argsort(self.order)).T.contiguous()
 
     def _corner_inverse(self, start: int, end: int) -> Tensor:
+        """The inverse of a diagonal block of U."""
         corner = self.upper[start:end, start:end]
         identity = torch.eye(end - start, dtype=corner.dtype, device=corner.device)
-        return torch.linalg.solve_triangular(corner, identity, upper=True, unitriangular=True)
+        inverse: Tensor = torch.linalg.solve_triangular(corner, identity, upper=True, unitriangular=True)
+        return inverse
 
 
 def factorize(hessian: Tensor, act_order: bool = True) -> Factor:
@@ -81,32 +83,32 @@ def factorize(hessian: Tensor, act_order: bool = True) -> Factor:
     upper, curvature = torch.empty_like(hessian), torch.empty_like(hessian[0])
     # An accelerator's own factorization is faster than one that waits for every block's corner.
     block = BLOCK if hessian.device.type == "cpu" else len(hessian)
-    for first, last in _parts(len(hessian), block if len(hessian) < WIDE else 4 * block):
+    for first, last in _blocks(len(hessian), block if len(hessian) < WIDE else 4 * block):
         panel = hessian.index_select(0, order[first:last]).index_select(1, order[first:])
         if first:
-            _take(panel, upper, curvature, slice(0, first), slice(first, last))
-        for start, end in _parts(last - first, block):
-            rows, part = panel[start:end, start:], slice(first + start, first + end)
+            _subtract_done(panel, upper, curvature, slice(0, first), slice(first, last))
+        for start, end in _blocks(last - first, block):
+            rows, block_rows = panel[start:end, start:], slice(first + start, first + end)
             if start:
-                _take(rows, upper, curvature, slice(first, first + start), part)
+                _subtract_done(rows, upper, curvature, slice(first, first + start), block_rows)
             width = end - start
             corner = torch.linalg.cholesky(rows[:, :width], upper=True)
             root = corner.diagonal()
-            curvature[part] = root.square()
-            upper[part, part] = corner / root[:, None]
-            if part.stop < len(hessian):
+            curvature[block_rows] = root.square()
+            upper[block_rows, block_rows] = corner / root[:, None]
+            if block_rows.stop < len(hessian):
                 identity = torch.eye(width, dtype=hessian.dtype, device=hessian.device)
                 inverse = torch.linalg.solve_triangular(corner.T, identity, upper=False)
-                upper[part, part.stop :] = matmul(inverse / root[:, None], rows[:, width:])
+                upper[block_rows, block_rows.stop :] = matmul(inverse / root[:, None], rows[:, width:])
     return Factor(order, upper, curvature)
 
 
-def _take(rows: Tensor, upper: Tensor, curvature: Tensor, done: slice, part: slice) -> None:
-    """Take off some rows of H, from their diagonal on, what the rows of U that are done already make of them."""
-    scaled = upper[done, part] * curvature[done, None]
-    addmm_(rows, scaled.T, upper[done, part.start :], alpha=-1)
+def _subtract_done(rows: Tensor, upper: Tensor, curvature: Tensor, done: slice, own: slice) -> None:
+    """Subtract U[done]ᵀ D U[done], the share of the rows of U that are done, from rows of H, from the diagonal on."""
+    scaled = upper[done, own] * curvature[done, None]
+    addmm_(rows, scaled.T, upper[done, own.start :], alpha=-1)
 
 
-def _parts(columns: int, width: int) -> list[tuple[int, int]]:
+def _blocks(columns: int, width: int) -> list[tuple[int, int]]:
     """First and end column of each block."""
     return [(start, min(start + width, columns)) for start in range(0, columns, width)]

@@ -49,7 +49,7 @@ class Grid:
             raise InputError(f"group size {self.group_size} does not divide {columns} input columns")
         return self.group_size
 
-    def scales(self, weight: Tensor, dtype: torch.dtype = torch.float32, shrink: float = 1.0) -> tuple[Tensor, Tensor]:
+    def scales(self, weight: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         """Min–max scales and zero points, as compressed-tensors defines them.
 
         Scales are rounded to the dtype they are stored in *here*, before any solver runs, so that what is stored is
@@ -58,7 +58,6 @@ class Grid:
         Args:
             weight: [out, in], any float dtype.
             dtype: dtype the scales are stored in.
-            shrink: factor on the range before it is divided into steps; below 1 the extremes are clipped.
 
         Returns:
             scale [out, groups] in `dtype` and zero point [out, groups] int8 (zeros on a symmetric grid).
@@ -66,7 +65,7 @@ class Grid:
         Raises:
             ValueError: the group size does not divide the columns.
         """
-        return self.divide(*self.range(weight), dtype, shrink)
+        return self.divide(*self.range(weight), dtype)
 
     def range(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """The least and the largest weight of each group, or 0 if it lies beyond, [out, groups] float32 both.
@@ -78,8 +77,14 @@ class Grid:
         grouped = weight.float().reshape(rows, -1, self.width(columns))
         return grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
 
-    def divide(self, low: Tensor, high: Tensor, dtype: torch.dtype, shrink: float) -> tuple[Tensor, Tensor]:
-        """Scale and zero point, as `scales` gives them, of groups that range from `low` to `high`."""
+    def divide(self, low: Tensor, high: Tensor, dtype: torch.dtype, shrink: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Scale and zero point, as `scales` gives them, of groups that range from `low` to `high`.
+
+        Args:
+            low, high: [out, groups] float32.
+            dtype: dtype the scales are stored in.
+            shrink: factor on the range before it is divided into steps; below 1 the extremes are clipped.
+        """
         steps = self.highest - self.lowest
         if self.symmetric:
             scale = _not_zero((torch.maximum(-low, high) * shrink / (steps / 2)).to(dtype))
@@ -121,11 +126,5 @@ class QuantizedTensor:
 
     def split(self, rows: list[int]) -> list[QuantizedTensor]:
         """Cut stacked layers apart again; `rows` are their output sizes."""
-        parts = zip(self.codes.split(rows), self.scale.split(rows), self.zero_point.split(rows))
+        parts = zip(*(torch.split(tensor, rows) for tensor in (self.codes, self.scale, self.zero_point)))
         return [QuantizedTensor(codes, scale, zero, self.grid) for codes, scale, zero in parts]
-
-    @property
-    def stored_bits(self) -> int:
-        """Bits that codes, scales and zero points take when packed."""
-        bits = self.codes.numel() * self.grid.bits + self.scale.numel() * self.scale.element_size() * 8
-        return bits + (0 if self.grid.symmetric else self.zero_point.numel() * self.grid.bits)

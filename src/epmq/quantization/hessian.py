@@ -1,4 +1,4 @@
-"""Second moments of a layer's inputs."""
+"""Second moments of a layer's inputs, and the loss under a Hessian that is made of them."""
 
 from __future__ import annotations
 
@@ -8,17 +8,26 @@ import torch
 from torch import Tensor
 
 from epmq.errors import InputError
-from epmq.matmul import addmm_, transposed
+from epmq.matmul import addmm_, fast_transpose, matmul
 
 # Rows of the Gram matrix that are added up at once, at least; what lies below them is left to symmetry.
 ROWS = 128
 
 
+def hessian_loss(delta: Tensor, hessian: Tensor) -> Tensor:
+    """tr(Δ H Δᵀ), a row at a time: [out] float32 for Δ [out, in] and H [in, in]."""
+    delta = delta.float()
+    return matmul(delta, hessian).mul_(delta).sum(-1)
+
+
 class Moments:
-    """Running Σ x xᵀ, Σ x and, if asked, Σ t xᵀ over the real tokens of one input group and one task.
+    """Running moments over the real tokens of one input group and one task.
+
+    With x what the layers receive, these are Σ x xᵀ, Σ x and, if asked, Σ (x̃ − x) xᵀ, where x̃ is what the expert's
+    own layers receive, and Σ y xᵀ, where y is what the layers are to give.
 
     Attributes:
-        count: tokens seen.
+        count: n, tokens seen.
         total: Σ x, [in] float32.
     """
 
@@ -26,32 +35,34 @@ class Moments:
         self.count = 0
         self.total = torch.zeros(columns, device=device)
         self._gram = torch.zeros(columns, columns, device=device)
-        self._cross: Tensor | None = None
+        self._input_drift: Tensor | None = None
+        self._target_cross: Tensor | None = None
 
-    def add(self, inputs: Tensor, mask: Tensor | None = None, beside: Tensor | None = None) -> None:
+    def add(
+        self, inputs: Tensor, mask: Tensor | None = None, drift: Tensor | None = None, targets: Tensor | None = None
+    ) -> None:
         """Add a batch of inputs.
 
         Args:
-            inputs: [..., in], any float dtype.
+            inputs: x [..., in], any float dtype.
             mask: which tokens are real, booleans of shape `inputs.shape[:-1]` (or that many entries in all); None
                 counts all of them. Padding must never enter a moment.
-            beside: t, [..., anything], something else about the same tokens, such as how the expert's inputs differ;
-                None leaves Σ t xᵀ out.
+            drift: x̃ − x [..., in] of the same tokens; None leaves `input_drift` as it is.
+            targets: y [..., out] of the same tokens; None leaves `target_cross` as it is.
         """
         rows = _real_rows(inputs, mask)
         self.count += len(rows)
         self.total += rows.sum(0)
-        columns = transposed(rows)
-        for start, end in self._parts():
+        columns = fast_transpose(rows)
+        for start, end in self._row_blocks():
             addmm_(self._gram[start:end, start:], columns[start:end], columns[start:].T)
-        if beside is not None:
-            others = _real_rows(beside, mask)
-            if self._cross is None:
-                self._cross = torch.zeros(others.shape[1], rows.shape[1], device=rows.device)
-            addmm_(self._cross, others.T, rows)
+        if drift is not None:
+            self._input_drift = _add_cross(self._input_drift, _real_rows(drift, mask), rows)
+        if targets is not None:
+            self._target_cross = _add_cross(self._target_cross, _real_rows(targets, mask), rows)
 
-    def _parts(self) -> Iterator[tuple[int, int]]:
-        """First and end row of each part of the Gram matrix; a part holds nothing left of its own columns."""
+    def _row_blocks(self) -> Iterator[tuple[int, int]]:
+        """First and end row of each block of the Gram matrix; a block holds nothing left of its own columns."""
         step = max(ROWS, len(self._gram) // 16)
         return ((start, start + step) for start in range(0, len(self._gram), step))
 
@@ -65,14 +76,19 @@ class Moments:
         if self.count == 0:
             raise InputError("no calibration token reached this layer")
         gram = self._gram / self.count
-        for start, end in self._parts():
+        for start, end in self._row_blocks():
             gram[end:, start:end] = gram[start:end, end:].T
         return gram
 
     @property
-    def cross(self) -> Tensor | None:
-        """Σ t xᵀ / n, [of t, in] float32; None if no t was given."""
-        return None if self._cross is None else self._cross / self.count
+    def input_drift(self) -> Tensor | None:
+        """D = Σ (x̃ − x) xᵀ / n, [in, in] float32; None if no drift was given."""
+        return None if self._input_drift is None else self._input_drift / self.count
+
+    @property
+    def target_cross(self) -> Tensor | None:
+        """Σ y xᵀ / n, [out, in] float32; None if no targets were given."""
+        return None if self._target_cross is None else self._target_cross / self.count
 
     @property
     def mean(self) -> Tensor:
@@ -80,6 +96,14 @@ class Moments:
         return self.total / max(self.count, 1)
 
 
-def _real_rows(inputs: Tensor, mask: Tensor | None) -> Tensor:
-    rows = inputs.detach().reshape(-1, inputs.shape[-1])
+def _real_rows(tokens: Tensor, mask: Tensor | None) -> Tensor:
+    """The real tokens, one a row, in float32."""
+    rows = tokens.detach().reshape(-1, tokens.shape[-1])
     return (rows if mask is None else rows[mask.reshape(-1)]).float()
+
+
+def _add_cross(total: Tensor | None, left: Tensor, rows: Tensor) -> Tensor:
+    """total + leftᵀ rows, in place if there is a total."""
+    if total is None:
+        total = torch.zeros(left.shape[1], rows.shape[1], device=rows.device)
+    return addmm_(total, left.T, rows)

@@ -1,73 +1,95 @@
-"""What a run did, in numbers: `report.json`, the model card and the tables in the terminal."""
+"""What a run did, in numbers: `report.json`, the model card and the table in the terminal."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
+from epmq.reporting.scores import score_title, shown_scores
+
 if TYPE_CHECKING:
-    from epmq.pipeline.cost import Plan
+    from rich.table import Table
+
+    from epmq.method_settings import Quantize
 
 # Files of an output that tell of times, and so differ from run to run.
 REPORT, PAGE, CARD = TIMED = ("report.json", "report.html", "README.md")
+FLOAT16_MAX = 65504
 
 
-def score_title(report: dict[str, Any]) -> str:
-    """What the scores of a report are, as a heading; log-perplexities are shown as perplexities."""
-    metric = report.get("metric")
-    names = {"accuracy": "accuracy", "log_perplexity": "perplexity", "exact_match": "exact match"}
-    return names[metric] if isinstance(metric, str) else "score"
+def layer_notes(layers: Sequence[dict[str, Any]], settings: Quantize) -> list[str]:
+    """What a user should know of layers that did not go as planned.
+
+    Args:
+        layers: of a report.
+        settings: what was asked for.
+    """
+    guidance = settings.guidance()
+    asked = {"strength": guidance.ridge, "damping": guidance.damping or guidance.ridge}
+    raised = [
+        f"{layer['name']}: {name} raised from {start:g} to {layer[name]:g} to factor its Hessian"
+        for layer in layers
+        for name, start in asked.items()
+        if layer[name] not in (None, start)
+    ]
+    rounded = [
+        f"{layer['name']}: {layer['rounded']} rows are rounded to nearest, which loses less there"
+        for layer in layers
+        if layer["rounded"]
+    ]
+    too_large = [
+        f"{layer['name']}: inputs reach {layer['largest']:.3g}, more than float16 holds: load the checkpoint with "
+        "dtype float32 or bfloat16"
+        for layer in layers
+        if layer["largest"] > FLOAT16_MAX and layer["name"].endswith(layer["group"])
+    ]
+    return raised + rounded + too_large
 
 
-def shown_scores(report: dict[str, Any], name: str = "mean") -> dict[str, str]:
-    """The scores of a report as text, by task, and their mean under `name` (for perplexities the geometric one)."""
-    from epmq.pipeline.evaluation import show_score
-
-    scores, metric = report.get("scores") or {}, report.get("metric")
-    if isinstance(metric, dict):
-        shown = {task: f"{show_score(metric[task], score)} {metric[task]}" for task, score in scores.items()}
-        mean = report.get("mean_score")
-        return shown if mean is None else {**shown, name: f"{100 * mean:.1f}"}
-    shown = {task: show_score(str(metric), score) for task, score in scores.items()}
-    return {**shown, name: show_score(str(metric), report["mean_score"])} if scores else {}
+def block_losses(layers: Iterable[dict[str, Any]]) -> list[tuple[str, float, float]]:
+    """Losses summed over the layers of each block: (block, merging deviation, quantization deviation)."""
+    losses: dict[str, list[tuple[float, float]]] = {}
+    for layer in layers:
+        parts = layer["name"].split(".")
+        last = max((i for i, part in enumerate(parts) if part.isdigit()), default=len(parts) - 2)
+        losses.setdefault(".".join(parts[: last + 1]), []).append((layer["merge_loss"] or 0.0, layer["loss"] or 0.0))
+    return [
+        (block, sum(merge for merge, _ in pairs), sum(loss for _, loss in pairs)) for block, pairs in losses.items()
+    ]
 
 
 def model_card(report: dict[str, Any]) -> str:
     """A short model card in Markdown with the Hub's front matter."""
-    recipe, lines = report["recipe"], []
-    quantize = recipe["quantize"]
-    lines += ["---", "library_name: transformers", "tags:", "- epmq", "- merge", "- compressed-tensors", "---", ""]
-    lines += [f"# {len(recipe['experts'])} experts in one model", ""]
-    how = f"merged with `{recipe['merge']['method']}`"
-    if quantize["method"] != "none":
-        group = "row" if quantize["group_size"] == -1 else f"group of {quantize['group_size']}"
-        how += f" and quantized with `{quantize['method']}` to {quantize['bits']} bits, one scale a {group}"
-    lines += [f"`{recipe['base']}` and its fine-tunes, {how} by epmq {report['versions']['epmq']}.", ""]
-    scores = shown_scores(report)
-    lines += [f"| task | expert | {score_title(report)} |", "|---|---|---|"]
-    for expert in recipe["experts"]:
-        score = scores.get(expert["name"], "not evaluated")
-        lines.append(f"| {expert['name']} | `{expert['model']}` | {score} |")
-    lines += ["", "```python", "import epmq", "", 'model = epmq.load("PATH")', ""]
-    lines += [f'model.answer("{recipe["experts"][0]["name"]}", [...])', "```", ""]
-    lines += ["How it was made, layer by layer: `report.json`.", ""]
-    return "\n".join(lines)
+    from huggingface_hub import ModelCard, ModelCardData
+
+    return str(
+        ModelCard.from_template(
+            ModelCardData(library_name="transformers", tags=["epmq", "merge", "compressed-tensors"]),
+            template_str=(files("epmq.reporting") / "card.md.j2").read_text(encoding="utf-8"),
+            recipe=report["recipe"],
+            quantize=report["recipe"]["quantize"],
+            version=report["versions"]["epmq"],
+            score_title=score_title(report.get("metric")),
+            scores=shown_scores(report),
+        )
+    )
 
 
-def summary_table(report: dict[str, Any]) -> Any:
-    """The table a run ends with (a rich renderable)."""
+def summary_table(report: dict[str, Any]) -> Table:
+    """The table a run ends with."""
     from rich.table import Table
 
-    recipe = report["recipe"]
+    recipe, quantize = report["recipe"], report["recipe"]["quantize"]
     table = Table(title=f"{report['output'] or 'result'}", title_justify="left")
     table.add_column("task")
-    table.add_column(score_title(report), justify="right")
+    table.add_column(score_title(report.get("metric")), justify="right")
     for task, score in shown_scores(report).items():
         if task == "mean":
             table.add_section()
         table.add_row(task, score)
     if report.get("scores"):
         table.add_section()
-    quantize = recipe["quantize"]
     table.add_row("merge", recipe["merge"]["method"])
     table.add_row("quantize", quantize["method"])
     if quantize["method"] != "none":
@@ -76,29 +98,5 @@ def summary_table(report: dict[str, Any]) -> Any:
     table.add_row("time", f"{sum(report['seconds'].values()):.1f} s")
     table.add_row("peak memory", f"{report['peak_memory_mb']:.0f} MB")
     for note in report["notes"]:
-        table.add_row("note", note)
-    return table
-
-
-def plan_table(found: Plan) -> Any:
-    """What a run will do and cost (a rich renderable)."""
-    from rich.table import Table
-
-    recipe, quantize = found.recipe, found.recipe.quantize
-    table = Table(title="dry run: nothing was written", title_justify="left", show_header=False)
-    table.add_row("merge", f"{recipe.merge.method}, {len(recipe.experts)} experts")
-    table.add_row("quantize", quantize.method)
-    table.add_row("model", f"{found.blocks} blocks, {found.layers} layers to quantize")
-    if quantize.method != "none":
-        table.add_row("bits", f"{quantize.bits}, group size {quantize.group_size}")
-    if quantize.calibrates:
-        table.add_row("calibration", f"about {found.tokens} tokens")
-    table.add_section()
-    for phase, seconds in found.seconds.items():
-        table.add_row(phase, f"{seconds:.1f} s")
-    table.add_row("time", f"{sum(found.seconds.values()):.1f} s, without evaluation")
-    table.add_row("peak memory", f"{found.peak_memory_mb:.0f} MB")
-    table.add_row("output", f"{found.output_bytes / 1e6:.1f} MB; {found.disk_bytes / 1e6:.1f} MB while it is written")
-    for note in found.notes:
         table.add_row("note", note)
     return table

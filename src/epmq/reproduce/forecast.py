@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 
-from epmq.data.readers import Examples
+from epmq.data.examples import Examples
 from epmq.errors import InputError
 from epmq.files import hash_file
 from epmq.merging.experts import Sources
-from epmq.models.checkpoint import PATTERNS, SINGLE
+from epmq.models.checkpoint import DTYPE_NAMES, HUB_PATTERNS, SINGLE
 from epmq.models.meta import named_class, tied_names
 from epmq.pipeline.cost import Plan, plan_of, streaming
 from epmq.pipeline.prepare import PreparedRun
@@ -32,7 +32,6 @@ from epmq.runtime import hardware, progress_bars
 
 # Examples that a statement on scoring is about.
 SCORED = 1000
-_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
 
 
 @dataclass(frozen=True)
@@ -120,7 +119,7 @@ def forecast(
 def fetches(table: Table, hub: Path | None) -> Iterator[Fetch]:
     """What a table needs, in the order in which it is needed."""
     sizes = {what: sum(count for _, count in _tensors(shape).values()) for what, shape in table.shapes.items()}
-    weights = " ".join(PATTERNS)
+    weights = " ".join(HUB_PATTERNS)
     base = weights if table.pickle is None else f"{weights}, {table.pickle} without safetensors"
     yield _fetch("base", table.base, base, sizes["base"], hub)
     for name in table.tasks:
@@ -196,7 +195,7 @@ def _write_stub(folder: Path, shape: Shape) -> None:
     config.save_pretrained(folder)
     header, start, starts = dict[str, Any](), 0, list[int]()
     for name, (tensor, size) in _tensors(shape).items():
-        kind = _DTYPES[tensor.dtype]
+        kind = DTYPE_NAMES[tensor.dtype]
         header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [start, start + size]}
         starts.append(start)
         start += size

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from epmq.pipeline.evaluation import gap_recovered
+from epmq.reporting.scores import gap_recovered
 from epmq.reproduce.tables import Row, Table
 
 # Tasks that a terminal has room for beside the rest.

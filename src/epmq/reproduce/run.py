@@ -21,8 +21,9 @@ from epmq.models.blocks import use_fast_matmul
 from epmq.models.multitask import load
 from epmq.pipeline.run import evaluate_experts, run
 from epmq.recipe import Recipe
-from epmq.reporting.page import Scores, page, run_of
+from epmq.reporting.page import render_page
 from epmq.reporting.report import PAGE
+from epmq.reporting.runs import Run, Scores
 from epmq.reproduce.lm_eval import library, lm_eval
 from epmq.reproduce.results import markdown, row_result, with_published
 from epmq.reproduce.tables import Row, Table, base_of, load_table, recipe_of
@@ -229,10 +230,10 @@ def _write_page(table: Table, output: Path, rows: Sequence[Mapping[str, Any]]) -
         elif file.exists():
             report = json.loads(file.read_text(encoding="utf-8"))
             names = {"name": entry["row"], "merge": entry["merge"], "method": entry["method"]}
-            runs.append(replace(run_of(report), **names))
+            runs.append(replace(Run.from_report(report), **names))
     if runs:
         published = {(figure.merge or "", figure.method, figure.bits): figure.mean / 100 for figure in table.published}
-        text = page(runs, experts=experts, published=published, title=table.title)
+        text = render_page(runs, experts=experts, published=published, title=table.title)
         write_whole(output / PAGE, text.encode())
 
 

@@ -19,7 +19,7 @@ from torch.nn.functional import normalize
 from epmq.data.encoding import load_processor, tokenizer_of
 from epmq.errors import InputError, error_context
 from epmq.files import hash_file
-from epmq.models.checkpoint import Checkpoint
+from epmq.models.checkpoint import Checkpoint, model_files
 from epmq.models.heads import POOLER, Head, save_head
 
 # What the name of a cached head stands for beside its inputs; another way of computing heads needs another number.
@@ -81,8 +81,7 @@ def text_heads(
         FileNotFoundError, ValueError: the base is no such model; its folder is named.
     """
     opened = Checkpoint(base)
-    read = sorted(file for file in opened.path.iterdir() if file.suffix in (".json", ".txt", ".safetensors", ".bin"))
-    content = [(file.name, hash_file(file)) for file in read]
+    content = [(file.name, hash_file(file)) for file in model_files(opened.path)]
     keys = {task: _digest([FORM, content, *map(list, told)]) for task, told in tasks.items()}
     files = {task: cache / f"{task}-{key}.safetensors" for task, key in keys.items()}
     missing = [task for task, file in files.items() if not file.exists()]

@@ -1,0 +1,100 @@
+"""What an example is: text, image, conversation, window of tokens or ready batch, with its label or target."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+# How a model takes its texts: as they are, as the beginning of a running text, or as source and target.
+USES = ("text", "causal", "seq2seq")
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Inputs and labels of one split of one task.
+
+    Attributes:
+        kind: `text`, `image`, `image_text`, `seq2seq`, `causal` (documents for a language model), `chat`, `tokens`
+            (windows of token ids, see `epmq.data.encoding.pack`) or `batches` (ready model inputs).
+        inputs: n of them: strings or pairs of strings; images (one uint8 array [n, height, width, 3], file paths or
+            pictures) or pairs of image and string; conversations (lists of messages); an int64 array [n, tokens];
+            dicts of tensors.
+        labels: class index of each example, int64 [n], or None where the source has none.
+        targets: for `seq2seq`: n strings.
+        metric: name of the function in `epmq.pipeline.evaluation` that scores them; None leaves it to their kind.
+    """
+
+    kind: str
+    inputs: Any
+    labels: np.ndarray | None = None
+    targets: list[str] | None = None
+    metric: str | None = None
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def take(self, index: np.ndarray) -> Examples:
+        """The examples at the positions `index`, in that order."""
+        inputs = self.inputs[index] if isinstance(self.inputs, np.ndarray) else [self.inputs[i] for i in index]
+        labels = None if self.labels is None else self.labels[index]
+        targets = None if self.targets is None else [self.targets[i] for i in index]
+        return replace(self, inputs=inputs, labels=labels, targets=targets)
+
+    def draw(self, count: int | None, seed: int) -> Examples:
+        """A seeded draw of `count` examples without replacement; all of them, in order, if `count` is None."""
+        if count is None or count >= len(self):
+            return self
+        return self.take(draw_index(len(self), count, seed))
+
+    def by_length(self) -> Examples:
+        """Texts in order of their length, so that batches carry little padding; anything else as it is."""
+        if self.kind not in ("text", "seq2seq", "causal"):
+            return self
+        lengths = [len(text) if isinstance(text, str) else sum(map(len, text)) for text in self.inputs]
+        return self.take(np.argsort(lengths, kind="stable"))
+
+
+def draw_index(size: int, count: int, seed: int) -> np.ndarray:
+    """The positions of a seeded draw of `count` among `size` examples without replacement, in order."""
+    return np.sort(np.random.default_rng(seed).permutation(size)[:count])
+
+
+@dataclass(frozen=True)
+class Fields:
+    """Names of a table's columns; two text columns make pairs.
+
+    Attributes:
+        prompt: a text made of columns, such as `Is "{sentence}" good English?`; takes the place of `text`.
+        answer: a target made of columns, such as `{label:.1f}`; takes the place of `target`.
+        answers: a target for each class index in the label column; takes the place of `target`.
+    """
+
+    text: str | tuple[str, str] = "text"
+    label: str = "label"
+    target: str = "target"
+    image: str = "image"
+    messages: str = "messages"
+    prompt: str | None = None
+    answer: str | None = None
+    answers: tuple[str, ...] | None = None
+
+
+class Pictures(Sequence[Any]):
+    """The pictures of a `datasets.Dataset`, each decoded when it is asked for: a whole test set need not fit in memory.
+
+    Args:
+        rows: the dataset.
+        column: with the pictures.
+    """
+
+    def __init__(self, rows: Any, column: str) -> None:
+        self._rows, self._column = rows, column
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._rows[int(index)][self._column]

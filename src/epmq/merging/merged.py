@@ -1,0 +1,119 @@
+"""The merge as a reader of tensors: each is read and merged when it is asked for."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from epmq.merging import methods
+from epmq.merging.experts import ExpertReader, ExpertSet
+from epmq.merging.trim import Pair, magnitude_threshold
+from epmq.method_settings import Merge, Ties
+from epmq.models.checkpoint import is_finite
+
+# Entries of a tensor that are read at once when it is merged.
+ROWS = 1 << 22
+
+
+class MergedWeights:
+    """Tensors of the merged model.
+
+    Args:
+        experts: base and experts.
+        settings: of the merge.
+        seed: of methods that draw.
+    """
+
+    def __init__(self, experts: ExpertSet, settings: Merge, seed: int = 0) -> None:
+        self._experts, self._base, self._settings, self._seed = experts, experts.base, settings, seed
+        self._method = getattr(methods, settings.method)
+        # A draw is one for the whole tensor.
+        self._draws = "seed" in inspect.signature(self._method).parameters
+        self._thresholds: list[float] | None = None
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor, in the base's dtype. Integer buffers are the base's."""
+        if self._at_once(name):
+            return next(self.parts(name))
+        merged = torch.empty(self._base.shape(name), dtype=self._base.dtype(name))
+        for rows, part in zip(self._row_slices(name), self.parts(name)):
+            merged[rows] = part
+        return merged
+
+    def parts(self, name: str) -> Iterator[Tensor]:
+        """As `tensor`, a large tensor some rows at a time.
+
+        That is how it is read, too: what was read of a file is resident until its map is closed.
+
+        Raises:
+            InputError: a weight is NaN or Inf; file and tensor are named.
+        """
+        if self._base.dtype(name) is None:
+            yield self._base.tensor(name)
+            return
+        merge = partial(self._method, **self._arguments(name))
+        readers = list(self._experts.experts.values())
+        if self._at_once(name):
+            yield self._finite(name, merge(self._base.tensor(name), [expert.tensor(name) for expert in readers]))
+            return
+        for rows in self._row_slices(name):
+            experts = [expert.rows(name, rows) for expert in readers]
+            yield self._finite(name, merge(self._base.rows(name, rows), experts))
+
+    def _at_once(self, name: str) -> bool:
+        """Whether a tensor is merged as a whole: a small one is, and one that is drawn for."""
+        large = self._base.dtype(name) is not None and math.prod(self._base.shape(name)) > ROWS
+        return self._draws or not large
+
+    def _row_slices(self, name: str) -> Iterator[slice]:
+        """The rows of a tensor in portions."""
+        count, *other = self._base.shape(name) or (1,)
+        step = max(1, ROWS // max(1, math.prod(other)))
+        return (slice(start, min(start + step, count)) for start in range(0, count, step))
+
+    def _arguments(self, name: str) -> dict[str, Any]:
+        arguments, settings = self._settings.arguments(), self._settings
+        if self._draws:
+            arguments |= {"seed": self._seed, "name": name}
+        if isinstance(settings, Ties):
+            if settings.trim == "model" and self._thresholds is None:
+                self._thresholds = self._find_thresholds(self._experts.names, settings.density)
+            arguments["thresholds"] = self._thresholds or self._find_thresholds([name], settings.density)
+        return arguments
+
+    def _find_thresholds(self, names: Sequence[str], density: float) -> list[float]:
+        """Each expert's threshold over some tensors."""
+        floats = [name for name in names if self._base.dtype(name) is not None]
+        readers = self._experts.experts.values()
+        return [magnitude_threshold(partial(self._pairs, expert, floats), density) for expert in readers]
+
+    def _pairs(self, expert: ExpertReader, names: Sequence[str]) -> Iterator[Pair]:
+        for name in names:
+            pairs: Iterator[Pair]
+            if not self._base.shape(name):
+                pairs = iter([(self._base.tensor(name), expert.tensor(name))])
+            else:
+                slices = self._row_slices(name)
+                pairs = ((self._base.rows(name, rows), expert.rows(name, rows)) for rows in slices)
+            for base, other in pairs:
+                yield self._finite(name, base), self._finite(name, other)
+
+    def _finite(self, name: str, tensor: Tensor) -> Tensor:
+        """Pass on what was made of the weights of one name, or say which of them has NaN or Inf.
+
+        Every method of merging passes them on to its result, so one look at that does for all weights.
+
+        Raises:
+            InputError: file and tensor are named.
+        """
+        if not is_finite(tensor):
+            self._base.check_finite([name])
+            for expert in self._experts.experts.values():
+                expert.check_finite([name])
+        return tensor

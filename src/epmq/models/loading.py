@@ -1,0 +1,96 @@
+"""Whole models from disk: by `from_pretrained`, with packed weights unpacked first."""
+
+from __future__ import annotations
+
+import io
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, redirect_stderr
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from epmq.errors import error_context
+from epmq.models.checkpoint import Checkpoint, architecture_of
+from epmq.models.meta import named_class, no_larger
+
+
+def load_model(path: str | Path, config: dict[str, Any], **settings: Any) -> Any:
+    """`from_pretrained` with the class that the checkpoint's config names.
+
+    Packed weights are unpacked first: transformers (5.23) cannot load packed models of which it converts tensors on
+    load, such as DINOv2, and the rest it would unpack in the first forward.
+    """
+    import transformers
+
+    checkpoint = Checkpoint(path)
+    model_class: Any = named_class(architecture_of(config)) or transformers.AutoModel
+    settings = {"dtype": torch.float32, "trust_remote_code": False, "use_safetensors": True, **settings}
+    quantization = config.get("quantization_config") or {}
+    bounds = no_larger(checkpoint.path / checkpoint.CONFIG, len(checkpoint.names), checkpoint.bits)
+    with error_context(path, "transformers cannot load this model"), bounds:
+        if quantization.get("format") != "pack-quantized":
+            return model_class.from_pretrained(path, **settings).eval()
+        plain = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
+        del plain.quantization_config
+        state = _unpacked(checkpoint, quantization)
+        return model_class.from_pretrained(None, config=plain, state_dict=state, **settings).eval()
+
+
+def why_not_direct(path: str | Path, config: dict[str, Any]) -> str | None:
+    """Why plain `from_pretrained` cannot open a checkpoint, or None if it can.
+
+    transformers 5.21 to 5.23 refuse every pack-quantized model of which they split a tensor on load (DINOv2 is one,
+    for the sake of its largest size); this is tried rather than listed, so that a mended version is noticed.
+    """
+    import transformers
+
+    model_class: Any = named_class(architecture_of(config)) or transformers.AutoModel
+    try:
+        with redirect_stderr(io.StringIO()), _quiet():  # the loader's progress bars, and what it has to say
+            model_class.from_pretrained(path, trust_remote_code=False)
+    except (ValueError, AttributeError, KeyError, TypeError, RuntimeError) as error:
+        return f"{type(error).__name__} in transformers {transformers.__version__}"
+    return None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    from transformers.utils.logging import get_verbosity, set_verbosity
+
+    level = get_verbosity()
+    set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        set_verbosity(level)
+
+
+def _unpacked(checkpoint: Checkpoint, quantization: dict[str, Any]) -> dict[str, Tensor]:
+    """All tensors of a pack-quantized checkpoint, with plain weights in place of the packed ones."""
+    layers, plain = split_packed(checkpoint.names)
+    state = {name: checkpoint.tensor(name) for name in plain}
+    return state | {f"{layer}.weight": unpacked_weight(checkpoint, layer, quantization) for layer in layers}
+
+
+def split_packed(names: Iterable[str]) -> tuple[list[str], list[str]]:
+    """The layers of a pack-quantized checkpoint whose weights are packed, and the names of all other tensors."""
+    names, end = list(names), ".weight_packed"
+    layers = {name.removesuffix(end): None for name in names if name.endswith(end)}
+    owners = ((name, *name.rpartition(".")[::2]) for name in names)
+    return list(layers), [name for name, layer, leaf in owners if layer not in layers or not leaf.startswith("weight_")]
+
+
+def unpacked_weight(checkpoint: Checkpoint, layer: str, quantization: dict[str, Any]) -> Tensor:
+    """The plain weight [out, in] of one packed layer, in the dtype of its scales, by compressed-tensors' own code."""
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationScheme
+
+    (group,) = quantization["config_groups"].values()
+    compressor = BaseCompressor.get_value_from_registry("pack-quantized")
+    leaves = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+    packed = {leaf: checkpoint.tensor(f"{layer}.{leaf}") for leaf in leaves if f"{layer}.{leaf}" in checkpoint}
+    weight: Tensor = compressor.decompress(packed, QuantizationScheme.model_validate(group))["weight"]
+    return weight
