@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import epmq
 from epmq.cli import app, main
 from epmq.errors import InputError
-from epmq.pipeline.run import evaluate_checkpoint, evaluate_experts
+from epmq.pipeline.evaluation import evaluate_checkpoint, evaluate_experts
 from epmq.recipe_file import load_recipe
 
 COMMANDS = ["run", "merge", "quantize", "eval", "inspect", "report", "init", "demo", "reproduce"]
@@ -151,8 +151,7 @@ def test_init_writes_a_recipe_of_defaults(call, tmp_path):
     recipe, text = load_recipe(path), path.read_text()
     content = yaml.safe_load(text)
     least = load_recipe({name: content[name] for name in ("base", "experts", "output")})
-    assert recipe.merge.settings() == least.merge.settings() and recipe.merge.method == least.merge.method
-    assert recipe.model_copy(update={"merge": least.merge}).model_dump() == least.model_dump()
+    assert recipe.model_dump() == least.model_dump()
 
     status, _, err = call("init", path)
     assert status == 1 and err == f"epmq: {path} exists already\n" and path.read_text() == text
@@ -310,7 +309,7 @@ def test_an_interrupt_leaves_nothing_and_says_so(call, recipe, tmp_path, monkeyp
     def interrupt(*args: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("epmq.pipeline.run.write_model", interrupt)
+    monkeypatch.setattr("epmq.pipeline.run.write_quantized", interrupt)
     before = sorted(os.listdir(tmp_path))
     status, _, err = call("run", recipe, "-q")
     assert status == 130 and err.startswith("epmq: stopped; no output was written; the same command goes on")
@@ -328,7 +327,7 @@ def test_a_bug_shows_its_traceback_and_asks_for_a_report(call, recipe, monkeypat
     def fail(*args: Any) -> None:
         raise error
 
-    monkeypatch.setattr("epmq.pipeline.run.write_model", fail)
+    monkeypatch.setattr("epmq.pipeline.run.write_quantized", fail)
     status, _, err = call("run", recipe, "-q")
     assert status == 3 and err.startswith("Traceback (most recent call last)") and type(error).__name__ in err
     assert err.splitlines()[-1].startswith(f"epmq: this is a bug of epmq {epmq.__version__}; please report it")
@@ -341,7 +340,7 @@ def test_what_a_user_can_mend_is_one_line(call, recipe, monkeypatch, error):
     def fail(*args: Any) -> None:
         raise error
 
-    monkeypatch.setattr("epmq.pipeline.run.write_model", fail)
+    monkeypatch.setattr("epmq.pipeline.run.write_quantized", fail)
     status, _, err = call("run", recipe, "-q")
     assert status == 1 and err.startswith(f"epmq: {error}") and err.count("\n") == 1
 
@@ -366,6 +365,6 @@ def test_too_little_memory_is_said_with_what_helps(call, recipe, tmp_path, monke
     def fail(*args: Any) -> None:
         raise error
 
-    monkeypatch.setattr("epmq.pipeline.run.write_model", fail)
+    monkeypatch.setattr("epmq.pipeline.run.write_quantized", fail)
     status, _, err = call("run", recipe, "-q")
     assert status == 1 and "memory" in err and "activations: disk" in err

@@ -5,7 +5,8 @@ from typing import Literal
 import yaml
 from pydantic import BaseModel, Field
 
-from epmq.recipe import Data, Recipe, load_recipe
+from epmq.recipe import Data, Recipe
+from epmq.recipe_file import load_recipe
 from epmq.recipe_template import EXAMPLE, WIDTH, _field, recipe_template
 
 
@@ -14,6 +15,7 @@ class Mean(BaseModel):
 
     method: Literal["mean"] = "mean"
     weights: list[float] | None = Field(None, description="one an expert")
+    trim: bool = Field(True, description="the same in both")
 
 
 class Sum(BaseModel):
@@ -21,6 +23,7 @@ class Sum(BaseModel):
 
     method: Literal["sum"] = "sum"
     scaling: float = Field(0.3, description="factor on each")
+    trim: bool = Field(True, description="the same in both")
 
 
 class Settings(BaseModel):
@@ -48,6 +51,7 @@ def test_the_other_settings_of_a_union_are_comments():
         "merge:",
         "method: sum # mean or sum",
         "scaling: 0.3 # factor on each",
+        "trim: true # the same in both",
         "# method: mean # The plain mean.",
         "# weights: # one an expert",
         "place: memory # memory or disk; where they wait",

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 from epmq.recipe import Data, Expert, Recipe
 
@@ -44,7 +45,7 @@ def recipe_template() -> str:
     default = Recipe.model_validate(EXAMPLE)
     lines += (line for name in Recipe.model_fields if name not in EXAMPLE for line in _field(default, name))
     lines += ["", "# What calibration and evaluation take:"]
-    lines += _commented_out(Data, indent="  ")
+    lines += _commented_out(Data, indent="")
     return "\n".join(lines) + "\n"
 
 
@@ -73,15 +74,20 @@ def _field(settings: BaseModel, name: str, indent: str = "") -> Iterator[str]:
         if type(value) is not model:
             about = (model.__doc__ or "").strip().splitlines()
             yield from _line(f"{indent}  # method: {model.model_fields['method'].default}", about[0] if about else "")
-            yield from _commented_out(model, indent + "  ", without="method")
+            yield from _commented_out(model, indent + "  ", type(value).model_fields)
 
 
-def _commented_out(model: type[BaseModel], indent: str, without: str = "") -> Iterator[str]:
-    """The fields of a model as comments, with their defaults."""
+def _commented_out(model: type[BaseModel], indent: str, known: Mapping[str, FieldInfo] | None = None) -> Iterator[str]:
+    """The fields of a model as comments, with their defaults; without the method and what is just so in `known`."""
     for name, field in model.model_fields.items():
-        if name != without:
+        twin = (known or {}).get(name)
+        if name != "method" and (twin is None or _signature(twin) != _signature(field)):
             default = "" if field.is_required() or field.default is None else f" {_flow(field.default)}"
             yield from _line(f"{indent}# {name}:{default}", _comment(model, name))
+
+
+def _signature(field: FieldInfo) -> tuple[Any, ...]:
+    return field.annotation, field.default, field.description
 
 
 def _models(annotation: Any) -> Iterator[type[BaseModel]]:
