@@ -80,21 +80,7 @@ MODULES = {
     "writing.py": "models/writer.py",
 }
 # Old words that still occur.
-STILL_THERE = {
-    "conclude",
-    "emit_head",
-    "emit_layer",
-    "emit_output",
-    "fold",
-    "gather",
-    "listen",
-    "quickened",
-    "reach",
-    "see",
-    "skeleton",
-    "spill",
-    "sum_",
-}
+STILL_THERE: set[str] = {"skeleton", "sum_"}
 
 
 def lines(pages: bool) -> list[tuple[str, str]]:
