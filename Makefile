@@ -2,36 +2,74 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+OLDEST := .venv-oldest
+PIP := -m pip install --quiet --disable-pip-version-check
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help demo test check bench suites peers clean
+.PHONY: help demo test test-oldest check lint types layers tables docs dist bench suites peers clean
 
 help:
-	@echo "make demo    merge and quantize four experts on real data, and compare (first time: trains the experts)"
-	@echo "make test    lint, types and all tests"
-	@echo "make check   lint and types only"
-	@echo "make bench   build both benchmark suites and run the comparison (hours on two cores)"
+	@echo "make demo         merge and quantize four experts on real data, and compare (first time: trains the experts)"
+	@echo "make test         make check, and all tests"
+	@echo "make check        lint, types, layers of imports, tables that follow from the results"
+	@echo "make test-oldest  the end-to-end tests on the oldest versions that pyproject.toml allows"
+	@echo "make docs         the documentation as a site, in site/"
+	@echo "make dist         sdist and wheel in dist/, and a run from the wheel alone"
+	@echo "make bench        build both benchmark suites and run the comparison (hours on two cores)"
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	$(BIN)/python $(PIP) -c constraints.txt -e .
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,bench,data,lm-eval]'
+	$(BIN)/python $(PIP) -c constraints.txt -e '.[dev,bench,data,lm-eval]'
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.installed
+	$(BIN)/python $(PIP) -c constraints.txt -e '.[docs]'
+	@touch $@
+
+$(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python $(PIP) -c constraints-oldest.txt -e '.[test]'
 	@touch $@
 
 demo: $(VENV)/.installed
 	$(BIN)/epmq demo --fetch-only
 	$(BIN)/epmq demo
 
-check: $(VENV)/.dev
-	$(BIN)/ruff check src tests benchmarks
-	$(BIN)/ruff format --check src tests benchmarks
+# The hooks of pre-commit are these four.
+check: lint types layers tables
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check src tests benchmarks tools
+	$(BIN)/ruff format --check src tests benchmarks tools
+
+types: $(VENV)/.dev
 	$(BIN)/mypy
+
+layers: $(VENV)/.dev
+	$(BIN)/lint-imports --no-cache
+
+tables: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.tables --check
 
 test: check
 	$(BIN)/python -m pytest
+
+test-oldest: $(OLDEST)/.installed
+	$(OLDEST)/bin/python -m pytest tests/pipeline/test_run.py tests/models/test_families.py tests/test_export.py
+
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "site/index.html"
+
+dist: $(VENV)/.dev
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/python tools/try_wheel.py dist/*.whl
 
 suites: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.suites text8
@@ -43,7 +81,7 @@ bench: suites
 
 peers:
 	$(PYTHON) -m venv .venv-peers
-	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check -r benchmarks/speed/peers.txt
+	.venv-peers/bin/python $(PIP) -r benchmarks/speed/peers.txt
 
 clean:
-	rm -rf $(VENV) .venv-peers epmq-demo
+	rm -rf $(VENV) $(OLDEST) .venv-peers dist site epmq-demo

@@ -14,10 +14,11 @@ from typer.testing import CliRunner
 
 import epmq
 from epmq.cli import app, main
+from epmq.errors import InputError
 from epmq.pipeline.evaluation import evaluate_checkpoint, evaluate_experts
 from epmq.recipe_file import load_recipe
 
-COMMANDS = ["run", "merge", "quantize", "eval", "inspect", "init", "demo", "reproduce"]
+COMMANDS = ["run", "merge", "quantize", "eval", "inspect", "report", "init", "demo", "reproduce"]
 ENVIRONMENT = {
     "TRANSFORMERS_VERBOSITY": "error",
     "TQDM_DISABLE": "1",
@@ -95,6 +96,21 @@ def test_every_command_and_option_is_explained(call, command):
     assert name.callback.__doc__.splitlines()[0][:40] in out
     options = [line for line in out.splitlines() if "--" in line and "│" in line]
     assert options and all(len(line.strip("│ ").split("  ")) > 1 for line in options)
+    examples = [line.strip() for line in out.split("Examples")[1].splitlines() if line.strip()]
+    assert len(examples) == 3 and all(line.startswith(f"epmq {command}") for line in examples)
+
+
+def test_the_version_is_told(call):
+    assert call("--version") == (0, f"epmq {epmq.__version__}\n", "")
+
+
+def test_shells_can_complete_commands(call):
+    out = call("--help")[1]
+    assert "--install-completion" in out and "--show-completion" in out
+
+
+def test_exit_codes_are_explained(call):
+    assert "Exit codes: 0 done, 1 what you can mend (one line says what), 2 wrong usage, 3 a bug" in call("--help")[1]
 
 
 def test_help_answers_at_once():
@@ -135,8 +151,7 @@ def test_init_writes_a_recipe_of_defaults(call, tmp_path):
     recipe, text = load_recipe(path), path.read_text()
     content = yaml.safe_load(text)
     least = load_recipe({name: content[name] for name in ("base", "experts", "output")})
-    assert recipe.merge.settings() == least.merge.settings() and recipe.merge.method == least.merge.method
-    assert recipe.model_copy(update={"merge": least.merge}).model_dump() == least.model_dump()
+    assert recipe.model_dump() == least.model_dump()
 
     status, _, err = call("init", path)
     assert status == 1 and err == f"epmq: {path} exists already\n" and path.read_text() == text
@@ -294,7 +309,7 @@ def test_an_interrupt_leaves_nothing_and_says_so(call, recipe, tmp_path, monkeyp
     def interrupt(*args: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("epmq.pipeline.run.write_model", interrupt)
+    monkeypatch.setattr("epmq.pipeline.run.write_quantized", interrupt)
     before = sorted(os.listdir(tmp_path))
     status, _, err = call("run", recipe, "-q")
     assert status == 130 and err.startswith("epmq: stopped; no output was written; the same command goes on")
@@ -305,6 +320,29 @@ def test_a_traceback_can_be_asked_for(call, monkeypatch, tmp_path):
     monkeypatch.setenv("EPMQ_DEBUG", "1")
     with pytest.raises(FileNotFoundError):
         call("run", tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize("error", [ValueError("not ours"), KeyError("x"), RuntimeError("odd"), AssertionError()])
+def test_a_bug_shows_its_traceback_and_asks_for_a_report(call, recipe, monkeypatch, error):
+    def fail(*args: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("epmq.pipeline.run.write_quantized", fail)
+    status, _, err = call("run", recipe, "-q")
+    assert status == 3 and err.startswith("Traceback (most recent call last)") and type(error).__name__ in err
+    assert err.splitlines()[-1].startswith(f"epmq: this is a bug of epmq {epmq.__version__}; please report it")
+
+
+@pytest.mark.parametrize(
+    "error", [InputError("a field"), OSError(28, "No space left on device"), PermissionError("no")]
+)
+def test_what_a_user_can_mend_is_one_line(call, recipe, monkeypatch, error):
+    def fail(*args: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("epmq.pipeline.run.write_quantized", fail)
+    status, _, err = call("run", recipe, "-q")
+    assert status == 1 and err.startswith(f"epmq: {error}") and err.count("\n") == 1
 
 
 def test_the_program_as_a_process(pool, tmp_path):
@@ -327,6 +365,6 @@ def test_too_little_memory_is_said_with_what_helps(call, recipe, tmp_path, monke
     def fail(*args: Any) -> None:
         raise error
 
-    monkeypatch.setattr("epmq.pipeline.run.write_model", fail)
+    monkeypatch.setattr("epmq.pipeline.run.write_quantized", fail)
     status, _, err = call("run", recipe, "-q")
     assert status == 1 and "memory" in err and "activations: disk" in err

@@ -10,21 +10,23 @@ import pytest
 import yaml
 from conftest import write_texts
 
+import epmq
 from epmq.cli import main
 from epmq.recipe import Data
 from epmq.recipe_file import load_recipe
 
-DOCS = Path(__file__).parent.parent / "docs"
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
 # Pages whose examples are run, one after the other, in one folder and one namespace a page.
 RUN = ("getting-started.md", "choosing.md", "extending.md", "report.md", "recipes.md")
 SLOW = {"recipes.md": pytest.mark.slow}
 TASKS = {"sentiment": "one", "topic": "two"}
 
 
-def examples(page: str) -> list[tuple[str, str]]:
+def examples(page: str, language: str = r"\w+") -> list[tuple[str, str]]:
     """(language, content) of each fenced block that names a language."""
     text = (DOCS / page).read_text(encoding="utf-8")
-    return re.findall(r"^```(\w+)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return re.findall(rf"^```({language})\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
 @pytest.fixture
@@ -72,13 +74,42 @@ def test_forms_of_data_are_valid():
 
 
 def test_links_lead_somewhere():
-    pages = [*DOCS.glob("*.md"), DOCS.parent / "README.md", DOCS.parent / "benchmarks" / "README.md"]
+    pages = [*DOCS.glob("*.md"), *ROOT.glob("*.md"), ROOT / "benchmarks" / "README.md"]
     for page in pages:
         for link in re.findall(r"\]\(([^)#:]+)(?:#[\w-]+)?\)", page.read_text(encoding="utf-8")):
             assert (page.parent / link).exists(), f"{page.name}: {link}"
 
 
 def test_every_page_is_found_from_the_readme():
-    text = (DOCS.parent / "README.md").read_text(encoding="utf-8")
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
     for page in DOCS.glob("*.md"):
-        assert f"docs/{page.name}" in text, page.name
+        assert f"docs/{page.name}" in text or page.name == "index.md", page.name
+
+
+def test_every_page_is_in_the_sites_navigation():
+    nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    for page in DOCS.glob("*.md"):
+        assert f": {page.name}\n" in nav, page.name
+
+
+def test_the_picture_of_the_layout_is_the_tree():
+    picture = examples("architecture.md", "text")[0][1].splitlines()
+    named: set[str] = set()
+    folder = ""
+    for line in picture[1:]:
+        if line.startswith("    "):
+            named |= {f"{folder}{name}" for name in re.findall(r"\w+\.py\b", line)}
+        else:
+            [name] = re.findall(r"^  (\w+(?:/|\.py))", line)
+            folder = name if name.endswith("/") else folder
+            named |= {name} - {folder}
+    package = ROOT / "src" / "epmq"
+    modules = {path.relative_to(package).as_posix() for path in package.rglob("*.py") if path.name != "__init__.py"}
+    assert named == modules
+
+
+def test_the_version_is_the_same_everywhere():
+    assert f"\nversion: {epmq.__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    released = re.findall(r"^## \[(\d[^]]*)\]", changelog, re.MULTILINE)
+    assert "## [Unreleased]" in changelog and released[:1] in ([], [epmq.__version__])

@@ -1,26 +1,37 @@
-"""The command line. Heavy imports happen inside the commands, so that `--help` answers at once."""
+"""The command line. Heavy imports happen inside the commands, so that `--help` answers at once.
+
+The functions of commands have a parameter for every option: that is how typer is told of them.
+
+Exit codes: 0 done; 1 something that the user can mend, said in one line; 2 wrong usage; 3 a bug, with its traceback;
+130 interrupted.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
+import traceback
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from epmq.errors import InputError, OutputExistsError
+from epmq import __version__
+from epmq.errors import EpmqError, InputError, OutputExistsError
+
+if TYPE_CHECKING:
+    from epmq.recipe import Recipe
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     help=(
         "Turn a base model and its fine-tuned experts into [bold]one low-bit model[/bold] that does all their jobs.\n\n"
         "Start with [cyan]epmq demo[/cyan], then [cyan]epmq init my.yaml[/cyan] and [cyan]epmq run my.yaml[/cyan]."
     ),
+    epilog="Exit codes: 0 done, 1 what you can mend (one line says what), 2 wrong usage, 3 a bug of epmq.",
 )
 
 RecipeFile = Annotated[Path, typer.Argument(help="the recipe, a YAML file (see: epmq init)", metavar="RECIPE.yaml")]
@@ -38,47 +49,31 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress bars")]
 NO_MEMORY = ("can't allocate memory", "out of memory")
 SPARE_MEMORY = "try a smaller batch_size, or activations: disk; --dry-run says what a run needs"
 
-TEMPLATE = """\
-# A recipe of epmq. Only base, experts and output are needed; every other line shows its default.
-base: path/or/hub-id            # the model that all experts were fine-tuned from
-experts:
-  - name: sentiment             # name of the task
-    model: path/or/hub-id       # the fine-tuned checkpoint, or a LoRA adapter of the base
-    calibration: {path: data/sentiment/train.jsonl}    # .jsonl, .csv, .parquet, .npz, image folder; labels not used
-    evaluation: {path: data/sentiment/test.jsonl}      # labelled ones ("label" is a class index); may be left out
-  - name: topic
-    model: path/or/hub-id
-    calibration: {path: data/topic/train.jsonl}
-    evaluation: {path: data/topic/test.jsonl}
-output: merged-4bit             # a directory that does not exist yet
-
-merge:
-  method: task_arithmetic       # average, task_arithmetic, ties, dare
-  scaling: 0.3                  # factor on the task vectors, or a list with one an expert
-quantize:
-  method: expert_guided         # expert_guided, e_pmq (the paper's form), gptq, rtn, none
-  bits: 4                       # 2, 3, 4, 8
-  group_size: -1                # weights that share a scale: -1 is a row; 32, 64, 128
-  symmetric: true
-  act_order: true
-  scales: search                # search, or minmax
-  # anchor_strength: 30         # pull towards the anchor; 30 where all experts have heads, else 0.03
-  # damping: 0.03               # added to the Hessian's diagonal when codes are chosen; 0.01 for gptq
-  # anchor_scale: 3             # the anchor: base + this x (merged - base); 3 where all experts have heads, else 1
-  # expert_stream: true         # aim layers that write to the residual stream at the expert's own stream
-  # expert_features: 0.0        # share of the expert's own layer inputs in the other targets; 0.6 without heads
-  adapt_heads: true             # fit the last layer of each task's head to the new model's features
-format: pack-quantized          # pack-quantized (compressed-tensors) or dequantized (plain safetensors)
-samples: 256                    # calibration examples a task
-batch_size: 32
-# max_length: 128               # tokens a text is cut to, or of a window for a language model
-activations: memory           # or disk: calibration activations wait in files, for many examples on a small machine
-device: auto
-seed: 0
-"""
+REPORT_BUG = "this is a bug of epmq {}; please report it with the lines above, the command and its recipe"
 
 
-def _recipe(path: Path, overrides: list[str] | None, output: Path | None = None, need_output: bool = True) -> Any:
+def _examples(*commands: str) -> str:
+    """The epilog of a command: what one would really type."""
+    return "\n\n".join(["[bold]Examples[/bold]", *(f"  [cyan]{command}[/cyan]" for command in commands)])
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"epmq {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="show the version and exit")
+    ] = False,
+) -> None:
+    pass
+
+
+def _recipe(path: Path, overrides: list[str] | None, output: Path | None = None, need_output: bool = True) -> Recipe:
+    """The recipe in a file, with what the command line says otherwise."""
     from epmq import load_recipe
     from epmq.files import parse_yaml
 
@@ -88,13 +83,13 @@ def _recipe(path: Path, overrides: list[str] | None, output: Path | None = None,
         if not equals:
             raise InputError(f"--set {override}: expected FIELD=VALUE")
         *parents, leaf = field.split(".")
-        place = content
+        section = content
         for parent in parents:
-            if not isinstance(place.setdefault(parent, {}), dict):
+            if not isinstance(section.setdefault(parent, {}), dict):
                 raise InputError(f"--set {override}: unknown field {parent!r}")
-            place = place[parent]
+            section = section[parent]
         try:
-            place[leaf] = parse_yaml(value)
+            section[leaf] = parse_yaml(value)
         except ValueError:
             raise InputError(f"--set {override}: not a YAML value") from None
     if output is not None:
@@ -104,7 +99,7 @@ def _recipe(path: Path, overrides: list[str] | None, output: Path | None = None,
     return load_recipe(content)
 
 
-def _finish(report: dict[str, Any]) -> None:
+def _print_summary(report: dict[str, Any]) -> None:
     from rich.console import Console
 
     from epmq.reporting.report import summary_table
@@ -112,7 +107,13 @@ def _finish(report: dict[str, Any]) -> None:
     Console().print(summary_table(report))
 
 
-@app.command()
+@app.command(
+    epilog=_examples(
+        "epmq run my.yaml --dry-run",
+        "epmq run my.yaml",
+        "epmq run my.yaml -s quantize.bits=3 -s quantize.group_size=64 -o merged-3bit",
+    ),
+)
 def run(
     recipe: RecipeFile,
     output: Output = None,
@@ -127,41 +128,58 @@ def run(
 
     A run that was stopped goes on from its last finished block when the same command is given again.
     """
-    wanted = _recipe(recipe, set_, output)
+    resolved = _recipe(recipe, set_, output)
     if dry_run:
         from rich.console import Console
 
         from epmq import dry_run as predict
         from epmq.pipeline.cost import plan_table
 
-        Console().print(plan_table(predict(wanted, progress=not quiet)))
+        Console().print(plan_table(predict(resolved, progress=not quiet)))
         return
     from epmq import run as run_recipe
 
-    _finish(run_recipe(wanted, progress=not quiet, restart=restart))
+    _print_summary(run_recipe(resolved, progress=not quiet, restart=restart))
 
 
-@app.command()
+@app.command(
+    epilog=_examples(
+        "epmq merge my.yaml -o merged",
+        "epmq merge my.yaml -s merge.method=ties -o merged-ties",
+        "epmq merge my.yaml -s merge.scaling=0.5 -o merged-05 --quiet",
+    ),
+)
 def merge(recipe: RecipeFile, output: Output = None, set_: Set = None, quiet: Quiet = False) -> None:
     """Merge only, in full precision: no quantization, no calibration data."""
-    wanted = _recipe(recipe, set_, output)
     from epmq import merge as merge_recipe
 
-    _finish(merge_recipe(wanted, progress=not quiet))
+    _print_summary(merge_recipe(_recipe(recipe, set_, output), progress=not quiet))
 
 
-@app.command()
+@app.command(
+    epilog=_examples(
+        "epmq quantize my.yaml",
+        "epmq quantize my.yaml -s quantize.method=gptq -o merged-gptq",
+        "epmq quantize my.yaml -s quantize.method=rtn -s quantize.bits=8 -o merged-8bit",
+    ),
+)
 def quantize(
     recipe: RecipeFile, output: Output = None, set_: Set = None, restart: Restart = False, quiet: Quiet = False
 ) -> None:
     """Merge and quantize, without the evaluation at the end."""
-    wanted = _recipe(recipe, set_, output)
     from epmq import run as run_recipe
 
-    _finish(run_recipe(wanted, progress=not quiet, evaluate=False, restart=restart))
+    _print_summary(run_recipe(_recipe(recipe, set_, output), progress=not quiet, evaluate=False, restart=restart))
 
 
-@app.command("eval")
+@app.command(
+    "eval",
+    epilog=_examples(
+        "epmq eval merged-4bit my.yaml",
+        "epmq eval merged-4bit my.yaml --experts",
+        "epmq eval merged-4bit my.yaml --experts --json > experts.json",
+    ),
+)
 def evaluate(
     checkpoint: Annotated[Path, typer.Argument(help="a checkpoint that epmq wrote")],
     recipe: RecipeFile,
@@ -174,27 +192,33 @@ def evaluate(
     from rich.console import Console
     from rich.table import Table
 
-    wanted = _recipe(recipe, set_, need_output=False)
     from epmq import evaluate_checkpoint, evaluate_experts
 
-    columns = {str(checkpoint): evaluate_checkpoint(checkpoint, wanted, progress=not quiet)}
+    resolved = _recipe(recipe, set_, need_output=False)
+    columns = {str(checkpoint): evaluate_checkpoint(checkpoint, resolved, progress=not quiet)}
     if experts:
-        columns["experts"] = evaluate_experts(wanted, progress=not quiet)
+        columns["experts"] = evaluate_experts(resolved, progress=not quiet)
     if as_json:
         print(json.dumps(columns, indent=2))
         return
     from epmq.reporting.scores import score_title, shown_scores
 
-    shown = [shown_scores(column) for column in columns.values()]
+    scores = [shown_scores(column) for column in columns.values()]
     table = Table("task", *columns, title=score_title(columns[str(checkpoint)]["metric"]), title_justify="left")
-    for task in shown[0]:
+    for task in scores[0]:
         if task == "mean":
             table.add_section()
-        table.add_row(task, *(column[task] for column in shown))
+        table.add_row(task, *(column[task] for column in scores))
     Console().print(table)
 
 
-@app.command()
+@app.command(
+    epilog=_examples(
+        "epmq inspect merged-4bit",
+        "epmq inspect merged-4bit --layers",
+        "epmq inspect models/base",
+    ),
+)
 def inspect(
     path: Annotated[Path, typer.Argument(help="a checkpoint directory")],
     layers: Annotated[bool, typer.Option(help="list every quantized layer")] = False,
@@ -209,7 +233,13 @@ def inspect(
         console.print(table)
 
 
-@app.command()
+@app.command(
+    epilog=_examples(
+        "epmq report merged-4bit merged-gptq",
+        "epmq report merged-4bit merged-3bit -o compared.html",
+        "epmq report merged-4bit merged-gptq --experts experts.json --title 'Two methods'",
+    ),
+)
 def report(
     paths: Annotated[list[Path], typer.Argument(help="output directories of epmq run, or their report.json")],
     output: Annotated[Path, typer.Option("--output", "-o", help="the page to write")] = Path("report.html"),
@@ -223,22 +253,36 @@ def report(
     from epmq.reporting.page import render_page
     from epmq.reporting.runs import read_experts, read_runs
 
-    runs, found = read_runs(paths)
-    page = render_page(runs, experts=read_experts(experts) if experts else found, title=title)
+    runs, experts_in_runs = read_runs(paths)
+    page = render_page(runs, experts=read_experts(experts) if experts else experts_in_runs, title=title)
     output.write_text(page, encoding="utf-8")
     typer.echo(f"wrote {output}: {len(runs)} run{'s' * (len(runs) > 1)}")
 
 
-@app.command()
+@app.command(
+    epilog=_examples(
+        "epmq init my.yaml",
+        "epmq init first-try.yaml",
+        "epmq init recipes/decoders.yaml",
+    ),
+)
 def init(path: Annotated[Path, typer.Argument(help="the file to write")]) -> None:
     """Write a commented recipe to start from."""
+    from epmq.recipe_template import recipe_template
+
     if path.exists():
         raise OutputExistsError(f"{path} exists already")
-    path.write_text(TEMPLATE, encoding="utf-8")
+    path.write_text(recipe_template(), encoding="utf-8")
     typer.echo(f"wrote {path}: fill in base and experts, then: epmq run {path}")
 
 
-@app.command()
+@app.command(
+    epilog=_examples(
+        "epmq reproduce --list",
+        "epmq reproduce clip-vit-b32-8 --dry-run",
+        "epmq reproduce clip-vit-b32-8 --merge ties --bits 4 --limit 64",
+    ),
+)
 def reproduce(
     name: Annotated[str | None, typer.Argument(help="a table by name (see --list), or a YAML file")] = None,
     list_: Annotated[bool, typer.Option("--list", help="the tables that there are")] = False,
@@ -298,7 +342,13 @@ def reproduce(
     console.print(f"{folder / MARKDOWN}", highlight=False)
 
 
-@app.command()
+@app.command(
+    epilog=_examples(
+        "epmq demo --fetch-only",
+        "epmq demo",
+        "epmq demo -o my-demo",
+    ),
+)
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="where the checkpoints go")] = Path("epmq-demo"),
     fetch_only: Annotated[bool, typer.Option("--fetch-only", help="download what the demo needs, then stop")] = False,
@@ -313,7 +363,7 @@ def demo(
 
 
 def main() -> None:
-    """Entry point: errors that a user can mend are one line on standard error and exit status 1."""
+    """Entry point: runs a command and ends the process with one of the exit codes above."""
     from epmq.runtime import spare_gc
 
     spare_gc()
@@ -323,22 +373,30 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         app()
-    except (ValueError, OSError, RuntimeError, KeyError) as error:
-        if os.environ.get("EPMQ_DEBUG"):
-            raise
-        message = error.args[0] if isinstance(error, KeyError) and error.args else error
-        if any(sign in str(error) for sign in NO_MEMORY):
-            message = f"{message} ({SPARE_MEMORY})"
-        print("epmq:", " ".join(str(message).split()), file=sys.stderr)
-        sys.exit(1)
-    except MemoryError:
-        print(f"epmq: out of memory ({SPARE_MEMORY})", file=sys.stderr)
-        sys.exit(1)
     except SystemExit as end:
         if end.code == 130:  # what typer makes of an interrupt
             hint = "the same command goes on from the blocks that are finished"
             print(f"epmq: stopped; no output was written; {hint}", file=sys.stderr)
         raise
+    except Exception as error:
+        message = _user_message(error)
+        if message is None:
+            traceback.print_exc()
+            print("epmq:", REPORT_BUG.format(__version__), file=sys.stderr)
+            sys.exit(3)
+        if os.environ.get("EPMQ_DEBUG"):
+            raise
+        print("epmq:", " ".join(message.split()), file=sys.stderr)
+        sys.exit(1)
+
+
+def _user_message(error: Exception) -> str | None:
+    """What to tell of an error that the user can mend; None of a bug."""
+    if isinstance(error, MemoryError):
+        return f"out of memory ({SPARE_MEMORY})"
+    if isinstance(error, RuntimeError) and any(sign in str(error) for sign in NO_MEMORY):
+        return f"{error} ({SPARE_MEMORY})"
+    return str(error) if isinstance(error, EpmqError | OSError) else None
 
 
 if __name__ == "__main__":
