@@ -36,7 +36,7 @@ def sizes(suite: str) -> str:
 
 
 def figure(text: str, title: str) -> str:
-    """The drawing of a render_page that has this title."""
+    """The drawing of a page that has this title."""
     drawings = re.findall(r"<figure>(<svg.*?</svg>)<figcaption><b>(.*?)\.</b>", text, re.DOTALL)
     return next(svg for svg, name in drawings if name == title)
 

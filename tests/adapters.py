@@ -1,4 +1,4 @@
-"""LoRA adapters that PEFT writes, and recipes of them."""
+"""LoRA adapters that PEFT writes, and experts made of them."""
 
 import json
 from pathlib import Path
@@ -8,9 +8,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from epmq.merging.experts import Sources
+from epmq.merging.compatibility import open_experts
+from epmq.merging.experts import ExpertSet
 from epmq.models.adapter import CONFIG
-from epmq.recipe_file import load_recipe
+from epmq.recipe import Expert
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -27,9 +28,9 @@ def adapt(model: Any, folder: Path, moved: bool = True, **fields: Any) -> Any:
     return model.eval()
 
 
-def sources_of(base: Path, *experts: Path) -> Sources:
-    names = [{"name": f"t{i}", "model": str(path)} for i, path in enumerate(experts)]
-    return Sources(load_recipe({"base": str(base), "experts": names}))
+def open_adapters(base: Path, *experts: Path) -> ExpertSet:
+    """A base and its experts, which are called `t0`, `t1` and so on."""
+    return open_experts(str(base), [Expert(name=f"t{i}", model=str(path)) for i, path in enumerate(experts)])
 
 
 def edit(folder: Path, **fields: Any) -> None:

@@ -1,11 +1,12 @@
 import os
 import stat
+from contextlib import suppress
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from epmq.files import check_output, read_json, whole_directory
+from epmq.files import check_output, parse_yaml, read_json, whole_directory
 
 
 def test_a_directory_appears_whole(tmp_path):
@@ -71,3 +72,9 @@ def test_json_is_an_object_or_an_error_that_names_the_file(tmp_path_factory, con
         assert isinstance(read_json(path), dict)
     except ValueError as error:
         assert str(error).startswith(f"{path}: ")
+
+
+@given(text=st.text(max_size=100) | st.text(alphabet="&*a:-{}[]!<? \n\"'0", max_size=100))
+def test_yaml_is_a_value_or_an_error(text):
+    with suppress(ValueError):
+        parse_yaml(text)

@@ -20,11 +20,10 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks import RESULTS
-from benchmarks.accuracy.compare import SAMPLES, is_language, measure
+from benchmarks.accuracy.compare import GUIDED, SAMPLES, is_language, measure
 from benchmarks.records import provenance
 from benchmarks.suites.__main__ import SUITES, build
 from epmq.files import write_json
-from epmq.recipe import GUIDED
 from epmq.reporting.scores import show_score
 from epmq.runtime import now
 
@@ -34,17 +33,16 @@ VALIDATION = 400
 CALIBRATION = {**SAMPLES, "text8": 128}
 # Calibration draws, by whether there are heads: a language model's runs are long.
 SEEDS = {True: (0, 1), False: (0,)}
-FIELDS = tuple(GUIDED["expert_guided"])
 # By whether the experts have heads that follow. With heads: where the anchor lies and how strong it is, from a weak one
 # at the merged weight to a strong one near the full sum of the task vectors. Without, the anchor is the weak one: from
 # the paper's form on, the share of the experts' own features, and whether writers aim at the stream.
 CANDIDATES: dict[bool, list[dict[str, Any]]] = {
     True: [
-        dict(zip(FIELDS, (strength, scale, 0.0, True, True)))
+        dict(zip(GUIDED, (strength, scale, 0.0, True, True)))
         for scale, strength in ((1.0, 0.03), (2.0, 1.0), (3.0, 1.0), (3.0, 3.0), (3.0, 10.0), (3.0, 30.0))
     ],
     False: [
-        dict(zip(FIELDS, (0.03, 1.0, features, stream, True)))
+        dict(zip(GUIDED, (0.03, 1.0, features, stream, True)))
         for features, stream in ((0.0, False), (0.6, False), (0.0, True), (0.6, True))
     ],
 }
@@ -52,7 +50,7 @@ CANDIDATES: dict[bool, list[dict[str, Any]]] = {
 
 def key(row: dict[str, Any]) -> tuple[Any, ...]:
     """What tells candidates apart: the same for all draws."""
-    return (row["method"], *(row.get(name) for name in FIELDS))
+    return (row["method"], *(row.get(name) for name in GUIDED))
 
 
 def best(choices: Iterable[dict[str, Any]], heads: bool) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from benchmarks.accuracy.compare import GRIDS, measure
 from benchmarks.records import provenance
 from benchmarks.suites import text8
 from benchmarks.suites.__main__ import build
-from epmq.calibration import engine as quantize
+from epmq.calibration import engine
 from epmq.files import write_json
 from epmq.quantization import gptq as solvers
 from epmq.quantization.gptq import gptq
@@ -37,13 +37,13 @@ FACTORS = (1.0, 0.93, 1.07)
 def pairs() -> list[Pair]:
     """W* [out, in] and H [in, in] of every group of layers of the default run at 4 bits."""
     layers: list[Pair] = []
-    original = quantize._round
+    original = engine.rtn_fallback
 
-    def note(settings: Any, objective: Any, target: Tensor, damping: Any, dtype: Any) -> Any:
-        layers.append((target.clone(), objective.damped(damping)))
-        return original(settings, objective, target, damping, dtype)
+    def note(solved: QuantizedTensor, loss: Tensor, target: Tensor, hessian: Tensor) -> Any:
+        layers.append((target.clone(), hessian))
+        return original(solved, loss, target, hessian)
 
-    with patch.object(quantize, "_round", note):
+    with patch.object(engine, "rtn_fallback", note):
         fields = {"test_samples": 1, "seed": 0}
         measure(text8, build(text8), list(text8.TASKS), "task_arithmetic", {"method": "expert_guided"}, **fields)
     return layers

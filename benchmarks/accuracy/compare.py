@@ -21,9 +21,9 @@ from benchmarks import RESULTS
 from benchmarks.records import provenance, read_rows
 from benchmarks.suites.__main__ import SUITES, build
 from benchmarks.suites.build import suite_dir
-from epmq import recipe as spec
 from epmq.demo.pool import pool_recipe
 from epmq.files import write_json
+from epmq.method_settings import BY_HEADS, ExpertGuided
 from epmq.models.multitask import load
 from epmq.pipeline.evaluation import evaluate_experts
 from epmq.pipeline.run import run
@@ -40,6 +40,8 @@ GRIDS = ((4, -1, True), (3, 64, False), (2, 64, False))
 METHODS = ("rtn", "gptq", "e_pmq", "expert_guided")
 # Calibration examples a task: as many as a recipe draws by default, but in the two suites whose runs are long.
 SAMPLES = {"vision8": 256, "text8": 256, "text8lora": 128, "causal3": 64, "seq2seq": 256}
+# The settings of expert_guided that a row is told apart by.
+GUIDED = (*BY_HEADS[True], "adapt_heads")
 KEY = ("suite", "merge", "method", "bits", "group_size", "symmetric", "seed")
 TEST_SAMPLES = 500
 
@@ -51,8 +53,8 @@ def is_language(suite: ModuleType) -> bool:
 
 def default(suite: ModuleType) -> dict[str, Any]:
     """The default recipe of expert_guided, spelled out, so that a row differs from one with other defaults."""
-    resolved = spec.Quantize(method="expert_guided").resolved(not is_language(suite))
-    return {name: getattr(resolved, name) for name in spec.GUIDED["expert_guided"]}
+    settings = ExpertGuided()
+    return {**settings.defaults(not is_language(suite)), "adapt_heads": settings.adapt_heads}
 
 
 def settings(suite: ModuleType) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -95,7 +97,7 @@ def measure(
 
 def guided_settings(quantize: dict[str, Any]) -> dict[str, Any]:
     """The settings of expert_guided among those of a quantization."""
-    return {name: value for name, value in quantize.items() if name in spec.GUIDED["expert_guided"]}
+    return {name: value for name, value in quantize.items() if name in GUIDED}
 
 
 def samples_of(suite: str, method: str) -> int | None:

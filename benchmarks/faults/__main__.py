@@ -110,9 +110,7 @@ def kill_until(kills: int, folder: Path, show: Console) -> dict[str, int]:
             os.kill(child, signal.SIGKILL)
             killed = os.WIFSIGNALED(os.waitpid(child, 0)[1])
             counts["kills"] += killed
-            counts["kills_with_finished_blocks"] += killed and any(
-                (folder / ".out.work" / BLOCKS).glob("*.safetensors")
-            )
+            counts["kills_with_finished_blocks"] += killed and any((folder / ".out.work" / BLOCKS).glob("*.json"))
             if not killed:
                 break
         there = (folder / "out").exists()  # where it is, a run refuses, and sweeps up

@@ -7,7 +7,7 @@ from statistics import median
 
 from benchmarks.suites.build import suite_dir
 from epmq.demo.pool import pool_recipe
-from epmq.merging.experts import Sources
+from epmq.merging.compatibility import open_experts
 from epmq.merging.relation import SAMPLE, correlation
 from epmq.models.blocks import find_stacks, linears
 
@@ -24,20 +24,22 @@ def related(suite: str) -> dict[str, float]:
     """
     module = importlib.import_module(f"benchmarks.suites.{suite}")
     root, tasks = suite_dir(suite), list(module.TASKS)
-    sources = Sources(pool_recipe(root, tasks, max_length=module.MAX_LENGTH, data=getattr(module, "DATA", None)))
+    recipe = pool_recipe(root, tasks, max_length=module.MAX_LENGTH, data=getattr(module, "DATA", None))
+    experts = open_experts(recipe.base, recipe.experts)
     own: dict[str, list[float]] = {task: [] for task in tasks}
     other: dict[str, list[float]] = {task: [] for task in tasks}
     sizes: dict[str, list[float]] = {task: [] for task in tasks}
     rows = slice(0, SAMPLE)
-    for stack in find_stacks(sources.model):
+    for stack in find_stacks(experts.model):
         for index, block in enumerate(stack.blocks):
             after = (index + 1) % len(stack.blocks)
             for layer, _ in linears(block):
                 name = f"{stack.block_name(index)}.{layer}.weight"
-                base = sources.base_rows(name, rows).double()
+                base = experts.base.rows(name, rows).double()
                 for task in tasks:
-                    expert = sources.expert_rows(task, name, rows).double()
-                    stranger = sources.expert_rows(task, f"{stack.block_name(after)}.{layer}.weight", rows).double()
+                    reader = experts.experts[task]
+                    expert = reader.rows(name, rows).double()
+                    stranger = reader.rows(f"{stack.block_name(after)}.{layer}.weight", rows).double()
                     own[task].append(correlation(base, expert))
                     other[task].append(correlation(base, stranger))
                     sizes[task].append(float((expert - base).norm() / base.norm()))

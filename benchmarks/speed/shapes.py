@@ -16,7 +16,7 @@ import tempfile
 import time
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,12 +29,13 @@ from rich.console import Console
 
 from benchmarks import RESULTS
 from benchmarks.records import provenance, read_rows
-from epmq.calibration import engine as quantize
+from epmq.calibration.engine import CalibrationEngine
 from epmq.calibration.sequential import BlockStep, SequentialCalibrator
 from epmq.files import cache_dir, whole_directory, write_json
-from epmq.merging.experts import Sources
+from epmq.merging.experts import ExpertSet
+from epmq.merging.merged import MergedWeights
 from epmq.models.blocks import block_linears
-from epmq.models.checkpoint import Checkpoint
+from epmq.models.checkpoint import DTYPE_NAMES, Checkpoint
 from epmq.models.meta import tied_names
 from epmq.models.writer import CheckpointWriter
 from epmq.pipeline import run as pipeline
@@ -49,16 +50,19 @@ SCALE, NOISE = 0.02, 0.002
 BATCH = 16
 # What each phase's seconds are spent in; a phase inside another one counts for itself alone.
 WATCHED: tuple[tuple[Any, str, str], ...] = (
-    (Sources, "__init__", "open"),
+    (ExpertSet, "__init__", "open"),
     (Checkpoint, "check_finite", "check"),
-    (Sources, "merged", "merge"),
+    (MergedWeights, "tensor", "merge"),
+    (MergedWeights, "parts", "merge"),
     (SequentialCalibrator, "resume", "forward"),
     (BlockStep, "run", "forward"),
     (Moments, "add", "moments"),
     (Objective, "add_task", "targets"),
-    (quantize, "_solve", "solve"),
-    (CheckpointWriter, "add", "write"),
+    (CalibrationEngine, "_solve", "solve"),
+    (CheckpointWriter, "write", "write"),
+    (CheckpointWriter, "sync", "write"),
     (CheckpointWriter, "finish", "write"),
+    (pipeline, "check_reloaded", "read back"),
     (pipeline, "why_not_direct", "reopen"),
 )
 
@@ -187,19 +191,20 @@ def write_models(shape: Shape, root: Path) -> None:
     """Write base and experts under `root`, a tensor at a time; what is there already is kept."""
     model = shape.meta_model()
     sizes = shape.stored()
+    specs = {name: (DTYPE_NAMES[shape.dtype], tuple(size)) for name, size in sizes.items()}
     for source in ("base", *tasks(shape)):
         if (root / source).exists():
             continue
         with whole_directory(root / source) as folder:
-            writer = CheckpointWriter(folder, shard_bytes=1 << 28)
-            for name, size in sizes.items():
-                tensor = _random(size, "base", name).mul_(SCALE if len(size) > 1 else NOISE)
-                if len(size) == 1 and name.endswith("weight"):
-                    tensor += 1
-                if source != "base":
-                    tensor += _random(size, source, name).mul_(NOISE)
-                writer.add(name, tensor.to(shape.dtype))
-            writer.finish()
+            with CheckpointWriter(folder, specs, shard_bytes=1 << 28) as writer:
+                for name, size in sizes.items():
+                    tensor = _random(size, "base", name).mul_(SCALE if len(size) > 1 else NOISE)
+                    if len(size) == 1 and name.endswith("weight"):
+                        tensor += 1
+                    if source != "base":
+                        tensor += _random(size, source, name).mul_(NOISE)
+                    writer.write(name, tensor.to(shape.dtype))
+                writer.finish()
             model.config.architectures = [shape.model_class]
             model.config.save_pretrained(folder)
 
@@ -237,9 +242,20 @@ class Clock:
 
         def timed(*args: Any, **settings: Any) -> Any:
             with self.phase(phase):
-                return original(*args, **settings)
+                result = original(*args, **settings)
+            return self._each(result, phase) if isinstance(result, Generator) else result
 
         return patch.object(owner, name, timed)
+
+    def _each(self, parts: Iterator[Any], phase: str) -> Iterator[Any]:
+        """What a generator yields; a generator works when it is asked for the next."""
+        end = object()
+        while True:
+            with self.phase(phase):
+                part = next(parts, end)
+            if part is end:
+                return
+            yield part
 
     def read(self) -> dict[str, float]:
         """Rounded seconds by phase so far, in the order in which phases were first left."""

@@ -8,8 +8,8 @@ import pytest
 from benchmarks import RESULTS
 from benchmarks.accuracy import choose
 from benchmarks.accuracy.choose import CANDIDATES
-from benchmarks.accuracy.compare import is_language
-from epmq.method_settings import Quantize
+from benchmarks.accuracy.compare import GUIDED, is_language
+from epmq.method_settings import ExpertGuided
 
 
 def test_candidates_that_are_there_are_not_measured_again(tmp_path, monkeypatch):
@@ -67,5 +67,5 @@ def test_the_default_is_the_best_that_was_measured(heads):
     choices = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("choice-*.json"))]
     with_heads = [not is_language(import_module(f"benchmarks.suites.{choice['suite']}")) for choice in choices]
     best = choose.best([choice for choice, has in zip(choices, with_heads) if has is heads], heads)
-    default = Quantize(method="expert_guided").resolved(heads)
-    assert with_heads.count(heads) == 2 and best == {name: getattr(default, name) for name in choose.FIELDS}
+    default = ExpertGuided(**ExpertGuided().defaults(heads))
+    assert with_heads.count(heads) == 2 and best == {name: getattr(default, name) for name in GUIDED}

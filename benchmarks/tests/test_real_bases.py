@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModel
 
 from benchmarks.suites import vision8
-from epmq.calibration.sequential import SequentialCalibrator
+from epmq.calibration.sequential import Batch, SequentialCalibrator
 from epmq.data.encoding import encode, load_processor
 from epmq.data.examples import Examples
 from epmq.demo import texts
@@ -53,11 +53,11 @@ def test_chained_blocks_equal_the_forward(name, module):
     if name == "minilm":
         assert any((batch["attention_mask"] == 0).any() for batch in batches)
     expected = [model(**batch, output_hidden_states=True).hidden_states for batch in batches]
-    calibrator = SequentialCalibrator(model, batches)
+    calibrator = SequentialCalibrator(model, [Batch(name, index, inputs) for index, inputs in enumerate(batches)])
     for depth, step in enumerate(calibrator, start=1):
         step.finish()
         last = depth == model.config.num_hidden_layers
-        outputs = step.stack.outputs if last else [entry.args for entry in step.left]
+        outputs = step.stack.outputs if last else [entry.args for entry in step.next_states]
         for output, hidden in zip(outputs, expected):
             output = output if isinstance(output, torch.Tensor) else output[0]
             assert torch.equal(output, hidden[depth])

@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks.suites import text8
 from benchmarks.suites.build import accuracy_table, build_suite, suite_dir
+from epmq.demo.finetune import TrainingSettings
 
 
 def test_glosses_lose_their_examples() -> None:
@@ -82,8 +83,13 @@ def test_a_suite_is_built_from_its_module(monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.setenv("EPMQ_CACHE", str(tmp_path))
     arguments: dict[str, Any] = {}
 
-    def pool(root: Path, tasks: list[str], *rest: Any, **keywords: Any) -> dict[str, dict[str, Any]]:
-        arguments.update(root=root, tasks=tasks, **keywords)
+    def pool(
+        root: Path, tasks: list[str], prepare_base: Any, prepare_task: Any, settings: Any, report: Any
+    ) -> dict[str, dict[str, Any]]:
+        arguments.update(tasks=tasks, settings=settings)
+        return records(tasks)
+
+    def records(tasks: list[str]) -> dict[str, dict[str, Any]]:
         sizes = {"train": 3, "validation": 1, "test": 2}
         scores = {"base_validation": 0.5, "validation": 1.0, "base_test": 0.25, "test": 0.75}
         return {task: {"examples": sizes, "seconds": 1.0, **scores} for task in tasks}
@@ -100,6 +106,6 @@ def test_a_suite_is_built_from_its_module(monkeypatch: pytest.MonkeyPatch, tmp_p
         prepare_task=None,
     )
     assert build_suite(suite, quick=True) == tmp_path / "suites" / "toy-quick"
-    assert (arguments["tasks"], arguments["settings"], arguments["pooling"]) == (["a", "b"], {"epochs": 1}, "cls")
-    table = accuracy_table("toy", pool(tmp_path, ["a"]))
+    assert arguments == {"tasks": ["a", "b"], "settings": TrainingSettings("cls", None, epochs=1)}
+    table = accuracy_table("toy", records(["a"]))
     assert list(table.columns[-2].cells) == ["75.0", "75.0"]

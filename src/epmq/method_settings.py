@@ -5,10 +5,11 @@ To add a method, write such a class, add it to `Merge` or `Quantize` below, and 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, field_validator, model_validator
 
 from epmq.errors import InputError
 from epmq.quantization.grid import BITS, GROUP_SIZES, Grid
@@ -269,10 +270,18 @@ class ExpertGuided(Guided):
 
 # --- the registry: a method is its class in one of these two lines, and its function ----------------------------------
 
-Merge = Annotated[Average | TaskArithmetic | Ties | Dare, Field(discriminator="method")]
-Quantize = Annotated[Unquantized | RoundToNearest | Gptq | EPmq | ExpertGuided, Field(discriminator="method")]
 
-DEFAULT_METHODS = {"merge": "task_arithmetic", "quantize": "expert_guided"}
+def _by_default(method: str) -> BeforeValidator:
+    """Settings that name no method are of this one."""
+    return BeforeValidator(lambda value: {"method": method, **value} if isinstance(value, Mapping) else value)
+
+
+Merge = Annotated[Average | TaskArithmetic | Ties | Dare, Field(discriminator="method"), _by_default("task_arithmetic")]
+Quantize = Annotated[
+    Unquantized | RoundToNearest | Gptq | EPmq | ExpertGuided,
+    Field(discriminator="method"),
+    _by_default("expert_guided"),
+]
 
 
 def settings_classes(union: Any) -> dict[str, type[BaseModel]]:
@@ -287,4 +296,4 @@ def quantize_settings(**fields: Any) -> Quantize:
         pydantic.ValidationError: a field is not what it should be.
     """
     adapter: TypeAdapter[Quantize] = TypeAdapter(Quantize)
-    return adapter.validate_python({"method": DEFAULT_METHODS["quantize"], **fields})
+    return adapter.validate_python(fields)

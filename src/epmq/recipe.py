@@ -9,7 +9,6 @@ from pydantic import Field, ValidationError, model_validator
 
 from epmq.errors import InputError
 from epmq.method_settings import (
-    DEFAULT_METHODS,
     ExpertGuided,
     Guided,
     Merge,
@@ -101,18 +100,6 @@ class Recipe(Strict):
     device: str = Field("auto", description="auto, cpu, cuda, mps")
     seed: int = Field(0, description="of the calibration draw and of dare")
 
-    @model_validator(mode="before")
-    @classmethod
-    def _default_methods(cls, content: Any) -> Any:
-        """A section that names no method is of the default one."""
-        if not isinstance(content, Mapping):
-            return content
-        sections = {field: content[field] for field in DEFAULT_METHODS if isinstance(content.get(field), Mapping)}
-        return {
-            **content,
-            **{field: {"method": DEFAULT_METHODS[field], **section} for field, section in sections.items()},
-        }
-
     @model_validator(mode="after")
     def _fits(self) -> Recipe:
         names = [expert.name for expert in self.experts]
@@ -160,12 +147,18 @@ class Recipe(Strict):
         return 1 / len(self.experts) if weights is None else weights[name] / sum(weights.values())
 
 
-def explain(error: Any) -> str:
+# First part of the path of a pydantic error → the union that it leads to, and where in the path the method stands.
+Sections = Mapping[str, tuple[Any, int]]
+SECTIONS: Sections = {"merge": (Merge, 1), "quantize": (Quantize, 1)}
+
+
+def explain(error: Any, sections: Sections = SECTIONS) -> str:
     """One of pydantic's errors in our words: the field, and what it should be."""
     path = [str(part) for part in error["loc"]]
-    union = {"merge": Merge, "quantize": Quantize}.get(path[0]) if path else None
+    union, depth = sections.get(path[0] if path else "", (None, 0))
     classes = {} if union is None else settings_classes(union)
-    method = path.pop(1) if len(path) > 1 and path[1] in classes else None  # a part of the path that no recipe has
+    # pydantic puts the method into the path, where no recipe has it.
+    method = path.pop(depth) if len(path) > depth and path[depth] in classes else None
     field = ".".join(path)
     if error["type"] == "extra_forbidden":
         if any(path[-1] in one.model_fields for one in classes.values()):

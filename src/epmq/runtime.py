@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     import torch
     from rich.progress import Progress
 
+# Python's own thresholds of the garbage collector.
+YOUNG = (700, 10, 10)
 PACKAGES = ("epmq", "torch", "transformers", "compressed-tensors", "safetensors", "numpy")
 
 
@@ -126,10 +128,12 @@ def gc_frozen() -> Iterator[None]:
     They are imported modules for the most part, and are looked through again whenever some thousands of new ones have
     been made.
     """
-    before = gc.get_freeze_count()
+    before, threshold = gc.get_freeze_count(), gc.get_threshold()
     gc.freeze()
+    gc.set_threshold(*YOUNG)  # what a run leaves behind holds memory
     try:
         yield
     finally:
+        gc.set_threshold(*threshold)
         if not before:  # else they are somebody else's to let go
             gc.unfreeze()

@@ -28,23 +28,25 @@ def test_errors_in_the_stream_count_by_their_share_of_the_experts_token():
     mask = torch.ones(2, 4, dtype=torch.bool)
     mask[0, 2] = False
     step = SimpleNamespace(
-        reach=lambda batch, layer: torch.tanh(rows), seen=lambda batch, place: rows, mask=lambda x: mask
+        run_until=lambda position, layer: torch.tanh(rows),
+        kept_input=lambda position, point: rows,
+        padding_mask=lambda inputs: mask,
     )
     group = SimpleNamespace(
         names=("inner",),
         modules=[block.inner],
         calls=1,
-        sum=ResidualAdd("norm", torch.full((5,), 2.0), "x"),
-        see=lambda inputs: None,
+        residual_add=ResidualAdd("norm", torch.full((5,), 2.0), "x"),
+        hook_point=lambda aims: "norm",
+        track_largest=lambda inputs: None,
     )
-    tap = InputCollector(step, group, Moments(5), streamed=True)
-    tap.theirs = [theirs]
-    tap.listen(0)
+    moments, teacher = Moments(5), SimpleNamespace(take=lambda index, point: [theirs])
+    InputCollector(step, group, moments, teacher, features=False).add_batch(0, 0)
 
     inputs = torch.tanh(rows)
     size = theirs.square().mean(-1).sqrt()
     weights = (1 / size.clamp(min=0.01 * float(size.median())) ** 2)[mask]
-    x, wanted = inputs[mask].double(), ((theirs - rows) / 2 - block.inner.bias)[mask].double()
-    assert tap.moments.count == 7
-    torch.testing.assert_close(tap.moments.gram.double(), (x.T * weights) @ x / 7, rtol=1e-4, atol=0)
-    torch.testing.assert_close(tap.moments.target_cross.double(), (wanted.T * weights) @ x / 7, rtol=1e-4, atol=0)
+    x, targets = inputs[mask].double(), ((theirs - rows) / 2 - block.inner.bias)[mask].double()
+    assert moments.count == 7
+    torch.testing.assert_close(moments.gram.double(), (x.T * weights) @ x / 7, rtol=1e-4, atol=0)
+    torch.testing.assert_close(moments.target_cross.double(), (targets.T * weights) @ x / 7, rtol=1e-4, atol=0)

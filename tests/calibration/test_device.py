@@ -5,8 +5,8 @@ import torch
 from conftest import recipe_for
 
 import epmq
-from epmq.data.encoding import encode
-from epmq.pipeline.run import prepare, run
+from epmq.pipeline.prepare import prepare
+from epmq.pipeline.run import run
 from epmq.recipe_file import load_recipe
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -18,8 +18,8 @@ def test_a_run_on_a_gpu_gives_what_a_run_on_the_cpu_gives(pool, tmp_path, method
     for device in ("cpu", "cuda"):
         recipe = recipe_for(pool, quantize={"method": method}, device=device, output=str(tmp_path / device))
         losses[device] = run(recipe, progress=False, evaluate=False)["loss"]
-        job = prepare(load_recipe({**recipe, "output": str(tmp_path / "none")}))
-        batch = next(encode(job.calibration["one"], job.processor, 8, 16))
+        prepared = prepare(load_recipe({**recipe, "output": str(tmp_path / "none")}))
+        batch = prepared.calibration["one"][0]
         with torch.no_grad():
             outputs[device] = epmq.load(tmp_path / device).backbone(**batch).last_hidden_state
     # Codes that lie half way between two levels may fall to either side.

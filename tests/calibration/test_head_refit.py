@@ -7,7 +7,6 @@ from torch.nn.functional import linear
 from transformers import BertForSequenceClassification
 
 import epmq
-from epmq.data.encoding import encode
 from epmq.models.heads import Head, load_head, save_head
 from epmq.models.multitask import load_any_head
 from epmq.pipeline.prepare import prepare
@@ -40,28 +39,27 @@ def test_heads_give_the_experts_scores_on_the_new_features(pool, native, tmp_pat
     """What a run writes is what one gets from the finished checkpoint and the experts as they are."""
     recipe = native if form == "native" else recipe_for(pool, output=str(tmp_path / "out"))
     report = run(recipe, **QUIET)
-    job, model = prepare(load_recipe({**recipe, "output": None})), epmq.load(tmp_path / "out")
-    for expert in job.recipe.experts:
-        task = expert.name
-        batches = list(encode(job.calibration[task], job.processor, 8, 16))
-        whole = job.sources.whole_model(task, torch.device("cpu"))
+    prepared, model = prepare(load_recipe({**recipe, "output": None})), epmq.load(tmp_path / "out")
+    for expert in prepared.recipe.experts:
+        task, batches = expert.name, prepared.calibration[expert.name]
+        whole = prepared.experts.whole_model(prepared.experts.experts[task], torch.device("cpu"))
         if form == "native":
             own = BertForSequenceClassification.from_pretrained(expert.model).eval()
             scores = torch.cat([own(**batch).logits for batch in batches])
             rows = torch.cat([model.backbone(**batch).pooler_output for batch in batches])
             weight, bias = own.classifier.weight, own.classifier.bias
-            found = model.head(task).model.classifier
+            written = model.head(task).model.classifier
         else:
             head = load_head(pool / "experts" / task / "head.safetensors")
 
             scores = linear(pooled(head, whole, batches), head.weight, head.bias)
             rows, weight, bias = pooled(head, model.backbone, batches), head.weight, head.bias
-            found = model.head(task)
-        wanted = fit_ridge(rows, scores, weight, bias)
-        torch.testing.assert_close(found.weight, wanted.weight, rtol=1e-3, atol=1e-4)
-        torch.testing.assert_close(found.bias, wanted.bias, rtol=1e-3, atol=1e-4)
-        said = report["heads"][task]
-        assert said["strength"] == wanted.ridge and said["after"] < said["before"]
+            written = model.head(task)
+        fit = fit_ridge(rows, scores, weight, bias)
+        torch.testing.assert_close(written.weight, fit.weight, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(written.bias, fit.bias, rtol=1e-3, atol=1e-4)
+        reported = report["heads"][task]
+        assert reported["strength"] == fit.ridge and reported["after"] < reported["before"]
 
 
 def test_heads_can_follow_plain_gptq(pool, tmp_path):

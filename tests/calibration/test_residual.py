@@ -4,7 +4,7 @@ from families import FAMILIES
 from torch import nn
 
 from epmq.calibration.residual import find_residual_adds
-from epmq.calibration.sequential import SequentialCalibrator
+from epmq.calibration.sequential import Batch, SequentialCalibrator
 from epmq.models.blocks import input_groups
 
 # What is left out writes through a norm of its own, which no factor a channel describes.
@@ -18,29 +18,33 @@ WRITERS = {
 }
 
 
+def batches_of(family: str) -> list[Batch]:
+    return [Batch("", index, inputs) for index, inputs in enumerate(FAMILIES[family].batches())]
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("family", WRITERS)
 def test_writers_to_the_residual_stream(family):
     model = FAMILIES[family].build()
-    step = next(iter(SequentialCalibrator(model, FAMILIES[family].batches())))
+    step = next(iter(SequentialCalibrator(model, batches_of(family))))
     groups = input_groups(step.block, lambda: step.run(0))
-    sums = find_residual_adds(
+    adds = find_residual_adds(
         step.block, [group.names[0] for group in groups if len(group.names) == 1], lambda: step.run(0)
     )
-    assert {name: found.place for name, found in sums.items()} == WRITERS[family]
+    assert {name: add.point for name, add in adds.items()} == WRITERS[family]
 
 
 @torch.no_grad()
 def test_cross_attention_writes_too():
-    found = {}
-    for step in SequentialCalibrator(FAMILIES["t5"].build(), FAMILIES["t5"].batches()):
-        found[step.name] = find_residual_adds(step.block, ["layer.0.SelfAttention.o"], lambda step=step: step.run(0))
+    adds = {}
+    for step in SequentialCalibrator(FAMILIES["t5"].build(), batches_of("t5")):
+        adds[step.name] = find_residual_adds(step.block, ["layer.0.SelfAttention.o"], lambda step=step: step.run(0))
         if step.name.startswith("decoder"):
-            found[step.name] |= find_residual_adds(
+            adds[step.name] |= find_residual_adds(
                 step.block, ["layer.1.EncDecAttention.o"], lambda step=step: step.run(0)
             )
         step.finish()
-    assert {name: [residual_add.place for residual_add in sums.values()] for name, sums in found.items()} == {
+    assert {name: [add.point for add in of_block.values()] for name, of_block in adds.items()} == {
         **{f"encoder.block.{index}": ["layer.1"] for index in range(2)},
         **{f"decoder.block.{index}": ["layer.1", "layer.2"] for index in range(2)},
     }
@@ -61,6 +65,6 @@ class Scaled(nn.Module):
 @torch.no_grad()
 def test_layer_scales_are_found():
     block, hidden = Scaled(), torch.randn(4, 5, 6)
-    found = find_residual_adds(block, ["first", "second"], lambda: block(hidden))
-    assert list(found) == ["second"] and found["second"].place is None
-    torch.testing.assert_close(found["second"].scale, block.scale.data, rtol=1e-3, atol=1e-4)
+    adds = find_residual_adds(block, ["first", "second"], lambda: block(hidden))
+    assert list(adds) == ["second"] and adds["second"].point is None
+    torch.testing.assert_close(adds["second"].scale, block.scale.data, rtol=1e-3, atol=1e-4)

@@ -2,19 +2,23 @@ import pytest
 import torch
 from families import FAMILIES
 
-from epmq.calibration.sequential import SequentialCalibrator
+from epmq.calibration.sequential import Batch, SequentialCalibrator
 from epmq.models.blocks import find_stacks, input_groups, linears
 from epmq.models.hooks import pre_hooks
 
 
+def as_batches(inputs: list[dict[str, torch.Tensor]]) -> list[Batch]:
+    return [Batch("", index, one) for index, one in enumerate(inputs)]
+
+
 def groups_of(family: str) -> list[list[str]]:
-    spec, found = FAMILIES[family], []
-    for step in SequentialCalibrator(spec.build(), spec.batches()):
+    spec, of_blocks = FAMILIES[family], []
+    for step in SequentialCalibrator(spec.build(), as_batches(spec.batches())):
         groups = input_groups(step.block, lambda step=step: step.run(0))
         assert sorted(name for group in groups for name in group.names) == sorted(n for n, _ in linears(step.block))
-        found.append([group.names for group in groups])
+        of_blocks.append([group.names for group in groups])
         step.finish()
-    return found
+    return of_blocks
 
 
 @torch.no_grad()
@@ -53,9 +57,9 @@ def embedded(family: str = "bert", count: int = 3):
     """
     model = FAMILIES[family].build()
     ids = [torch.randint(1, 32, (2 + i, 4 + i), generator=torch.Generator().manual_seed(i)) for i in range(count)]
-    batches = [{"input_ids": x, "attention_mask": torch.ones_like(x)} for x in ids]
-    batches[0]["attention_mask"][0, -1] = 0
-    return model, batches
+    inputs = [{"input_ids": x, "attention_mask": torch.ones_like(x)} for x in ids]
+    inputs[0]["attention_mask"][0, -1] = 0
+    return model, as_batches(inputs)
 
 
 @torch.no_grad()
@@ -66,38 +70,38 @@ def test_each_layer_runs_once_on_each_batch_and_sees_what_lies_before_it_changed
     for linear in linears(model.encoder):
         linear[1].register_forward_hook(lambda module, args, output, name=linear[0]: calls.append(name))
     for step in SequentialCalibrator(model, batches):
-        step.stop_at(layers, ["attention"])
+        step.pause_before(layers, ["attention"])
         for layer in layers:
             for i in reversed(range(len(batches))):
-                inputs = step.reach(i, layer)
-                assert step.reach(i, layer) is inputs  # it waits there
-                mask = step.mask(inputs)
-                assert mask is None if i else torch.equal(mask, batches[0]["attention_mask"].bool())
-                assert len(step.seen(i, "attention")) == len(batches[i]["input_ids"])
+                inputs = step.run_until(i, layer)
+                assert step.run_until(i, layer) is inputs  # it waits there
+                mask = step.padding_mask(inputs)
+                assert mask is None if i else torch.equal(mask, batches[0].inputs["attention_mask"].bool())
+                assert len(step.kept_input(i, "attention")) == len(batches[i].inputs["input_ids"])
                 seen[step.name, layer, i] = inputs.clone()
             step.block.get_submodule(layer).weight.mul_(0.5)
-            step.passed(layer)
+            step.release(layer)
         step.finish()
     assert len(calls) == len(set(calls)) * len(batches)
     for block, layer, i in seen:
-        found, module = [], model.get_submodule(f"{block}.{layer}")
-        with pre_hooks([(module, lambda module, args, found=found: found.append(args[0]))]):
-            model(**batches[i])
-        assert torch.equal(found[0], seen[block, layer, i]), (block, layer, i)
+        received, module = [], model.get_submodule(f"{block}.{layer}")
+        with pre_hooks([(module, lambda module, args, received=received: received.append(args[0]))]):
+            model(**batches[i].inputs)
+        assert torch.equal(received[0], seen[block, layer, i]), (block, layer, i)
 
 
 @torch.no_grad()
 def test_a_block_can_be_tried_while_its_batches_wait():
     model, batches = embedded()
     for step in SequentialCalibrator(model, batches):
-        step.stop_at(["output.dense"])
+        step.pause_before(["output.dense"])
         for i in range(len(batches)):
-            step.reach(i, "output.dense")
+            step.run_until(i, "output.dense")
         tried = [step.run(i) for i in range(len(batches))]
         step.finish()
         if step.name.endswith(".1"):
-            for output, found in zip(step.stack.outputs, tried):
-                assert torch.equal(*(x if isinstance(x, torch.Tensor) else x[0] for x in (output, found)))
+            for output, output_tried in zip(step.stack.outputs, tried):
+                assert torch.equal(*(x if isinstance(x, torch.Tensor) else x[0] for x in (output, output_tried)))
 
 
 @torch.no_grad()
@@ -106,14 +110,14 @@ def test_a_batch_that_does_not_come_by_a_layer_waits_for_none():
     steps = iter(SequentialCalibrator(model, batches))
     step = next(steps)
     step.block.intermediate.forward = lambda hidden: hidden.new_ones(*hidden.shape[:-1], 128)
-    step.stop_at(["attention.self.query", "intermediate.dense", "output.dense"])
-    assert step.reach(0, "intermediate.dense") is None  # the query lies ahead
-    step.passed("attention.self.query")
-    assert step.reach(0, "intermediate.dense") is None
-    step.passed("intermediate.dense")
-    assert step.reach(0, "output.dense") is not None
-    step.passed("output.dense")
-    assert step.reach(0, "output.dense") is None and step.finished
+    step.pause_before(["attention.self.query", "intermediate.dense", "output.dense"])
+    assert step.run_until(0, "intermediate.dense") is None  # the query lies ahead
+    step.release("attention.self.query")
+    assert step.run_until(0, "intermediate.dense") is None
+    step.release("intermediate.dense")
+    assert step.run_until(0, "output.dense") is not None
+    step.release("output.dense")
+    assert step.run_until(0, "output.dense") is None and step.finished
 
 
 def test_grad_mode_is_left_alone_and_errors_come_through():
@@ -132,26 +136,26 @@ def test_grad_mode_is_left_alone_and_errors_come_through():
 
 @torch.no_grad()
 def test_what_nobody_asks_for_is_not_run_at_the_end():
-    for shown, conclude in ((None, None), (1, None), (1, lambda batch: None)):
+    for outputs_for, on_finished in ((None, None), (1, None), (1, lambda batch: None)):
         model, batches = embedded()
         calls: list[str] = []
         for name, linear in linears(model.encoder):
             linear.register_forward_hook(lambda *_, name=name, calls=calls: calls.append(name))
-        walk = SequentialCalibrator(model, batches, conclude, shown=shown)
-        for step in walk:
-            step.stop_at(["output.dense"])
+        calibrator = SequentialCalibrator(model, batches, on_finished, outputs_for=outputs_for)
+        for step in calibrator:
+            step.pause_before(["output.dense"])
             for batch in range(3):
-                assert step.reach(batch, "output.dense") is not None
-            step.passed("output.dense")
+                assert step.run_until(batch, "output.dense") is not None
+            step.release("output.dense")
             step.finish()
-        outputs = walk.stacks[0].outputs
-        if shown and not conclude:
+        outputs = calibrator.stacks[0].outputs
+        if outputs_for and not on_finished:
             assert outputs[1:] == [None, None] and calls.count("layer.1.output.dense") == 1
         assert calls.count("layer.0.output.dense") == 3
-        torch.testing.assert_close(outputs[0][0], model(**batches[0]).last_hidden_state[0])
+        torch.testing.assert_close(outputs[0][0], model(**batches[0].inputs).last_hidden_state[0])
 
 
-def test_a_walk_goes_on_only_from_a_finished_block():
+def test_a_calibrator_goes_on_only_from_a_finished_block():
     model, batches = embedded()
     with pytest.raises(RuntimeError, match="went on without finish"):
         for _ in SequentialCalibrator(model, batches):
@@ -160,8 +164,8 @@ def test_a_walk_goes_on_only_from_a_finished_block():
 
 def test_a_forward_that_leaves_out_blocks_is_refused():
     model, batches = embedded()
-    walk = SequentialCalibrator(model, batches)
+    calibrator = SequentialCalibrator(model, batches)
     model.encoder.layer = model.encoder.layer[:1]
     with pytest.raises(ValueError, match="ended before all blocks"):
-        for step in walk:
+        for step in calibrator:
             step.finish()

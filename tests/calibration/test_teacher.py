@@ -1,59 +1,73 @@
 from contextlib import ExitStack
+from typing import Any
 
 import pytest
 import torch
 from conftest import recipe_for
 
-from epmq.calibration.teacher import Calibration, Teacher
-from epmq.data.encoding import encode
+from epmq.calibration.sequential import Batch
+from epmq.calibration.teacher import Teacher, equals_merge
+from epmq.merging.merged import MergedWeights
+from epmq.method_settings import Average
 from epmq.models.blocks import linears
 from epmq.models.heads import Head
 from epmq.models.hooks import watch
 from epmq.models.loading import load_model
-from epmq.pipeline.run import prepare
+from epmq.pipeline.prepare import prepare
 from epmq.quantization.hessian import Moments
 from epmq.recipe_file import load_recipe
 
 
+def teacher_of(recipe: dict[str, Any], head: Head | None = None) -> tuple[Teacher, list[dict[str, torch.Tensor]]]:
+    """Expert two of a recipe beside its calibration inputs."""
+    prepared = prepare(load_recipe(recipe))
+    inputs = prepared.calibration["two"]
+    batches = [Batch("two", index, one) for index, one in enumerate(inputs)]
+    expert = prepared.experts.experts["two"]
+    return Teacher(prepared.experts, expert, batches, lambda backbone: head, torch.device("cpu")), inputs
+
+
 @torch.no_grad()
-def test_a_stream_sees_what_the_expert_itself_computes(pool):
-    job = prepare(load_recipe(recipe_for(pool, quantize={"method": "expert_guided", "expert_features": 0.5})))
-    batches = list(encode(job.calibration["two"], job.processor, 8, 16))
-    stream = Teacher(job.sources, Calibration("two", batches), torch.device("cpu"))
+def test_a_teacher_sees_what_the_expert_itself_computes(pool):
+    quantize = {"method": "expert_guided", "expert_features": 0.5}
+    teacher, inputs = teacher_of(recipe_for(pool, quantize=quantize))
     expert = load_model(pool / "experts" / "two", {"architectures": ["BertModel"]})
     for index in range(2):
         block = f"encoder.layer.{index}"
         names = [name for name, _ in linears(expert.get_submodule(block))]
-        places = [*names, "output.LayerNorm", None]
-        stream.run(block, 2 * places)
-        assert all(parameter.is_meta for parameter in stream.step.block.parameters())
-        for i, batch in enumerate(batches):
+        points = [*names, "output.LayerNorm", None]
+        teacher.run(block, 2 * points)
+        assert all(parameter.is_meta for parameter in teacher.step.block.parameters())
+        for i, batch in enumerate(inputs):
             with ExitStack() as stack:
-                seen = {place: [] for place in places}
-                for place in places:
-                    stack.enter_context(watch(expert.get_submodule(block), place, seen[place].append))
+                seen = {point: [] for point in points}
+                for point in points:
+                    stack.enter_context(watch(expert.get_submodule(block), point, seen[point].append))
                 expert(**batch)
-            for place in places:
+            for point in points:
                 for _ in range(2):
-                    assert torch.equal(stream.take(i, place)[0], seen[place][0]), f"{block}, {place}"
-        stream.advance()
+                    assert torch.equal(teacher.take(i, point)[0], seen[point][0]), f"{block}, {point}"
+        teacher.end_block()
     with pytest.raises(RuntimeError, match="two is at its end"):
-        stream.run("encoder.layer.2", [])
+        teacher.run("encoder.layer.2", [])
 
 
 @torch.no_grad()
 def test_an_expert_scores_its_batches_when_it_is_done(pool):
-    job = prepare(load_recipe(recipe_for(pool)))
-    batches, head = list(encode(job.calibration["two"], job.processor, 8, 16)), Head(torch.randn(3, 64), torch.randn(3))
-    stream = Teacher(job.sources, Calibration("two", batches, lambda model: head), torch.device("cpu"))
-    stream.run("encoder.layer.0", [])
-    stream.advance()
-    stream.run("encoder.layer.1", [])
-    stream.advance()
+    head = Head(torch.randn(3, 64), torch.randn(3))
+    teacher, inputs = teacher_of(recipe_for(pool), head)
+    teacher.run("encoder.layer.0", [])
+    teacher.end_block()
+    with pytest.raises(RuntimeError, match=r"two is at block encoder\.layer\.1"):
+        teacher.scores()
+    teacher, inputs = teacher_of(recipe_for(pool), head)
+    for index in range(2):
+        teacher.run(f"encoder.layer.{index}", [])
+        teacher.end_block()
     expert = load_model(pool / "experts" / "two", {"architectures": ["BertModel"]})
-    wanted = [head.logits(expert(**batch).last_hidden_state, batch["attention_mask"]) for batch in batches]
+    logits = [head.logits(expert(**batch).last_hidden_state, batch["attention_mask"]) for batch in inputs]
     for _ in range(2):
-        torch.testing.assert_close(stream.scores(), torch.cat(wanted))
+        torch.testing.assert_close(teacher.scores(), torch.cat(logits))
 
 
 def test_drift_is_the_mixed_moment():
@@ -63,21 +77,27 @@ def test_drift_is_the_mixed_moment():
     moments = Moments(8)
     moments.add(inputs, drift=own - inputs)
     mixed = (1 - alpha) * inputs + alpha * own
-    wanted = expert @ (mixed.T @ inputs) / 40 - merged @ (inputs.T @ inputs) / 40
-    found = (expert - merged).float() @ moments.gram + alpha * expert.float() @ moments.input_drift
-    torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-5)
+    definition = expert @ (mixed.T @ inputs) / 40 - merged @ (inputs.T @ inputs) / 40
+    correction = (expert - merged).float() @ moments.gram + alpha * expert.float() @ moments.input_drift
+    torch.testing.assert_close(correction.double(), definition, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
 def test_an_expert_holds_only_the_words_it_reads(pool):
-    job = prepare(load_recipe(recipe_for(pool, quantize={"method": "expert_guided"})))
-    batches = list(encode(job.calibration["two"], job.processor, 8, 16))
-    stream = Teacher(job.sources, Calibration("two", batches), torch.device("cpu"))
-    words = stream.model.get_input_embeddings()
+    teacher, inputs = teacher_of(recipe_for(pool, quantize={"method": "expert_guided"}))
+    words = teacher.model.get_input_embeddings()
     expert = load_model(pool / "experts" / "two", {"architectures": ["BertModel"]})
     seen: set[int] = set()
-    for batch in batches:
-        found, wanted = (model(batch["input_ids"]) for model in (words, expert.get_input_embeddings()))
-        assert torch.equal(found, wanted)
+    for batch in inputs:
+        embedded, whole = (model(batch["input_ids"]) for model in (words, expert.get_input_embeddings()))
+        assert torch.equal(embedded, whole)
         seen |= set(batch["input_ids"].flatten().tolist())
         assert len(words.weight) == len(seen) < words.num_embeddings
+
+
+def test_an_expert_that_is_the_merge_teaches_nothing(pool):
+    recipe = recipe_for(pool)
+    experts = prepare(load_recipe({**recipe, "experts": recipe["experts"][:1]})).experts
+    alone = MergedWeights(experts, Average())
+    assert equals_merge(experts, experts.experts["one"], alone)
+    assert not equals_merge(experts, experts.experts["one"], experts.base)

@@ -80,9 +80,8 @@ def caught(spoil: Spoil, models: Path, folder: Path, recipe: Callable[[Path, str
         shutil.copytree(models / name, folder / name)
     spoil(folder)
     try:
-        notes = prepare(
-            load_recipe({**recipe(folder, "out"), "quantize": {"method": "rtn"}}), evaluate=False
-        ).sources.notes
+        rounded = load_recipe({**recipe(folder, "out"), "quantize": {"method": "rtn"}})
+        notes = prepare(rounded, evaluate=False).experts.notes
     except ValueError as error:
         notes = [str(error)]
     return any("two" in note or "tokenizer has token number" in note for note in notes)

@@ -1,216 +1,109 @@
+"""Checkpoints that do not fit the base, or fit it in part."""
+
+from __future__ import annotations
+
 import json
-import shutil
 
 import pytest
 import torch
-from conftest import perturbed, recipe_for, tiny_bert
-from hypothesis import given
-from hypothesis import strategies as st
-from transformers import BertModel, CLIPConfig, CLIPModel
+from checkpoints import weights
+from conftest import recipe_for
+from families import clip
+from merges import AVERAGE, QUIET, open_folder, recipe_of, set_weights
+from transformers import BertForSequenceClassification, CLIPVisionModel
 
-from epmq.merging.experts import Sources
-from epmq.merging.relation import check_relation, correlation, token_numbers
-from epmq.models.heads import HEAD_FILE, Head, save_head
-from epmq.pipeline.run import run
-from epmq.recipe_file import load_recipe
-from tests.kit import runs, wrong_merges
-
-SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "patch_size": 4}
+import epmq
+from epmq.pipeline.evaluation import evaluate_experts
+from epmq.pipeline.run import merge, run
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    runs.write_models(folder)
-    return folder
+@pytest.mark.parametrize("which", ["base", "two"])
+def test_what_is_quantized_already_is_refused(berts, which):
+    run(recipe_of(berts, quantize={"method": "rtn"}), **QUIET)
+    (berts / which).rename(berts / "old")
+    (berts / "out").rename(berts / which)
+    with pytest.raises(ValueError, match=r"quantized already; give the (model|one) it was quantized from"):
+        open_folder(berts)
 
 
-def changed(models, folder, name):
-    """A copy of all models in `folder`, and the one of that name in memory."""
-    shutil.copytree(models, folder, dirs_exist_ok=True)
-    return BertModel.from_pretrained(folder / name)
+def test_a_shared_tensor_that_has_come_apart_is_refused(t5s):
+    set_weights(t5s / "one", lm_head__weight=torch.randn(32, 32))
+    with pytest.raises(ValueError, match=r"expert one: 'lm_head\.weight' differs from 'shared\.weight'"):
+        open_folder(t5s, "one")
 
 
-def test_experts_of_the_base_pass_without_a_word(models):
-    assert check_relation(Sources(load_recipe(runs.recipe(models, "out")))) == []
+def test_vision_and_whole_experts_do_not_mix(tmp_path):
+    clip().save_pretrained(tmp_path / "base")
+    clip().save_pretrained(tmp_path / "one")
+    CLIPVisionModel.from_pretrained(tmp_path / "base").save_pretrained(tmp_path / "two")
+    with pytest.raises(ValueError, match="expert two: model type 'clip_vision_model', but the base is 'clip'"):
+        open_folder(tmp_path)
 
 
-@pytest.mark.parametrize("spoil", wrong_merges.WRONG, ids=lambda spoil: spoil.__name__)
-def test_a_wrong_merge_is_named(models, tmp_path, spoil):
-    assert not wrong_merges.caught(lambda folder: None, models, tmp_path / "right", runs.recipe)
-    assert wrong_merges.caught(spoil, models, tmp_path / "wrong", runs.recipe)
+def test_a_pickle_is_opened_only_if_it_is_named(berts, caplog):
+    merge(recipe_of(berts, **AVERAGE), progress=False)
+    expected = weights(berts / "out")
+    for name in ("base", "two"):
+        torch.save(weights(berts / name), berts / name / "pytorch_model.bin")
+        (berts / name / "model.safetensors").unlink()
+        with pytest.raises(FileNotFoundError, match=r"base: no .* \(pytorch_model\.bin is a pickle: name that file"):
+            open_folder(berts)
+    recipe = recipe_of(berts, "one", "two/pytorch_model.bin", **AVERAGE, output=str(berts / "again"))
+    report = merge({**recipe, "base": str(berts / "base" / "pytorch_model.bin")}, progress=False)
+    for name in ("base", "two"):
+        note = (
+            f"{berts / name / 'pytorch_model.bin'} is a pickle: only tensors were read from it; safetensors are safer"
+        )
+        assert note in report["notes"] and note in caplog.messages
+    found = weights(berts / "again")
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert not list((berts / "again").glob("*.bin"))
 
 
-def test_an_expert_of_another_base_is_refused(pool, tmp_path):
-    torch.manual_seed(5)
-    shutil.copytree(pool, tmp_path / "pool")
-    tiny_bert().save_pretrained(tmp_path / "pool" / "experts" / "two")
-    with pytest.raises(
-        ValueError, match=r"^expert two: its weights have a correlation of -?0\.0\d with the base's.*weight'"
-    ):
-        run(recipe_for(tmp_path / "pool", output=str(tmp_path / "out")), progress=False)
-    assert not (tmp_path / "out").exists()
+def test_a_head_of_a_class_that_transformers_lacks_is_left_out(pool, tmp_path):
+    model = BertForSequenceClassification.from_pretrained(pool / "base", num_labels=3)
+    model.save_pretrained(tmp_path / "one")
+    config = json.loads((tmp_path / "one" / "config.json").read_text())
+    (tmp_path / "one" / "config.json").write_text(json.dumps({**config, "architectures": ["BertForMyTask"]}))
+    recipe = recipe_for(pool, output=str(tmp_path / "out"), quantize={"method": "rtn"})
+    recipe["experts"][0]["model"] = str(tmp_path / "one")
+    report = run(recipe, **QUIET)
+    assert "expert one: transformers has no class BertForMyTask, its head is left out" in report["notes"]
+    assert epmq.load(tmp_path / "out").tasks == ["two"]
+    with pytest.raises(ValueError, match=r"experts\.one: evaluation needs a head"):
+        evaluate_experts(recipe, progress=False)
 
 
-def test_notes_are_in_the_report(pool, tmp_path):
-    shutil.copytree(pool, tmp_path / "pool")
-    shutil.copytree(pool / "base", tmp_path / "pool" / "experts" / "one", dirs_exist_ok=True)
-    recipe = recipe_for(tmp_path / "pool", output=str(tmp_path / "out"), quantize={"method": "rtn"})
-    report = run(recipe, progress=False, evaluate=False)
-    assert "expert one is the base itself: it adds nothing to the merge" in report["notes"]
+def test_an_integer_buffer_is_the_bases_and_integer_weights_are_refused(berts):
+    set_weights(berts / "base", embeddings__position_ids=torch.arange(32)[None])
+    merge(recipe_of(berts, **AVERAGE), progress=False)
+    set_weights(berts / "two", pooler__dense__weight=torch.ones(64, 64).int())
+    with pytest.raises(ValueError, match=r"expert two: tensor 'pooler\.dense\.weight' is I32, not a float"):
+        open_folder(berts)
+    set_weights(berts / "base", pooler__dense__weight=torch.ones(64, 64).int())
+    with pytest.raises(ValueError, match=r"base: tensor 'pooler\.dense\.weight' is I32, not float64, 32, 16"):
+        open_folder(berts)
 
 
-def test_an_expert_that_differs_outside_the_sample_is_no_copy(models, tmp_path):
-    model = changed(models, tmp_path, "base")
-    with torch.no_grad():
-        model.encoder.layer[0].output.dense.bias[3] += 1
-    model.save_pretrained(tmp_path / "two")
-    assert check_relation(Sources(load_recipe(runs.recipe(tmp_path, "out")))) == []
+def test_a_tensor_outside_the_blocks_that_an_expert_lacks_is_the_bases(berts):
+    set_weights(berts / "two", pooler__dense__weight=None, embeddings__LayerNorm__bias=None)
+    report = merge(recipe_of(berts, merge={"method": "task_arithmetic", "scaling": 1.0}), progress=False)
+    found, base, one = (weights(berts / name) for name in ("out", "base", "one"))
+    for name in ("pooler.dense.weight", "embeddings.LayerNorm.bias"):
+        torch.testing.assert_close(found[name], one[name], rtol=0, atol=1e-6)
+        assert f"expert two has no tensor {name}: the base's takes its place" in report["notes"]
+        assert not torch.equal(one[name], base[name])
+    set_weights(berts / "two", encoder__layer__1__attention__output__dense__bias=None)
+    with pytest.raises(ValueError, match=r"two: tensor 'encoder\.layer\.1\.attention\.output\.dense\.bias' is missing"):
+        open_folder(berts)
 
 
-@given(st.floats(0, 3), st.integers(0, 99))
-def test_correlation_falls_as_the_task_vector_grows(size, seed):
-    base = torch.randn(8, 256, generator=torch.Generator().manual_seed(seed))
-    other = torch.randn(8, 256, generator=torch.Generator().manual_seed(seed + 1000))
-    found = correlation(base, base + size * other)
-    assert found == pytest.approx((1 + size**2) ** -0.5, abs=0.15)
-
-
-def test_correlation_of_odd_layers():
-    zero, one = torch.zeros(2, 2), torch.ones(2, 2)
-    assert correlation(zero, zero) == 1 and correlation(zero, one) == 0
-
-
-def test_one_layer_started_anew_is_no_other_base(models, tmp_path):
-    model = changed(models, tmp_path, "two")
-    with torch.no_grad():
-        model.encoder.layer[0].output.dense.weight.normal_(std=0.02)
-    model.save_pretrained(tmp_path / "two")
-    assert check_relation(Sources(load_recipe(runs.recipe(tmp_path, "out")))) == []
-
-
-def test_an_expert_far_from_the_base_is_noted(models, tmp_path):
-    """Its correlation with the base is perfect."""
-    model = changed(models, tmp_path, "base")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(4)
-    model.save_pretrained(tmp_path / "two")
-    notes = check_relation(Sources(load_recipe(runs.recipe(tmp_path, "out"))))
-    assert notes == ["expert two is far from the base: its task vector has 3.0 times the base's norm"]
-
-
-def test_the_sign_of_a_zero_makes_no_other_expert(models, tmp_path):
-    """What an untrained adapter adds, 0, turns -0 into 0."""
-    model = changed(models, tmp_path, "base")
-    for place, zero in (("base", -0.0), ("two", 0.0)):
-        with torch.no_grad():
-            model.encoder.layer[0].output.dense.weight[0, 0] = zero
-        model.save_pretrained(tmp_path / place)
-    notes = check_relation(Sources(load_recipe(runs.recipe(tmp_path, "out"))))
-    assert notes == ["expert two is the base itself: it adds nothing to the merge"]
-
-
-def test_more_than_ten_classes_in_one_order(models, tmp_path, monkeypatch):
-    """As words, the keys of id2label would put 10 before 2."""
-    changed(models, tmp_path, "two")
-    names = [f"class {number}" for number in range(12)]
-    save_head(Head(torch.ones(12, 128), torch.zeros(12), "mean", True, names), tmp_path / "one" / HEAD_FILE)
-    sources = Sources(load_recipe(runs.recipe(tmp_path, "out")))
-    config = {"id2label": {str(number): name for number, name in enumerate(names)}}
-    monkeypatch.setattr(sources, "head_config", lambda task: config if task == "two" else None)
-    assert check_relation(sources) == []
-    config["id2label"]["0"], config["id2label"]["11"] = names[11], names[0]
-    assert [note[:46] for note in check_relation(sources)] == ["experts one and two have the same classes in a"]
-
-
-def test_many_classes_in_another_order_are_told_in_few_words(models, tmp_path):
-    changed(models, tmp_path, "two")
-    names = [f"class {number}" for number in range(1000)]
-    for place, order in (("one", names), ("two", [*names[:500], *names[:499:-1]])):
-        save_head(Head(torch.ones(1000, 128), torch.zeros(1000), "mean", True, order), tmp_path / place / HEAD_FILE)
-    (note,) = check_relation(Sources(load_recipe(runs.recipe(tmp_path, "out"))))
-    assert "from number 500 on: class 500, class 501" in note and "; class 999, class 998" in note
-    assert len(note) < 400
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"",
-        b"[]",
-        b"{}",
-        b'{"model": null}',
-        b'{"model": {"vocab": 3}}',
-        b'{"model": {"vocab": [1]}}',
-        b"\xff",
-        b"[" * 9999,
-    ],
-)
-def test_a_tokenizer_of_an_unknown_form_says_nothing(tmp_path, content):
-    (tmp_path / "tokenizer.json").write_bytes(content)
-    assert token_numbers(tmp_path) == {}
-
-
-def test_numbers_of_tokens(tmp_path):
-    added = [{"content": "<x>", "id": 2}]
-    for vocabulary in ({"a": 0, "b": 1}, [["a", -1.0], ["b", -2.0]]):
-        content = {"model": {"vocab": vocabulary}, "added_tokens": added}
-        (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-        assert token_numbers(tmp_path) == {"a": 0, "b": 1, "<x>": 2}
-
-
-def test_numbers_of_tokens_in_older_files(tmp_path):
-    """A character that Python takes for the end of a line is a token like others."""
-    (tmp_path / "vocab.txt").write_text("a\n\u2028\nb\x85\nc\n", encoding="utf-8")
-    assert token_numbers(tmp_path) == {"a": 0, "\u2028": 1, "b\x85": 2, "c": 3}
-    (tmp_path / "vocab.txt").unlink()
-    (tmp_path / "vocab.json").write_text('{"a": 0, "b": 1, "nested": {}}')
-    assert token_numbers(tmp_path) == {"a": 0, "b": 1}
-
-
-def test_a_model_of_several_parts_has_embeddings_too(tmp_path):
-    clip = CLIPModel(CLIPConfig(text_config={**SMALL, "vocab_size": 64}, vision_config={**SMALL, "image_size": 8}))
-    for place, seed in (("base", 1), ("one", 2), ("two", 3)):
-        perturbed(clip, seed, 0.001).save_pretrained(tmp_path / place)
-    assert check_relation(Sources(load_recipe(runs.recipe(tmp_path, "out")))) == []
-    (tmp_path / "base" / "vocab.json").write_text('{"a": 63, "b": 64}')
-    with pytest.raises(ValueError, match="the tokenizer has token number 64, but the embeddings 64 rows"):
-        check_relation(Sources(load_recipe(runs.recipe(tmp_path, "out"))))
-
-
-@pytest.mark.parametrize(("moved", "alike"), [(1, None), (30, 85)])
-def test_a_few_moved_tokens_are_a_note_and_many_an_error(models, monkeypatch, moved, alike):
-    ours = {f"word{number}": number - 140 for number in range(200)}
-    theirs = ours | {f"word{number}": 500 for number in range(moved)}
-    monkeypatch.setattr(
-        "epmq.merging.relation.token_numbers", lambda folder: theirs if folder.name == "two" else ours
-    )
-    sources = Sources(load_recipe(runs.recipe(models, "out")))
-    if alike is None:
-        assert check_relation(sources) == [
-            "expert two: 1 tokens have other numbers than in the base, such as 'word0'"
-        ]
-    else:
-        with pytest.raises(ValueError, match=f"expert two: its tokenizer numbers only {alike} % of the tokens"):
-            check_relation(sources)
-
-
-def test_an_adapter_of_another_base_is_noted(models, tmp_path):
-    from peft import LoraConfig, get_peft_model
-
-    adapter = get_peft_model(BertModel.from_pretrained(models / "base"), LoraConfig(target_modules=["query"]))
-    for name, expected in (("base", 0), ("somebody/other-model", 1)):
-        adapter.save_pretrained(tmp_path / "adapter")
-        file = tmp_path / "adapter" / "adapter_config.json"
-        file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": name}))
-        recipe = runs.recipe(models, "out")
-        recipe["experts"][1]["model"] = str(tmp_path / "adapter")
-        notes = [note for note in check_relation(Sources(load_recipe(recipe))) if "trained on" in note]
-        assert len(notes) == expected and all("expert two" in note and name in note for note in notes)
-
-
-def test_a_perturbed_model_is_related():
-    base = tiny_bert()
-    sample = base.encoder.layer[0].output.dense.weight.detach().clone()
-    assert correlation(sample, perturbed(base, 1, 0.005).encoder.layer[0].output.dense.weight.detach()) > 0.9
+def test_left_over_tensors_change_nothing(berts):
+    merge(recipe_of(berts, **AVERAGE), progress=False)
+    expected = weights(berts / "out")
+    set_weights(berts / "one", cls__predictions__bias=torch.ones(32), stray=torch.ones(3))
+    set_weights(berts / "base", something__else=torch.ones(2))
+    merge(recipe_of(berts, **AVERAGE, output=str(berts / "again")), progress=False)
+    found = weights(berts / "again")
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+    assert epmq.load(berts / "again").tasks == []

@@ -1,18 +1,19 @@
-"""Checkpoints as they are found: other dtypes, layouts and classes than the base's, parts missing or left over."""
+"""Checkpoints as they are found: other dtypes, layouts and classes than the base's."""
 
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from conftest import padded_batches, perturbed, recipe_for, tiny_bert
+from checkpoints import weights
+from conftest import padded_batches, perturbed, tiny_bert
 from families import FAMILIES, clip, clip_config
-from safetensors.torch import load_file, save_file
+from merges import AVERAGE, QUIET, batches, open_folder, recipe_of, set_weights
+from safetensors.torch import save_file
 from transformers import (
     AutoModelForSequenceClassification,
     BertForMaskedLM,
@@ -24,73 +25,13 @@ from transformers import (
 )
 
 import epmq
-from epmq.merging.experts import Sources
-from epmq.pipeline.evaluation import evaluate_experts
+from epmq.merging.experts import ExpertSet
 from epmq.pipeline.run import merge, run
-from epmq.recipe_file import load_recipe
-
-QUIET: dict[str, Any] = {"progress": False, "evaluate": False}
-AVERAGE = {"merge": {"method": "average"}, "quantize": {"method": "none"}}
 
 
-def recipe_of(folder: Path, *experts: str, **fields: Any) -> dict[str, Any]:
-    names = experts or ("one", "two")
-    models = [{"name": name.partition("/")[0], "model": str(folder / name)} for name in names]
-    return {"base": str(folder / "base"), "experts": models, "output": str(folder / "out"), **fields}
-
-
-def sources_of(folder: Path, *experts: str) -> Sources:
-    return Sources(load_recipe(recipe_of(folder, *experts)))
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
-
-
-def edit(folder: Path, **changes: Any) -> None:
-    """Put other tensors in, or take some out (None); `__` stands for a dot."""
-    tensors = weights(folder)
-    for key, tensor in changes.items():
-        name = key.replace("__", ".")
-        tensors.pop(name, None)
-        if tensor is not None:
-            tensors[name] = tensor
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-@pytest.fixture
-def berts(tmp_path: Path) -> Path:
-    """A folder with `base`, `one` and `two`."""
-    base = tiny_bert()
-    base.save_pretrained(tmp_path / "base")
-    for seed, name in enumerate(("one", "two"), start=1):
-        perturbed(copy.deepcopy(base), seed).save_pretrained(tmp_path / name)
-    return tmp_path
-
-
-def batches(count: int = 2) -> dict[str, Any]:
-    return {"one": padded_batches(count), "two": padded_batches(1)}
-
-
-# --- dtypes ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("method", ["task_arithmetic", "average", "ties", "dare"])
-def test_experts_of_other_dtypes_are_merged_in_float32(tmp_path, method):
-    base = tiny_bert().bfloat16()
-    base.save_pretrained(tmp_path / "base")
-    perturbed(copy.deepcopy(base).float(), 1).save_pretrained(tmp_path / "one")
-    perturbed(copy.deepcopy(base).float(), 2).half().save_pretrained(tmp_path / "two")
-    settings = {"method": method, "density": 0.99999} if method == "dare" else {"method": method}
-    merge(recipe_of(tmp_path, merge=settings), progress=False)
-    found, base, one, two = (weights(tmp_path / name) for name in ("out", "base", "one", "two"))
-    assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
-    if method in ("ties", "dare"):
-        return  # by hand in test_pipeline, for one dtype
-    for name, tensor in found.items():
-        b, x, y = base[name].float(), one[name].float(), two[name].float()
-        expected = (x + y) / 2 if method == "average" else b + 0.3 * (x - b) + 0.3 * (y - b)
-        torch.testing.assert_close(tensor.float(), expected.bfloat16().float(), rtol=2**-7, atol=1e-6, msg=name)
+def whole_model(opened: ExpertSet, task: str | None) -> Any:
+    """An expert as a model; the base without a task."""
+    return opened.whole_model(opened.base if task is None else opened.experts[task], torch.device("cpu"))
 
 
 def test_a_base_in_bfloat16_is_packed_with_scales_in_bfloat16_and_read_back_bit_for_bit(tmp_path):
@@ -116,44 +57,6 @@ def test_a_base_in_bfloat16_is_packed_with_scales_in_bfloat16_and_read_back_bit_
             assert torch.equal(a, b) and torch.isfinite(a).all()
 
 
-def test_an_integer_buffer_is_the_bases_and_integer_weights_are_refused(berts):
-    edit(berts / "base", embeddings__position_ids=torch.arange(32)[None])
-    merge(recipe_of(berts, **AVERAGE), progress=False)
-    edit(berts / "two", pooler__dense__weight=torch.ones(64, 64).int())
-    with pytest.raises(ValueError, match=r"expert two: tensor 'pooler\.dense\.weight' is I32, not a float"):
-        sources_of(berts)
-    edit(berts / "base", pooler__dense__weight=torch.ones(64, 64).int())
-    with pytest.raises(ValueError, match=r"base: tensor 'pooler\.dense\.weight' is I32, not float64, 32, 16"):
-        sources_of(berts)
-
-
-# --- parts that are missing, left over or zero -------------------------------------------------------------------
-
-
-def test_a_tensor_outside_the_blocks_that_an_expert_lacks_is_the_bases(berts):
-    edit(berts / "two", pooler__dense__weight=None, embeddings__LayerNorm__bias=None)
-    report = merge(recipe_of(berts, merge={"method": "task_arithmetic", "scaling": 1.0}), progress=False)
-    found, base, one = (weights(berts / name) for name in ("out", "base", "one"))
-    for name in ("pooler.dense.weight", "embeddings.LayerNorm.bias"):
-        torch.testing.assert_close(found[name], one[name], rtol=0, atol=1e-6)
-        assert f"expert two has no tensor {name}: the base's takes its place" in report["notes"]
-        assert not torch.equal(one[name], base[name])
-    edit(berts / "two", encoder__layer__1__attention__output__dense__bias=None)
-    with pytest.raises(ValueError, match=r"two: tensor 'encoder\.layer\.1\.attention\.output\.dense\.bias' is missing"):
-        sources_of(berts)
-
-
-def test_left_over_tensors_change_nothing(berts):
-    merge(recipe_of(berts, **AVERAGE), progress=False)
-    expected = weights(berts / "out")
-    edit(berts / "one", cls__predictions__bias=torch.ones(32), stray=torch.ones(3))
-    edit(berts / "base", something__else=torch.ones(2))
-    merge(recipe_of(berts, **AVERAGE, output=str(berts / "again")), progress=False)
-    found = weights(berts / "again")
-    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
-    assert epmq.load(berts / "again").tasks == []
-
-
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("method", ["expert_guided", "gptq", "rtn"])
 def test_a_layer_of_zeros_stays_zero(berts, method, symmetric):
@@ -161,7 +64,7 @@ def test_a_layer_of_zeros_stays_zero(berts, method, symmetric):
     zeros = {f"{layer}.weight".replace(".", "__"): torch.zeros(128, 64)}
     zeros |= {f"{layer}.bias".replace(".", "__"): torch.zeros(128)}
     for name in ("base", "one", "two"):
-        edit(berts / name, **zeros)
+        set_weights(berts / name, **zeros)
     settings = {"method": method, "symmetric": symmetric}
     run(recipe_of(berts, quantize=settings), calibration=batches(), **QUIET)
     state = epmq.load(berts / "out").backbone.state_dict()
@@ -181,26 +84,6 @@ def test_shards_are_the_same_as_one_file(berts):
     assert all(torch.equal(again[name], expected[name]) for name in expected)
 
 
-def test_a_pickle_is_opened_only_if_it_is_named(berts, caplog):
-    merge(recipe_of(berts, **AVERAGE), progress=False)
-    expected = weights(berts / "out")
-    for name in ("base", "two"):
-        torch.save(weights(berts / name), berts / name / "pytorch_model.bin")
-        (berts / name / "model.safetensors").unlink()
-        with pytest.raises(FileNotFoundError, match=r"base: no .* \(pytorch_model\.bin is a pickle: name that file"):
-            sources_of(berts)
-    recipe = recipe_of(berts, "one", "two/pytorch_model.bin", **AVERAGE, output=str(berts / "again"))
-    report = merge({**recipe, "base": str(berts / "base" / "pytorch_model.bin")}, progress=False)
-    for name in ("base", "two"):
-        note = (
-            f"{berts / name / 'pytorch_model.bin'} is a pickle: only tensors were read from it; safetensors are safer"
-        )
-        assert note in report["notes"] and note in caplog.messages
-    found = weights(berts / "again")
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
-    assert not list((berts / "again").glob("*.bin"))
-
-
 def test_names_of_old_are_understood(berts):
     """LayerNorm.gamma and beta, as in the first BERT files, and the prefix of a task class."""
     merge(recipe_of(berts, **AVERAGE), progress=False)
@@ -215,60 +98,30 @@ def test_names_of_old_are_understood(berts):
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-@pytest.mark.parametrize("which", ["base", "two"])
-def test_what_is_quantized_already_is_refused(berts, which):
-    run(recipe_of(berts, quantize={"method": "rtn"}), **QUIET)
-    (berts / which).rename(berts / "old")
-    (berts / "out").rename(berts / which)
-    with pytest.raises(ValueError, match=r"quantized already; give the (model|one) it was quantized from"):
-        sources_of(berts)
-
-
-# --- tied weights ------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def t5s(tmp_path: Path) -> Path:
-    base = FAMILIES["t5"].build()
-    base.save_pretrained(tmp_path / "base")
-    perturbed(copy.deepcopy(base), 1).save_pretrained(tmp_path / "one")
-    return tmp_path
-
-
 @pytest.mark.parametrize("names", [["encoder.embed_tokens.weight"], ["lm_head.weight", "decoder.embed_tokens.weight"]])
 @pytest.mark.parametrize("which", ["base", "one"])
 def test_a_shared_tensor_may_be_stored_under_any_of_its_names(t5s, which, names):
-    expected = sources_of(t5s, "one").whole_model("one", torch.device("cpu")).state_dict()
+    expected = whole_model(open_folder(t5s, "one"), "one").state_dict()
     shared = weights(t5s / which)["shared.weight"]
-    edit(t5s / which, shared__weight=None, **{name.replace(".", "__"): shared.clone() for name in names})
-    sources = sources_of(t5s, "one")
-    found = sources.whole_model("one", torch.device("cpu")).state_dict()
-    assert not sources.notes and all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    set_weights(t5s / which, shared__weight=None, **{name.replace(".", "__"): shared.clone() for name in names})
+    opened = open_folder(t5s, "one")
+    state = whole_model(opened, "one").state_dict()
+    assert not opened.notes and all(torch.equal(state[name], tensor) for name, tensor in expected.items())
     merge(recipe_of(t5s, "one", **AVERAGE), progress=False)
     written = T5ForConditionalGeneration.from_pretrained(t5s / "out").state_dict()
     assert all(torch.equal(written[name], tensor) for name, tensor in expected.items())
-
-
-def test_a_shared_tensor_that_has_come_apart_is_refused(t5s):
-    edit(t5s / "one", lm_head__weight=torch.randn(32, 32))
-    with pytest.raises(ValueError, match=r"expert one: 'lm_head\.weight' differs from 'shared\.weight'"):
-        sources_of(t5s, "one")
 
 
 def test_what_the_base_holds_apart_stays_apart(t5s):
     """As in FLAN-T5: transformers 5 calls every T5 tied, and unties it when it sees an output layer in the file."""
     heads = {which: torch.randn(32, 32) for which in ("base", "one")}
     for which, head in heads.items():
-        edit(t5s / which, lm_head__weight=head)
-    sources = sources_of(t5s, "one")
-    assert torch.equal(sources.whole_model("one", torch.device("cpu")).lm_head.weight, heads["one"])
+        set_weights(t5s / which, lm_head__weight=head)
+    assert torch.equal(whole_model(open_folder(t5s, "one"), "one").lm_head.weight, heads["one"])
     run(recipe_of(t5s, "one", **{**AVERAGE, "quantize": {"method": "rtn", "bits": 8}}), **QUIET)
     written = epmq.load(t5s / "out").backbone
     assert torch.equal(written.lm_head.weight, heads["one"])
     assert torch.equal(written.shared.weight, weights(t5s / "one")["shared.weight"])
-
-
-# --- heads -------------------------------------------------------------------------------------------------------
 
 
 def check_answers(folder: Path, experts: dict[str, Any]) -> None:
@@ -306,9 +159,9 @@ def test_a_pooler_that_the_base_lacks_is_each_experts_own(tmp_path):
     assert not torch.equal(*(model.bert.pooler.dense.weight for model in experts.values()))
     for name, model in experts.items():
         model.save_pretrained(tmp_path / name)
-    sources = sources_of(tmp_path)
-    assert sources.absent == ["pooler.dense.weight", "pooler.dense.bias"]
-    assert sources.notes == ["not in the base, left out: pooler.dense.weight, pooler.dense.bias"]
+    opened = open_folder(tmp_path)
+    assert opened.absent == ["pooler.dense.weight", "pooler.dense.bias"]
+    assert opened.notes == ["not in the base, left out: pooler.dense.weight, pooler.dense.bias"]
     # By hand: every expert's classifier and pooler on the merged encoder.
     merge(recipe_of(tmp_path, merge={"method": "average"}), progress=False)
     model, batch = epmq.load(tmp_path / "out"), padded_batches(1)[0]
@@ -347,23 +200,6 @@ def test_token_classifiers_score_every_token(tmp_path):
     check_answers(tmp_path, experts)
 
 
-def test_a_head_of_a_class_that_transformers_lacks_is_left_out(pool, tmp_path):
-    model = BertForSequenceClassification.from_pretrained(pool / "base", num_labels=3)
-    model.save_pretrained(tmp_path / "one")
-    config = json.loads((tmp_path / "one" / "config.json").read_text())
-    (tmp_path / "one" / "config.json").write_text(json.dumps({**config, "architectures": ["BertForMyTask"]}))
-    recipe = recipe_for(pool, output=str(tmp_path / "out"), quantize={"method": "rtn"})
-    recipe["experts"][0]["model"] = str(tmp_path / "one")
-    report = run(recipe, **QUIET)
-    assert "expert one: transformers has no class BertForMyTask, its head is left out" in report["notes"]
-    assert epmq.load(tmp_path / "out").tasks == ["two"]
-    with pytest.raises(ValueError, match=r"experts\.one: evaluation needs a head"):
-        evaluate_experts(recipe, progress=False)
-
-
-# --- parts of a base ---------------------------------------------------------------------------------------------
-
-
 def test_vision_experts_of_a_clip_model_make_a_vision_model(tmp_path):
     base = clip()
     base.save_pretrained(tmp_path / "base")
@@ -387,19 +223,11 @@ def test_vision_experts_of_a_clip_model_make_a_vision_model(tmp_path):
     assert type(quantized) is CLIPVisionModel and torch.isfinite(output).all()
 
 
-def test_vision_and_whole_experts_do_not_mix(tmp_path):
-    clip().save_pretrained(tmp_path / "base")
-    clip().save_pretrained(tmp_path / "one")
-    CLIPVisionModel.from_pretrained(tmp_path / "base").save_pretrained(tmp_path / "two")
-    with pytest.raises(ValueError, match="expert two: model type 'clip_vision_model', but the base is 'clip'"):
-        sources_of(tmp_path)
-
-
 def test_every_expert_is_opened_whole(berts):
     """What calibration runs on is the expert as transformers reads it."""
-    sources, batch = sources_of(berts), padded_batches(1)[0]
+    opened, batch = open_folder(berts), padded_batches(1)[0]
     for task, folder in ((None, "base"), ("one", "one"), ("two", "two")):
-        model = sources.whole_model(task, torch.device("cpu"))
+        model = whole_model(opened, task)
         reference = transformers.AutoModel.from_pretrained(berts / folder).eval()
         with torch.no_grad():
             assert torch.equal(model(**batch).pooler_output, reference(**batch).pooler_output)

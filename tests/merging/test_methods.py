@@ -3,41 +3,23 @@ import zlib
 
 import pytest
 import torch
-from conftest import recipe_for
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft.utils import merge_utils as peft
 
 from epmq.merging import methods as merging
-from epmq.merging.experts import Sources
-from epmq.merging.methods import METHODS, average, dare, disjoint_mean, task_arithmetic
+from epmq.merging.methods import average, dare, disjoint_mean, task_arithmetic
 from epmq.merging.methods import ties as ties_merge
-from epmq.merging.trim import magnitude_threshold
-from epmq.recipe_file import load_recipe
+from epmq.method_settings import Merge, settings_classes
 
+METHODS = {name: getattr(merging, name) for name in settings_classes(Merge)}
 BASE = torch.tensor([1.0, 2.0, 3.0, 4.0])
 TAU = torch.tensor([[0.5, -1.0, 0.0, 2.0], [1.5, 3.0, -0.25, -2.0]])
 EXPERTS = [BASE + tau for tau in TAU]
 
-DENSITIES = st.floats(0.0, 1.0)
-# Any finite float32, the small ones (and zero) often enough to repeat.
-MAGNITUDES = st.lists(
-    st.one_of(
-        st.floats(width=32, allow_nan=False, allow_infinity=False, allow_subnormal=True),
-        st.sampled_from([0.0, -0.0, 1.0, -1.0, 1e-45, -1e-45, 1.1754944e-38, 3.4028235e38, -3.4028235e38]),
-    ),
-    min_size=1,
-    max_size=60,
-)
-
 
 def close(found: torch.Tensor, expected: list[float] | torch.Tensor) -> None:
     torch.testing.assert_close(found, torch.as_tensor(expected), rtol=1e-6, atol=1e-6)
-
-
-def threshold_of(pieces, density: float) -> float:
-    """Of a task vector that starts at zero."""
-    return magnitude_threshold(lambda: [(torch.zeros_like(piece), piece) for piece in pieces], density)
 
 
 def two_tasks(*shape: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -169,15 +151,6 @@ def test_ties_elects_by_the_sum_and_not_by_the_number_of_votes():
         assert float(peft.ties(experts, weights, 1.0, "frequency")) == -1.0
 
 
-@settings(deadline=None, max_examples=40)
-@given(size=st.integers(1, 200), density=st.floats(0, 0.99), seed=st.integers(0, 1000))
-def test_the_trim_is_pefts_where_magnitudes_differ(size, density, seed):
-    vector = torch.randperm(size, generator=torch.Generator().manual_seed(seed)).float() + 1
-    vector[::2] *= -1
-    kept = torch.where(vector.abs() >= threshold_of([vector], density), vector, 0.0)
-    assert torch.equal(kept, peft.magnitude_based_pruning(vector, density))
-
-
 @pytest.mark.parametrize("combine", ["task_arithmetic", "ties"])
 def test_dare_is_pefts_under_the_same_masks(monkeypatch, combine):
     base, experts = torch.zeros(8, 9), two_tasks(8, 9)[1]
@@ -188,55 +161,6 @@ def test_dare_is_pefts_under_the_same_masks(monkeypatch, combine):
     method = peft.dare_ties if combine == "ties" else peft.dare_linear
     expected = method([expert.clone() for expert in experts], torch.full((2,), 0.3), 0.4)
     close(dare(base, experts, density=0.4, scaling=0.3, combine=combine), expected)
-
-
-@settings(deadline=None, max_examples=100)
-@given(values=MAGNITUDES, density=DENSITIES)
-def test_the_threshold_is_the_kth_largest_magnitude(values, density):
-    tensor = torch.tensor(values, dtype=torch.float32)
-    keep = int(density * len(values))
-    ranked = sorted((abs(float(x)) for x in tensor), reverse=True)
-    assert threshold_of([tensor], density) == (ranked[keep - 1] if keep else math.inf)
-
-
-@settings(deadline=None, max_examples=100)
-@given(
-    values=MAGNITUDES,
-    density=DENSITIES,
-    cuts=st.lists(st.integers(0, 60), max_size=4),
-    stride=st.integers(1, 70),
-    slack=st.sampled_from([0.0, 0.1, 5.0]),
-)
-def test_the_search_over_pieces_is_exact_wherever_it_begins(values, density, cuts, stride, slack):
-    """A draw that misleads costs passes, never the result."""
-    whole = torch.tensor(values, dtype=torch.float32)
-    pieces = whole.tensor_split(sorted(min(cut, len(values)) for cut in cuts))
-    expected = threshold_of([whole], density)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(merging, "STRIDE", stride)
-        patch.setattr(merging, "SLACK", slack or 1e-9)
-        assert threshold_of(pieces, density) == expected
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_threshold_takes_one_pass_beside_the_draw(monkeypatch, dtype):
-    passes = []
-    found = merging._rank_between
-    monkeypatch.setattr(merging, "_rank_between", lambda *given: passes.append(1) or found(*given))
-    values = torch.randn(300_000).to(dtype)
-    for density in (0.01, 0.2, 0.9):
-        threshold = threshold_of([values.reshape(300, 1000)], density)
-        ranked = values.float().abs().sort(descending=True).values
-        assert threshold == float(ranked[int(density * 300_000) - 1])
-    assert len(passes) == 3
-
-
-def test_the_search_takes_any_shape_and_16_bit_numbers():
-    pieces = [torch.randn(3, 4, 5).bfloat16(), torch.randn(7, 2).T, torch.zeros(2, 2), torch.randn(10_000)]
-    whole = torch.cat([piece.float().flatten() for piece in pieces])
-    threshold = threshold_of(pieces, 0.2)
-    assert threshold == threshold_of([whole], 0.2)
-    assert int((whole.abs() >= threshold).sum()) == int(0.2 * len(whole))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -302,15 +226,3 @@ def test_tensors_of_any_shape(method, shape):
 def test_settings_that_do_not_fit_are_refused(method, wrong, message):
     with pytest.raises(ValueError, match=message):
         method(BASE, EXPERTS, **wrong)
-
-
-@pytest.mark.parametrize("merge", [{"method": "ties"}, {"method": "ties", "trim": "tensor"}, {"method": "average"}])
-def test_rows_at_a_time_give_the_same_merge(pool, monkeypatch, merge):
-    """What a large tensor goes through, on small ones."""
-    recipe = load_recipe(recipe_for(pool, merge=merge))
-    whole = Sources(recipe)
-    expected = {name: whole.merged(name) for name in whole.names}
-    monkeypatch.setattr("epmq.merging.experts.ROWS", 1000)
-    pieces = Sources(recipe)
-    for name, tensor in expected.items():
-        assert torch.equal(pieces.merged(name), tensor), name

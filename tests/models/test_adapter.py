@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import WEIGHTS, adapt, edit, rewrite, sources_of
+from adapters import WEIGHTS, adapt, edit, open_adapters, rewrite
 from conftest import perturbed, tiny_bert, tiny_dinov2
 from families import FAMILIES
 from hypothesis import given, settings
@@ -17,6 +17,8 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import BertModel
 
+from epmq.merging.merged import MergedWeights
+from epmq.method_settings import TaskArithmetic
 from epmq.models.adapter import CONFIG, Adapter
 
 TARGETS = {
@@ -69,16 +71,16 @@ def plain(bases: dict[str, Path], tmp_path: Path) -> Path:
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("family", TARGETS)
 def test_an_adapter_is_what_peft_merges(bases, tmp_path, family, variant):
-    kind = type(FAMILIES[family].build())
-    adapt(kind.from_pretrained(bases[family]), tmp_path / "lora", **settings_of(variant, family))
-    merged = PeftModel.from_pretrained(kind.from_pretrained(bases[family]), tmp_path / "lora").merge_and_unload()
-    expected, base = merged.state_dict(), kind.from_pretrained(bases[family]).state_dict()
-    sources = sources_of(bases[family], tmp_path / "lora")
-    assert not sources.absent and sources.head_tensors("t0") == {}
+    model_class = type(FAMILIES[family].build())
+    adapt(model_class.from_pretrained(bases[family]), tmp_path / "lora", **settings_of(variant, family))
+    merged = PeftModel.from_pretrained(model_class.from_pretrained(bases[family]), tmp_path / "lora").merge_and_unload()
+    expected, base = merged.state_dict(), model_class.from_pretrained(bases[family]).state_dict()
+    opened = open_adapters(bases[family], tmp_path / "lora")
+    expert = opened.experts["t0"]
+    assert not opened.absent and expert.head_tensors() == {}
     moved = 0
-    for name in sources.names:
-        found = sources.expert_tensor("t0", name)
-        torch.testing.assert_close(found, expected[name], rtol=0, atol=1e-6, msg=name)
+    for name in opened.names:
+        torch.testing.assert_close(expert.tensor(name), expected[name], rtol=0, atol=1e-6, msg=name)
         moved += not torch.equal(expected[name], base[name])
     assert moved >= 2
 
@@ -88,13 +90,14 @@ def test_an_adapter_is_what_peft_merges(bases, tmp_path, family, variant):
 @pytest.mark.parametrize("family", TARGETS)
 def test_rows_of_an_adapter_are_those_of_the_whole(bases, tmp_path, monkeypatch, family, variant):
     """What a large tensor goes through, on small ones."""
-    kind = type(FAMILIES[family].build())
-    adapt(kind.from_pretrained(bases[family]), tmp_path / "lora", **settings_of(variant, family))
-    sources = sources_of(bases[family], tmp_path / "lora")
-    whole = {name: sources.merged(name) for name in sources.names}
-    monkeypatch.setattr("epmq.merging.experts.ROWS", 200)
+    model_class = type(FAMILIES[family].build())
+    adapt(model_class.from_pretrained(bases[family]), tmp_path / "lora", **settings_of(variant, family))
+    opened = open_adapters(bases[family], tmp_path / "lora")
+    merged = MergedWeights(opened, TaskArithmetic())
+    whole = {name: merged.tensor(name) for name in opened.names}
+    monkeypatch.setattr("epmq.merging.merged.ROWS", 200)
     for name, tensor in whole.items():
-        torch.testing.assert_close(sources.merged(name), tensor, rtol=0, atol=1e-6, msg=name)
+        torch.testing.assert_close(merged.tensor(name), tensor, rtol=0, atol=1e-6, msg=name)
 
 
 @settings(deadline=None, max_examples=20)
@@ -118,24 +121,25 @@ def test_the_change_is_scaled_by_alpha_over_the_rank_or_its_root(tmp_path_factor
 
 @pytest.mark.parametrize("family", TARGETS)
 def test_an_adapter_that_was_not_trained_is_the_base(bases, tmp_path, family):
-    kind = type(FAMILIES[family].build())
-    adapt(kind.from_pretrained(bases[family]), tmp_path, moved=False, target_modules=TARGETS[family])
-    sources = sources_of(bases[family], tmp_path)
-    for name in sources.names:
-        assert torch.equal(sources.expert_tensor("t0", name), sources.base_tensor(name)), name
+    model_class = type(FAMILIES[family].build())
+    adapt(model_class.from_pretrained(bases[family]), tmp_path, moved=False, target_modules=TARGETS[family])
+    opened = open_adapters(bases[family], tmp_path)
+    for name in opened.names:
+        assert torch.equal(opened.experts["t0"].tensor(name), opened.base.tensor(name)), name
 
 
 def test_a_base_in_half_precision_is_changed_in_float32(tmp_path):
     model = perturbed(tiny_bert(), 1).bfloat16()
     model.save_pretrained(tmp_path / "base")
     adapt(model.float(), tmp_path / "lora", target_modules=["query"])
-    sources, name = sources_of(tmp_path / "base", tmp_path / "lora"), "encoder.layer.0.attention.self.query.weight"
+    opened, name = open_adapters(tmp_path / "base", tmp_path / "lora"), "encoder.layer.0.attention.self.query.weight"
     merged = PeftModel.from_pretrained(
         BertModel.from_pretrained(tmp_path / "base", dtype=torch.float32), tmp_path / "lora"
     ).merge_and_unload()
-    found = sources.expert_tensor("t0", name)
-    assert found.dtype == torch.float32 and sources.merged(name).dtype == torch.bfloat16
-    torch.testing.assert_close(found, merged.state_dict()[name], rtol=0, atol=1e-6)
+    adapted = opened.experts["t0"].tensor(name)
+    assert adapted.dtype == torch.float32
+    assert MergedWeights(opened, TaskArithmetic()).tensor(name).dtype == torch.bfloat16
+    torch.testing.assert_close(adapted, merged.state_dict()[name], rtol=0, atol=1e-6)
 
 
 # --- tied weights ------------------------------------------------------------------------------------------------
@@ -153,21 +157,22 @@ def test_a_base_in_half_precision_is_changed_in_float32(tmp_path):
 def test_tied_embeddings_that_were_trained_together_are_the_trained_model(bases, tmp_path, fields):
     """The trained model, not its merge: PEFT 0.21 adds the change to the shared weight twice."""
     model = adapt(type(FAMILIES["smollm2"].build()).from_pretrained(bases["smollm2"]), tmp_path, **fields)
-    sources, ids = sources_of(bases["smollm2"], tmp_path), torch.arange(32)[None]
-    found = sources.whole_model("t0", torch.device("cpu"))(ids).logits
-    torch.testing.assert_close(found, model(ids).logits, rtol=0, atol=1e-5)
-    assert sources.notes == []
+    opened, ids = open_adapters(bases["smollm2"], tmp_path), torch.arange(32)[None]
+    logits = opened.whole_model(opened.experts["t0"], torch.device("cpu"))(ids).logits
+    torch.testing.assert_close(logits, model(ids).logits, rtol=0, atol=1e-5)
+    assert opened.notes == []
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_embeddings_that_were_trained_alone_take_the_output_layer_with_them(bases, tmp_path):
-    kind = type(FAMILIES["smollm2"].build())
-    adapt(kind.from_pretrained(bases["smollm2"]), tmp_path, target_modules=["embed_tokens"])
-    merged = PeftModel.from_pretrained(kind.from_pretrained(bases["smollm2"]), tmp_path).merge_and_unload()
-    sources = sources_of(bases["smollm2"], tmp_path)
-    for name in sources.names:
-        torch.testing.assert_close(sources.expert_tensor("t0", name), merged.state_dict()[name], rtol=0, atol=1e-6)
-    assert sources.notes == [
+    model_class = type(FAMILIES["smollm2"].build())
+    adapt(model_class.from_pretrained(bases["smollm2"]), tmp_path, target_modules=["embed_tokens"])
+    merged = PeftModel.from_pretrained(model_class.from_pretrained(bases["smollm2"]), tmp_path).merge_and_unload()
+    opened = open_adapters(bases["smollm2"], tmp_path)
+    for name in opened.names:
+        tensor = opened.experts["t0"].tensor(name)
+        torch.testing.assert_close(tensor, merged.state_dict()[name], rtol=0, atol=1e-6)
+    assert opened.notes == [
         "expert t0 was trained on model.embed_tokens.weight alone; lm_head.weight, its equal, follows it"
     ]
 
@@ -178,7 +183,7 @@ def test_one_half_of_a_tied_pair_cannot_change_alone(bases, tmp_path, field):
     fields = {"target_modules": ["q_proj"], field: ["lm_head"]}
     adapt(type(FAMILIES["smollm2"].build()).from_pretrained(bases["smollm2"]), tmp_path, **fields)
     with pytest.raises(ValueError, match=r"expert t0: 'lm_head\.weight' differs from 'model\.embed_tokens\.weight'"):
-        sources_of(bases["smollm2"], tmp_path)
+        open_adapters(bases["smollm2"], tmp_path)
 
 
 # --- what is not applied -----------------------------------------------------------------------------------------
@@ -207,16 +212,16 @@ def test_one_half_of_a_tied_pair_cannot_change_alone(bases, tmp_path, field):
     ],
 )
 def test_what_an_adapter_asks_for_in_vain_is_named(bases, plain, fields, message):
-    sources_of(bases["bert"], plain)
+    open_adapters(bases["bert"], plain)
     edit(plain, **fields)
     with pytest.raises(ValueError, match=rf"adapter_config\.json: {message}"):
-        sources_of(bases["bert"], plain)
+        open_adapters(bases["bert"], plain)
 
 
 @pytest.mark.parametrize("start", [True, False, "gaussian", "eva", "orthogonal"])
 def test_how_the_factors_started_does_not_matter(bases, plain, start):
     edit(plain, init_lora_weights=start, some_day=None, another=[])
-    sources_of(bases["bert"], plain)
+    open_adapters(bases["bert"], plain)
 
 
 @pytest.mark.parametrize(
@@ -238,19 +243,19 @@ def test_how_the_factors_started_does_not_matter(bases, plain, start):
 def test_an_adapter_that_does_not_fit_is_refused_by_name(bases, plain, change, message):
     rewrite(plain, change)
     with pytest.raises(ValueError, match=message):
-        list(sources_of(bases["bert"], plain).check_finite())
+        open_adapters(bases["bert"], plain).experts["t0"].check_finite()
 
 
 def test_an_adapter_of_a_convolution_is_refused(tmp_path):
     tiny_dinov2().save_pretrained(tmp_path / "base")
     adapt(tiny_dinov2(), tmp_path / "lora", target_modules=["projection"])
     with pytest.raises(ValueError, match=r"projection\.weight' is not a linear layer or an embedding"):
-        sources_of(tmp_path / "base", tmp_path / "lora")
+        open_adapters(tmp_path / "base", tmp_path / "lora")
 
 
 def test_an_adapter_of_another_family_is_refused(bases, plain):
     with pytest.raises(ValueError, match="expert t0: the adapter changes"):
-        sources_of(bases["llama"], plain)
+        open_adapters(bases["llama"], plain)
 
 
 # --- files -------------------------------------------------------------------------------------------------------
@@ -258,30 +263,30 @@ def test_an_adapter_of_another_family_is_refused(bases, plain):
 
 def test_a_pickled_adapter_is_opened_only_by_name(bases, plain):
     names = ["encoder.layer.1.attention.self.query.weight", "encoder.layer.0.attention.self.key.weight"]
-    expected = {name: sources_of(bases["bert"], plain).expert_tensor("t0", name) for name in names}
+    expected = {name: open_adapters(bases["bert"], plain).experts["t0"].tensor(name) for name in names}
     torch.save(load_file(plain / WEIGHTS), plain / "adapter_model.bin")
     (plain / WEIGHTS).unlink()
     with pytest.raises(FileNotFoundError, match=r"adapter_model\.bin is a pickle: name that file"):
-        sources_of(bases["bert"], plain)
-    sources = sources_of(bases["bert"], plain / "adapter_model.bin")
-    assert all(torch.equal(sources.expert_tensor("t0", name), expected[name]) for name in names)
+        open_adapters(bases["bert"], plain)
+    expert = open_adapters(bases["bert"], plain / "adapter_model.bin").experts["t0"]
+    assert all(torch.equal(expert.tensor(name), expected[name]) for name in names)
 
 
 def test_an_adapter_without_weights_names_the_folder(bases, plain):
     (plain / WEIGHTS).unlink()
     with pytest.raises(FileNotFoundError, match=r"lora: no adapter_model\.safetensors"):
-        sources_of(bases["bert"], plain)
+        open_adapters(bases["bert"], plain)
 
 
 def test_weights_of_the_whole_model_come_before_an_adapter_beside_them(bases, plain):
     perturbed(BertModel.from_pretrained(bases["bert"]), 4).save_pretrained(plain, max_shard_size="50KB")
-    expert = sources_of(bases["bert"], plain).experts["t0"]
-    assert not isinstance(expert, Adapter) and "pooler.dense.weight" in expert
+    expert = open_adapters(bases["bert"], plain).experts["t0"]
+    assert expert.adapter is None and "pooler.dense.weight" in expert.checkpoint
 
 
 def test_an_adapter_on_the_hub_is_an_adapter(bases, plain, monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **settings: str(plain))
-    assert isinstance(sources_of(bases["bert"], Path("owner/name")).experts["t0"], Adapter)
+    assert open_adapters(bases["bert"], Path("owner/name")).experts["t0"].adapter is not None
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import adapt, rewrite, sources_of
+from adapters import adapt, open_adapters, rewrite
 from conftest import TEXTS, padded_batches, recipe_for, tiny_bert
 from families import FAMILIES
 from peft import PeftModel, TaskType
@@ -93,7 +93,7 @@ def test_a_head_that_was_not_saved_is_named(tmp_path):
     adapt(model, tmp_path / "lora", target_modules=["q_lin"], task_type="SEQ_CLS")
     rewrite(tmp_path / "lora", lambda tensors: {k: v for k, v in tensors.items() if "pre_classifier" not in k})
     with pytest.raises(ValueError, match=r"pre_classifier\.bias, pre_classifier\.weight is neither in the base nor"):
-        sources_of(tmp_path / "base", tmp_path / "lora")
+        open_adapters(tmp_path / "base", tmp_path / "lora")
 
 
 @pytest.mark.parametrize("saved", [True, False])
@@ -119,7 +119,7 @@ def test_a_change_to_what_the_base_lacks_is_refused(tmp_path):
     BertForMaskedLM(tiny_bert().config).save_pretrained(tmp_path / "base")
     adapt(tiny_bert(), tmp_path / "lora", target_modules=["pooler.dense"])
     with pytest.raises(ValueError, match=r"changes 'pooler\.dense\.weight', which the base lacks"):
-        sources_of(tmp_path / "base", tmp_path / "lora")
+        open_adapters(tmp_path / "base", tmp_path / "lora")
 
 
 def test_a_head_of_no_known_class_is_refused(pool, tmp_path):
@@ -130,7 +130,7 @@ def test_a_head_of_no_known_class_is_refused(pool, tmp_path):
 
     adapt(Mine.from_pretrained(pool / "base"), tmp_path, target_modules=["query"], modules_to_save=["answer"])
     with pytest.raises(ValueError, match=r"answer\.weight.* is not in the base, and no task class is named for it"):
-        sources_of(pool / "base", tmp_path)
+        open_adapters(pool / "base", tmp_path)
 
 
 def test_the_written_checkpoint_needs_no_adapter(pool, tmp_path):

@@ -13,7 +13,7 @@ from conftest import perturbed
 from families import FAMILIES
 
 import epmq
-from epmq.calibration.sequential import SequentialCalibrator
+from epmq.calibration.sequential import Batch, SequentialCalibrator
 from epmq.models.blocks import find_stacks, linears
 from epmq.models.loading import load_model
 from epmq.pipeline.run import run
@@ -48,23 +48,23 @@ def test_chained_blocks_are_the_models_own_forward(family):
     assert {stack.name: len(stack.blocks) for stack in find_stacks(model)} == spec.stacks
     expected = [tensors_of(model(**batch)) for batch in batches]
 
-    walk = SequentialCalibrator(model, batches)
+    calibrator = SequentialCalibrator(model, [Batch("", index, batch) for index, batch in enumerate(batches)])
     names = []
-    for step in walk:
+    for step in calibrator:
         names.append(step.name)
         step.finish()
     assert sorted(names) == sorted(f"{name}.{i}" for name, count in spec.stacks.items() for i in range(count))
 
     # The stored outputs of the last blocks, put through what follows them, must be the model's own output.
     for i, batch in enumerate(batches):
-        for stack in walk.stacks:
+        for stack in calibrator.stacks:
             for block in stack.blocks:
                 block.forward = lambda *args, stack=stack, i=i, **kwargs: stack.outputs[i]
         found = tensors_of(model(**batch))
         assert found.keys() == expected[i].keys() and found
         for name, tensor in found.items():
             assert torch.equal(tensor, expected[i][name]), name
-        for stack in walk.stacks:
+        for stack in calibrator.stacks:
             for block in stack.blocks:
                 del block.forward
 

@@ -206,20 +206,21 @@ def no_output(pool: Path, recipe: dict) -> None:
 def test_bad_input_is_named_before_anything_is_computed(own_pool, tmp_path, monkeypatch, spoil, error, message):
     recipe = recipe_for(own_pool, output=str(tmp_path / "out"))
     spoil(own_pool, recipe)
-    monkeypatch.setattr(pipeline, "write_model", lambda *args: pytest.fail("the computation began"))
+    for step in ("write_merged", "write_quantized"):
+        monkeypatch.setattr(pipeline, step, lambda *args: pytest.fail("the computation began"))
     before = sorted(os.listdir(tmp_path))
     with pytest.raises(error, match=message):
         run(recipe, progress=False)
     assert sorted(os.listdir(tmp_path)) == before and not (own_pool / "sprung").exists()
 
 
-@pytest.mark.parametrize("phase", ["write_model", "evaluate_model", "write_json"])
+@pytest.mark.parametrize("step", ["write_quantized", "evaluate_model", "write_json"])
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_a_failure_half_way_leaves_no_output(pool, tmp_path, monkeypatch, phase, error):
+def test_a_failure_half_way_leaves_no_output(pool, tmp_path, monkeypatch, step, error):
     def fail(*args: Any, **kwargs: Any) -> None:
         raise error
 
-    monkeypatch.setattr(pipeline, phase, fail)
+    monkeypatch.setattr(pipeline, step, fail)
     with pytest.raises(error):
         run(recipe_for(pool, output=str(tmp_path / "out")), progress=False)
-    assert os.listdir(tmp_path) == ([] if phase == "write_model" else [".out.work"])
+    assert os.listdir(tmp_path) == ([] if step == "write_quantized" else [".out.work"])

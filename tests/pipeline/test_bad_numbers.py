@@ -29,9 +29,9 @@ def spoiled(pool: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
     """A recipe over the pool with every model's tensors changed."""
 
     def spoil(change: Callable[[dict[str, torch.Tensor]], None], settings: dict[str, Any], **fields: Any) -> Any:
-        for place in ("base", "experts/one", "experts/two"):
-            for file in (pool / place).iterdir():
-                target = tmp_path / place / file.name
+        for folder in ("base", "experts/one", "experts/two"):
+            for file in (pool / folder).iterdir():
+                target = tmp_path / folder / file.name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 if file.name == "model.safetensors":
                     tensors = load_file(file)
@@ -130,9 +130,9 @@ def test_what_overflows_in_half_precision_is_computed_in_single_and_noted(spoile
     for settings in SETTINGS[1:]:
         output = tmp_path / f"out-{'-'.join(map(str, settings.values()))}"
         report = run({**spoiled(beyond, settings), "output": str(output)}, progress=False, evaluate=False)
-        said = [note for note in report["notes"] if "more than float16 holds" in note]
-        assert any("encoder.layer.1.attention.self.query" in note for note in said)
-        assert not any("encoder.layer.0.attention.self" in note or "self.key" in note for note in said)
+        notes = [note for note in report["notes"] if "more than float16 holds" in note]
+        assert any("encoder.layer.1.attention.self.query" in note for note in notes)
+        assert not any("encoder.layer.0.attention.self" in note or "self.key" in note for note in notes)
         ids = torch.randint(5, 19, (2, 8))
         assert torch.isfinite(load(output).backbone(input_ids=ids).last_hidden_state).all()
 

@@ -22,20 +22,20 @@ METHODS = {
 @pytest.mark.parametrize("name", METHODS)
 def test_a_plan_tells_the_size_and_writes_nothing(pool, tmp_path, name, form):
     recipe = recipe_for(pool, output=str(tmp_path / "out"), samples=16, quantize=METHODS[name], format=form)
-    found = dry_run(recipe, progress=False)
+    plan = dry_run(recipe, progress=False)
     assert list(tmp_path.iterdir()) == []
     report = epmq.run(recipe, progress=False, evaluate=False)
-    assert found.output_bytes == report["bytes"]
-    assert found.layers == len(report["layers"])
-    assert found.recipe.model_dump(mode="json") == report["recipe"]
-    assert all(seconds > 0 for seconds in found.seconds.values()) and {"open", "merge"} <= found.seconds.keys()
+    assert plan.output_bytes == report["bytes"]
+    assert plan.layers == len(report["layers"])
+    assert plan.recipe.model_dump(mode="json") == report["recipe"]
+    assert all(seconds > 0 for seconds in plan.seconds.values()) and {"open", "merge"} <= plan.seconds.keys()
     # What the process holds beside these tiny models is most of both.
-    assert found.peak_memory_mb == pytest.approx(report["peak_memory_mb"], rel=0.25)
+    assert plan.peak_memory_mb == pytest.approx(report["peak_memory_mb"], rel=0.25)
     if report["layers"] and report["layers"][0]["tokens"]:
         # Batches are padded alike but not equally; the first stands for all.
-        assert found.tokens == pytest.approx(report["layers"][0]["tokens"], rel=0.25)
+        assert plan.tokens == pytest.approx(report["layers"][0]["tokens"], rel=0.25)
     else:
-        assert found.tokens == 0
+        assert plan.tokens == 0
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -49,10 +49,10 @@ def test_every_family_can_be_planned(tmp_path, name):
         "experts": [{"name": "one", "model": str(tmp_path / "expert")}],
         "format": "dequantized",
     }
-    found = dry_run(recipe, calibration={"one": family.batches()}, progress=False)
-    assert found.blocks == sum(family.stacks.values())
-    assert {"open", "merge", "forward", "moments", "targets", "solve", "read back"} == found.seconds.keys()
-    assert found.tokens > 0 and found.output_bytes > 0
+    plan = dry_run(recipe, calibration={"one": family.batches()}, progress=False)
+    assert plan.blocks == sum(family.stacks.values())
+    assert {"open", "merge", "collect", "solve", "write", "read back"} == plan.seconds.keys()
+    assert plan.tokens > 0 and plan.output_bytes > 0
 
 
 def test_a_dry_run_checks_what_a_run_checks(pool):

@@ -80,8 +80,8 @@ def test_an_expert_that_is_removed_under_us_can_be_put_back(pool, tmp_path, monk
     shutil.copytree(pool, tmp_path / "pool")
     file, append = tmp_path / "pool" / "experts" / "two" / "model.safetensors", Journal.append
 
-    def remove(journal, block):
-        append(journal, block)
+    def remove(journal, name, reports):
+        append(journal, name, reports)
         file.rename(tmp_path / "away")
 
     recipe = recipe_for(tmp_path / "pool", output=str(tmp_path / "out"), quantize={"method": "gptq"})

@@ -1,21 +1,18 @@
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
 import transformers
 from typer.testing import CliRunner
 
 from epmq.cli import app
-from epmq.reproduce.forecast import Forecast, fetches, forecast, stub_models
-from epmq.reproduce.tables import Shape, Table, load_table
+from epmq.reproduce.forecast import Forecast, downloads, forecast, stub_models
+from epmq.reproduce.tables import RunOptions, Shape, Table, load_table
 from tests.kit.mirror import TINY, build
 
 
 def small(name: str) -> Table:
     """A table whose published shapes are tiny."""
     table = load_table(name)
-    tiny = {what: Shape(**{**shape.model_dump(), "config": TINY[shape.model]}) for what, shape in table.shapes.items()}
+    tiny = {role: Shape(**{**shape.model_dump(), "config": TINY[shape.model]}) for role, shape in table.shapes.items()}
     return table.model_copy(update={"shapes": tiny})
 
 
@@ -25,35 +22,35 @@ def clip() -> Table:
 
 
 @pytest.fixture(scope="module")
-def found(clip) -> Forecast:
-    return forecast(clip, limit=6, merges=["ties"], methods=["rtn", "expert_guided"], bits=[4, 2], progress=False)
+def predicted(clip) -> Forecast:
+    return forecast(clip, RunOptions(["ties"], ["rtn", "expert_guided"], [4, 2], limit=6), progress=False)
 
 
-def test_a_forecast_is_made_before_anything_is_fetched(clip, found, monkeypatch):
-    assert {(one.what, one.place) for one in found.fetches} == {("base", None), ("expert", None), ("data", None)}
-    names = [one.name for one in found.fetches]
+def test_a_forecast_is_made_before_anything_is_fetched(clip, predicted, monkeypatch):
+    assert {(one.role, one.path) for one in predicted.downloads} == {("base", None), ("expert", None), ("data", None)}
+    names = [one.hub_id for one in predicted.downloads]
     assert names[0] == clip.base and names[1:9] == [clip.expert(task) for task in clip.tasks]
     assert names[9:] == [task.data.dataset for task in clip.tasks.values()]
-    assert [one.bytes is None for one in found.fetches] == [False] * 9 + [True] * 8
-    assert "pytorch_model.bin without safetensors" in found.fetches[0].files
-    assert set(found.plans) == {("ties", "none"), ("ties", "rtn"), ("ties", "expert_guided")}
-    guided = found.plans["ties", "expert_guided"]
+    assert [one.bytes is None for one in predicted.downloads] == [False] * 9 + [True] * 8
+    assert "pytorch_model.bin without safetensors" in predicted.downloads[0].files
+    assert set(predicted.plans) == {("ties", "none"), ("ties", "rtn"), ("ties", "expert_guided")}
+    guided = predicted.plans["ties", "expert_guided"]
     assert guided.tokens == 8 * 6 * 5 and guided.layers == 2 * 6 and guided.blocks == 2  # tokens: 4 patches and a class
     assert guided.recipe.quantize.anchor_scale == 3 and guided.peak_memory_mb > 0  # heads that follow
-    assert {"open", "merge", "forward", "moments", "targets", "solve", "read back"} <= guided.seconds.keys()
-    assert found.scored == 48 and found.scoring > 0
-    rows = {row.name: found.seconds(row) for row in found.rows}
+    assert {"open", "merge", "collect", "solve", "write", "read back"} <= guided.seconds.keys()
+    assert predicted.scored == 48 and predicted.scoring > 0
+    rows = {row.name: predicted.seconds(row) for row in predicted.rows}
     assert rows["base"] is None and rows["ties-rtn-4"] == rows["ties-rtn-2"] > 0
 
 
 @pytest.mark.slow
 def test_sizes_are_those_of_the_files(clip, tmp_path):
     build(clip, tmp_path, tiny=True, rows=1)
-    told, here = list(fetches(clip, None)), list(fetches(clip, tmp_path))
-    for one, other in zip(told, here):
-        assert one.place is None and other.place is not None and Path(other.place).is_dir()
-        if one.what == "expert":
-            weights = (Path(other.place) / "model.safetensors").stat().st_size
+    remote, here = list(downloads(clip, None)), list(downloads(clip, tmp_path))
+    for one, other in zip(remote, here):
+        assert one.path is None and other.path is not None and other.path.is_dir()
+        if one.role == "expert":
+            weights = (other.path / "model.safetensors").stat().st_size
             assert 0 < weights - one.bytes < 10_000 and other.bytes > one.bytes  # a header is all there is beside
 
 
@@ -67,15 +64,15 @@ def test_holes_open_as_the_models_they_stand_for(clip):
     assert not folder.exists()
 
 
-def test_a_forecast_in_the_terminal(clip, found, monkeypatch):
-    given: dict[str, Any] = {}
+def test_a_forecast_in_the_terminal(clip, predicted, monkeypatch):
+    asked: list[RunOptions] = []
     monkeypatch.setattr(
-        "epmq.reproduce.forecast.forecast", lambda name, **settings: given.update(settings, name=name) or found
+        "epmq.reproduce.forecast.forecast", lambda name, options, **settings: asked.append(options) or predicted
     )
     arguments = ["reproduce", "clip-vit-b32-8", "--dry-run", "--limit", "6", "--merge", "ties", "--bits", "4"]
     printed = CliRunner().invoke(app, arguments, env={"COLUMNS": "220"})
     assert printed.exit_code == 0, printed.output
-    assert given["limit"] == 6 and given["merges"] == ["ties"] and given["bits"] == [4] and given["methods"] == ()
+    assert asked == [RunOptions(merges=["ties"], bits=[4], limit=6)]
     for text in (
         "tanganke/clip-vit-base-patch32_sun397",
         "to be fetched",

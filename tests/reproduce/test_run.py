@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 
 from epmq.cli import app
 from epmq.reproduce import run as loop
-from epmq.reproduce.run import chosen, reproduce
-from epmq.reproduce.tables import load_table
+from epmq.reproduce.run import reproduce
+from epmq.reproduce.tables import RunOptions, load_table
 from tests.kit.mirror import build
 
 
@@ -35,10 +35,10 @@ def _offline(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monke
 
 
 def call(*arguments: object) -> Any:
-    found = CliRunner().invoke(app, ["reproduce", *map(str, arguments)], env={"COLUMNS": "220"})
-    if found.exception is not None and not isinstance(found.exception, SystemExit):
-        raise found.exception
-    return found
+    result = CliRunner().invoke(app, ["reproduce", *map(str, arguments)], env={"COLUMNS": "220"})
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
 
 
 @pytest.mark.slow
@@ -115,13 +115,12 @@ def test_a_table_that_was_stopped_goes_on(hub, tmp_path, monkeypatch):
 
 def test_rows_are_picked_by_name():
     table = load_table("clip-vit-b32-8")
-    names = [row.name for row in chosen(table, ["ties"], ["e_pmq"], [3, 4])]
+    names = [row.name for row in RunOptions(["ties"], ["e_pmq"], [3, 4]).rows(table)]
     assert names == ["base", "experts", "ties", "ties-e_pmq-4", "ties-e_pmq-3"]
-    assert len(chosen(table, [], [], [])) == 2 + 2 + 2 * 5 * 4
+    assert len(RunOptions().rows(table)) == 2 + 2 + 2 * 5 * 4
     for field, value in (("merges", "slerp"), ("methods", "awq"), ("bits", 5)):
-        picked = {"merges": [], "methods": [], "bits": [], field: [value]}
         with pytest.raises(ValueError, match=f"the table has no {value}; it has "):
-            chosen(table, **picked)
+            RunOptions(**{field: [value]}).rows(table)
 
 
 def test_tables_are_listed():
@@ -134,7 +133,7 @@ def test_tables_are_listed():
 
 def test_what_is_nowhere_is_named(hub, tmp_path):
     with pytest.raises(AssertionError, match="something asked the Hub"):
-        reproduce("clip-vit-b32-8", tmp_path / "out", hub=tmp_path, progress=False)
+        reproduce("clip-vit-b32-8", tmp_path / "out", RunOptions(hub=tmp_path), progress=False)
 
 
 @pytest.mark.slow
@@ -145,8 +144,8 @@ def test_what_is_nowhere_is_named(hub, tmp_path):
 def test_the_other_tables_run_too(tmp_path, name, tasks, published):
     table = load_table(name)
     build(table, tmp_path / "hub")
-    picked = {"merges": ["task_arithmetic"], "methods": ["gptq", "expert_guided"], "bits": [4]}
-    content = reproduce(name, tmp_path / "out", hub=tmp_path / "hub", limit=4, progress=False, **picked)
+    options = RunOptions(["task_arithmetic"], ["gptq", "expert_guided"], [4], limit=4, hub=tmp_path / "hub")
+    content = reproduce(name, tmp_path / "out", options, progress=False)
     rows = {row["row"]: row for row in content["rows"]}
     ours = [row for row in rows.values() if "mean" in row]
     assert len(ours) == 5 and all(len(row["scores"]) == tasks for row in ours)
@@ -164,8 +163,8 @@ def test_the_other_tables_run_too(tmp_path, name, tasks, published):
 def test_a_table_that_lm_eval_scores(tmp_path):
     table = load_table("llama-mergebench")
     build(table, tmp_path / "hub", rows=24)
-    picked = {"merges": ["task_arithmetic"], "methods": ["expert_guided"], "bits": [4]}
-    content = reproduce(table, tmp_path / "out", hub=tmp_path / "hub", limit=2, progress=False, **picked)
+    options = RunOptions(["task_arithmetic"], ["expert_guided"], [4], limit=2, hub=tmp_path / "hub")
+    content = reproduce(table, tmp_path / "out", options, progress=False)
     rows = {row["row"]: row for row in content["rows"]}
     ours = [name for name, row in rows.items() if "mean" in row]
     assert ours == ["base", "experts", "task_arithmetic", "task_arithmetic-expert_guided-4"]

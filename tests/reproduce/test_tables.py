@@ -76,9 +76,9 @@ def test_tasks_may_lie_in_a_file_of_their_own(tmp_path):
     [
         ({"experts": "owner/expert"}, r"experts: has no \{task\}"),
         ({"experts": {"one": "a/b"}}, "experts: needs exactly the tasks one, two"),
-        ({"methods": {"awq": {"method": "awq"}}}, "methods.awq: method: "),
-        ({"methods": {"rtn": {"method": "rtn", "damping": 1}}}, "methods.rtn: damping: rtn does not use it"),
-        ({"bits": [5]}, "methods.gptq: bits: 5 is not one of"),
+        ({"methods": {"awq": {"method": "awq"}}}, "methods.awq.method: 'awq' is not one of none, rtn, gptq"),
+        ({"methods": {"rtn": {"method": "rtn", "damping": 1}}}, "methods.rtn.damping: rtn does not use it"),
+        ({"bits": [5]}, "methods.gptq.bits: 5 is not one of"),
         ({"merges": {"ta": {"scale": 1}}}, "unknown field 'merges.ta.scale'"),
         ({"shapes": {}}, "shapes: the base's is missing"),
         ({"tasks": {"one": {**TASK, "templates": None}}}, "a head from the text tower needs both"),

@@ -145,6 +145,8 @@ class CalibrationEngine:
         InputError: a layer saw no data or not finite data, or its Hessian cannot be factored; it is named.
     """
 
+    outputs_for: int | None = 1  # batches that go through the last block to its end: of the others nobody asks that
+
     def __init__(
         self,
         context: CalibrationContext,
@@ -168,7 +170,7 @@ class CalibrationEngine:
             refitter = self._refitter()
             on_finished = refitter.on_finished if refitter else None
             calibrator = SequentialCalibrator(
-                experts.model, self.batches, on_finished, context.offloader, outputs_for=1
+                experts.model, self.batches, on_finished, context.offloader, self.outputs_for
             )
             aimed = False
             self.observe("", "start")

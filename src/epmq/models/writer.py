@@ -104,7 +104,9 @@ class CheckpointWriter:
         handle = self._handles[file]
         handle.seek(offset)
         content = bytearray(handle.read(byte_size(self.specs[name])))
-        return torch.frombuffer(content, dtype=DTYPES[dtype]).reshape(shape) if content else torch.empty(shape)
+        if not content:
+            return torch.empty(shape, dtype=DTYPES[dtype])
+        return torch.frombuffer(content, dtype=DTYPES[dtype]).reshape(shape)
 
     def sync(self) -> None:
         """See everything that was written onto the disk."""

@@ -11,7 +11,9 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -20,15 +22,16 @@ from torch import Tensor
 
 from epmq.calibration.collect import LayerGroup
 from epmq.calibration.engine import Block, CalibrationEngine, round_blocks
-from epmq.calibration.sequential import Batch, BlockStep
-from epmq.data.encoding import split_first, to_device
+from epmq.calibration.sequential import BlockStep
+from epmq.data.encoding import split_first
+from epmq.export import FORMATS
 from epmq.merging.experts import ExpertSet
 from epmq.merging.merged import MergedWeights
-from epmq.models.blocks import block_linears, find_stacks
+from epmq.models.blocks import block_linears, find_stacks, is_transposed
 from epmq.models.checkpoint import byte_size
 from epmq.pipeline.output import weight_specs
 from epmq.pipeline.prepare import Objects, PreparedRun, prepare
-from epmq.pipeline.run import TRIED, calibration_engine
+from epmq.pipeline.run import TRIED, calibration_batches, calibration_engine
 from epmq.recipe import Recipe
 from epmq.recipe_file import load_recipe
 from epmq.runtime import (
@@ -131,7 +134,7 @@ def plan_of(prepared: PreparedRun, opening: float) -> Plan:
     written = sum(map(byte_size, weight_specs(prepared).values()))
     return Plan(
         recipe=recipe,
-        blocks=sum(len(stack.blocks) for stack in find_stacks(experts.model)),
+        blocks=_blocks(experts),
         layers=len(quantized),
         tokens=_tokens(prepared),
         seconds={"open": opening, **measured.seconds},
@@ -169,24 +172,33 @@ def _merged(prepared: PreparedRun) -> Measured:
     """What merging costs, and rounding to nearest where that is asked for: one block of each stack stands for all."""
     first, settings, device = prepared.experts.first_blocks(), prepared.recipe.quantize, prepared.device
     merged = MergedWeights(first, prepared.recipe.merge, prepared.recipe.seed)
-    whole = _entries(prepared.experts, prepared.experts.names)
+    inside = [name for name in first.names if name not in first.outside_names()]
+    largest = max(first.names, key=lambda name: math.prod(first.base.shape(name)))
+    whole, blocks = _entries(prepared.experts, prepared.experts.names), _blocks(prepared.experts) / _blocks(first)
+    return_freed_memory()
     reset_peak_memory()
     start = memory_mb()
     seconds = {"merge": _timed(merged.prepare, device) * whole / _entries(first, first.names)}
-    inside = [name for name in first.names if name not in first.outside_names()]
-    per_entry = _timed(lambda: [list(merged.parts(name)) for name in inside], device) / _entries(first, inside)
-    seconds["merge"] += per_entry * whole
+    next(merged.parts(largest))  # for its memory
+
+    def merge() -> None:
+        for name in inside:
+            for _ in merged.parts(name):
+                pass
+
+    seconds["merge"] += _timed(merge, device) * whole / _entries(first, inside)
     if settings.method == "rtn":
-        blocks = sum(len(stack.blocks) for stack in find_stacks(prepared.experts.model)) / len(find_stacks(first.model))
-        rounding = _timed(lambda: list(round_blocks(first, merged, settings)), device) - per_entry * _entries(
-            first, inside
-        )
-        seconds["round"] = max(rounding, 0.0) * blocks
+        tensors = SimpleNamespace(tensor={name: merged.tensor(name) for name in inside}.__getitem__)
+        seconds["round"] = _timed(lambda: list(round_blocks(first, tensors, settings)), device) * blocks
     return Measured(seconds, max(peak_memory_mb() - start, 0.0))
 
 
 def _entries(experts: ExpertSet, names: list[str]) -> int:
     return sum(math.prod(experts.base.shape(name)) for name in names)
+
+
+def _blocks(experts: ExpertSet) -> int:
+    return sum(len(stack.blocks) for stack in find_stacks(experts.model))
 
 
 def _timed(work: Callable[[], Any], device: torch.device) -> float:
@@ -238,7 +250,13 @@ class Meter:
         self._start()
 
 
-class _CollectingEngine(CalibrationEngine):
+class _MeasuredEngine(CalibrationEngine):
+    """Takes all batches to the end of the block, as it is not the last one of the model."""
+
+    outputs_for = None
+
+
+class _CollectingEngine(_MeasuredEngine):
     """Leaves the merged weights as they are: what solving takes does not depend on the examples."""
 
     def _solve(self, step: BlockStep, group: LayerGroup, block: Block) -> None:
@@ -253,78 +271,84 @@ class Sample:
         volume: entries of all inputs.
         largest: entries of the largest batch.
         phases: (block, phase) → cost.
+        write, read: seconds in which a block that is solved is packed, and unpacked.
     """
 
     volume: float
     largest: float
     phases: dict[tuple[str, str], Phase]
+    write: float = 0.0
+    read: float = 0.0
 
 
 def _calibrated(prepared: PreparedRun) -> Measured:
     """What a run with calibration data costs."""
-    whole = {task: list(batches) for task, batches in prepared.calibration.items()}
-    volume = sum(_volume(batch) for batches in whole.values() for batch in batches)
-    largest = max(_volume(batch) for batches in whole.values() for batch in batches)
+    sizes = [_volume(batch) for batches in prepared.calibration.values() for batch in batches]
     first = prepared.experts.first_blocks()
-    start = memory_mb()
-    count = _sample_size(prepared, first)
-    samples = [
-        _measure(prepared, first, _sampled(whole, count, 1), CalibrationEngine),
-        _measure(prepared, first, _sampled(whole, count, 2), _CollectingEngine),
-        _measure(prepared, first, _sampled(whole, 2 * count, 1), _CollectingEngine),
-    ]
-    lengths = {stack.block_name(0): len(stack.blocks) for stack in find_stacks(prepared.experts.model)}
-    merged = MergedWeights(prepared.experts.first_blocks(), prepared.recipe.merge, prepared.recipe.seed)
-    share = _entries(prepared.experts, prepared.experts.names) / _entries(first, first.names)
+    merged = MergedWeights(first, prepared.recipe.merge, prepared.recipe.seed)
+    return_freed_memory()
+    start, share = memory_mb(), _entries(prepared.experts, prepared.experts.names) / _entries(first, first.names)
     measured = Measured({"merge": _timed(merged.prepare, prepared.device) * share})
-    for (block, phase), cost in samples[0].phases.items():
-        repeats = lengths.get(block, 1)
-        seconds, memory = _extrapolate(samples, (block, phase), cost, volume, largest)
+    measure = partial(_measure, prepared, first, merged)
+    solved = measure(TRIED, 1, _MeasuredEngine)
+    count = _sample_size(prepared, solved)
+    growth = Growth(measure(count, 1), measure(count, 2), measure(2 * count, 1), sum(sizes), max(sizes))
+    lengths = {stack.block_name(0): len(stack.blocks) for stack in find_stacks(prepared.experts.model)}
+    for (block, phase), cost in solved.phases.items():
+        seconds, memory = growth.of((block, phase), cost if phase == "solve" else None)
         name = "solve" if phase == "solve" else "merge" if phase in ("start", "load") else "collect"
-        measured.seconds[name] = measured.seconds.get(name, 0.0) + seconds * repeats
+        measured.seconds[name] = measured.seconds.get(name, 0.0) + seconds * lengths.get(block, 1)
         measured.memory_mb = max(measured.memory_mb, memory - start)
-    measured.seconds["read back"] = _read_back_seconds(prepared, first) * sum(lengths.values()) / len(lengths)
+    repeats = _blocks(prepared.experts) / _blocks(first)
+    measured.seconds |= {"write": solved.write * repeats, "read back": solved.read * repeats}
     return measured
 
 
-def _extrapolate(
-    samples: list[Sample], key: tuple[str, str], cost: Phase, volume: float, largest: float
-) -> tuple[float, float]:
-    """Seconds and peak memory of a phase with all examples, from three samples.
+@dataclass
+class Growth:
+    """How costs grow with the examples.
 
-    Seconds grow with the examples; memory grows with the examples that wait and with the batch that runs.
+    Attributes:
+        base: a batch of each task.
+        more: two of them.
+        wider: one of twice as many examples.
+        volume, largest: as in `Sample`, of the whole run.
     """
-    base, more, wider = samples
-    others = [sample.phases.get(key, cost) for sample in (more, wider)]
-    added = more.volume - base.volume
-    by_volume = 0.0 if not added else (others[0].peak_mb - cost.peak_mb) / added
-    by_batch = 0.0
-    if wider.largest > base.largest:
-        by_batch = (others[1].peak_mb - cost.peak_mb - by_volume * (wider.volume - base.volume)) / (
-            wider.largest - base.largest
-        )
-    memory = cost.peak_mb + max(by_volume, 0.0) * (volume - base.volume)
-    memory += max(by_batch, 0.0) * max(largest - base.largest, 0.0)
-    if key[1] == "solve":
-        return cost.seconds, memory
-    per_entry = 0.0 if not added else max(others[0].seconds - cost.seconds, 0.0) / added
-    return cost.seconds + per_entry * (volume - base.volume), memory
+
+    base: Sample
+    more: Sample
+    wider: Sample
+    volume: float
+    largest: float
+
+    def of(self, phase: tuple[str, str], solve: Phase | None) -> tuple[float, float]:
+        """Seconds and peak memory of a phase in the whole run.
+
+        Seconds grow with the examples; memory grows with the examples that wait and with the batch that runs.
+
+        Args:
+            phase: block and phase.
+            solve: what solving takes, which does not depend on the examples, beside what they take by then.
+        """
+        base, more, wider = (sample.phases[phase] for sample in (self.base, self.more, self.wider))
+        added, grown = self.more.volume - self.base.volume, self.wider.volume - self.base.volume
+        widened = self.wider.largest - self.base.largest
+        by_volume = max(more.peak_mb - base.peak_mb, 0.0) / added if added else 0.0
+        by_batch = max(wider.peak_mb - base.peak_mb - by_volume * grown, 0.0) / widened if widened else 0.0
+        memory = base.peak_mb + by_volume * (self.volume - self.base.volume)
+        memory += by_batch * max(self.largest - self.base.largest, 0.0)
+        if solve is not None:
+            return solve.seconds, memory + max(solve.peak_mb - base.peak_mb, 0.0)
+        last, entries = (more, added) if added >= grown else (wider, grown)
+        per_entry = max(last.seconds - base.seconds, 0.0) / entries if entries else 0.0
+        return max(base.seconds + per_entry * (self.volume - self.base.volume), 0.0), memory
 
 
-def _sample_size(prepared: PreparedRun, first: ExpertSet) -> int:
+def _sample_size(prepared: PreparedRun, sample: Sample) -> int:
     """Examples of a batch that take about `MEASURED_SECONDS` in the blocks that are measured."""
-    sample = _sampled(prepared.calibration, TRIED, 1)
-    cost = _measure(prepared, first, sample, _CollectingEngine)
-    spent = sum(phase.seconds for (_, name), phase in cost.phases.items() if name in ("collect", "finish"))
+    spent = sum(phase.seconds for (_, name), phase in sample.phases.items() if name in ("collect", "finish"))
     most = max(_examples(batch) for batches in prepared.calibration.values() for batch in batches)
     return min(max(TRIED, round(TRIED * MEASURED_SECONDS / max(spent, 1e-6))), most)
-
-
-def _sampled(
-    calibration: Mapping[str, list[dict[str, Any]]], count: int, batches: int
-) -> dict[str, list[dict[str, Any]]]:
-    """So many batches of each task, with at most so many examples in each."""
-    return {task: [split_first([batch], count)[0] for batch in own[:batches]] for task, own in calibration.items()}
 
 
 def _volume(batch: Mapping[str, Any]) -> int:
@@ -334,31 +358,37 @@ def _volume(batch: Mapping[str, Any]) -> int:
 def _measure(
     prepared: PreparedRun,
     first: ExpertSet,
-    calibration: Mapping[str, list[dict[str, Any]]],
-    engine_class: type[CalibrationEngine],
+    merged: MergedWeights,
+    count: int,
+    batches: int,
+    engine_class: type[CalibrationEngine] = _CollectingEngine,
 ) -> Sample:
-    """Let an engine go through the first blocks on some examples."""
-    device = prepared.device
-    merged = MergedWeights(first, prepared.recipe.merge, prepared.recipe.seed)
-    merged.prepare()
-    batches = [
-        Batch(task, index, to_device(inputs, device))
-        for task, own in calibration.items()
-        for index, inputs in enumerate(own)
-    ]
-    parts = PreparedRun(prepared.recipe, first, merged, prepared.processor, {}, {})
-    engine = calibration_engine(parts, batches, engine_class=engine_class)
+    """Let an engine go through the first blocks on so many batches of each task, with so many examples at most."""
+    calibration = {
+        task: [split_first([batch], count)[0] for batch in own[:batches]] for task, own in prepared.calibration.items()
+    }
+    parts = PreparedRun(prepared.recipe, first, merged, prepared.processor, calibration, {})
+    inputs = calibration_batches(parts)
+    engine = calibration_engine(parts, inputs, engine_class=engine_class)
     return_freed_memory()
-    meter = engine.observe = Meter(device)
-    for _ in engine:
-        pass
+    meter = engine.observe = Meter(prepared.device)
+    blocks = list(engine)
     meter("", "end")
-    sizes = [_volume(batch.inputs) for batch in batches]
-    return Sample(sum(sizes), max(sizes), meter.phases)
+    sizes = [_volume(batch.inputs) for batch in inputs]
+    sample = Sample(sum(sizes), max(sizes), meter.phases)
+    for block in blocks:
+        _pack(prepared, block, sample)
+    return sample
 
 
-def _read_back_seconds(prepared: PreparedRun, first: ExpertSet) -> float:
-    """Seconds in which a block that has been written is read back and tried."""
-    inside = [name for name in first.names if name not in first.outside_names()]
-    stacks = len(find_stacks(first.model))
-    return _timed(lambda: [prepared.experts.base.tensor(name).float() for name in inside], prepared.device) / stacks
+def _pack(prepared: PreparedRun, block: Block, sample: Sample) -> None:
+    """Add the seconds in which a block is packed, and unpacked."""
+    output_format, grid = FORMATS[prepared.recipe.format], prepared.recipe.quantize.grid
+    transposed = {name: is_transposed(layer) for name, layer in block_linears(prepared.experts.model)}
+    for name, weight in block.layers.items():
+        start = clock(prepared.device)
+        tensors = output_format.tensors(name, weight, transposed[name])
+        packed = clock(prepared.device)
+        output_format.weight(name, lambda one, tensors=tensors: tensors[one], grid, transposed[name]).float()
+        sample.write += packed - start
+        sample.read += clock(prepared.device) - packed

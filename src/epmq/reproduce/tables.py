@@ -16,13 +16,14 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from epmq.errors import InputError, MissingError
 from epmq.files import read_yaml
-from epmq.method_settings import Merge, Strict, quantize_settings
+from epmq.method_settings import Merge, Quantize, Strict, quantize_settings
 from epmq.models.checkpoint import INDEX, SINGLE, resolve
-from epmq.recipe import Data, Expert, Recipe, explain
+from epmq.recipe import Data, Expert, Recipe, Sections, explain
 from epmq.reproduce.zeroshot import check_template
 
 # Methods of rows in full precision.
 FULL_PRECISION = ("base", "experts", "none")
+SECTIONS: Sections = {"merges": (Merge, 2), "methods": (Quantize, 2)}
 # Folder of the data sets in a mirror of the Hub.
 DATASETS = "datasets"
 
@@ -132,9 +133,12 @@ class Table(Strict):
             for name, settings in self.methods.items():
                 try:
                     quantize_settings(**settings, bits=bits, group_size=self.group_size)
-                except (ValidationError, TypeError) as error:
-                    message = explain(error.errors()[0]) if isinstance(error, ValidationError) else str(error)
-                    raise InputError(f"methods.{name}: {message}") from None
+                except TypeError as error:
+                    raise InputError(f"methods.{name}: {error}") from None
+                except ValidationError as error:
+                    first = error.errors()[0]
+                    first["loc"] = ("methods", name, *first["loc"])
+                    raise InputError(explain(first, SECTIONS)) from None
         for figure in self.published:
             for task in figure.scores:
                 if task not in self.tasks:
@@ -259,7 +263,7 @@ def load_table(name: str | Path) -> Table:
     try:
         return Table.model_validate(content)
     except ValidationError as error:
-        raise InputError(f"{path}: " + "; ".join(explain(e) for e in error.errors())) from None
+        raise InputError(f"{path}: " + "; ".join(explain(one, SECTIONS) for one in error.errors())) from None
 
 
 def locate(hub_id: str, hub: Path | None, subfolder: str = "") -> str:

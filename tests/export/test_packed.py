@@ -16,14 +16,14 @@ from transformers import (
     BertModel,
     BitImageProcessorPil,
     Dinov2Model,
-    GPT2Config,
-    GPT2Model,
 )
 
 import epmq
 from epmq.export import FORMATS, packed
+from epmq.models.checkpoint import DTYPES
 from epmq.pipeline.run import run
 from epmq.quantization.grid import BITS, Grid, QuantizedTensor
+from tests.kit.quantized import quantized_tensor
 
 LAYERS = [
     f"encoder.layer.{i}.{name}"
@@ -63,9 +63,9 @@ def record(monkeypatch: pytest.MonkeyPatch, module: ModuleType) -> dict[str, Qua
     emitted: dict[str, QuantizedTensor] = {}
     original = module.tensors
 
-    def tensors(prefix: str, layer: Any, weight: QuantizedTensor) -> dict[str, torch.Tensor]:
-        emitted[prefix] = weight
-        return original(prefix, layer, weight)
+    def tensors(layer: str, weight: QuantizedTensor, transposed: bool) -> dict[str, torch.Tensor]:
+        emitted[layer] = weight
+        return original(layer, weight, transposed)
 
     monkeypatch.setattr(module, "tensors", tensors)
     return emitted
@@ -76,11 +76,11 @@ def outputs(model: Any, batches: list[dict[str, torch.Tensor]]) -> list[torch.Te
     return [model.eval()(**batch).last_hidden_state for batch in batches]
 
 
-def same_answers(first: Path, second: Path, batches: list[dict[str, torch.Tensor]], kind: Any = AutoModel) -> None:
+def same_answers(first: Path, second: Path, batches: list[dict[str, torch.Tensor]]) -> None:
     """Two checkpoints give the same outputs, bit for bit, through `from_pretrained`."""
-    found, loading = kind.from_pretrained(first, output_loading_info=True)
+    model, loading = AutoModel.from_pretrained(first, output_loading_info=True)
     assert not loading["missing_keys"] and not loading["unexpected_keys"] and not loading["mismatched_keys"]
-    for one, two in zip(outputs(found, batches), outputs(kind.from_pretrained(second), batches), strict=True):
+    for one, two in zip(outputs(model, batches), outputs(AutoModel.from_pretrained(second), batches), strict=True):
         assert torch.isfinite(one).all() and torch.equal(one, two)
 
 
@@ -96,16 +96,16 @@ def test_both_formats_are_the_same_model(pool, tmp_path, monkeypatch, bits, symm
     tensors, weights = load_file(low / "model.safetensors"), load_file(plain / "model.safetensors")
     assert sorted(emitted) == sorted(LAYERS)
     for layer, weight in emitted.items():
-        found = unpacked(tensors, layer, grid)
-        assert torch.equal(found.codes, weight.codes) and torch.equal(found.zero_point, weight.zero_point)
-        assert torch.equal(found.scale, weight.scale)
-        assert torch.equal(found.dequantize(), weights[f"{layer}.weight"])
+        read = unpacked(tensors, layer, grid)
+        assert torch.equal(read.codes, weight.codes) and torch.equal(read.zero_point, weight.zero_point)
+        assert torch.equal(read.scale, weight.scale)
+        assert torch.equal(read.dequantize(), weights[f"{layer}.weight"])
         assert weight.codes.unique().numel() > 2 and f"{layer}.weight" not in tensors
 
     # Everything else is the same in both files.
-    rest = {name for name in weights if name.removesuffix(".weight") not in emitted}
-    assert {name for name in tensors if ".weight_" not in name} == rest
-    assert all(torch.equal(tensors[name], weights[name]) for name in rest)
+    plain_names = {name for name in weights if name.removesuffix(".weight") not in emitted}
+    assert {name for name in tensors if ".weight_" not in name} == plain_names
+    assert all(torch.equal(tensors[name], weights[name]) for name in plain_names)
 
     config = config_of(low)["quantization_config"]
     (group,) = config["config_groups"].values()
@@ -176,8 +176,8 @@ def test_old_names_on_disk_are_kept(images, tmp_path):
     batches = [{"pixel_values": torch.randn(2, 3, 28, 28)} for _ in range(2)]
     expected = outputs(AutoModel.from_pretrained(plain), batches)
     for folder in (low, plain):
-        for found, wanted in zip(outputs(epmq.load(folder).backbone, batches), expected, strict=True):
-            assert torch.equal(found, wanted)
+        for output, plain_output in zip(outputs(epmq.load(folder).backbone, batches), expected, strict=True):
+            assert torch.equal(output, plain_output)
     (group,) = config_of(low)["quantization_config"]["config_groups"].values()
     assert group["weights"]["num_bits"] == 4 and config_of(low)["architectures"] == ["Dinov2Model"]
     assert (low / "preprocessor_config.json").exists()
@@ -199,25 +199,6 @@ def test_a_base_with_a_head_of_its_own_is_stored_under_its_prefix(pool, tmp_path
     same_answers(low, plain, padded_batches(2, vocabulary=22))
 
 
-def test_layers_that_are_no_linear_are_written_plain_or_refused(tmp_path):
-    """GPT-2's `Conv1D` stores the transpose, which pack-quantized has no form for."""
-    config = GPT2Config(vocab_size=32, n_positions=16, n_embd=64, n_layer=2, n_head=4)
-    GPT2Model(config).save_pretrained(tmp_path / "base")
-    for seed, task in enumerate(("one", "two")):
-        perturbed(GPT2Model.from_pretrained(tmp_path / "base"), seed).save_pretrained(tmp_path / task)
-    experts = [{"name": task, "model": str(tmp_path / task)} for task in ("one", "two")]
-    recipe = {"base": str(tmp_path / "base"), "experts": experts, "quantize": {"method": "rtn", "bits": 8}}
-    output = {"output": str(tmp_path / "out")}
-    run({**recipe, **output, "format": "dequantized"}, progress=False, evaluate=False)
-    merged = GPT2Model.from_pretrained(tmp_path / "out")
-    for name, weight in GPT2Model.from_pretrained(tmp_path / "one").state_dict().items():
-        assert merged.state_dict()[name].shape == weight.shape
-        assert (merged.state_dict()[name] - weight).abs().max() < 0.15, name
-    with pytest.raises(ValueError, match=r"pack-quantized.*h\.0\.attn\.c_attn|h\.0\.attn\.c_attn.*pack-quantized"):
-        run({**recipe, "output": str(tmp_path / "packed")}, progress=False, evaluate=False)
-    assert not (tmp_path / "packed").exists()
-
-
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_epmq_reads_what_transformers_reads(pool, tmp_path, symmetric):
     batch = padded_batches(1, vocabulary=22)[0]
@@ -228,12 +209,23 @@ def test_epmq_reads_what_transformers_reads(pool, tmp_path, symmetric):
         assert not any("weight_" in name for name in model.state_dict())
 
 
-@pytest.mark.parametrize("name", FORMATS)
-def test_exporters_leave_the_codes_alone(name):
-    layer = torch.nn.Linear(64, 5)
-    codes = torch.randint(-4, 4, (5, 64), dtype=torch.int8)
-    weight = QuantizedTensor(codes.clone(), torch.rand(5, 2), torch.ones(5, 2, dtype=torch.int8), Grid(3, 32, False))
-    before = weight.dequantize()
-    tensors = FORMATS[name].tensors("layer", layer, weight)
-    assert all(key.startswith("layer.weight") for key in tensors)
+@pytest.mark.parametrize("group_size", [-1, 32])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", BITS)
+def test_tensors_are_as_their_specs_say_and_give_the_weight_back(bits, symmetric, group_size):
+    """36 rows: in 3 bits neither rows nor columns fill their words."""
+    weight = quantized_tensor(Grid(bits, group_size, symmetric), rows=36)
+    tensors = packed.tensors("layer", weight, False)
+    specs = packed.specs("layer", (36, 64), weight.grid, "BF16", False)
+    assert {name: (DTYPES[dtype], shape) for name, (dtype, shape) in specs.items()} == {
+        name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()
+    }
+    assert torch.equal(packed.weight("layer", tensors.__getitem__, weight.grid, False), weight.dequantize())
+
+
+def test_the_codes_are_left_alone():
+    weight = quantized_tensor(Grid(3, 32, False))
+    codes, before = weight.codes.clone(), weight.dequantize()
+    tensors = packed.tensors("layer", weight, False)
+    assert all(name.startswith("layer.weight") for name in tensors)
     assert torch.equal(weight.codes, codes) and torch.equal(weight.dequantize(), before)
