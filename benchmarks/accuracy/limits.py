@@ -13,8 +13,8 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks import RESULTS, compare
-from benchmarks.accuracy.compare import TEST_SAMPLES, measure
+from benchmarks import RESULTS
+from benchmarks.accuracy.compare import TEST_SAMPLES, default, measure
 from benchmarks.records import provenance, read_rows
 from benchmarks.suites.__main__ import build
 from epmq.files import write_json
@@ -62,7 +62,7 @@ def main() -> None:
             "tasks": report["scores"],
             "cpu_seconds": report["cpu_seconds"],
         }
-        row |= {"settings": compare.default(suite), **provenance()}
+        row |= {"settings": default(suite), **provenance()}
         write_json(PATH, [*read_rows(PATH), row])
         console.print(f"{name}, {samples} examples, {bits} bits: {show_score(report['metric'], report['mean_score'])}")
 

@@ -238,7 +238,7 @@ def test_a_kill_right_after_the_output_appeared_leaves_a_folder_that_is_swept_up
     out.mkdir()
     remove_stale_workdir(out)
     assert folder.exists()  # an output of somebody else's: the work is not done
-    (folder / "output").rmdir()
+    shutil.rmtree(folder / "output")
     with pytest.raises(FileExistsError):
         run(stopped, progress=False, evaluate=False)
     assert not folder.exists()

@@ -21,7 +21,7 @@ from epmq.data.readers import read_examples
 from epmq.pipeline.evaluation import evaluate_checkpoint
 from epmq.pipeline.run import merge, run
 from epmq.quantization.grid import Grid
-from epmq.quantization.rtn import rtn
+from epmq.quantization.rtn import round_with, rtn
 from epmq.quantization.scales import search_scales
 from epmq.reporting.report import TIMED
 
@@ -116,7 +116,8 @@ def test_rounding_is_rounding_of_the_merge(pool, tmp_path, symmetric, scales):
     rounded, merged = plain(pool, tmp_path / "out", quantize=settings), weights(tmp_path / "merged")
     for name, tensor in merged.items():
         if is_quantized(name):
-            tensor = rtn(tensor, grid, scales=search_scales(tensor, grid) if scales == "search" else None).dequantize()
+            parts = search_scales(tensor, grid) if scales == "search" else grid.scales(tensor)
+            tensor = round_with(tensor, grid, *parts).dequantize()
         assert torch.equal(rounded[name], tensor), name
 
 

@@ -35,7 +35,7 @@ def test_a_forecast_is_made_before_anything_is_fetched(clip, predicted, monkeypa
     assert "pytorch_model.bin without safetensors" in predicted.downloads[0].files
     assert set(predicted.plans) == {("ties", "none"), ("ties", "rtn"), ("ties", "expert_guided")}
     guided = predicted.plans["ties", "expert_guided"]
-    assert guided.tokens == 8 * 6 * 5 and guided.layers == 2 * 6 and guided.blocks == 2  # tokens: 4 patches and a class
+    assert guided.tokens == 8 * 6 and guided.layers == 2 * 6 and guided.blocks == 2  # of images there are no tokens
     assert guided.recipe.quantize.anchor_scale == 3 and guided.peak_memory_mb > 0  # heads that follow
     assert {"open", "merge", "collect", "solve", "write", "read back"} <= guided.seconds.keys()
     assert predicted.scored == 48 and predicted.scoring > 0

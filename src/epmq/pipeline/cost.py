@@ -1,7 +1,7 @@
 """What a run will do, and what it will cost: seconds, memory and disk, before anything of it is computed.
 
 Disk is counted exactly, from the shapes of all tensors. Time and memory are measured: the run's own engine takes a few
-examples through the first block of each stack, twice as many next, and what that costs is scaled to all examples and
+examples through the first block of each stack, whole batches next, and what that costs is scaled to all examples and
 all blocks.
 """
 
@@ -44,8 +44,8 @@ from epmq.runtime import (
     select_device,
 )
 
-# Seconds that the examples of a measurement should take in one block: less is not told from noise.
-MEASURED_SECONDS = 0.2
+# Examples of each task in the larger measurement, at least; it takes whole batches.
+WIDE = 8
 
 
 @dataclass(frozen=True)
@@ -225,10 +225,11 @@ def clock(device: torch.device) -> float:
 
 @dataclass
 class Phase:
-    """What one phase took in one block."""
+    """What one phase took in one block; memory in MB of 10⁶ bytes, at its fullest and when the phase was over."""
 
     seconds: float = 0.0
     peak_mb: float = 0.0
+    held_mb: float = 0.0
 
 
 class Meter:
@@ -247,6 +248,7 @@ class Meter:
         noted = self.phases.setdefault((block, phase), Phase())
         noted.seconds += clock(self._device) - self._since
         noted.peak_mb = max(noted.peak_mb, peak_memory_mb())
+        noted.held_mb = max(noted.held_mb, memory_mb())
         self._start()
 
 
@@ -284,6 +286,7 @@ class Sample:
 def _calibrated(prepared: PreparedRun) -> Measured:
     """What a run with calibration data costs."""
     sizes = [_volume(batch) for batches in prepared.calibration.values() for batch in batches]
+    most = max(_examples(batch) for batches in prepared.calibration.values() for batch in batches)
     first = prepared.experts.first_blocks()
     merged = MergedWeights(first, prepared.recipe.merge, prepared.recipe.seed)
     return_freed_memory()
@@ -291,8 +294,7 @@ def _calibrated(prepared: PreparedRun) -> Measured:
     measured = Measured({"merge": _timed(merged.prepare, prepared.device) * share})
     measure = partial(_measure, prepared, first, merged)
     solved = measure(TRIED, 1, _MeasuredEngine)
-    count = _sample_size(prepared, solved)
-    growth = Growth(measure(count, 1), measure(count, 2), measure(2 * count, 1), sum(sizes), max(sizes))
+    growth = Growth(measure(TRIED, 1), measure(most, -(-WIDE // most)), sum(sizes), max(sizes))
     lengths = {stack.block_name(0): len(stack.blocks) for stack in find_stacks(prepared.experts.model)}
     for (block, phase), cost in solved.phases.items():
         seconds, memory = growth.of((block, phase), cost if phase == "solve" else None)
@@ -309,46 +311,35 @@ class Growth:
     """How costs grow with the examples.
 
     Attributes:
-        base: a batch of each task.
-        more: two of them.
-        wider: one of twice as many examples.
+        few: a few examples of each task.
+        many: whole batches of each.
         volume, largest: as in `Sample`, of the whole run.
     """
 
-    base: Sample
-    more: Sample
-    wider: Sample
+    few: Sample
+    many: Sample
     volume: float
     largest: float
 
     def of(self, phase: tuple[str, str], solve: Phase | None) -> tuple[float, float]:
         """Seconds and peak memory of a phase in the whole run.
 
-        Seconds grow with the examples; memory grows with the examples that wait and with the batch that runs.
+        Seconds grow with the examples, and so does what they hold while they wait. What a batch takes while it runs
+        grows with the largest batch.
 
         Args:
             phase: block and phase.
-            solve: what solving takes, which does not depend on the examples, beside what they take by then.
+            solve: what solving takes with a few examples; it takes as much with all.
         """
-        base, more, wider = (sample.phases[phase] for sample in (self.base, self.more, self.wider))
-        added, grown = self.more.volume - self.base.volume, self.wider.volume - self.base.volume
-        widened = self.wider.largest - self.base.largest
-        by_volume = max(more.peak_mb - base.peak_mb, 0.0) / added if added else 0.0
-        by_batch = max(wider.peak_mb - base.peak_mb - by_volume * grown, 0.0) / widened if widened else 0.0
-        memory = base.peak_mb + by_volume * (self.volume - self.base.volume)
-        memory += by_batch * max(self.largest - self.base.largest, 0.0)
+        few, many = self.few.phases[phase], self.many.phases[phase]
+        added, ahead = self.many.volume - self.few.volume, self.volume - self.many.volume
+        held = max(many.held_mb - few.held_mb, 0.0) / added * ahead if added else 0.0
+        wider = (many.peak_mb - many.held_mb) * max(self.largest / self.many.largest - 1, 0.0)
+        memory = many.peak_mb + held + wider
         if solve is not None:
-            return solve.seconds, memory + max(solve.peak_mb - base.peak_mb, 0.0)
-        last, entries = (more, added) if added >= grown else (wider, grown)
-        per_entry = max(last.seconds - base.seconds, 0.0) / entries if entries else 0.0
-        return max(base.seconds + per_entry * (self.volume - self.base.volume), 0.0), memory
-
-
-def _sample_size(prepared: PreparedRun, sample: Sample) -> int:
-    """Examples of a batch that take about `MEASURED_SECONDS` in the blocks that are measured."""
-    spent = sum(phase.seconds for (_, name), phase in sample.phases.items() if name in ("collect", "finish"))
-    most = max(_examples(batch) for batches in prepared.calibration.values() for batch in batches)
-    return min(max(TRIED, round(TRIED * MEASURED_SECONDS / max(spent, 1e-6))), most)
+            return solve.seconds, memory + max(solve.peak_mb - few.peak_mb, 0.0)
+        seconds = max(many.seconds - few.seconds, 0.0) / added * ahead if added else 0.0
+        return many.seconds + seconds, memory
 
 
 def _volume(batch: Mapping[str, Any]) -> int:

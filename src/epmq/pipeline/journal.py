@@ -98,7 +98,8 @@ def resumable(path: str | Path, inputs: Mapping[str, Any], restart: bool = False
     path = check_output(path).absolute()
     folder = _workdir_of(path)
     output = folder / OUTPUT
-    (folder / BLOCKS).mkdir(parents=True, exist_ok=True)
+    with named_in_errors(folder):
+        (folder / BLOCKS).mkdir(parents=True, exist_ok=True)
     with named_in_errors(folder), _locked(folder):
         published = False
         try:
