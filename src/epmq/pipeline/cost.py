@@ -380,6 +380,6 @@ def _pack(prepared: PreparedRun, block: Block, sample: Sample) -> None:
         start = clock(prepared.device)
         tensors = output_format.tensors(name, weight, transposed[name])
         packed = clock(prepared.device)
-        output_format.weight(name, lambda one, tensors=tensors: tensors[one], grid, transposed[name]).float()
+        output_format.weight(name, tensors.__getitem__, grid, transposed[name]).float()
         sample.write += packed - start
         sample.read += clock(prepared.device) - packed
