@@ -44,8 +44,10 @@ from epmq.runtime import (
     select_device,
 )
 
-# Examples of each task in the larger measurement, at least; it takes whole batches.
+# Examples of each task in the larger measurement, at least.
 WIDE = 8
+# Seconds that its examples should take in the blocks that are measured: less is not told from noise.
+MEASURED_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -178,7 +180,7 @@ def _merged(prepared: PreparedRun) -> Measured:
     return_freed_memory()
     reset_peak_memory()
     start = memory_mb()
-    seconds = {"merge": _timed(merged.prepare, device) * whole / _entries(first, first.names)}
+    seconds = {"merge": _timed(merged.prepare, device, repeats=1) * whole / _entries(first, first.names)}
     next(merged.parts(largest))  # for its memory
 
     def merge() -> None:
@@ -201,10 +203,10 @@ def _blocks(experts: ExpertSet) -> int:
     return sum(len(stack.blocks) for stack in find_stacks(experts.model))
 
 
-def _timed(work: Callable[[], Any], device: torch.device) -> float:
-    """Seconds that some work takes, the lesser of two."""
+def _timed(work: Callable[[], Any], device: torch.device, repeats: int = 2) -> float:
+    """Seconds that some work takes, the least of some repeats."""
     spent = []
-    for _ in range(2):
+    for _ in range(repeats):
         start = clock(device)
         work()
         spent.append(clock(device) - start)
@@ -291,18 +293,20 @@ def _calibrated(prepared: PreparedRun) -> Measured:
     merged = MergedWeights(first, prepared.recipe.merge, prepared.recipe.seed)
     return_freed_memory()
     start, share = memory_mb(), _entries(prepared.experts, prepared.experts.names) / _entries(first, first.names)
-    measured = Measured({"merge": _timed(merged.prepare, prepared.device) * share})
+    measured = Measured({"merge": _timed(merged.prepare, prepared.device, repeats=1) * share})
     measure = partial(_measure, prepared, first, merged)
-    solved = measure(TRIED, 1, _MeasuredEngine)
-    growth = Growth(measure(TRIED, 1), measure(most, -(-WIDE // most)), sum(sizes), max(sizes))
+    few = measure(TRIED, 1, _MeasuredEngine)
+    spent = sum(cost.seconds for (_, phase), cost in few.phases.items() if phase in ("collect", "finish"))
+    count = min(most, max(2 * TRIED, round(TRIED * MEASURED_SECONDS / spent)))
+    growth = Growth(few, measure(count, -(-WIDE // count)), sum(sizes), max(sizes))
     lengths = {stack.block_name(0): len(stack.blocks) for stack in find_stacks(prepared.experts.model)}
-    for (block, phase), cost in solved.phases.items():
-        seconds, memory = growth.of((block, phase), cost if phase == "solve" else None)
+    for block, phase in few.phases:
+        seconds, memory = growth.of(block, phase)
         name = "solve" if phase == "solve" else "merge" if phase in ("start", "load") else "collect"
         measured.seconds[name] = measured.seconds.get(name, 0.0) + seconds * lengths.get(block, 1)
         measured.memory_mb = max(measured.memory_mb, memory - start)
     repeats = _blocks(prepared.experts) / _blocks(first)
-    measured.seconds |= {"write": solved.write * repeats, "read back": solved.read * repeats}
+    measured.seconds |= {"write": few.write * repeats, "read back": few.read * repeats}
     return measured
 
 
@@ -311,8 +315,8 @@ class Growth:
     """How costs grow with the examples.
 
     Attributes:
-        few: a few examples of each task.
-        many: whole batches of each.
+        few: a few examples of each task, with solving.
+        many: more of them, without.
         volume, largest: as in `Sample`, of the whole run.
     """
 
@@ -321,23 +325,19 @@ class Growth:
     volume: float
     largest: float
 
-    def of(self, phase: tuple[str, str], solve: Phase | None) -> tuple[float, float]:
+    def of(self, block: str, phase: str) -> tuple[float, float]:
         """Seconds and peak memory of a phase in the whole run.
 
         Seconds grow with the examples, and so does what they hold while they wait. What a batch takes while it runs
-        grows with the largest batch.
-
-        Args:
-            phase: block and phase.
-            solve: what solving takes with a few examples; it takes as much with all.
+        grows with the largest batch. Solving takes as much with a few examples as with all.
         """
-        few, many = self.few.phases[phase], self.many.phases[phase]
+        few, many = self.few.phases[block, phase], self.many.phases[block, phase]
         added, ahead = self.many.volume - self.few.volume, self.volume - self.many.volume
         held = max(many.held_mb - few.held_mb, 0.0) / added * ahead if added else 0.0
         wider = (many.peak_mb - many.held_mb) * max(self.largest / self.many.largest - 1, 0.0)
         memory = many.peak_mb + held + wider
-        if solve is not None:
-            return solve.seconds, memory + max(solve.peak_mb - few.peak_mb, 0.0)
+        if phase == "solve":
+            return few.seconds, memory + few.peak_mb - few.held_mb
         seconds = max(many.seconds - few.seconds, 0.0) / added * ahead if added else 0.0
         return many.seconds + seconds, memory
 
