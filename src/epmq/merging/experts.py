@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from epmq.errors import error_context
-from epmq.models import adapter as lora
-from epmq.models.adapter import Adapter, is_adapter
+from epmq.models.adapter import Adapter, is_adapter, task_head_config
 from epmq.models.blocks import LINEAR, find_stacks, is_transposed
 from epmq.models.checkpoint import Checkpoint, TensorSpec, architecture_of, resolve
 from epmq.models.heads import HEAD_FILE, Head
@@ -25,6 +24,7 @@ from epmq.models.meta import (
     rename,
     set_tensor,
     shared_checkpoint,
+    tie,
     tied_names,
 )
 from epmq.models.multitask import NativeHead, load_any_head
@@ -50,20 +50,16 @@ class BaseReader:
     def __init__(self, checkpoint: Checkpoint, stored: dict[str, str], tied: dict[str, str]) -> None:
         self.checkpoint, self.path, self.stored, self._tied = checkpoint, checkpoint.path, stored, tied
 
-    def tensor(self, name: str) -> Tensor:
-        """A tensor, in the dtype on disk."""
-        return self.checkpoint.tensor(self.stored[self._tied.get(name, name)])
-
-    def rows(self, name: str, rows: slice) -> Tensor:
-        """Some rows of a tensor, along the first dimension on disk."""
-        return self.checkpoint.rows(self.stored[self._tied.get(name, name)], rows)
+    def tensor(self, name: str, rows: slice | None = None) -> Tensor:
+        """A tensor in the dtype on disk, or some rows of it, along its first dimension."""
+        return self.checkpoint.tensor(self.stored[self._tied.get(name, name)], rows)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, from the header."""
         return self.checkpoint.shape(self.stored[name])
 
     def dtype(self, name: str) -> torch.dtype | None:
-        """Float dtype of a tensor on disk; None for any other kind."""
+        """Float dtype of a tensor on disk; None for any other."""
         return self.checkpoint.dtype(self.stored[name])
 
     def spec(self, name: str) -> TensorSpec:
@@ -94,36 +90,21 @@ class ExpertReader:
         self.task, self.checkpoint, self.path = expert.name, checkpoint, checkpoint.path
         self.adapter = checkpoint if isinstance(checkpoint, Adapter) else None
         self.stored, self.extra = experts.rename(checkpoint)
-        self._base, self._model = experts.base, experts.model
-        self._absent = experts.absent
+        self._base, self._model, self._absent = experts.base, experts.model, experts.absent
         beside = self.path / HEAD_FILE
         self.head_file = Path(expert.head) if expert.head else beside if beside.exists() else None
 
-    def tensor(self, name: str) -> Tensor:
-        """A tensor, in the dtype on disk; what an adapter changes is float32."""
+    def tensor(self, name: str, rows: slice | None = None) -> Tensor:
+        """A tensor in the dtype on disk, or some rows of it; what an adapter changes is W + ΔW in float32."""
         stored, adapter = self.stored.get(name), self.adapter
         if stored is None:
-            return self._base.tensor(name)
+            return self._base.tensor(name, rows)
         if adapter is None:
-            return self.checkpoint.tensor(stored)
-        start = adapter.tensor(stored) if adapter.replaces(stored) else self._base.tensor(name)
+            return self.checkpoint.tensor(stored, rows)
+        start = adapter.tensor(stored, rows) if adapter.replaces(stored) else self._base.tensor(name, rows)
         if not adapter.changes(stored):
             return start
-        return lora.apply(start, adapter.change(stored), self.is_transposed(name))
-
-    def rows(self, name: str, rows: slice) -> Tensor:
-        """Some rows of `tensor`, along the first dimension on disk."""
-        stored, adapter = self.stored.get(name), self.adapter
-        if stored is None:
-            return self._base.rows(name, rows)
-        if adapter is None:
-            return self.checkpoint.rows(stored, rows)
-        start = adapter.tensor(stored)[rows] if adapter.replaces(stored) else self._base.rows(name, rows)
-        if not adapter.changes(stored):
-            return start
-        if self.is_transposed(name):
-            return lora.apply(start, adapter.change(stored, columns=rows), transposed=True)
-        return lora.apply(start, adapter.change(stored, rows), transposed=False)
+        return start.float() + adapter.change(stored, self.is_transposed(name), rows)
 
     def is_transposed(self, name: str) -> bool:
         """Whether a module stores a weight as [in, out], or is an embedding: an adapter's change is then turned."""
@@ -137,12 +118,11 @@ class ExpertReader:
 
     def head_tensors(self) -> dict[str, Tensor]:
         """Tensors that the base does not have: the expert's own task head, with the names on disk."""
-        if self.head_config is None:
-            return {}
-        return {name: self.checkpoint.tensor(name) for name in self._head_names()}
+        return self._own_tensors() if self.head_config is not None else {}
 
-    def _head_names(self) -> list[str]:
-        return self.extra + [stored for name, stored in self.stored.items() if name in self._absent]
+    def _own_tensors(self) -> dict[str, Tensor]:
+        names = self.extra + [stored for name, stored in self.stored.items() if name in self._absent]
+        return {name: self.checkpoint.tensor(name) for name in names}
 
     @cached_property
     def head_config(self) -> dict[str, Any] | None:
@@ -154,8 +134,7 @@ class ExpertReader:
         if not self.extra:
             return None
         if self.adapter is not None:
-            tensors = {name: self.adapter.tensor(name) for name in self._head_names()}
-            return lora.task_head_config(self.adapter, self._base.checkpoint.config, tensors, self._absent)
+            return task_head_config(self.adapter, self._base.checkpoint.config, self._own_tensors(), self._absent)
         architecture = architecture_of(self.checkpoint.config)
         return self.checkpoint.config if has_task_head(architecture) and named_class(architecture) else None
 
@@ -184,7 +163,6 @@ class ExpertSet:
         experts: as a recipe names them.
 
     Attributes:
-        source: the base, as it was named.
         base: reader of the base.
         experts: task name → reader of the expert.
         config: content of the `config.json` of what base and experts share.
@@ -267,13 +245,8 @@ class ExpertSet:
         """The model with all weights that a reader gives, in float32 and eval mode."""
         model = self.meta_model()
         materialize(model, self.names, reader.tensor, device)
-        self.tie(model)
+        tie(model, self.tied)
         return model.to(device)
-
-    def tie(self, model: Any) -> None:
-        """Let the model's shared tensors share their storage again, once those they follow have been read."""
-        model.all_tied_weights_keys = dict(self.tied)
-        model.tie_weights(recompute_mapping=False)
 
     def block_names(self, block: str) -> list[str]:
         """Names of the tensors of one block."""

@@ -44,10 +44,11 @@ class MergedWeights:
 
     def tensor(self, name: str) -> Tensor:
         """A tensor, in the base's dtype. Integer buffers are the base's."""
-        if self._at_once(name):
+        portions = list(self._portions(name))
+        if portions == [None]:
             return next(self.parts(name))
         merged = torch.empty(self._base.shape(name), dtype=self._base.dtype(name))
-        for rows, part in zip(self._row_slices(name), self.parts(name)):
+        for rows, part in zip(portions, self.parts(name)):
             merged[rows] = part
         return merged
 
@@ -63,24 +64,17 @@ class MergedWeights:
             yield self._base.tensor(name)
             return
         merge = partial(self._method, **self._arguments(name))
-        readers = list(self._experts.experts.values())
-        if self._at_once(name):
-            yield self._finite(name, merge(self._base.tensor(name), [expert.tensor(name) for expert in readers]))
-            return
-        for rows in self._row_slices(name):
-            experts = [expert.rows(name, rows) for expert in readers]
-            yield self._finite(name, merge(self._base.rows(name, rows), experts))
+        for rows in self._portions(name):
+            experts = [expert.tensor(name, rows) for expert in self._experts.experts.values()]
+            yield self._finite(name, merge(self._base.tensor(name, rows), experts))
 
-    def _at_once(self, name: str) -> bool:
-        """Whether a tensor is merged as a whole: a small one is, and one that is drawn for."""
-        large = self._base.dtype(name) is not None and math.prod(self._base.shape(name)) > ROWS
-        return self._draws or not large
-
-    def _row_slices(self, name: str) -> Iterator[slice]:
-        """The rows of a tensor in portions."""
-        count, *other = self._base.shape(name) or (1,)
-        step = max(1, ROWS // max(1, math.prod(other)))
-        return (slice(start, min(start + step, count)) for start in range(0, count, step))
+    def _portions(self, name: str) -> Iterator[slice | None]:
+        """The rows of a tensor in portions; None for one that is merged as a whole: small, no float, or drawn for."""
+        shape = self._base.shape(name)
+        if self._draws or self._base.dtype(name) is None or math.prod(shape) <= ROWS:
+            return iter([None])
+        step = max(1, ROWS // math.prod(shape[1:]))
+        return (slice(start, start + step) for start in range(0, shape[0], step))
 
     def _arguments(self, name: str) -> dict[str, Any]:
         arguments, settings = self._settings.arguments(), self._settings
@@ -100,13 +94,8 @@ class MergedWeights:
 
     def _pairs(self, expert: ExpertReader, names: Sequence[str]) -> Iterator[Pair]:
         for name in names:
-            pairs: Iterator[Pair]
-            if not self._base.shape(name):
-                pairs = iter([(self._base.tensor(name), expert.tensor(name))])
-            else:
-                slices = self._row_slices(name)
-                pairs = ((self._base.rows(name, rows), expert.rows(name, rows)) for rows in slices)
-            for base, other in pairs:
+            for rows in self._portions(name):
+                base, other = self._base.tensor(name, rows), expert.tensor(name, rows)
                 yield self._finite(name, base), self._finite(name, other)
 
     def _finite(self, name: str, tensor: Tensor) -> Tensor:

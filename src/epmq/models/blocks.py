@@ -7,6 +7,7 @@ and layers belong together when they receive the same tensor.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -17,7 +18,6 @@ from transformers.pytorch_utils import Conv1D
 
 from epmq import matmul as products
 from epmq.errors import InputError
-from epmq.models.hooks import pre_hooks
 
 LINEAR = (nn.Linear, Conv1D)
 # A list of modules with a smaller share of the model's linear weights than this is not a stack of blocks.
@@ -110,9 +110,7 @@ class InputGroup:
 def input_groups(block: nn.Module, run: Callable[[], object]) -> list[InputGroup]:
     """The block's linear layers, put together where they receive the same input, in order of first call.
 
-    Args:
-        block: the block.
-        run: calls the block once on real data.
+    `run` calls the block once on real data.
 
     Raises:
         ValueError: a linear layer was not called; it is named.
@@ -123,19 +121,18 @@ def input_groups(block: nn.Module, run: Callable[[], object]) -> list[InputGroup
         return lambda module, args: seen.setdefault(name, []).append(args[0])
 
     # The tensors are kept until the end: a freed one could lend its address to another.
-    with pre_hooks((module, note(name)) for name, module in linears(block)):
+    with ExitStack() as hooks:
+        for name, module in linears(block):
+            hooks.enter_context(module.register_forward_pre_hook(note(name)))
         run()
     missing = [name for name, _ in linears(block) if name not in seen]
     if missing:
         raise InputError(f"linear layers that saw no calibration data: {', '.join(missing)}")
     groups: dict[tuple[Any, ...], list[str]] = {}
     for name, inputs in seen.items():
-        groups.setdefault(tuple(map(_identity, inputs)), []).append(name)
+        identity = tuple((x.data_ptr(), tuple(x.shape), x.stride(), x.dtype) for x in inputs)
+        groups.setdefault(identity, []).append(name)
     return [InputGroup(names, len(inputs)) for inputs, names in groups.items()]
-
-
-def _identity(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype
 
 
 def _linear_size(module: nn.Module) -> int:

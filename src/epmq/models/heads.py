@@ -98,10 +98,9 @@ def save_head(head: Head, path: str | Path) -> None:
     """Write a head as one safetensors file; its settings go into the file's metadata."""
     # One entry: safetensors writes several in an order that changes from run to run.
     metadata = {"head": json.dumps({"pooling": head.pooling, "normalize": head.normalize, "labels": head.labels})}
-    tensors = {"weight": head.weight.float().contiguous(), "bias": head.bias.float().contiguous()}
-    if head.projection is not None:
-        tensors["projection"] = head.projection.float().contiguous()
-    save_tensors(tensors, Path(path), metadata)
+    tensors = {"weight": head.weight, "bias": head.bias, "projection": head.projection}
+    floats = {name: tensor.float().contiguous() for name, tensor in tensors.items() if tensor is not None}
+    save_tensors(floats, Path(path), metadata)
 
 
 def read_head_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -101,13 +101,9 @@ def build_meta_model(checkpoint: Checkpoint) -> Any:
 
 
 def empty_model(model_class: Any, config: Any, bounds: AbstractContextManager[None], **settings: Any) -> Any:
-    """A model with parameters on the meta device and real buffers, in eval mode.
+    """A model of a transformers class with parameters on the meta device and real buffers, in eval mode.
 
-    Args:
-        model_class: of transformers.
-        config: of transformers.
-        bounds: see `no_larger`.
-        settings: of the class's `_from_config`.
+    `bounds` is a `no_larger`; `settings` are those of the class's `_from_config`.
     """
     from accelerate import init_empty_weights
 
@@ -141,8 +137,7 @@ def rename(model: Any, stored: Iterable[str]) -> tuple[dict[str, str], list[str]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     renamings: Any = [t for t in transforms if not isinstance(t, WeightConverter)]
     state = model.state_dict()
-    stored_names: dict[str, str] = {}
-    extra: list[str] = []
+    stored_names, extra = dict[str, str](), list[str]()
     for name in stored:
         renamed, converted = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
         if converted is not None:
@@ -196,12 +191,11 @@ def load_outside(
     for name in names:
         module = _owner(model, name)
         if type(module) is nn.Embedding:
-            set_tensor(model, name, read(name).to(device))
             module.register_forward_hook(lambda module, args, rows: rows.float())
-        elif module is output:
-            set_tensor(model, name, read(name).to(device))
-        else:
+        elif module is not output:
             materialize(model, [name], read, device)
+            continue
+        set_tensor(model, name, read(name).to(device))
     tie(model, tied)
 
 
@@ -214,12 +208,8 @@ def tie(model: Any, tied: dict[str, str]) -> None:
 class UsedRows:
     """Looks up the rows of an embedding that calibration uses, and holds no others, in float32.
 
-    A table that is mapped into memory would become resident piece by piece, one an expert.
-
-    Args:
-        size: rows of the whole table.
-        read: gives the whole table, [size, features].
-        device: of the rows.
+    A table that is mapped into memory would become resident piece by piece, one an expert. `read` gives the whole
+    table, [size, features].
     """
 
     def __init__(self, size: int, read: Callable[[], Tensor], device: torch.device) -> None:
@@ -244,14 +234,8 @@ def hold_used_rows(
 ) -> list[str]:
     """Let the word embedding read the rows that it looks up when it does; returns the names of all other tensors.
 
-    Other embeddings are small, and models take their weight by other ways than a look-up.
-
-    Args:
-        model: a model on the meta device.
-        names: tensors to load, without tied copies.
-        tied: tied copy → the name it follows; embeddings among them look up the same rows.
-        read: gives the tensor of a name.
-        device: of the rows.
+    Other embeddings are small, and models take their weight by other ways than a look-up. Embeddings that are tied to
+    it look up the same rows. Arguments are as in `load_outside`.
     """
     try:
         words = model.get_input_embeddings()

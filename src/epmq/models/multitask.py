@@ -58,7 +58,7 @@ class NativeHead(nn.Module):
                 self.own[name] = tensor
             else:
                 set_tensor(self.model, name, tensor)
-        absent = [name for name, parameter in self.model.named_parameters() if parameter.is_meta]
+        absent = (name for name, parameter in self.model.named_parameters() if parameter.is_meta)
         missing = [name for name in absent if not name.startswith(f"{prefix}.")]
         if missing:
             raise InputError(f"head of {architecture}: no tensor for {', '.join(missing)}")
@@ -120,10 +120,10 @@ class MultiTaskModel(nn.Module):
     def forward(self, task: str, **inputs: Any) -> Tensor:
         """Class scores [batch, classes] of one task; `inputs` are the backbone's."""
         head = self.head(task)
-        if isinstance(head, NativeHead):
-            logits: Tensor = head(**inputs)
-            return logits
-        return head.scores(head.read(self.backbone(**inputs), inputs.get("attention_mask")))
+        if isinstance(head, Head):
+            return head.scores(head.read(self.backbone(**inputs), inputs.get("attention_mask")))
+        logits: Tensor = head(**inputs)
+        return logits
 
     def labels(self, task: str) -> list[str]:
         """Names of a task's classes, in the order of the scores; empty if they were not recorded."""
@@ -169,8 +169,7 @@ class MultiTaskModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        device: torch.device = next(self.backbone.parameters()).device
-        return device
+        return torch.device(next(self.backbone.parameters()).device)
 
 
 def load(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,8 +28,8 @@ SHARD_BYTES = 4 << 30
 HELD = 1 << 26
 
 
-class CheckpointWriter:
-    """Writes the tensors of a checkpoint; usable in a `with` block, which closes its files.
+class CheckpointWriter(ExitStack):
+    """Writes the tensors of a checkpoint; its files are closed by `close`, or at the end of a `with` block.
 
     Args:
         folder: an existing directory.
@@ -47,32 +48,22 @@ class CheckpointWriter:
     def __init__(
         self, folder: Path, specs: Mapping[str, TensorSpec], shard_bytes: int = SHARD_BYTES, reread: bool = True
     ) -> None:
+        super().__init__()
         self.folder, self.specs, self._reread = folder, dict(specs), reread
         self.total = sum(map(byte_size, self.specs.values()))
         shards = _shards(self.specs, shard_bytes)
-        self.files = shard_files(len(shards))
-        self._handles: dict[str, BinaryIO] = {}
-        self._offsets: dict[str, tuple[str, int]] = {}
-        self.order: list[str] = []
-        for file, shard in zip(self.files, shards):
+        several = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+        self.files = several if len(shards) > 1 else [SINGLE]
+        self._handles: list[BinaryIO] = []
+        self._offsets: dict[str, tuple[int, int]] = {}
+        for number, (file, shard) in enumerate(zip(self.files, shards)):
             header, offsets = make_header(shard)
-            handle = self._handles[file] = (folder / file).open("r+b" if (folder / file).exists() else "w+b")
+            handle = self.enter_context((folder / file).open("r+b" if (folder / file).exists() else "w+b"))
             handle.write(header)
             handle.truncate(len(header) + sum(map(byte_size, shard.values())))
-            self._offsets |= {name: (file, len(header) + offset) for name, offset in offsets.items()}
-            self.order += offsets
-        self._index = {name: file for file, shard in zip(self.files, shards) for name in shard}
-
-    def __enter__(self) -> CheckpointWriter:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close the files."""
-        for handle in self._handles.values():
-            handle.close()
+            self._handles.append(handle)
+            self._offsets |= {name: (number, len(header) + offset) for name, offset in offsets.items()}
+        self.order = list(self._offsets)
 
     def write(self, name: str, parts: Tensor | Iterable[Tensor]) -> None:
         """Write one tensor.
@@ -85,8 +76,8 @@ class CheckpointWriter:
         Raises:
             InputError: it is not what its spec says; it is named.
         """
-        file, offset = self._offsets[name]
-        handle, size, written = self._handles[file], byte_size(self.specs[name]), 0
+        number, offset = self._offsets[name]
+        handle, size, written = self._handles[number], byte_size(self.specs[name]), 0
         handle.seek(offset)
         for part in [parts] if isinstance(parts, Tensor) else parts:
             numbers = part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
@@ -100,8 +91,8 @@ class CheckpointWriter:
 
     def tensor(self, name: str) -> Tensor:
         """Read back a tensor that has been written."""
-        (dtype, shape), (file, offset) = self.specs[name], self._offsets[name]
-        handle = self._handles[file]
+        (dtype, shape), (number, offset) = self.specs[name], self._offsets[name]
+        handle = self._handles[number]
         handle.seek(offset)
         content = bytearray(handle.read(byte_size(self.specs[name])))
         if not content:
@@ -110,16 +101,17 @@ class CheckpointWriter:
 
     def sync(self) -> None:
         """See everything that was written onto the disk."""
-        for handle in self._handles.values():
+        for handle in self._handles:
             handle.flush()
             os.fsync(handle.fileno())
 
     def finish(self) -> None:
         """Hand everything to the system, and write the index, if there are several files."""
-        for handle in self._handles.values():
+        for handle in self._handles:
             handle.flush()
         if len(self.files) > 1:
-            write_json(self.folder / INDEX, {"metadata": {"total_size": self.total}, "weight_map": self._index})
+            shards = {name: self.files[self._offsets[name][0]] for name in self.specs}
+            write_json(self.folder / INDEX, {"metadata": {"total_size": self.total}, "weight_map": shards})
 
 
 def _shards(specs: Mapping[str, TensorSpec], shard_bytes: int) -> list[dict[str, TensorSpec]]:
@@ -141,12 +133,6 @@ def _let_go(handle: BinaryIO) -> None:
         handle.flush()
         os.fdatasync(handle.fileno())
         os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def shard_files(count: int) -> list[str]:
-    """What the files of a checkpoint in so many shards are called."""
-    several = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-    return [SINGLE] if count == 1 else several
 
 
 def make_header(specs: Mapping[str, TensorSpec]) -> tuple[bytes, dict[str, int]]:
