@@ -36,8 +36,7 @@ def load_processor(directory: str | Path) -> Any:
 
     from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
 
-    directory = Path(directory)
-    images, texts = (any((directory / name).exists() for name in names) for names in (IMAGE_FILES, TEXT_FILES))
+    images, texts = (any(Path(directory, name).exists() for name in names) for names in (IMAGE_FILES, TEXT_FILES))
     if not images and not texts:
         return None
     image_class: Any = AutoImageProcessor
@@ -121,14 +120,15 @@ def try_template(tokenizer: Any, messages: Any) -> None:
     Raises:
         ValueError: it does not, or fails.
     """
-    errors: list[BaseException | None] = []
+    error: BaseException | None = TimeoutError(f"no end within {TEMPLATE_SECONDS} s")
 
     def render() -> None:
+        nonlocal error
         try:
             tokenizer.apply_chat_template(messages, tokenize=False)
-            errors.append(None)
-        except BaseException as error:
-            errors.append(error)
+            error = None
+        except BaseException as raised:
+            error = raised
 
     with error_context(tokenizer.name_or_path, "its chat template cannot be used"):
         check_template(tokenizer.get_chat_template())
@@ -136,7 +136,6 @@ def try_template(tokenizer: Any, messages: Any) -> None:
         thread = Thread(target=render, daemon=True)
         thread.start()
         thread.join(TEMPLATE_SECONDS)
-        error = errors[0] if errors else TimeoutError(f"no end within {TEMPLATE_SECONDS} s")
         if error is not None:
             raise error
 
@@ -158,30 +157,22 @@ def check_template(template: str) -> None:
 
 def _encode(examples: Examples, tokenizer: Any, images: Any, max_length: int | None) -> dict[str, Any]:
     """One batch of model inputs, of all the examples."""
-    kind, inputs = examples.kind, examples.inputs
+    kind, inputs, batch = examples.kind, examples.inputs, dict[str, Any]()
     cut = {"padding": True, "truncation": True, "max_length": max_length, "return_tensors": "pt"}
-    if kind == "image":
-        return _pixels(inputs, images)
-    if kind == "image_text":
-        return {**_pixels([x[0] for x in inputs], images), **tokenizer([x[1] for x in inputs], **cut)}
     if kind == "chat":
         return dict(tokenizer.apply_chat_template(list(inputs), tokenize=True, return_dict=True, **cut))
+    if kind.startswith("image"):
+        pictures, inputs = (inputs, None) if kind == "image" else zip(*inputs)
+        batch["pixel_values"] = images([_image(picture) for picture in pictures], return_tensors="pt")["pixel_values"]
+    if inputs is not None:
+        # Pairs go in as lists, which is what tokenizers take for a pair.
+        batch |= tokenizer([x if isinstance(x, str) else list(x) for x in inputs], **cut)
     if kind == "seq2seq":
-        assert examples.targets is not None
-        return {**tokenizer(list(inputs), **cut), **_targets(examples.targets, tokenizer, cut)}
-    # Pairs go in as lists, which is what tokenizers take for a pair.
-    return dict(tokenizer([x if isinstance(x, str) else list(x) for x in inputs], **cut))
-
-
-def _targets(targets: list[str], tokenizer: Any, cut: dict[str, Any]) -> dict[str, torch.Tensor]:
-    encoded = tokenizer(text_target=targets, **cut)
-    ids, mask = encoded["input_ids"], encoded["attention_mask"]
-    shifted = torch.cat([torch.ones_like(mask[:, :1]), mask[:, :-1]], dim=1)
-    return {"labels": ids.masked_fill(mask == 0, -100), "decoder_attention_mask": shifted}
-
-
-def _pixels(chunk: Any, processor: Any) -> dict[str, torch.Tensor]:
-    return {"pixel_values": processor([_image(x) for x in chunk], return_tensors="pt")["pixel_values"]}
+        targets = tokenizer(text_target=examples.targets, **cut)
+        mask = targets["attention_mask"]
+        batch["labels"] = targets["input_ids"].masked_fill(mask == 0, -100)
+        batch["decoder_attention_mask"] = torch.cat([torch.ones_like(mask[:, :1]), mask[:, :-1]], dim=1)
+    return batch
 
 
 def _image(source: Any) -> Any:
@@ -191,12 +182,10 @@ def _image(source: Any) -> Any:
         return source.convert("RGB")
     if isinstance(source, Mapping):  # as parquet files of pictures hold them
         source = source.get("path") if source.get("bytes") is None else source["bytes"]
-    if isinstance(source, bytes):
-        source = BytesIO(source)
-    if not isinstance(source, (str, Path, BytesIO)):
+    if not isinstance(source, (str, Path, bytes)):
         return source  # an array
-    name = source if isinstance(source, (str, Path)) else "a picture"
-    with error_context(name, "not a readable image"), Image.open(source) as image:
+    name, file = ("a picture", BytesIO(source)) if isinstance(source, bytes) else (source, source)
+    with error_context(name, "not a readable image"), Image.open(file) as image:
         return image.convert("RGB")
 
 
@@ -243,12 +232,9 @@ def to_device(batch: dict[str, Any], device: torch.device | str) -> dict[str, An
 
 
 def split_first(batches: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-    """The same examples, the first few in a batch of their own: what is tried on the first batch costs little.
+    """The same examples, the first `count` in a batch of their own: what is tried on the first batch costs little.
 
-    Args:
-        batches: model inputs. Unless the first is nothing but tensors that agree in their first dimension, all stay as
-            they are.
-        count: examples of the new batch.
+    Unless the first batch is nothing but tensors that agree in their first dimension, all stay as they are.
     """
     first = batches[0] if batches else {}
     sizes = {len(value) if isinstance(value, torch.Tensor) and value.ndim else 0 for value in first.values()}

@@ -74,14 +74,13 @@ def config(grid: Grid, ignore: list[str]) -> dict[str, Any] | None:
         "group_size": None if grid.group_size == -1 else grid.group_size,
         "dynamic": False,
     }
-    content: dict[str, Any] = QuantizationConfig.model_validate(
-        {
-            "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
-            "format": "pack-quantized",
-            "quantization_status": "compressed",
-            "ignore": ignore,
-        }
-    ).model_dump(mode="json")
+    fields = {
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "ignore": ignore,
+    }
+    content: dict[str, Any] = QuantizationConfig.model_validate(fields).model_dump(mode="json")
     content["quant_method"] = "compressed-tensors"
     if not grid.symmetric:
         # transformers 5.23 reads packed zero points only if it may unpack on load; others do not know the field.

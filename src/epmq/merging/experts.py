@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -39,13 +39,7 @@ class TensorReader(Protocol):
 
 
 class BaseReader:
-    """Tensors of the base.
-
-    Args:
-        checkpoint: the base.
-        stored: name in the model → name on disk.
-        tied: tensors that share another one's storage: name → the name they follow.
-    """
+    """Tensors of the base; `stored` and `tied` as in `ExpertSet.rename` and `ExpertSet`."""
 
     def __init__(self, checkpoint: Checkpoint, stored: dict[str, str], tied: dict[str, str]) -> None:
         self.checkpoint, self.path, self.stored, self._tied = checkpoint, checkpoint.path, stored, tied
@@ -54,24 +48,19 @@ class BaseReader:
         """A tensor in the dtype on disk, or some rows of it, along its first dimension."""
         return self.checkpoint.tensor(self.stored[self._tied.get(name, name)], rows)
 
+    def spec(self, name: str) -> TensorSpec:
+        """Dtype and shape of a tensor, from the header; the merged model's are the same."""
+        return self.checkpoint.spec(self.stored[name])
+
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor, from the header."""
-        return self.checkpoint.shape(self.stored[name])
+        return self.spec(name)[1]
 
     def dtype(self, name: str) -> torch.dtype | None:
         """Float dtype of a tensor on disk; None for any other."""
         return self.checkpoint.dtype(self.stored[name])
 
-    def spec(self, name: str) -> TensorSpec:
-        """Dtype and shape of a tensor, from the header; the merged model's are the same."""
-        return self.checkpoint.spec(self.stored[name])
-
     def check_finite(self, names: Iterable[str] | None = None) -> None:
-        """Look for NaN and Inf in some tensors, or in all.
-
-        Raises:
-            InputError: a tensor has one; file and tensor are named.
-        """
+        """As `Checkpoint.check_finite`, by the names in the model."""
         self.checkpoint.check_finite([self.stored[name] for name in (self.stored if names is None else names)])
 
 
@@ -81,6 +70,7 @@ class ExpertReader:
     Attributes:
         task: its name.
         checkpoint: its file.
+        adapter: the same, where it is one.
         stored: name in the model → name on disk.
         extra: names on disk that the model does not have, such as a head's.
         head_file: the head that its recipe names, or that lies beside its weights; None where there is none.
@@ -150,19 +140,15 @@ class ExpertReader:
         """
         if self.head_file is not None:
             return load_any_head(self.head_file, backbone)
-        if self.head_config is None:
-            return None
-        return NativeHead(backbone, self.head_config["architectures"][0], self.head_config, self.head_tensors())
+        config = self.head_config
+        return None if config is None else NativeHead(backbone, config["architectures"][0], config, self._own_tensors())
 
 
 class ExpertSet:
     """A base and its experts, opened; `epmq.merging.compatibility.open_experts` also checks that they fit.
 
-    Args:
-        source: directory or Hub id of the base.
-        experts: as a recipe names them.
-
     Attributes:
+        source: directory or Hub id of the base.
         base: reader of the base.
         experts: task name → reader of the expert.
         config: content of the `config.json` of what base and experts share.
@@ -219,17 +205,16 @@ class ExpertSet:
                 del self.tied[name]
 
     def _fill_absent(self, model: nn.Module) -> None:
-        state = model.state_dict()
-        for name in self.absent:
-            set_tensor(model, name, torch.zeros(state[name].shape))
+        for name, tensor in model.state_dict().items():
+            if name in self.absent:
+                set_tensor(model, name, torch.zeros(tensor.shape))
 
     def meta_model(self) -> Any:
         """Another copy of the model without its weights."""
         model = build_meta_model(self._shared)
         self._fill_absent(model)
-        if self._first_only:
-            for stack in find_stacks(model):
-                del model.get_submodule(stack.name)[1:]
+        for stack in find_stacks(model) if self._first_only else ():
+            del model.get_submodule(stack.name)[1:]
         return model
 
     def first_blocks(self) -> ExpertSet:
@@ -258,16 +243,12 @@ class ExpertSet:
         return [name for name in self.names if not name.startswith(prefixes)]
 
 
-def guiding_head(expert: ExpertReader, notes: list[str]) -> Callable[[nn.Module], Head | NativeHead | None]:
-    """Builds an expert's head on a backbone; one that cannot be built is carried over, and guides nothing."""
-
-    def build(backbone: nn.Module) -> Head | NativeHead | None:
-        try:
-            return expert.head(backbone)
-        except ValueError as error:
-            note = f"expert {expert.task}: its scores cannot guide ({error})"
-            if note not in notes:
-                notes.append(note)
-            return None
-
-    return build
+def guiding_head(expert: ExpertReader, notes: list[str], backbone: nn.Module) -> Head | NativeHead | None:
+    """An expert's head on a backbone; one that cannot be built is noted and carried over, and guides nothing."""
+    try:
+        return expert.head(backbone)
+    except ValueError as error:
+        note = f"expert {expert.task}: its scores cannot guide ({error})"
+        if note not in notes:
+            notes.append(note)
+        return None

@@ -22,13 +22,7 @@ ROWS = 1 << 22
 
 
 class MergedWeights:
-    """Tensors of the merged model.
-
-    Args:
-        experts: base and experts.
-        settings: of the merge.
-        seed: of methods that draw.
-    """
+    """Tensors of the merged model; `seed` is for methods that draw."""
 
     def __init__(self, experts: ExpertSet, settings: Merge, seed: int = 0) -> None:
         self._experts, self._base, self._settings, self._seed = experts, experts.base, settings, seed
@@ -38,7 +32,7 @@ class MergedWeights:
         self._thresholds: list[float] | None = None
 
     def prepare(self) -> None:
-        """Find what is found over the whole model: TIES' thresholds. It is found in any case when it is needed."""
+        """Find TIES' thresholds over the whole model now, and not when they are first needed."""
         if isinstance(self._settings, Ties) and self._settings.trim == "model":
             self._thresholds = self._find_thresholds(self._experts.names, self._settings.density)
 

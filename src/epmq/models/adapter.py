@@ -145,8 +145,8 @@ class Adapter(Checkpoint):
 
     def check_finite(self, names: Iterable[str] | None = None) -> None:
         """As `Checkpoint.check_finite`, of the factors."""
-        checked = self.names if names is None else names
-        super().check_finite(stored for name in checked for stored in self._parts[name].values())
+        names = self.names if names is None else names
+        super().check_finite(stored for name in names for stored in self._parts[name].values())
 
 
 def _parse(name: str) -> tuple[str, str | None]:
@@ -164,13 +164,8 @@ def task_head_config(
 ) -> dict[str, Any]:
     """The config of the task class whose head an adapter brings in `modules_to_save`.
 
-    An adapter does not say how many labels it has: every size that its tensors offer is tried.
-
-    Args:
-        adapter: the adapter.
-        base_config: content of the base's config.json.
-        tensors: what the adapter brings that the base does not have.
-        absent: tensors of the shared model that the base does not have.
+    An adapter does not say how many labels it has: every size is tried that `tensors` offer, which are what the adapter
+    brings and the base does not have. `absent` are tensors of the shared model that the base does not have.
 
     Raises:
         ValueError: the adapter names no task class, no number of labels fits, or a part of the head is missing.

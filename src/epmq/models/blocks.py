@@ -26,12 +26,9 @@ SMALLEST_SHARE = 0.05
 
 @dataclass
 class Stack:
-    """One chain of blocks, such as an encoder.
+    """One chain of blocks, such as an encoder: a `ModuleList` by its name in the model, and its modules in order.
 
-    Attributes:
-        name: the `ModuleList`'s name in the model, such as `encoder.layer`.
-        blocks: its modules, in order.
-        outputs: what the last finished block returned, one entry a batch (kept by `epmq.calibration.sequential`).
+    `outputs` is what the last finished block returned, one entry a batch (kept by `epmq.calibration.sequential`).
     """
 
     name: str
@@ -96,11 +93,9 @@ def _multiply(layer: Any, inputs: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class InputGroup:
-    """Linear layers of a block that receive the same input.
+    """Linear layers of a block that receive the same input, by name and in order of call.
 
-    Attributes:
-        names: within the block, in order of call.
-        calls: how often each is called in one forward of the block.
+    `calls` is how often each is called in one forward of the block.
     """
 
     names: list[str]

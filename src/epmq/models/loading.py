@@ -62,9 +62,7 @@ def why_not_direct(path: str | Path, config: dict[str, Any]) -> str | None:
 def plain_tensors(checkpoint: Checkpoint, quantization: dict[str, Any]) -> dict[str, Callable[[], Tensor]]:
     """What reads each tensor of a checkpoint, by name, with plain weights in the place of packed ones.
 
-    Args:
-        checkpoint: pack-quantized or plain.
-        quantization: the `quantization_config` of its config; empty where nothing is packed.
+    `quantization` is the `quantization_config` of its config; empty where nothing is packed.
     """
     readers: dict[str, Callable[[], Tensor]] = {name: partial(checkpoint.tensor, name) for name in checkpoint.names}
     for name in checkpoint.names:

@@ -40,14 +40,10 @@ def no_larger(source: str | Path, tensors: int, entries: int) -> Iterator[None]:
     """Refuse to build, in a `with` block, a model that is far larger than what there is for it.
 
     A config may say anything; without this a billion layers would be made, one by one, before the first is missed.
-
-    Args:
-        source: what describes the model.
-        tensors: how many tensors there are.
-        entries: no tensor has more entries.
+    There are so many `tensors`, none with more than so many `entries`.
 
     Raises:
-        ValueError: the config describes more; `source` is named.
+        ValueError: the config describes more; `source`, which does, is named.
     """
     budget = SPARE + 8 * tensors
 
@@ -133,9 +129,9 @@ def rename(model: Any, stored: Iterable[str]) -> tuple[dict[str, str], list[str]
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, rename_source_key
 
-    transforms = get_model_conversion_mapping(model)
+    transforms: Any = get_model_conversion_mapping(model)
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
-    renamings: Any = [t for t in transforms if not isinstance(t, WeightConverter)]
+    renamings = [t for t in transforms if not isinstance(t, WeightConverter)]
     state = model.state_dict()
     stored_names, extra = dict[str, str](), list[str]()
     for name in stored:
@@ -243,14 +239,13 @@ def hold_used_rows(
         return list(names)
     others = []
     for name in names:
-        module = _owner(model, name)
-        if module is not words or not isinstance(module, nn.Embedding):
+        if _owner(model, name) is not words or not isinstance(words, nn.Embedding):
             others.append(name)
             continue
-        rows = UsedRows(module.num_embeddings, partial(read, name), device)
-        for embedding in (module, *(_owner(model, copy) for copy, leader in tied.items() if leader == name)):
-            if isinstance(embedding, nn.Embedding):
-                embedding.register_forward_pre_hook(rows)
+        rows = UsedRows(words.num_embeddings, partial(read, name), device)
+        for owner in {_owner(model, key) for key in (name, *tied) if tied.get(key, key) == name}:
+            if isinstance(owner, nn.Embedding):
+                owner.register_forward_pre_hook(rows)
     return others
 
 
@@ -268,9 +263,8 @@ def to_meta(module: nn.Module) -> None:
 
 def vocabulary(model: Any) -> int | None:
     """How many tokens a model has embeddings for; None if it takes none."""
-    size: int | None
     try:
-        size = model.get_input_embeddings().num_embeddings
+        return int(model.get_input_embeddings().num_embeddings)
     except (NotImplementedError, AttributeError):  # a model of several parts, such as CLIP, or one for images
-        size = getattr(getattr(model.config, "text_config", model.config), "vocab_size", None)
-    return size
+        size: int | None = getattr(getattr(model.config, "text_config", model.config), "vocab_size", None)
+        return size

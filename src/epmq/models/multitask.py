@@ -52,9 +52,7 @@ class NativeHead(nn.Module):
         self.stored = rename(self.model, tensors)[0]
         for name, stored in self.stored.items():
             tensor = tensors[stored].to(sample.device, sample.dtype if tensors[stored].is_floating_point() else None)
-            if name.startswith(f"{prefix}."):
-                # The backbone is every task's: a part of it that is this task's own, such as a pooler, is put in
-                # its place for the length of a call.
+            if name.startswith(f"{prefix}."):  # the backbone is every task's, and so is its own pooler
                 self.own[name] = tensor
             else:
                 set_tensor(self.model, name, tensor)
@@ -101,11 +99,7 @@ class MultiTaskModel(nn.Module):
     def __init__(self, backbone: nn.Module, heads: dict[str, Head | NativeHead], processor: Any = None) -> None:
         super().__init__()
         self.backbone: Any = backbone
-        self.processor, self._heads = processor, heads
-
-    @property
-    def tasks(self) -> list[str]:
-        return list(self._heads)
+        self.processor, self._heads, self.tasks = processor, heads, list(heads)
 
     def head(self, task: str) -> Head | NativeHead:
         """The head of a task.
