@@ -24,6 +24,7 @@ WINDOW = 512
 TEMPLATE_SECONDS = 3
 # Of a number in a chat template.
 MOST_DIGITS = 6
+REFUSAL = "the base model's {} cannot take them"
 
 
 def load_processor(directory: str | Path) -> Any:
@@ -91,27 +92,18 @@ def encode(
     if examples.kind == "batches":
         yield from examples.inputs
         return
-    if examples.kind == "tokens":
-        for start in range(0, len(examples), batch_size):
-            ids = torch.from_numpy(examples.inputs[start : start + batch_size])
-            yield {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        return
     tokenizer, images = tokenizer_of(processor), image_processor_of(processor)
     without_images = images is None and examples.kind.startswith("image")
-    if without_images or (tokenizer is None and examples.kind != "image"):
+    if without_images or (tokenizer is None and examples.kind not in ("image", "tokens")):
         missing = "image processor" if without_images else "tokenizer"
         raise InputError(f"{examples.kind} examples need the base model's {missing}, found {type(processor).__name__}")
     if examples.kind == "chat" and len(examples):
         try_template(tokenizer, examples.inputs[0])
     for start in range(0, len(examples), batch_size):
         chunk = examples.take(np.arange(start, min(start + batch_size, len(examples))))
-        with error_context(f"{examples.kind} examples", _refusal(processor)):
+        with error_context(f"{examples.kind} examples", REFUSAL.format(type(processor).__name__)):
             batch = _encode(chunk, tokenizer, images, max_length)
         yield batch
-
-
-def _refusal(processor: Any) -> str:
-    return f"the base model's {type(processor).__name__} cannot take them"
 
 
 def try_template(tokenizer: Any, messages: Any) -> None:
@@ -141,12 +133,9 @@ def try_template(tokenizer: Any, messages: Any) -> None:
 
 
 def check_template(template: str) -> None:
-    """See whether a chat template computes with numbers so large that it would fill the memory in one step.
+    """Refuse a chat template that computes with numbers so large that it would fill the memory in one step.
 
     One such step cannot be interrupted, so that a limit of time does not help.
-
-    Raises:
-        ValueError: it does.
     """
     from jinja2 import Environment
 
@@ -158,6 +147,9 @@ def check_template(template: str) -> None:
 def _encode(examples: Examples, tokenizer: Any, images: Any, max_length: int | None) -> dict[str, Any]:
     """One batch of model inputs, of all the examples."""
     kind, inputs, batch = examples.kind, examples.inputs, dict[str, Any]()
+    if kind == "tokens":
+        ids = torch.from_numpy(inputs)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     cut = {"padding": True, "truncation": True, "max_length": max_length, "return_tensors": "pt"}
     if kind == "chat":
         return dict(tokenizer.apply_chat_template(list(inputs), tokenize=True, return_dict=True, **cut))
@@ -196,8 +188,7 @@ def pack(examples: Examples, processor: Any, length: int | None, count: int | No
         examples: documents, of kind `causal`.
         processor: the tokenizer.
         length: tokens a window; None means what the tokenizer allows, at most 512.
-        count: windows wanted, from documents in a seeded order; None makes all windows, in order.
-        seed: of that order.
+        count: windows wanted, from documents in an order of that seed; None makes all windows, in order.
 
     Returns:
         examples of kind `tokens`, [windows, length] int64; what is left at the end is dropped.
@@ -214,7 +205,7 @@ def pack(examples: Examples, processor: Any, length: int | None, count: int | No
     for start in range(0, len(order), 256):
         if count is not None and total >= count * length:
             break
-        with error_context("texts", _refusal(processor)):
+        with error_context("texts", REFUSAL.format(type(processor).__name__)):
             encoded = tokenizer([examples.inputs[i] for i in order[start : start + 256]])["input_ids"]
         for part in encoded:
             parts.append(part if end is None or (part and part[-1] == end) else [*part, end])

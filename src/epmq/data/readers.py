@@ -77,15 +77,12 @@ def read_examples(path: str | Path, fields: Fields | None = None, use: str = "te
 def read_dataset(
     name: str, subset: str | None, split: str, fields: Fields, use: str, count: int | None, seed: int
 ) -> Examples:
-    """Read a split with the `datasets` library (extra `data`).
+    """Read a split with the `datasets` library (extra `data`); `fields` and `use` as in `read_examples`.
 
     Args:
         name: a Hub id or a local folder.
         subset: name of one of its configurations.
-        split: such as `train`.
-        fields, use: see `read_examples`.
         count: where given, only a seeded draw of that many rows (more for a language model) is read.
-        seed: of the draw.
 
     Raises:
         FileNotFoundError: `datasets` cannot open it.
@@ -129,17 +126,14 @@ def from_objects(items: Iterable[Any], fields: Fields, use: str, source: str) ->
     items = list(items)
     if items and all(isinstance(item, Mapping) and any(map(torch.is_tensor, item.values())) for item in items):
         return Examples("batches", [dict(item) for item in items])
-    examples = from_rows(((f"item {i}", row) for i, row in enumerate(items)), fields, use, source)
-    if len(examples) == 0:
-        raise InputError(f"{source}: holds no examples")
-    return examples
+    return from_rows(((f"item {i}", row) for i, row in enumerate(items)), fields, use, source)
 
 
 def from_rows(rows: Iterable[tuple[str, Any]], fields: Fields, use: str, source: str) -> Examples:
     """Examples from rows, each with what to call it in an error, such as `line 3`; `source` goes in front of that.
 
     Raises:
-        ValueError: a row lacks a field, or holds something else in it; it is named.
+        ValueError: there are none, or one lacks a field, or holds something else in it; it is named.
     """
     kind, inputs, targets, labels = "", list[Any](), list[str](), list[int]()
     for where, row in rows:
@@ -156,10 +150,12 @@ def from_rows(rows: Iterable[tuple[str, Any]], fields: Fields, use: str, source:
             targets.append(_target(row, fields, where))
         if fields.label in row and kind in ("text", "image"):
             labels.append(_label(row[fields.label], fields.label, where))
+    if not inputs:
+        raise InputError(f"{source}: holds no examples")
     if labels and len(labels) != len(inputs):
         raise InputError(f"{source}: only {len(labels)} of {len(inputs)} lines have the field {fields.label!r}")
-    known = np.asarray(labels, dtype=np.int64) if labels else None
-    return Examples(kind or "text", inputs, known, targets if kind == "seq2seq" else None)
+    classes = np.asarray(labels, dtype=np.int64) if labels else None
+    return Examples(kind, inputs, classes, targets if kind == "seq2seq" else None)
 
 
 def _input(row: Mapping[str, Any], kind: str, fields: Fields, where: str) -> Any:

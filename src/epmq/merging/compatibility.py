@@ -20,11 +20,7 @@ LOG = logging.getLogger("epmq")
 
 
 def open_experts(base: str, experts: Sequence[Expert]) -> ExpertSet:
-    """Open a base and its experts, and check that they fit.
-
-    Args:
-        base: directory or Hub id.
-        experts: as a recipe names them.
+    """Open a base (a directory or Hub id) and its experts, and check that they fit.
 
     Raises:
         MissingError, InputError: a checkpoint is missing, or does not fit the base; the tensor and both shapes are

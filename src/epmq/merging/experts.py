@@ -12,21 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from epmq.errors import error_context
+from epmq.models import meta
 from epmq.models.adapter import Adapter, is_adapter, task_head_config
 from epmq.models.blocks import LINEAR, find_stacks, is_transposed
 from epmq.models.checkpoint import Checkpoint, TensorSpec, architecture_of, resolve
 from epmq.models.heads import HEAD_FILE, Head
-from epmq.models.meta import (
-    build_meta_model,
-    has_task_head,
-    materialize,
-    named_class,
-    rename,
-    set_tensor,
-    shared_checkpoint,
-    tie,
-    tied_names,
-)
 from epmq.models.multitask import NativeHead, load_any_head
 from epmq.recipe import Expert
 
@@ -107,10 +97,7 @@ class ExpertReader:
         self.checkpoint.check_finite([self.stored[name] for name in names])
 
     def head_tensors(self) -> dict[str, Tensor]:
-        """Tensors that the base does not have: the expert's own task head, with the names on disk."""
-        return self._own_tensors() if self.head_config is not None else {}
-
-    def _own_tensors(self) -> dict[str, Tensor]:
+        """Tensors that the base does not have, such as the expert's own task head, with the names on disk."""
         names = self.extra + [stored for name, stored in self.stored.items() if name in self._absent]
         return {name: self.checkpoint.tensor(name) for name in names}
 
@@ -124,9 +111,9 @@ class ExpertReader:
         if not self.extra:
             return None
         if self.adapter is not None:
-            return task_head_config(self.adapter, self._base.checkpoint.config, self._own_tensors(), self._absent)
+            return task_head_config(self.adapter, self._base.checkpoint.config, self.head_tensors(), self._absent)
         architecture = architecture_of(self.checkpoint.config)
-        return self.checkpoint.config if has_task_head(architecture) and named_class(architecture) else None
+        return self.checkpoint.config if meta.has_task_head(architecture) and meta.named_class(architecture) else None
 
     @property
     def has_head(self) -> bool:
@@ -141,7 +128,7 @@ class ExpertReader:
         if self.head_file is not None:
             return load_any_head(self.head_file, backbone)
         config = self.head_config
-        return None if config is None else NativeHead(backbone, config["architectures"][0], config, self._own_tensors())
+        return None if config is None else NativeHead(backbone, config["architectures"][0], config, self.head_tensors())
 
 
 class ExpertSet:
@@ -157,24 +144,18 @@ class ExpertSet:
         tied: tensors that share another one's storage in the base: name → the name it follows.
         absent: tensors of the model outside its blocks that the base lacks, such as a pooler; they are zero.
         notes: fallbacks taken, in words; they go into the report.
-
-    Raises:
-        MissingError, InputError: a checkpoint is missing or cannot be read.
     """
 
     def __init__(self, source: str, experts: Sequence[Expert]) -> None:
         self.source, self.notes = source, list[str]()
         checkpoint = Checkpoint(source)
-        opened = {
-            expert.name: Adapter(path) if is_adapter(path) else Checkpoint(path)
-            for expert in experts
-            for path in [resolve(expert.model)]
-        }
+        paths = {expert.name: resolve(expert.model) for expert in experts}
+        opened = {task: Adapter(path) if is_adapter(path) else Checkpoint(path) for task, path in paths.items()}
         full = [expert for expert in opened.values() if not isinstance(expert, Adapter)]
-        self._shared, self._first_only = shared_checkpoint(checkpoint, full), False
+        self._shared, self._first_only = meta.shared_checkpoint(checkpoint, full), False
         self.config = self._shared.config
-        self.model = build_meta_model(self._shared)
-        self.tied = tied_names(self.model)
+        self.model = meta.build_meta_model(self._shared)
+        self.tied = meta.tied_names(self.model)
         self.base = BaseReader(checkpoint, self.rename(checkpoint)[0], self.tied)
         self._untie()
         state = [name for name in self.model.state_dict() if name not in self.tied]
@@ -186,7 +167,7 @@ class ExpertSet:
     def rename(self, checkpoint: Checkpoint) -> tuple[dict[str, str], list[str]]:
         """Name in the model → name on disk, and the names on disk that the model does not have."""
         with error_context(str(checkpoint.path)):
-            stored, extra = rename(self.model, checkpoint.names)
+            stored, extra = meta.rename(self.model, checkpoint.names)
         if not isinstance(checkpoint, Adapter):
             for name, leader in self.tied.items():
                 if name in stored:  # some files hold a shared tensor under another of its names
@@ -207,11 +188,11 @@ class ExpertSet:
     def _fill_absent(self, model: nn.Module) -> None:
         for name, tensor in model.state_dict().items():
             if name in self.absent:
-                set_tensor(model, name, torch.zeros(tensor.shape))
+                meta.set_tensor(model, name, torch.zeros(tensor.shape))
 
     def meta_model(self) -> Any:
         """Another copy of the model without its weights."""
-        model = build_meta_model(self._shared)
+        model = meta.build_meta_model(self._shared)
         self._fill_absent(model)
         for stack in find_stacks(model) if self._first_only else ():
             del model.get_submodule(stack.name)[1:]
@@ -229,8 +210,8 @@ class ExpertSet:
     def whole_model(self, reader: TensorReader, device: torch.device) -> Any:
         """The model with all weights that a reader gives, in float32 and eval mode."""
         model = self.meta_model()
-        materialize(model, self.names, reader.tensor, device)
-        tie(model, self.tied)
+        meta.materialize(model, self.names, reader.tensor, device)
+        meta.tie(model, self.tied)
         return model.to(device)
 
     def block_names(self, block: str) -> list[str]:

@@ -93,12 +93,9 @@ class MergedWeights:
                 yield self._finite(name, base), self._finite(name, other)
 
     def _finite(self, name: str, tensor: Tensor) -> Tensor:
-        """Pass on what was made of the weights of one name, or say which of them has NaN or Inf.
+        """Pass on what was made of the weights of one name, or say in an error which of them has NaN or Inf.
 
         Every method of merging passes them on to its result, so one look at that does for all weights.
-
-        Raises:
-            InputError: file and tensor are named.
         """
         if not is_finite(tensor):
             self._base.check_finite([name])

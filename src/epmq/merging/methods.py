@@ -18,12 +18,9 @@ from torch import Tensor
 from torch.nn.functional import hardshrink
 
 from epmq.errors import InputError
-from epmq.merging.trim import magnitude_threshold
+from epmq.merging.trim import PIECE, magnitude_threshold
 
 Scaling = float | Sequence[float]
-
-# Entries that are merged at once.
-PIECE = 1 << 17
 
 
 def average(base: Tensor, experts: Sequence[Tensor], *, weights: Sequence[float] | None = None) -> Tensor:
@@ -66,7 +63,6 @@ def ties(
     """TIES-Merging: trim each task vector, elect a sign, average what agrees (Yadav et al., arXiv 2306.01708).
 
     Args:
-        base, experts: see above.
         scaling: factor on the merged task vector.
         density: share of entries that survive the trim, by magnitude, 0 to 1.
         agreed: `mean` of the entries that have the elected sign, or their `sum`, as in AdaMerging's and FusionBench's
@@ -99,7 +95,6 @@ def dare(
     """DARE: drop entries of the task vectors at random and rescale the rest by 1/density (arXiv 2311.03099).
 
     Args:
-        base, experts: see above.
         scaling: as in `task_arithmetic`; one number only with `ties`.
         density: probability that an entry is kept.
         seed: of the draw; with `name` (the tensor's) it fixes the mask whatever the order of tensors or the device.
@@ -125,11 +120,8 @@ def dare(
 def disjoint_mean(tau: Sequence[Tensor], agreed: str = "mean") -> Tensor:
     """Mean or sum, an entry at a time, of the task vectors whose sign is the elected one, [*shape] float32.
 
-    The elected sign is the sign of the sum; where the sum is 0 it is positive, so that no entry is lost.
-
-    Args:
-        tau: trimmed task vectors, K tensors [*shape] float32.
-        agreed: `mean` or `sum`.
+    The elected sign is the sign of the sum; where the sum is 0 it is positive, so that no entry is lost. `tau` are
+    trimmed task vectors, K tensors [*shape] float32; `agreed` is `mean` or `sum`.
     """
     total = tau[0].clone()
     for vector in tau[1:]:
@@ -165,7 +157,7 @@ def _add(base: Tensor, tau: Sequence[Tensor], share: Sequence[float]) -> Tensor:
 
 
 def _per_expert(value: Scaling, experts: Sequence[Tensor], field: str) -> list[float]:
-    values = [float(value)] * len(experts) if isinstance(value, (int, float)) else [float(v) for v in value]
+    values = [float(value)] * len(experts) if isinstance(value, (int, float)) else list(map(float, value))
     if len(values) != len(experts):
         raise InputError(f"merge.{field}: {len(values)} values for {len(experts)} experts")
     return values

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from hashlib import sha256
 from itertools import combinations
 from pathlib import Path
@@ -48,60 +47,38 @@ def check_relation(experts: ExpertSet) -> list[str]:
     return [note for check in checks for note in check(experts)]
 
 
-@dataclass
-class Sample:
-    """What some rows of every layer say of an expert beside the base.
-
-    Attributes:
-        cosines: tensor → correlation with the base.
-        sizes: of each tensor, norm of the task vector over that of the base.
-        content: of all rows; two samples with one digest are equal.
-    """
-
-    cosines: dict[str, float] = field(default_factory=dict)
-    sizes: list[float] = field(default_factory=list)
-    content: Any = field(default_factory=sha256)
-
-    def add(self, name: str, base: Tensor, expert: Tensor) -> None:
-        """Take in rows of one tensor, of the base and of the expert, both [rows, columns] float64."""
-        change, size = float((expert - base).norm()), float(base.norm())
-        self.cosines[name] = correlation(base, expert)
-        self.sizes.append(change / size if size else float(change > 0))
-        self.content.update((expert + 0.0).contiguous().numpy())  # -0 is 0
-
-
 def _check_weights(experts: ExpertSet) -> Iterator[str]:
-    base, samples = _samples(experts)
-    for task, sample in samples.items():
-        expert = experts.experts[task]
-        close, far = _median(sample.cosines.values()), _median(sample.sizes)
-        if close < RELATED:
-            least = min(sample.cosines, key=lambda name: sample.cosines[name])
-            raise InputError(
-                f"expert {task}: its weights have a correlation of {close:.2f} with the base's, where fine-tuning "
-                f"leaves one near 1: it was not fine-tuned from {experts.base.path} ({expert.path}; "
-                f"the least is {sample.cosines[least]:.2f}, of {least!r})"
-            )
-        if far > FAR:
-            yield f"expert {task} is far from the base: its task vector has {far:.1f} times the base's norm"
-        if sample.content.digest() == base.content.digest() and _same(experts, expert, experts.base):
-            yield f"expert {task} is the base itself: it adds nothing to the merge"
-    for one, other in combinations(samples, 2):
-        alike = samples[one].content.digest() == samples[other].content.digest()
-        if alike and _same(experts, experts.experts[one], experts.experts[other]):
-            yield f"experts {one} and {other} have the same weights, which count twice in the merge"
-
-
-def _samples(experts: ExpertSet) -> tuple[Sample, dict[str, Sample]]:
-    """Samples of the base and of every expert; only one layer's rows are held at a time."""
-    of_base, samples = Sample(), {task: Sample() for task in experts.experts}
+    """Compare some rows of every layer, of one layer at a time; where all are equal, all weights."""
+    cosines: dict[str, dict[str, float]] = {task: {} for task in experts.experts}
+    sizes: dict[str, list[float]] = {task: [] for task in experts.experts}
+    base_digest, digests = sha256(), {task: sha256() for task in experts.experts}
     names = (f"{layer}.weight" for layer, _ in block_linears(experts.model))
     for name in filter(set(experts.names).__contains__, names):
         base = experts.base.tensor(name, slice(SAMPLE)).double()
-        of_base.add(name, base, base)
-        for task, sample in samples.items():
-            sample.add(name, base, experts.experts[task].tensor(name, slice(SAMPLE)).double())
-    return of_base, samples
+        base_digest.update((base + 0.0).contiguous().numpy())  # -0 is 0
+        for task, expert in experts.experts.items():
+            rows = expert.tensor(name, slice(SAMPLE)).double()
+            digests[task].update((rows + 0.0).contiguous().numpy())
+            change, size = float((rows - base).norm()), float(base.norm())
+            cosines[task][name] = correlation(base, rows)
+            sizes[task].append(change / size if size else float(change > 0))
+    for task, expert in experts.experts.items():
+        close, far = _median(cosines[task].values()), _median(sizes[task])
+        if close < RELATED:
+            name, least = min(cosines[task].items(), key=lambda item: item[1])
+            raise InputError(
+                f"expert {task}: its weights have a correlation of {close:.2f} with the base's, where fine-tuning "
+                f"leaves one near 1: it was not fine-tuned from {experts.base.path} ({expert.path}; "
+                f"the least is {least:.2f}, of {name!r})"
+            )
+        if far > FAR:
+            yield f"expert {task} is far from the base: its task vector has {far:.1f} times the base's norm"
+        if digests[task].digest() == base_digest.digest() and _same(experts, expert, experts.base):
+            yield f"expert {task} is the base itself: it adds nothing to the merge"
+    for one, other in combinations(digests, 2):
+        alike = digests[one].digest() == digests[other].digest()
+        if alike and _same(experts, experts.experts[one], experts.experts[other]):
+            yield f"experts {one} and {other} have the same weights, which count twice in the merge"
 
 
 def correlation(base: Tensor, expert: Tensor) -> float:

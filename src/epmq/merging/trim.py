@@ -11,7 +11,7 @@ from torch import Tensor
 # A base tensor, or some of its rows, and an expert's.
 Pair = tuple[Tensor, Tensor]
 
-# Entries that are compared at once.
+# Entries that are compared, or merged, at once.
 PIECE = 1 << 17
 # One in so many entries is drawn to tell where a threshold lies; odd, so that it goes through all columns of a matrix.
 STRIDE = 257

@@ -126,14 +126,9 @@ class Adapter(Checkpoint):
         return super().tensor(self._parts[name]["full"], rows)
 
     def change(self, name: str, transposed: bool = False, rows: slice | None = None) -> Tensor:
-        """s·B·A in float32, or some rows of it.
+        """s·B·A in float32, or some rows of it: [out, in], or, `transposed`, [in, out] as of `Conv1D` and embeddings.
 
         s is α/r, or α/√r with rslora (Kalajdzievski, arXiv 2312.03732).
-
-        Args:
-            name: of a tensor that the adapter changes.
-            transposed: give [in, out], as `Conv1D` and embeddings store it; else [out, in].
-            rows: along the first dimension of what is given.
         """
         down, up = (Checkpoint.tensor(self, self._parts[name][part]).float() for part in "AB")
         patterns: dict[str, float] = self.config.get("alpha_pattern") or {}

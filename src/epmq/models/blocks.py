@@ -48,9 +48,8 @@ def find_stacks(model: nn.Module) -> list[Stack]:
     total = _linear_size(model) or 1
     stacks: list[Stack] = []
     for name, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or any(name.startswith(stack.name + ".") for stack in stacks):
-            continue
-        if _linear_size(module) >= SMALLEST_SHARE * total:
+        inside = any(name.startswith(stack.name + ".") for stack in stacks)
+        if isinstance(module, nn.ModuleList) and not inside and _linear_size(module) >= SMALLEST_SHARE * total:
             stacks.append(Stack(name, list(module)))
     if not stacks:
         raise InputError(f"{type(model).__name__} has no list of repeated blocks with linear layers to quantize")

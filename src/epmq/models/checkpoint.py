@@ -11,7 +11,7 @@ from typing import Any
 from zipfile import is_zipfile
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from epmq.errors import InputError, MissingError, error_context, reason
@@ -92,10 +92,7 @@ class _Pickled:
 
     def __init__(self, path: Path) -> None:
         # The form before torch 1.6, which older models on the Hub still have, is no zip file and cannot be mapped.
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
-        except Exception as error:  # a damaged pickle can raise anything
-            raise InputError(str(error) or type(error).__name__) from None
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
         if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
             raise InputError("it holds something else than named tensors")
         self._tensors: dict[str, Tensor] = content
@@ -165,11 +162,8 @@ class Checkpoint:
     def _open(self, shard: str) -> Any:
         if shard not in self._files:
             path, pickled = self.path / shard, shard.endswith(PICKLES)
-            try:
+            with error_context(path, f"not a readable {'pickle of tensors' if pickled else 'safetensors file'}"):
                 self._files[shard] = _Pickled(path) if pickled else safe_open(str(path), framework="pt")
-            except (SafetensorError, OSError, ValueError) as error:
-                form = "pickle of tensors" if pickled else "safetensors file"
-                raise InputError(f"{path}: not a readable {form} ({reason(error)})") from None
         return self._files[shard]
 
     @property

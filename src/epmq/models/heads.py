@@ -1,8 +1,8 @@
 """Task heads that sit on a shared backbone: pool the last hidden state, normalise it, apply one linear map.
 
 This is the form of a class-mean head and of a linear probe; with the backbone's own pooled output and a projection
-before the norm it is that of CLIP's zero-shot head. A head is one small
-safetensors file beside the expert's weights (`head.safetensors`); it is never merged and never quantized.
+before the norm it is that of CLIP's zero-shot head. A head is one small safetensors file beside the expert's weights
+(`head.safetensors`); it is never merged and never quantized.
 """
 
 from __future__ import annotations
@@ -26,16 +26,13 @@ POOLER = "pooler"
 
 
 def pool(hidden: Tensor, mask: Tensor | None, pooling: str) -> Tensor:
-    """One feature row a sample.
+    """One feature row a sample: [batch, features], or [batch, 2·features] for `cls_mean`.
 
     Args:
         hidden: last hidden state, [batch, tokens, features].
         mask: 1 for a real token and 0 for padding, [batch, tokens]; None means that all are real.
         pooling: `cls` takes the first token, `mean` averages the real tokens, `cls_mean` puts the first
             token beside the mean of the others (as `Dinov2ForImageClassification` does).
-
-    Returns:
-        [batch, features], or [batch, 2·features] for `cls_mean`.
     """
     if pooling == "cls":
         return hidden[:, 0]
@@ -115,12 +112,10 @@ def read_head_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor.float()).all():
             raise InputError(f"{path}: tensor {name!r} has NaN or Inf entries")
+    keys = ("head",) if "head" in metadata else ("normalize", "labels")
     try:
-        if "head" in metadata:
-            settings = json.loads(metadata["head"])
-        else:
-            parsed = {key: json.loads(metadata[key]) for key in ("normalize", "labels") if key in metadata}
-            settings = {**metadata, **parsed}
+        parsed = {key: json.loads(metadata[key]) for key in keys if key in metadata}
+        settings = parsed.get("head", {**metadata, **parsed})
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: the settings in its metadata are not JSON ({reason(error)})") from None
     if not isinstance(settings, dict):

@@ -116,9 +116,7 @@ def rename(model: Any, stored: Iterable[str]) -> tuple[dict[str, str], list[str]
     transformers renames tensors when it loads (old layouts, prefixes of task classes); its own table is applied, so
     that any checkpoint that `from_pretrained` reads is read here too.
 
-    Args:
-        model: a model on the meta device.
-        stored: names on disk, perhaps with a prefix or with a task head's tensors among them.
+    Those `stored` on disk may have a prefix, or a task head's tensors among them.
 
     Returns:
         name in the model → name on disk, and the names on disk that the model does not have.
@@ -180,7 +178,6 @@ def load_outside(
         model: a model on the meta device.
         names: of the tensors, without tied copies.
         read: gives the tensor of a name.
-        device: where to.
         tied: tied copy → the name it follows.
     """
     output = model.get_output_embeddings()

@@ -93,7 +93,7 @@ class MultiTaskModel(nn.Module):
     Attributes:
         backbone: a transformers model.
         processor: its tokenizer or image processor, or None.
-        tasks: names of the tasks.
+        tasks: their names.
     """
 
     def __init__(self, backbone: nn.Module, heads: dict[str, Head | NativeHead], processor: Any = None) -> None:
@@ -140,10 +140,7 @@ class MultiTaskModel(nn.Module):
     def generate(self, texts: list[str], max_new_tokens: int = 64, **settings: Any) -> list[str]:
         """What a language model writes to each text: the continuation, or an encoder–decoder's answer.
 
-        Args:
-            texts: prompts.
-            max_new_tokens: at most so many tokens are written.
-            settings: further arguments of transformers' `generate`; greedy by default.
+        `settings` are further arguments of transformers' `generate`; it is greedy by default.
 
         Raises:
             ValueError: the model generates no text.
@@ -155,8 +152,9 @@ class MultiTaskModel(nn.Module):
         for text in texts:
             batch = to_device(dict(tokenizer(text, return_tensors="pt")), self.device)
             batch.pop("token_type_ids", None)
-            options = {"max_new_tokens": max_new_tokens, "do_sample": False, **settings}
-            tokens = self.backbone.generate(**batch, **options)
+            tokens = self.backbone.generate(
+                **batch, **{"max_new_tokens": max_new_tokens, "do_sample": False, **settings}
+            )
             start = 0 if self.backbone.config.is_encoder_decoder else batch["input_ids"].shape[1]
             written.append(tokenizer.decode(tokens[0, start:], skip_special_tokens=True))
         return written
@@ -169,12 +167,9 @@ class MultiTaskModel(nn.Module):
 def load(
     path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | str | None = None
 ) -> MultiTaskModel:
-    """Load a checkpoint written by epmq: the model and the head of every task.
+    """Load a checkpoint written by epmq, a directory or Hub id: the model and the head of every task.
 
-    Args:
-        path: directory or Hub id.
-        device: where to.
-        dtype: to compute in; by default float32 on a CPU and the stored dtype elsewhere.
+    `dtype` is what is computed in: by default float32 on a CPU and the stored dtype elsewhere.
 
     Raises:
         FileNotFoundError: no such directory, or it holds no model.

@@ -35,9 +35,8 @@ class CheckpointWriter(ExitStack):
         folder: an existing directory.
         specs: name → dtype and shape of every tensor, in the order in which shards are filled.
         shard_bytes: a shard is full when it holds this much.
-        reread: whether somebody is going to read the output soon. Else what was written is let go of: left in the
-            system's cache it would take memory, which costs more time than the writing where that memory has to be
-            found first, and push out what is still to be read.
+        reread: whether the output is read soon. Else what was written is let go of: in the system's cache it would push
+            out what is still to be read, and memory that has to be found first costs more time than the writing.
 
     Attributes:
         files: of the weights, in `folder`. What lies in them already stays until it is written over.
@@ -70,8 +69,7 @@ class CheckpointWriter(ExitStack):
 
         Args:
             name: one of `specs`.
-            parts: the tensor, or parts of it that follow one another along its first dimension, in the dtype of its
-                spec. Only one part is in memory.
+            parts: the tensor in the dtype of its spec, or parts of it along its first dimension: one is in memory.
 
         Raises:
             InputError: it is not what its spec says; it is named.
@@ -151,11 +149,7 @@ def make_header(specs: Mapping[str, TensorSpec]) -> tuple[bytes, dict[str, int]]
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Write a small safetensors file, such as a head.
-
-    Raises:
-        OSError: it cannot be written; the file is named.
-    """
+    """Write a small safetensors file, such as a head. Where it cannot be written, the OSError names it."""
     try:
         save_file(dict(tensors), str(path), metadata=metadata)
     except SafetensorError as error:
