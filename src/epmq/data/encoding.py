@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from io import BytesIO
 from itertools import chain
@@ -33,8 +34,6 @@ def load_processor(directory: str | Path) -> Any:
     Raises:
         ValueError: transformers cannot open it, or not without code that lies there; the directory is named.
     """
-    import warnings
-
     from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
 
     images, texts = (any(Path(directory, name).exists() for name in names) for names in (IMAGE_FILES, TEXT_FILES))
@@ -78,7 +77,6 @@ def encode(
     Args:
         examples: what to encode. Documents (`causal`) are taken one by one, each cut; see `pack` for windows.
         processor: the tokenizer, the image processor or both in one.
-        batch_size: samples a batch.
         max_length: texts are cut to this many tokens; None leaves it to the tokenizer.
 
     Yields:
@@ -107,11 +105,7 @@ def encode(
 
 
 def try_template(tokenizer: Any, messages: Any) -> None:
-    """See whether a chat template comes to an end: it is a program that came with the model.
-
-    Raises:
-        ValueError: it does not, or fails.
-    """
+    """Refuse a chat template that fails or comes to no end: it is a program that came with the model."""
     error: BaseException | None = TimeoutError(f"no end within {TEMPLATE_SECONDS} s")
 
     def render() -> None:

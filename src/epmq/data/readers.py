@@ -33,7 +33,8 @@ def fields_of(data: Data | None) -> Fields:
     if data is None:
         return Fields()
     columns: dict[str, Any] = {field.name: getattr(data, field.name) for field in dataclasses.fields(Fields)}
-    return Fields(**{name: tuple(value) if isinstance(value, list) else value for name, value in columns.items()})
+    columns |= {name: tuple(value) for name, value in columns.items() if isinstance(value, list)}
+    return Fields(**columns)
 
 
 def read_data(data: Data, use: str, count: int | None, seed: int) -> Examples:
@@ -49,7 +50,6 @@ def read_examples(path: str | Path, fields: Fields | None = None, use: str = "te
 
     Args:
         path: a `.jsonl`, `.csv`, `.parquet` or `.npz` file, or a folder of images.
-        fields: names of the columns; the usual ones if left out.
         use: one of `USES`: what the model makes of texts.
 
     Raises:
@@ -120,8 +120,7 @@ def _read_pictures(rows: Any, fields: Fields, source: str) -> Examples:
 def from_objects(items: Iterable[Any], fields: Fields, use: str, source: str) -> Examples:
     """Examples from Python objects: rows as dicts, or ready batches (dicts with tensors), as from a data loader.
 
-    Raises:
-        ValueError: there are none, or they are neither; `source` is named.
+    Errors are those of `from_rows`.
     """
     items = list(items)
     if items and all(isinstance(item, Mapping) and any(map(torch.is_tensor, item.values())) for item in items):

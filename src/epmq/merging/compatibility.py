@@ -23,8 +23,7 @@ def open_experts(base: str, experts: Sequence[Expert]) -> ExpertSet:
     """Open a base (a directory or Hub id) and its experts, and check that they fit.
 
     Raises:
-        MissingError, InputError: a checkpoint is missing, or does not fit the base; the tensor and both shapes are
-            named.
+        MissingError, InputError: a checkpoint is missing, or does not fit; the tensor and both shapes are named.
     """
     opened = ExpertSet(base, experts)
     _check_base(opened)

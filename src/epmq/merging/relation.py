@@ -36,8 +36,7 @@ SAME_TOKENS = 0.99
 def check_relation(experts: ExpertSet) -> list[str]:
     """Look for experts of another base, for experts that are the same, and for tokenizers and labels that differ.
 
-    Returns:
-        what is odd but may be meant, in words that name the experts.
+    What is odd but may be meant is returned, in words that name the experts.
 
     Raises:
         ValueError: an expert was not fine-tuned from this base, or its tokens have other numbers, or the tokenizer has
@@ -55,10 +54,10 @@ def _check_weights(experts: ExpertSet) -> Iterator[str]:
     names = (f"{layer}.weight" for layer, _ in block_linears(experts.model))
     for name in filter(set(experts.names).__contains__, names):
         base = experts.base.tensor(name, slice(SAMPLE)).double()
-        base_digest.update((base + 0.0).contiguous().numpy())  # -0 is 0
+        base_digest.update((base + 0.0).contiguous().numpy().data)  # -0 is 0
         for task, expert in experts.experts.items():
             rows = expert.tensor(name, slice(SAMPLE)).double()
-            digests[task].update((rows + 0.0).contiguous().numpy())
+            digests[task].update((rows + 0.0).contiguous().numpy().data)
             change, size = float((rows - base).norm()), float(base.norm())
             cosines[task][name] = correlation(base, rows)
             sizes[task].append(change / size if size else float(change > 0))

@@ -221,11 +221,7 @@ class Checkpoint:
             return tensor
 
     def check_finite(self, names: Iterable[str] | None = None) -> None:
-        """Read all tensors once and look for NaN and Inf.
-
-        Raises:
-            ValueError: a tensor has one; file and tensor are named.
-        """
+        """Read all tensors once, or those of that name; one that has NaN or Inf is an error, which names it."""
         for name in self.names if names is None else names:
             tensor = Checkpoint.tensor(self, name)  # by its name on disk, in an adapter too
             if not is_finite(tensor):
@@ -242,11 +238,7 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The content of a `config.json`, with what is read here of the type that it should be.
-
-    Raises:
-        FileNotFoundError, ValueError: there is none, or a field holds something else; the file is named.
-    """
+    """The content of a `config.json`, with what is read here of the type that it should be, or an error."""
     config = read_json(path)
     names = config.get("architectures")
     if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from epmq.errors import InputError, error_context, reason
-from epmq.models.writer import save_tensors
 
 HEAD_FILE = "head.safetensors"
 POOLINGS = ("cls", "mean", "cls_mean")
@@ -93,11 +93,19 @@ class Head:
 
 def save_head(head: Head, path: str | Path) -> None:
     """Write a head as one safetensors file; its settings go into the file's metadata."""
-    # One entry: safetensors writes several in an order that changes from run to run.
-    metadata = {"head": json.dumps({"pooling": head.pooling, "normalize": head.normalize, "labels": head.labels})}
+    settings = {"pooling": head.pooling, "normalize": head.normalize, "labels": head.labels}
     tensors = {"weight": head.weight, "bias": head.bias, "projection": head.projection}
-    floats = {name: tensor.float().contiguous() for name, tensor in tensors.items() if tensor is not None}
-    save_tensors(floats, Path(path), metadata)
+    write_head_file(path, {name: tensor.float() for name, tensor in tensors.items() if tensor is not None}, settings)
+
+
+def write_head_file(path: str | Path, tensors: dict[str, Tensor], settings: dict[str, Any]) -> None:
+    """Write tensors and settings of a head of either form; where that fails, the OSError names the file."""
+    # One entry: safetensors writes several in an order that changes from run to run.
+    metadata = {"head": json.dumps(settings)}
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, str(path), metadata=metadata)
+    except SafetensorError as error:
+        raise OSError(f"{path}: cannot be written ({error})") from None
 
 
 def read_head_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -48,7 +48,7 @@ def why_not_direct(path: str | Path, config: dict[str, Any]) -> str | None:
     import transformers
 
     model_class: Any = named_class(architecture_of(config)) or transformers.AutoModel
-    log = transformers.utils.logging
+    log: Any = transformers.utils.logging
     try:
         with redirect_stderr(io.StringIO()), ExitStack() as stack:  # the loader's progress bars, and its messages
             stack.callback(log.set_verbosity, log.get_verbosity())

@@ -37,13 +37,10 @@ def named_class(architecture: Any) -> Any:
 
 @contextmanager
 def no_larger(source: str | Path, tensors: int, entries: int) -> Iterator[None]:
-    """Refuse to build, in a `with` block, a model that is far larger than what there is for it.
+    """Refuse to build, in a `with` block, a model far larger than so many `tensors` of at most so many `entries`.
 
     A config may say anything; without this a billion layers would be made, one by one, before the first is missed.
-    There are so many `tensors`, none with more than so many `entries`.
-
-    Raises:
-        ValueError: the config describes more; `source`, which does, is named.
+    The ValueError names `source`, which describes the model.
     """
     budget = SPARE + 8 * tensors
 
@@ -114,9 +111,7 @@ def rename(model: Any, stored: Iterable[str]) -> tuple[dict[str, str], list[str]
     """What a checkpoint calls the tensors of a model.
 
     transformers renames tensors when it loads (old layouts, prefixes of task classes); its own table is applied, so
-    that any checkpoint that `from_pretrained` reads is read here too.
-
-    Those `stored` on disk may have a prefix, or a task head's tensors among them.
+    that any checkpoint that `from_pretrained` reads is read here too, with a task head's tensors or without.
 
     Returns:
         name in the model → name on disk, and the names on disk that the model does not have.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from epmq.models.checkpoint import read_config, resolve
 from epmq.models.heads import Head, load_head, read_head_file
 from epmq.models.loading import load_model
 from epmq.models.meta import empty_model, named_class, no_larger, rename, set_tensor
-from epmq.models.writer import save_tensors
 
 HEADS = "heads"
 
@@ -79,12 +77,6 @@ class NativeHead(nn.Module):
         """Logits of the task class."""
         logits: Tensor = torch.func.functional_call(self.model, self.own, (), inputs).logits
         return logits
-
-
-def save_native_head(path: Path, architecture: str, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Write the head tensors of a transformers task class, with what is needed to build it again."""
-    metadata = {"head": json.dumps({"architecture": architecture, "config": config})}
-    save_tensors({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
 
 
 class MultiTaskModel(nn.Module):

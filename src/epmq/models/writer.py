@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from epmq.errors import InputError
@@ -146,11 +144,3 @@ def make_header(specs: Mapping[str, TensorSpec]) -> tuple[bytes, dict[str, int]]
     header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     header += b" " * (-len(header) % 8)
     return len(header).to_bytes(8, "little") + header, {name: entries[name]["data_offsets"][0] for name in names}
-
-
-def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Write a small safetensors file, such as a head. Where it cannot be written, the OSError names it."""
-    try:
-        save_file(dict(tensors), str(path), metadata=metadata)
-    except SafetensorError as error:
-        raise OSError(f"{path}: cannot be written ({error})") from None
