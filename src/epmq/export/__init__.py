@@ -39,4 +39,4 @@ class Format(Protocol):
         """The `quantization_config` of `config.json`, if it needs one; `ignore` names linear layers not quantized."""
 
 
-FORMATS = {"pack-quantized": cast(Format, packed), "dequantized": cast(Format, dequantized)}
+FORMATS: dict[str, Format] = {"pack-quantized": cast(Format, packed), "dequantized": cast(Format, dequantized)}

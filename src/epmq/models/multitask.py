@@ -50,7 +50,7 @@ class NativeHead(nn.Module):
         self.stored = rename(self.model, tensors)[0]
         for name, stored in self.stored.items():
             tensor = tensors[stored].to(sample.device, sample.dtype if tensors[stored].is_floating_point() else None)
-            if name.startswith(f"{prefix}."):  # the backbone is every task's, and so is its own pooler
+            if name.startswith(f"{prefix}."):  # such as a pooler: the backbone's is every task's
                 self.own[name] = tensor
             else:
                 set_tensor(self.model, name, tensor)
@@ -94,11 +94,7 @@ class MultiTaskModel(nn.Module):
         self.processor, self._heads, self.tasks = processor, heads, list(heads)
 
     def head(self, task: str) -> Head | NativeHead:
-        """The head of a task.
-
-        Raises:
-            KeyError: there is no such task; the ones there are are named.
-        """
+        """The head of a task; where there is no such task, the KeyError names those there are."""
         if task not in self._heads:
             raise UnknownTaskError(f"no task {task!r}; there are: {', '.join(self.tasks) or 'none'}")
         return self._heads[task]

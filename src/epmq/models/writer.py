@@ -52,14 +52,14 @@ class CheckpointWriter(ExitStack):
         several = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
         self.files = several if len(shards) > 1 else [SINGLE]
         self._handles: list[BinaryIO] = []
-        self._offsets: dict[str, tuple[int, int]] = {}
-        for number, (file, shard) in enumerate(zip(self.files, shards)):
+        self._offsets: dict[str, tuple[BinaryIO, int]] = {}
+        for file, shard in zip(self.files, shards):
             header, offsets = make_header(shard)
             handle = self.enter_context((folder / file).open("r+b" if (folder / file).exists() else "w+b"))
             handle.write(header)
             handle.truncate(len(header) + sum(map(byte_size, shard.values())))
             self._handles.append(handle)
-            self._offsets |= {name: (number, len(header) + offset) for name, offset in offsets.items()}
+            self._offsets |= {name: (handle, len(header) + offset) for name, offset in offsets.items()}
         self.order = list(self._offsets)
 
     def write(self, name: str, parts: Tensor | Iterable[Tensor]) -> None:
@@ -72,8 +72,7 @@ class CheckpointWriter(ExitStack):
         Raises:
             InputError: it is not what its spec says; it is named.
         """
-        number, offset = self._offsets[name]
-        handle, size, written = self._handles[number], byte_size(self.specs[name]), 0
+        (handle, offset), size, written = self._offsets[name], byte_size(self.specs[name]), 0
         handle.seek(offset)
         for part in [parts] if isinstance(parts, Tensor) else parts:
             numbers = part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
@@ -87,8 +86,7 @@ class CheckpointWriter(ExitStack):
 
     def tensor(self, name: str) -> Tensor:
         """Read back a tensor that has been written."""
-        (dtype, shape), (number, offset) = self.specs[name], self._offsets[name]
-        handle = self._handles[number]
+        (dtype, shape), (handle, offset) = self.specs[name], self._offsets[name]
         handle.seek(offset)
         content = bytearray(handle.read(byte_size(self.specs[name])))
         if not content:
@@ -106,7 +104,7 @@ class CheckpointWriter(ExitStack):
         for handle in self._handles:
             handle.flush()
         if len(self.files) > 1:
-            shards = {name: self.files[self._offsets[name][0]] for name in self.specs}
+            shards = {name: Path(self._offsets[name][0].name).name for name in self.specs}
             write_json(self.folder / INDEX, {"metadata": {"total_size": self.total}, "weight_map": shards})
 
 
