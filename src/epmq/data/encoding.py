@@ -31,8 +31,7 @@ REFUSAL = "the base model's {} cannot take them"
 def load_processor(directory: str | Path) -> Any:
     """What lies in a model directory: a tokenizer, an image processor, both in one (CLIP), or None.
 
-    Raises:
-        ValueError: transformers cannot open it, or not without code that lies there; the directory is named.
+    Where transformers cannot open it, or not without code that lies there, a ValueError names the directory.
     """
     from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
 

@@ -105,8 +105,7 @@ class ExpertReader:
     def head_config(self) -> dict[str, Any] | None:
         """Content of a `config.json` for the expert's own task head; None if it has none.
 
-        Raises:
-            InputError: an adapter brings a head that fits no task class.
+        An adapter that brings a head that fits no task class is an InputError.
         """
         if not self.extra:
             return None
@@ -120,11 +119,7 @@ class ExpertReader:
         return self.head_file is not None or self.head_config is not None
 
     def head(self, backbone: nn.Module) -> Head | NativeHead | None:
-        """The expert's head on a backbone; None where it has none.
-
-        Raises:
-            InputError: it cannot be built.
-        """
+        """The expert's head on a backbone; None where it has none, and an InputError where it cannot be built."""
         if self.head_file is not None:
             return load_any_head(self.head_file, backbone)
         config = self.head_config

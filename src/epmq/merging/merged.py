@@ -47,12 +47,9 @@ class MergedWeights:
         return merged
 
     def parts(self, name: str) -> Iterator[Tensor]:
-        """As `tensor`, a large tensor some rows at a time.
+        """As `tensor`, a large tensor some rows at a time. A weight that is NaN or Inf is named in an InputError.
 
         That is how it is read, too: what was read of a file is resident until its map is closed.
-
-        Raises:
-            InputError: a weight is NaN or Inf; file and tensor are named.
         """
         if self._base.dtype(name) is None:
             yield self._base.tensor(name)

@@ -40,11 +40,7 @@ class Stack:
 
 
 def find_stacks(model: nn.Module) -> list[Stack]:
-    """The model's stacks of repeated blocks, in order of definition.
-
-    Raises:
-        ValueError: the model has none.
-    """
+    """The model's stacks of repeated blocks, in order of definition; a model that has none is a ValueError."""
     total = _linear_size(model) or 1
     stacks: list[Stack] = []
     for name, module in model.named_modules():
@@ -104,10 +100,7 @@ class InputGroup:
 def input_groups(block: nn.Module, run: Callable[[], object]) -> list[InputGroup]:
     """The block's linear layers, put together where they receive the same input, in order of first call.
 
-    `run` calls the block once on real data.
-
-    Raises:
-        ValueError: a linear layer was not called; it is named.
+    `run` calls the block once on real data. A linear layer that it does not call is named in a ValueError.
     """
     seen: dict[str, list[Tensor]] = {}
 

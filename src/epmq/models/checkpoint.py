@@ -63,12 +63,9 @@ def model_files(folder: Path) -> list[Path]:
 
 
 def resolve(source: str | Path) -> Path:
-    """The local directory of a model: `source` itself, or a snapshot of the Hub id `owner/name`.
+    """The local directory of a model: `source` itself, or a snapshot of the Hub id `owner/name`; else MissingError.
 
     Where `source` names a pickle in either, or the index of several, the path of that file is returned.
-
-    Raises:
-        FileNotFoundError: there is no such directory and no such model on the Hub.
     """
     path = Path(source).expanduser()
     pickled = str(source).endswith(PICKLES)
@@ -204,11 +201,7 @@ class Checkpoint:
         return DTYPES[dtype] if dtype in FLOATS else None
 
     def tensor(self, name: str, rows: slice | None = None) -> Tensor:
-        """Read one tensor, or some rows of it, along its first dimension.
-
-        Raises:
-            KeyError: there is no tensor of that name.
-        """
+        """Read one tensor, or some rows of it, along its first dimension; a KeyError where there is none."""
         shard = self._shard_of(name)
         if shard.endswith(PICKLES):
             pickled: Tensor = self._open(shard).get_tensor(name)

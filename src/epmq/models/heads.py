@@ -111,8 +111,7 @@ def write_head_file(path: str | Path, tensors: dict[str, Tensor], settings: dict
 def read_head_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and settings of a head file of either form; settings may also be metadata one by one.
 
-    Raises:
-        ValueError: it cannot be read, or its settings are not JSON; the file is named.
+    A file that cannot be read, or whose settings are not JSON, is named in a ValueError.
     """
     with error_context(path, "not a readable safetensors file"), safe_open(str(path), framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}
@@ -132,11 +131,7 @@ def read_head_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]
 
 
 def load_head(path: str | Path) -> Head:
-    """Read a head written by `save_head`.
-
-    Raises:
-        ValueError: a tensor or a setting is missing or of the wrong shape; the file is named.
-    """
+    """Read a head written by `save_head`; a ValueError says which tensor or setting is not what it should be."""
     tensors, settings = read_head_file(path)
     missing = {"weight", "bias"} - tensors.keys()
     if missing:

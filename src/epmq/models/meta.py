@@ -71,9 +71,8 @@ def shared_checkpoint(base: Checkpoint, experts: Sequence[Checkpoint]) -> Checkp
 def build_meta_model(checkpoint: Checkpoint) -> Any:
     """The model of a checkpoint with parameters on the meta device and real buffers, in eval mode, in float32.
 
-    Raises:
-        ValueError: transformers does not know the model type, or knows it through remote code only; or the model is
-            quantized already.
+    A ValueError says that transformers does not know the model type without remote code, or that the model is quantized
+    already.
     """
     import transformers
 
@@ -196,8 +195,7 @@ def tie(model: Any, tied: dict[str, str]) -> None:
 class UsedRows:
     """Looks up the rows of an embedding that calibration uses, and holds no others, in float32.
 
-    A table that is mapped into memory would become resident piece by piece, one an expert. `read` gives the whole
-    table, [size, features].
+    A table [size, features] that is mapped into memory would become resident piece by piece, one an expert.
     """
 
     def __init__(self, size: int, read: Callable[[], Tensor], device: torch.device) -> None:

@@ -80,13 +80,7 @@ class NativeHead(nn.Module):
 
 
 class MultiTaskModel(nn.Module):
-    """A backbone with the heads of all its tasks.
-
-    Attributes:
-        backbone: a transformers model.
-        processor: its tokenizer or image processor, or None.
-        tasks: their names.
-    """
+    """A backbone (a transformers model) with its tokenizer or image processor, and the heads of all its `tasks`."""
 
     def __init__(self, backbone: nn.Module, heads: dict[str, Head | NativeHead], processor: Any = None) -> None:
         super().__init__()
@@ -128,10 +122,8 @@ class MultiTaskModel(nn.Module):
     def generate(self, texts: list[str], max_new_tokens: int = 64, **settings: Any) -> list[str]:
         """What a language model writes to each text: the continuation, or an encoder–decoder's answer.
 
-        `settings` are further arguments of transformers' `generate`; it is greedy by default.
-
-        Raises:
-            ValueError: the model generates no text.
+        `settings` are further arguments of transformers' `generate`; it is greedy by default. A model that generates no
+        text is a ValueError.
         """
         tokenizer = tokenizer_of(self.processor)
         if tokenizer is None or not getattr(self.backbone, "can_generate", lambda: False)():

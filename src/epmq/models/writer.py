@@ -63,14 +63,9 @@ class CheckpointWriter(ExitStack):
         self.order = list(self._offsets)
 
     def write(self, name: str, parts: Tensor | Iterable[Tensor]) -> None:
-        """Write one tensor.
+        """Write one tensor, or its parts along its first dimension, of which one is in memory.
 
-        Args:
-            name: one of `specs`.
-            parts: the tensor in the dtype of its spec, or parts of it along its first dimension: one is in memory.
-
-        Raises:
-            InputError: it is not what its spec says; it is named.
+        It is in the dtype of its spec; what has not the size of its spec is named in an InputError.
         """
         (handle, offset), size, written = self._offsets[name], byte_size(self.specs[name]), 0
         handle.seek(offset)
