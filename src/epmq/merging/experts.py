@@ -198,8 +198,7 @@ class ExpertSet:
         first = copy.copy(self)
         first._first_only, first.notes = True, []
         first.model = first.meta_model()
-        state = first.model.state_dict()
-        first.names = [name for name in self.names if name in state]
+        first.names = list(filter(first.model.state_dict().__contains__, self.names))
         return first
 
     def whole_model(self, reader: TensorReader, device: torch.device) -> Any:

@@ -122,8 +122,7 @@ class MultiTaskModel(nn.Module):
     def generate(self, texts: list[str], max_new_tokens: int = 64, **settings: Any) -> list[str]:
         """What a language model writes to each text: the continuation, or an encoder–decoder's answer.
 
-        `settings` are further arguments of transformers' `generate`; it is greedy by default. A model that generates no
-        text is a ValueError.
+        `settings` go to transformers' `generate`, greedy by default. A model that generates no text is a ValueError.
         """
         tokenizer = tokenizer_of(self.processor)
         if tokenizer is None or not getattr(self.backbone, "can_generate", lambda: False)():
