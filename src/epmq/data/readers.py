@@ -120,11 +120,13 @@ def _read_pictures(rows: Any, fields: Fields, source: str) -> Examples:
 def from_objects(items: Iterable[Any], fields: Fields, use: str, source: str) -> Examples:
     """Examples from Python objects: rows as dicts, or ready batches (dicts with tensors), as from a data loader.
 
-    Errors are those of `from_rows`.
+    Errors are those of `from_rows`; none at all is one, too.
     """
     items = list(items)
     if items and all(isinstance(item, Mapping) and any(map(torch.is_tensor, item.values())) for item in items):
         return Examples("batches", [dict(item) for item in items])
+    if not items:
+        raise InputError(f"{source}: holds no examples")
     return from_rows(((f"item {i}", row) for i, row in enumerate(items)), fields, use, source)
 
 
@@ -132,7 +134,7 @@ def from_rows(rows: Iterable[tuple[str, Any]], fields: Fields, use: str, source:
     """Examples from rows, each with what to call it in an error, such as `line 3`; `source` goes in front of that.
 
     Raises:
-        ValueError: there are none, or one lacks a field, or holds something else in it; it is named.
+        ValueError: a row lacks a field, or holds something else in it; it is named.
     """
     kind, inputs, targets, labels = "", list[Any](), list[str](), list[int]()
     for where, row in rows:
@@ -149,12 +151,10 @@ def from_rows(rows: Iterable[tuple[str, Any]], fields: Fields, use: str, source:
             targets.append(_target(row, fields, where))
         if fields.label in row and kind in ("text", "image"):
             labels.append(_label(row[fields.label], fields.label, where))
-    if not inputs:
-        raise InputError(f"{source}: holds no examples")
     if labels and len(labels) != len(inputs):
         raise InputError(f"{source}: only {len(labels)} of {len(inputs)} lines have the field {fields.label!r}")
     classes = np.asarray(labels, dtype=np.int64) if labels else None
-    return Examples(kind, inputs, classes, targets if kind == "seq2seq" else None)
+    return Examples(kind or "text", inputs, classes, targets if kind == "seq2seq" else None)
 
 
 def _input(row: Mapping[str, Any], kind: str, fields: Fields, where: str) -> Any:
