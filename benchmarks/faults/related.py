@@ -35,11 +35,11 @@ def related(suite: str) -> dict[str, float]:
             after = (index + 1) % len(stack.blocks)
             for layer, _ in linears(block):
                 name = f"{stack.block_name(index)}.{layer}.weight"
-                base = experts.base.rows(name, rows).double()
+                base = experts.base.tensor(name, rows).double()
                 for task in tasks:
                     reader = experts.experts[task]
-                    expert = reader.rows(name, rows).double()
-                    stranger = reader.rows(f"{stack.block_name(after)}.{layer}.weight", rows).double()
+                    expert = reader.tensor(name, rows).double()
+                    stranger = reader.tensor(f"{stack.block_name(after)}.{layer}.weight", rows).double()
                     own[task].append(correlation(base, expert))
                     other[task].append(correlation(base, stranger))
                     sizes[task].append(float((expert - base).norm() / base.norm()))

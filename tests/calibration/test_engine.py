@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -9,7 +10,6 @@ from conftest import recipe_for
 from epmq.calibration.engine import LayerReport
 from epmq.calibration.sequential import Batch
 from epmq.models.blocks import linears
-from epmq.models.hooks import pre_hooks
 from epmq.pipeline.prepare import PreparedRun, prepare
 from epmq.pipeline.run import calibration_batches, calibration_engine
 from epmq.quantization.grid import QuantizedTensor
@@ -41,7 +41,9 @@ def record_inputs(model: Any, layers: dict[str, Any], batches: list[Batch], inpu
         def note(name, task=batch.task, mask=mask):
             return lambda module, args: inputs[name].setdefault(task, []).append(args[0][mask].double())
 
-        with pre_hooks([(layer, note(name)) for name, layer in layers.items()]):
+        with ExitStack() as hooks:
+            for name, layer in layers.items():
+                hooks.enter_context(layer.register_forward_pre_hook(note(name)))
             model(**batch.inputs)
 
 

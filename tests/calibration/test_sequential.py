@@ -4,7 +4,6 @@ from families import FAMILIES
 
 from epmq.calibration.sequential import Batch, SequentialCalibrator
 from epmq.models.blocks import find_stacks, input_groups, linears
-from epmq.models.hooks import pre_hooks
 
 
 def as_batches(inputs: list[dict[str, torch.Tensor]]) -> list[Batch]:
@@ -85,7 +84,7 @@ def test_each_layer_runs_once_on_each_batch_and_sees_what_lies_before_it_changed
     assert len(calls) == len(set(calls)) * len(batches)
     for block, layer, i in seen:
         received, module = [], model.get_submodule(f"{block}.{layer}")
-        with pre_hooks([(module, lambda module, args, received=received: received.append(args[0]))]):
+        with module.register_forward_pre_hook(lambda module, args, received=received: received.append(args[0])):
             model(**batches[i].inputs)
         assert torch.equal(received[0], seen[block, layer, i]), (block, layer, i)
 

@@ -32,7 +32,7 @@ def test_what_is_written_is_read(tmp_path, tensors, several):
         assert checkpoint.shape(name) == tuple(tensor.shape)
         found = checkpoint.tensor(name)
         assert found.dtype == tensor.dtype and torch.equal(found, tensor)
-    assert [checkpoint.dtype_name(name) for name in "abcde"] == ["F32", "BF16", "F16", "I32", "F64"]
+    assert [checkpoint.spec(name)[0] for name in "abcde"] == ["F32", "BF16", "F16", "I32", "F64"]
     assert checkpoint.dtype("b") == torch.bfloat16 and checkpoint.dtype("d") is None
     assert "f" not in checkpoint
     for ask in (checkpoint.tensor, checkpoint.shape, checkpoint.dtype):

@@ -154,3 +154,8 @@ def test_settings_are_good_or_an_error_names_the_file(tmp_path_factory, values):
         assert load_head(path).pooling in POOLINGS
     except ValueError as error:
         assert str(error).startswith(f"{path}: ")
+
+
+def test_a_head_that_cannot_be_written_is_named(tmp_path):
+    with pytest.raises(OSError, match=r"nowhere/head\.safetensors: cannot be written"):
+        save_head(Head(torch.ones(2, 3), torch.ones(2)), tmp_path / "nowhere" / "head.safetensors")

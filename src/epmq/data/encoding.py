@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from io import BytesIO
 from itertools import chain
@@ -24,20 +25,17 @@ WINDOW = 512
 TEMPLATE_SECONDS = 3
 # Of a number in a chat template.
 MOST_DIGITS = 6
+REFUSAL = "the base model's {} cannot take them"
 
 
 def load_processor(directory: str | Path) -> Any:
     """What lies in a model directory: a tokenizer, an image processor, both in one (CLIP), or None.
 
-    Raises:
-        ValueError: transformers cannot open it, or not without code that lies there; the directory is named.
+    Where transformers cannot open it, or not without code that lies there, a ValueError names the directory.
     """
-    import warnings
-
     from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
 
-    directory = Path(directory)
-    images, texts = (any((directory / name).exists() for name in names) for names in (IMAGE_FILES, TEXT_FILES))
+    images, texts = (any(Path(directory, name).exists() for name in names) for names in (IMAGE_FILES, TEXT_FILES))
     if not images and not texts:
         return None
     image_class: Any = AutoImageProcessor
@@ -78,7 +76,6 @@ def encode(
     Args:
         examples: what to encode. Documents (`causal`) are taken one by one, each cut; see `pack` for windows.
         processor: the tokenizer, the image processor or both in one.
-        batch_size: samples a batch.
         max_length: texts are cut to this many tokens; None leaves it to the tokenizer.
 
     Yields:
@@ -92,43 +89,31 @@ def encode(
     if examples.kind == "batches":
         yield from examples.inputs
         return
-    if examples.kind == "tokens":
-        for start in range(0, len(examples), batch_size):
-            ids = torch.from_numpy(examples.inputs[start : start + batch_size])
-            yield {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        return
     tokenizer, images = tokenizer_of(processor), image_processor_of(processor)
     without_images = images is None and examples.kind.startswith("image")
-    if without_images or (tokenizer is None and examples.kind != "image"):
+    if without_images or (tokenizer is None and examples.kind not in ("image", "tokens")):
         missing = "image processor" if without_images else "tokenizer"
         raise InputError(f"{examples.kind} examples need the base model's {missing}, found {type(processor).__name__}")
     if examples.kind == "chat" and len(examples):
         try_template(tokenizer, examples.inputs[0])
     for start in range(0, len(examples), batch_size):
         chunk = examples.take(np.arange(start, min(start + batch_size, len(examples))))
-        with error_context(f"{examples.kind} examples", _refusal(processor)):
+        with error_context(f"{examples.kind} examples", REFUSAL.format(type(processor).__name__)):
             batch = _encode(chunk, tokenizer, images, max_length)
         yield batch
 
 
-def _refusal(processor: Any) -> str:
-    return f"the base model's {type(processor).__name__} cannot take them"
-
-
 def try_template(tokenizer: Any, messages: Any) -> None:
-    """See whether a chat template comes to an end: it is a program that came with the model.
-
-    Raises:
-        ValueError: it does not, or fails.
-    """
-    errors: list[BaseException | None] = []
+    """Refuse a chat template that fails or comes to no end: it is a program that came with the model."""
+    error: BaseException | None = TimeoutError(f"no end within {TEMPLATE_SECONDS} s")
 
     def render() -> None:
+        nonlocal error
         try:
             tokenizer.apply_chat_template(messages, tokenize=False)
-            errors.append(None)
-        except BaseException as error:
-            errors.append(error)
+            error = None
+        except BaseException as raised:
+            error = raised
 
     with error_context(tokenizer.name_or_path, "its chat template cannot be used"):
         check_template(tokenizer.get_chat_template())
@@ -136,18 +121,14 @@ def try_template(tokenizer: Any, messages: Any) -> None:
         thread = Thread(target=render, daemon=True)
         thread.start()
         thread.join(TEMPLATE_SECONDS)
-        error = errors[0] if errors else TimeoutError(f"no end within {TEMPLATE_SECONDS} s")
         if error is not None:
             raise error
 
 
 def check_template(template: str) -> None:
-    """See whether a chat template computes with numbers so large that it would fill the memory in one step.
+    """Refuse a chat template that computes with numbers so large that it would fill the memory in one step.
 
     One such step cannot be interrupted, so that a limit of time does not help.
-
-    Raises:
-        ValueError: it does.
     """
     from jinja2 import Environment
 
@@ -158,30 +139,25 @@ def check_template(template: str) -> None:
 
 def _encode(examples: Examples, tokenizer: Any, images: Any, max_length: int | None) -> dict[str, Any]:
     """One batch of model inputs, of all the examples."""
-    kind, inputs = examples.kind, examples.inputs
+    kind, inputs, batch = examples.kind, examples.inputs, dict[str, Any]()
+    if kind == "tokens":
+        ids = torch.from_numpy(inputs)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     cut = {"padding": True, "truncation": True, "max_length": max_length, "return_tensors": "pt"}
-    if kind == "image":
-        return _pixels(inputs, images)
-    if kind == "image_text":
-        return {**_pixels([x[0] for x in inputs], images), **tokenizer([x[1] for x in inputs], **cut)}
     if kind == "chat":
         return dict(tokenizer.apply_chat_template(list(inputs), tokenize=True, return_dict=True, **cut))
+    if kind.startswith("image"):
+        pictures, inputs = (inputs, None) if kind == "image" else zip(*inputs)
+        batch["pixel_values"] = images([_image(picture) for picture in pictures], return_tensors="pt")["pixel_values"]
+    if inputs is not None:
+        # Pairs go in as lists, which is what tokenizers take for a pair.
+        batch |= tokenizer([x if isinstance(x, str) else list(x) for x in inputs], **cut)
     if kind == "seq2seq":
-        assert examples.targets is not None
-        return {**tokenizer(list(inputs), **cut), **_targets(examples.targets, tokenizer, cut)}
-    # Pairs go in as lists, which is what tokenizers take for a pair.
-    return dict(tokenizer([x if isinstance(x, str) else list(x) for x in inputs], **cut))
-
-
-def _targets(targets: list[str], tokenizer: Any, cut: dict[str, Any]) -> dict[str, torch.Tensor]:
-    encoded = tokenizer(text_target=targets, **cut)
-    ids, mask = encoded["input_ids"], encoded["attention_mask"]
-    shifted = torch.cat([torch.ones_like(mask[:, :1]), mask[:, :-1]], dim=1)
-    return {"labels": ids.masked_fill(mask == 0, -100), "decoder_attention_mask": shifted}
-
-
-def _pixels(chunk: Any, processor: Any) -> dict[str, torch.Tensor]:
-    return {"pixel_values": processor([_image(x) for x in chunk], return_tensors="pt")["pixel_values"]}
+        targets = tokenizer(text_target=examples.targets, **cut)
+        mask = targets["attention_mask"]
+        batch["labels"] = targets["input_ids"].masked_fill(mask == 0, -100)
+        batch["decoder_attention_mask"] = torch.cat([torch.ones_like(mask[:, :1]), mask[:, :-1]], dim=1)
+    return batch
 
 
 def _image(source: Any) -> Any:
@@ -191,12 +167,10 @@ def _image(source: Any) -> Any:
         return source.convert("RGB")
     if isinstance(source, Mapping):  # as parquet files of pictures hold them
         source = source.get("path") if source.get("bytes") is None else source["bytes"]
-    if isinstance(source, bytes):
-        source = BytesIO(source)
-    if not isinstance(source, (str, Path, BytesIO)):
+    if not isinstance(source, (str, Path, bytes)):
         return source  # an array
-    name = source if isinstance(source, (str, Path)) else "a picture"
-    with error_context(name, "not a readable image"), Image.open(source) as image:
+    name, file = ("a picture", BytesIO(source)) if isinstance(source, bytes) else (source, source)
+    with error_context(name, "not a readable image"), Image.open(file) as image:
         return image.convert("RGB")
 
 
@@ -207,8 +181,7 @@ def pack(examples: Examples, processor: Any, length: int | None, count: int | No
         examples: documents, of kind `causal`.
         processor: the tokenizer.
         length: tokens a window; None means what the tokenizer allows, at most 512.
-        count: windows wanted, from documents in a seeded order; None makes all windows, in order.
-        seed: of that order.
+        count: windows wanted, from documents in an order of that seed; None makes all windows, in order.
 
     Returns:
         examples of kind `tokens`, [windows, length] int64; what is left at the end is dropped.
@@ -225,7 +198,7 @@ def pack(examples: Examples, processor: Any, length: int | None, count: int | No
     for start in range(0, len(order), 256):
         if count is not None and total >= count * length:
             break
-        with error_context("texts", _refusal(processor)):
+        with error_context("texts", REFUSAL.format(type(processor).__name__)):
             encoded = tokenizer([examples.inputs[i] for i in order[start : start + 256]])["input_ids"]
         for part in encoded:
             parts.append(part if end is None or (part and part[-1] == end) else [*part, end])
@@ -243,12 +216,9 @@ def to_device(batch: dict[str, Any], device: torch.device | str) -> dict[str, An
 
 
 def split_first(batches: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-    """The same examples, the first few in a batch of their own: what is tried on the first batch costs little.
+    """The same examples, the first `count` in a batch of their own: what is tried on the first batch costs little.
 
-    Args:
-        batches: model inputs. Unless the first is nothing but tensors that agree in their first dimension, all stay as
-            they are.
-        count: examples of the new batch.
+    Unless the first batch is nothing but tensors that agree in their first dimension, all stay as they are.
     """
     first = batches[0] if batches else {}
     sizes = {len(value) if isinstance(value, torch.Tensor) and value.ndim else 0 for value in first.values()}

@@ -83,12 +83,7 @@ class Fields:
 
 
 class Pictures(Sequence[Any]):
-    """The pictures of a `datasets.Dataset`, each decoded when it is asked for: a whole test set need not fit in memory.
-
-    Args:
-        rows: the dataset.
-        column: with the pictures.
-    """
+    """Pictures in a column of a `datasets.Dataset`, each decoded when it is asked for: all need not fit in memory."""
 
     def __init__(self, rows: Any, column: str) -> None:
         self._rows, self._column = rows, column

@@ -50,7 +50,6 @@ def read_examples(path: str | Path, fields: Fields | None = None, use: str = "te
 
     Args:
         path: a `.jsonl`, `.csv`, `.parquet` or `.npz` file, or a folder of images.
-        fields: names of the columns; the usual ones if left out.
         use: one of `USES`: what the model makes of texts.
 
     Raises:
@@ -78,15 +77,12 @@ def read_examples(path: str | Path, fields: Fields | None = None, use: str = "te
 def read_dataset(
     name: str, subset: str | None, split: str, fields: Fields, use: str, count: int | None, seed: int
 ) -> Examples:
-    """Read a split with the `datasets` library (extra `data`).
+    """Read a split with the `datasets` library (extra `data`); `fields` and `use` as in `read_examples`.
 
     Args:
         name: a Hub id or a local folder.
         subset: name of one of its configurations.
-        split: such as `train`.
-        fields, use: see `read_examples`.
         count: where given, only a seeded draw of that many rows (more for a language model) is read.
-        seed: of the draw.
 
     Raises:
         FileNotFoundError: `datasets` cannot open it.
@@ -124,38 +120,32 @@ def _read_pictures(rows: Any, fields: Fields, source: str) -> Examples:
 def from_objects(items: Iterable[Any], fields: Fields, use: str, source: str) -> Examples:
     """Examples from Python objects: rows as dicts, or ready batches (dicts with tensors), as from a data loader.
 
-    Raises:
-        ValueError: there are none, or they are neither; `source` is named.
+    Errors are those of `from_rows`; none at all is one, too.
     """
     items = list(items)
     if items and all(isinstance(item, Mapping) and any(map(torch.is_tensor, item.values())) for item in items):
         return Examples("batches", [dict(item) for item in items])
-    examples = from_rows(((f"item {i}", row) for i, row in enumerate(items)), fields, use, source)
-    if len(examples) == 0:
+    if not items:
         raise InputError(f"{source}: holds no examples")
-    return examples
+    return from_rows(((f"item {i}", row) for i, row in enumerate(items)), fields, use, source)
 
 
 def from_rows(rows: Iterable[tuple[str, Any]], fields: Fields, use: str, source: str) -> Examples:
-    """Examples from rows, each with what to call it in an error.
-
-    Args:
-        rows: (such as `line 3`, the row) pairs.
-        fields, use: see `read_examples`.
-        source: where the rows come from.
+    """Examples from rows, each with what to call it in an error, such as `line 3`; `source` goes in front of that.
 
     Raises:
         ValueError: a row lacks a field, or holds something else in it; it is named.
     """
-    kind = ""
-    inputs: list[Any] = []
-    targets: list[str] = []
-    labels: list[int] = []
+    kind, inputs, targets, labels = "", list[Any](), list[str](), list[int]()
     for where, row in rows:
         where = f"{source}, {where}"
         if not isinstance(row, Mapping):
             raise InputError(f"{where}: no text field {fields.text!r} (not an object with named fields)")
-        kind = kind or _kind(row, fields, use)
+        if fields.messages in row:
+            kind = kind or "chat"
+        elif fields.image in row:
+            kind = kind or ("image_text" if fields.text in row else "image")
+        kind = kind or use
         inputs.append(_input(row, kind, fields, where))
         if kind == "seq2seq":
             targets.append(_target(row, fields, where))
@@ -163,25 +153,17 @@ def from_rows(rows: Iterable[tuple[str, Any]], fields: Fields, use: str, source:
             labels.append(_label(row[fields.label], fields.label, where))
     if labels and len(labels) != len(inputs):
         raise InputError(f"{source}: only {len(labels)} of {len(inputs)} lines have the field {fields.label!r}")
-    known = np.asarray(labels, dtype=np.int64) if labels else None
-    return Examples(kind or "text", inputs, known, targets if kind == "seq2seq" else None)
-
-
-def _kind(row: Mapping[str, Any], fields: Fields, use: str) -> str:
-    if fields.messages in row:
-        return "chat"
-    if fields.image in row:
-        return "image_text" if fields.text in row else "image"
-    return use
+    classes = np.asarray(labels, dtype=np.int64) if labels else None
+    return Examples(kind or "text", inputs, classes, targets if kind == "seq2seq" else None)
 
 
 def _input(row: Mapping[str, Any], kind: str, fields: Fields, where: str) -> Any:
     if kind == "chat":
         return _messages(row.get(fields.messages), fields.messages, where)
     if kind in ("image", "image_text"):
-        if row.get(fields.image) is None:
+        image = row.get(fields.image)
+        if image is None:
             raise InputError(f"{where}: no image field {fields.image!r}")
-        image = row[fields.image]
         return image if kind == "image" else (image, _string(row, str(fields.text), where, "text"))
     if fields.prompt is not None:
         return _filled(fields.prompt, row, where)
@@ -256,8 +238,7 @@ def _locate_images(examples: Examples, folder: Path) -> Examples:
             raise InputError(f"{folder / image}: no such image")
         return folder / image
 
-    paired = examples.kind == "image_text"
-    inputs = [(locate(x[0]), x[1]) if paired else locate(x) for x in examples.inputs]
+    inputs = [(locate(x[0]), x[1]) if examples.kind == "image_text" else locate(x) for x in examples.inputs]
     return dataclasses.replace(examples, inputs=inputs)
 
 
@@ -321,10 +302,8 @@ def _read_npz(path: Path) -> Examples:
 
 def _read_image_folder(path: Path) -> Examples:
     classes = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
-    if classes:
-        pairs = [(file, k) for k, name in enumerate(classes) for file in sorted((path / name).rglob("*"))]
-    else:
-        pairs = [(file, 0) for file in sorted(path.iterdir())]
+    folders = [path / name for name in classes] or [path]
+    pairs = [(file, k) for k, folder in enumerate(folders) for file in sorted(folder.rglob("*"))]
     pairs = [(file, k) for file, k in pairs if file.suffix.lower() in IMAGE_ENDINGS]
     labels = np.asarray([k for _, k in pairs], dtype=np.int64) if classes else None
     return Examples("image", [file for file, _ in pairs], labels)

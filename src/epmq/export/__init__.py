@@ -25,12 +25,8 @@ class Format(Protocol):
     ) -> dict[str, TensorSpec]:
         """Name → dtype and shape of the tensors that stand for a weight.
 
-        Args:
-            layer: its name on disk.
-            shape: [out, in].
-            grid: the grid.
-            dtype: of the weight on disk, as safetensors calls it; scales have it too.
-            transposed: see above.
+        The layer goes by its name on disk, `shape` is [out, in], and `dtype` is that of the weight on disk, as
+        safetensors calls it; scales have it too.
         """
 
     def tensors(self, layer: str, weight: QuantizedTensor, transposed: bool) -> dict[str, Tensor]:
@@ -40,15 +36,7 @@ class Format(Protocol):
         """The plain weight [out, in] back from the tensors, as `QuantizedTensor.dequantize` gives it."""
 
     def config(self, grid: Grid, ignore: list[str]) -> dict[str, Any] | None:
-        """The `quantization_config` of `config.json`, if it needs one.
-
-        Args:
-            grid: of all quantized layers.
-            ignore: names of the linear layers that are not quantized.
-        """
+        """The `quantization_config` of `config.json`, if it needs one; `ignore` names linear layers not quantized."""
 
 
-FORMATS: dict[str, Format] = {
-    "pack-quantized": cast(Format, packed),
-    "dequantized": cast(Format, dequantized),
-}
+FORMATS: dict[str, Format] = {"pack-quantized": cast(Format, packed), "dequantized": cast(Format, dequantized)}

@@ -18,19 +18,15 @@ def specs(layer: str, shape: tuple[int, int], grid: Grid, dtype: str, transposed
     """Codes and zero points packed into 32-bit words, scales, and the shape; see `epmq.export.Format`."""
     rows, columns = shape
     groups = columns // grid.width(columns)
+    words, row_words = (-(-numbers * grid.bits // 32) for numbers in (columns, rows))
     packed: dict[str, TensorSpec] = {
-        f"{layer}.weight_packed": ("I32", (rows, _words(columns, grid.bits))),
+        f"{layer}.weight_packed": ("I32", (rows, words)),
         f"{layer}.weight_scale": (dtype, (rows, groups)),
         f"{layer}.weight_shape": ("I64", (2,)),
     }
     if not grid.symmetric:
-        packed[f"{layer}.weight_zero_point"] = ("I32", (_words(rows, grid.bits), groups))
+        packed[f"{layer}.weight_zero_point"] = ("I32", (row_words, groups))
     return packed
-
-
-def _words(numbers: int, bits: int) -> int:
-    """32-bit words that some numbers take."""
-    return -(-numbers * bits // 32)
 
 
 def tensors(layer: str, weight: QuantizedTensor, transposed: bool) -> dict[str, Tensor]:
@@ -74,14 +70,13 @@ def config(grid: Grid, ignore: list[str]) -> dict[str, Any] | None:
         "group_size": None if grid.group_size == -1 else grid.group_size,
         "dynamic": False,
     }
-    content: dict[str, Any] = QuantizationConfig.model_validate(
-        {
-            "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
-            "format": "pack-quantized",
-            "quantization_status": "compressed",
-            "ignore": ignore,
-        }
-    ).model_dump(mode="json")
+    fields = {
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "ignore": ignore,
+    }
+    content: dict[str, Any] = QuantizationConfig.model_validate(fields).model_dump(mode="json")
     content["quant_method"] = "compressed-tensors"
     if not grid.symmetric:
         # transformers 5.23 reads packed zero points only if it may unpack on load; others do not know the field.

@@ -7,7 +7,6 @@ import re
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from epmq.errors import InputError, error_context
 from epmq.merging.experts import ExpertReader, ExpertSet
@@ -21,15 +20,10 @@ LOG = logging.getLogger("epmq")
 
 
 def open_experts(base: str, experts: Sequence[Expert]) -> ExpertSet:
-    """Open a base and its experts, and check that they fit.
-
-    Args:
-        base: directory or Hub id.
-        experts: as a recipe names them.
+    """Open a base (a directory or Hub id) and its experts, and check that they fit.
 
     Raises:
-        MissingError, InputError: a checkpoint is missing, or does not fit the base; the tensor and both shapes are
-            named.
+        MissingError, InputError: a checkpoint is missing, or does not fit; the tensor and both shapes are named.
     """
     opened = ExpertSet(base, experts)
     _check_base(opened)
@@ -39,8 +33,7 @@ def open_experts(base: str, experts: Sequence[Expert]) -> ExpertSet:
         else:
             _check_checkpoint(opened, expert)
         _check_tied(opened, expert)
-    for expert in opened.experts.values():
-        _check_head(opened, expert)
+    _note_unknown_heads(opened)
     _warn_of_pickles(opened)
     return opened
 
@@ -80,19 +73,13 @@ def _check_checkpoint(experts: ExpertSet, expert: ExpertReader) -> None:
             continue
         _check_shape(experts, expert, name, checkpoint.shape(stored))
         if experts.base.dtype(name) is not None and checkpoint.dtype(stored) is None:
-            raise InputError(f"expert {task}: tensor {name!r} is {checkpoint.dtype_name(stored)}, not a float ({path})")
-    _check_extra_blocks(experts, expert)
-
-
-def _check_extra_blocks(experts: ExpertSet, expert: ExpertReader) -> None:
+            raise InputError(f"expert {task}: tensor {name!r} is {checkpoint.spec(stored)[0]}, not a float ({path})")
     for stack in find_stacks(experts.model):
         block = re.compile(rf"(?:^|\.){re.escape(stack.name)}\.(\d+)\.")
         for name in expert.extra:
             index = block.search(name)
             if index and int(index[1]) >= len(stack.blocks) and name not in experts.base.checkpoint:
-                raise InputError(
-                    f"expert {expert.task}: tensor {name!r} has no counterpart in the base ({expert.path})"
-                )
+                raise InputError(f"expert {task}: tensor {name!r} has no counterpart in the base ({path})")
 
 
 def _check_adapter(experts: ExpertSet, expert: ExpertReader, adapter: Adapter) -> None:
@@ -122,7 +109,9 @@ def _check_tied(experts: ExpertSet, expert: ExpertReader) -> None:
     """What is one tensor in the base must be one in the expert."""
     for name, leader in experts.tied.items():
         if name in expert.stored:
-            if not _equal(expert.tensor(name), expert.tensor(leader)):
+            one, other = expert.tensor(name), expert.tensor(leader)
+            same = torch.equal(one, other)
+            if not same and not (one.shape == other.shape and torch.allclose(one.float(), other.float(), atol=1e-6)):
                 raise InputError(
                     f"expert {expert.task}: {name!r} differs from {leader!r}, its equal in the base ({expert.path})"
                 )
@@ -130,18 +119,12 @@ def _check_tied(experts: ExpertSet, expert: ExpertReader) -> None:
             experts.notes.append(f"expert {expert.task} was trained on {leader} alone; {name}, its equal, follows it")
 
 
-def _equal(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are the same but for rounding."""
-    if one.shape != other.shape:
-        return False
-    return torch.equal(one, other) or torch.allclose(one.float(), other.float(), atol=1e-6)
-
-
-def _check_head(experts: ExpertSet, expert: ExpertReader) -> None:
-    architecture = architecture_of(expert.checkpoint.config)
-    unknown = expert.head_config is None and expert.adapter is None and expert.extra and has_task_head(architecture)
-    if unknown and named_class(architecture) is None:
-        experts.notes.append(f"expert {expert.task}: transformers has no class {architecture}, its head is left out")
+def _note_unknown_heads(experts: ExpertSet) -> None:
+    for task, expert in experts.experts.items():
+        architecture = architecture_of(expert.checkpoint.config)
+        unknown = expert.head_config is None and expert.adapter is None and expert.extra and has_task_head(architecture)
+        if unknown and named_class(architecture) is None:
+            experts.notes.append(f"expert {task}: transformers has no class {architecture}, its head is left out")
 
 
 def _warn_of_pickles(experts: ExpertSet) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,21 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from epmq.errors import error_context
-from epmq.models import adapter as lora
-from epmq.models.adapter import Adapter, is_adapter
+from epmq.models import meta
+from epmq.models.adapter import Adapter, is_adapter, task_head_config
 from epmq.models.blocks import LINEAR, find_stacks, is_transposed
 from epmq.models.checkpoint import Checkpoint, TensorSpec, architecture_of, resolve
 from epmq.models.heads import HEAD_FILE, Head
-from epmq.models.meta import (
-    build_meta_model,
-    has_task_head,
-    materialize,
-    named_class,
-    rename,
-    set_tensor,
-    shared_checkpoint,
-    tied_names,
-)
 from epmq.models.multitask import NativeHead, load_any_head
 from epmq.recipe import Expert
 
@@ -39,43 +29,28 @@ class TensorReader(Protocol):
 
 
 class BaseReader:
-    """Tensors of the base.
-
-    Args:
-        checkpoint: the base.
-        stored: name in the model → name on disk.
-        tied: tensors that share another one's storage: name → the name they follow.
-    """
+    """Tensors of the base; `stored` and `tied` as in `ExpertSet.rename` and `ExpertSet`."""
 
     def __init__(self, checkpoint: Checkpoint, stored: dict[str, str], tied: dict[str, str]) -> None:
         self.checkpoint, self.path, self.stored, self._tied = checkpoint, checkpoint.path, stored, tied
 
-    def tensor(self, name: str) -> Tensor:
-        """A tensor, in the dtype on disk."""
-        return self.checkpoint.tensor(self.stored[self._tied.get(name, name)])
-
-    def rows(self, name: str, rows: slice) -> Tensor:
-        """Some rows of a tensor, along the first dimension on disk."""
-        return self.checkpoint.rows(self.stored[self._tied.get(name, name)], rows)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor, from the header."""
-        return self.checkpoint.shape(self.stored[name])
-
-    def dtype(self, name: str) -> torch.dtype | None:
-        """Float dtype of a tensor on disk; None for any other kind."""
-        return self.checkpoint.dtype(self.stored[name])
+    def tensor(self, name: str, rows: slice | None = None) -> Tensor:
+        """A tensor in the dtype on disk, or some rows of it, along its first dimension."""
+        return self.checkpoint.tensor(self.stored[self._tied.get(name, name)], rows)
 
     def spec(self, name: str) -> TensorSpec:
         """Dtype and shape of a tensor, from the header; the merged model's are the same."""
         return self.checkpoint.spec(self.stored[name])
 
-    def check_finite(self, names: Iterable[str] | None = None) -> None:
-        """Look for NaN and Inf in some tensors, or in all.
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.spec(name)[1]
 
-        Raises:
-            InputError: a tensor has one; file and tensor are named.
-        """
+    def dtype(self, name: str) -> torch.dtype | None:
+        """Float dtype of a tensor on disk; None for any other."""
+        return self.checkpoint.dtype(self.stored[name])
+
+    def check_finite(self, names: Iterable[str] | None = None) -> None:
+        """As `Checkpoint.check_finite`, by the names in the model."""
         self.checkpoint.check_finite([self.stored[name] for name in (self.stored if names is None else names)])
 
 
@@ -85,6 +60,7 @@ class ExpertReader:
     Attributes:
         task: its name.
         checkpoint: its file.
+        adapter: the same, where it is one.
         stored: name in the model → name on disk.
         extra: names on disk that the model does not have, such as a head's.
         head_file: the head that its recipe names, or that lies beside its weights; None where there is none.
@@ -94,36 +70,21 @@ class ExpertReader:
         self.task, self.checkpoint, self.path = expert.name, checkpoint, checkpoint.path
         self.adapter = checkpoint if isinstance(checkpoint, Adapter) else None
         self.stored, self.extra = experts.rename(checkpoint)
-        self._base, self._model = experts.base, experts.model
-        self._absent = experts.absent
+        self._base, self._model, self._absent = experts.base, experts.model, experts.absent
         beside = self.path / HEAD_FILE
         self.head_file = Path(expert.head) if expert.head else beside if beside.exists() else None
 
-    def tensor(self, name: str) -> Tensor:
-        """A tensor, in the dtype on disk; what an adapter changes is float32."""
+    def tensor(self, name: str, rows: slice | None = None) -> Tensor:
+        """A tensor in the dtype on disk, or some rows of it; what an adapter changes is W + ΔW in float32."""
         stored, adapter = self.stored.get(name), self.adapter
         if stored is None:
-            return self._base.tensor(name)
+            return self._base.tensor(name, rows)
         if adapter is None:
-            return self.checkpoint.tensor(stored)
-        start = adapter.tensor(stored) if adapter.replaces(stored) else self._base.tensor(name)
+            return self.checkpoint.tensor(stored, rows)
+        start = adapter.tensor(stored, rows) if adapter.replaces(stored) else self._base.tensor(name, rows)
         if not adapter.changes(stored):
             return start
-        return lora.apply(start, adapter.change(stored), self.is_transposed(name))
-
-    def rows(self, name: str, rows: slice) -> Tensor:
-        """Some rows of `tensor`, along the first dimension on disk."""
-        stored, adapter = self.stored.get(name), self.adapter
-        if stored is None:
-            return self._base.rows(name, rows)
-        if adapter is None:
-            return self.checkpoint.rows(stored, rows)
-        start = adapter.tensor(stored)[rows] if adapter.replaces(stored) else self._base.rows(name, rows)
-        if not adapter.changes(stored):
-            return start
-        if self.is_transposed(name):
-            return lora.apply(start, adapter.change(stored, columns=rows), transposed=True)
-        return lora.apply(start, adapter.change(stored, rows), transposed=False)
+        return start.float() + adapter.change(stored, self.is_transposed(name), rows)
 
     def is_transposed(self, name: str) -> bool:
         """Whether a module stores a weight as [in, out], or is an embedding: an adapter's change is then turned."""
@@ -136,55 +97,40 @@ class ExpertReader:
         self.checkpoint.check_finite([self.stored[name] for name in names])
 
     def head_tensors(self) -> dict[str, Tensor]:
-        """Tensors that the base does not have: the expert's own task head, with the names on disk."""
-        if self.head_config is None:
-            return {}
-        return {name: self.checkpoint.tensor(name) for name in self._head_names()}
-
-    def _head_names(self) -> list[str]:
-        return self.extra + [stored for name, stored in self.stored.items() if name in self._absent]
+        """Tensors that the base does not have, such as the expert's own task head, with the names on disk."""
+        names = self.extra + [stored for name, stored in self.stored.items() if name in self._absent]
+        return {name: self.checkpoint.tensor(name) for name in names}
 
     @cached_property
     def head_config(self) -> dict[str, Any] | None:
         """Content of a `config.json` for the expert's own task head; None if it has none.
 
-        Raises:
-            InputError: an adapter brings a head that fits no task class.
+        An adapter that brings a head that fits no task class is an InputError.
         """
         if not self.extra:
             return None
         if self.adapter is not None:
-            tensors = {name: self.adapter.tensor(name) for name in self._head_names()}
-            return lora.task_head_config(self.adapter, self._base.checkpoint.config, tensors, self._absent)
+            return task_head_config(self.adapter, self._base.checkpoint.config, self.head_tensors(), self._absent)
         architecture = architecture_of(self.checkpoint.config)
-        return self.checkpoint.config if has_task_head(architecture) and named_class(architecture) else None
+        return self.checkpoint.config if meta.has_task_head(architecture) and meta.named_class(architecture) else None
 
     @property
     def has_head(self) -> bool:
         return self.head_file is not None or self.head_config is not None
 
     def head(self, backbone: nn.Module) -> Head | NativeHead | None:
-        """The expert's head on a backbone; None where it has none.
-
-        Raises:
-            InputError: it cannot be built.
-        """
+        """The expert's head on a backbone; None where it has none, and an InputError where it cannot be built."""
         if self.head_file is not None:
             return load_any_head(self.head_file, backbone)
-        if self.head_config is None:
-            return None
-        return NativeHead(backbone, self.head_config["architectures"][0], self.head_config, self.head_tensors())
+        config = self.head_config
+        return None if config is None else NativeHead(backbone, config["architectures"][0], config, self.head_tensors())
 
 
 class ExpertSet:
     """A base and its experts, opened; `epmq.merging.compatibility.open_experts` also checks that they fit.
 
-    Args:
-        source: directory or Hub id of the base.
-        experts: as a recipe names them.
-
     Attributes:
-        source: the base, as it was named.
+        source: directory or Hub id of the base.
         base: reader of the base.
         experts: task name → reader of the expert.
         config: content of the `config.json` of what base and experts share.
@@ -193,24 +139,18 @@ class ExpertSet:
         tied: tensors that share another one's storage in the base: name → the name it follows.
         absent: tensors of the model outside its blocks that the base lacks, such as a pooler; they are zero.
         notes: fallbacks taken, in words; they go into the report.
-
-    Raises:
-        MissingError, InputError: a checkpoint is missing or cannot be read.
     """
 
     def __init__(self, source: str, experts: Sequence[Expert]) -> None:
         self.source, self.notes = source, list[str]()
         checkpoint = Checkpoint(source)
-        opened = {
-            expert.name: Adapter(path) if is_adapter(path) else Checkpoint(path)
-            for expert in experts
-            for path in [resolve(expert.model)]
-        }
+        paths = {expert.name: resolve(expert.model) for expert in experts}
+        opened = {task: Adapter(path) if is_adapter(path) else Checkpoint(path) for task, path in paths.items()}
         full = [expert for expert in opened.values() if not isinstance(expert, Adapter)]
-        self._shared, self._first_only = shared_checkpoint(checkpoint, full), False
+        self._shared, self._first_only = meta.shared_checkpoint(checkpoint, full), False
         self.config = self._shared.config
-        self.model = build_meta_model(self._shared)
-        self.tied = tied_names(self.model)
+        self.model = meta.build_meta_model(self._shared)
+        self.tied = meta.tied_names(self.model)
         self.base = BaseReader(checkpoint, self.rename(checkpoint)[0], self.tied)
         self._untie()
         state = [name for name in self.model.state_dict() if name not in self.tied]
@@ -222,7 +162,7 @@ class ExpertSet:
     def rename(self, checkpoint: Checkpoint) -> tuple[dict[str, str], list[str]]:
         """Name in the model → name on disk, and the names on disk that the model does not have."""
         with error_context(str(checkpoint.path)):
-            stored, extra = rename(self.model, checkpoint.names)
+            stored, extra = meta.rename(self.model, checkpoint.names)
         if not isinstance(checkpoint, Adapter):
             for name, leader in self.tied.items():
                 if name in stored:  # some files hold a shared tensor under another of its names
@@ -241,17 +181,16 @@ class ExpertSet:
                 del self.tied[name]
 
     def _fill_absent(self, model: nn.Module) -> None:
-        state = model.state_dict()
-        for name in self.absent:
-            set_tensor(model, name, torch.zeros(state[name].shape))
+        for name, tensor in model.state_dict().items():
+            if name in self.absent:
+                meta.set_tensor(model, name, torch.zeros(tensor.shape))
 
     def meta_model(self) -> Any:
         """Another copy of the model without its weights."""
-        model = build_meta_model(self._shared)
+        model = meta.build_meta_model(self._shared)
         self._fill_absent(model)
-        if self._first_only:
-            for stack in find_stacks(model):
-                del model.get_submodule(stack.name)[1:]
+        for stack in find_stacks(model) if self._first_only else ():
+            del model.get_submodule(stack.name)[1:]
         return model
 
     def first_blocks(self) -> ExpertSet:
@@ -259,21 +198,15 @@ class ExpertSet:
         first = copy.copy(self)
         first._first_only, first.notes = True, []
         first.model = first.meta_model()
-        state = first.model.state_dict()
-        first.names = [name for name in self.names if name in state]
+        first.names = list(filter(first.model.state_dict().__contains__, self.names))
         return first
 
     def whole_model(self, reader: TensorReader, device: torch.device) -> Any:
         """The model with all weights that a reader gives, in float32 and eval mode."""
         model = self.meta_model()
-        materialize(model, self.names, reader.tensor, device)
-        self.tie(model)
+        meta.materialize(model, self.names, reader.tensor, device)
+        meta.tie(model, self.tied)
         return model.to(device)
-
-    def tie(self, model: Any) -> None:
-        """Let the model's shared tensors share their storage again, once those they follow have been read."""
-        model.all_tied_weights_keys = dict(self.tied)
-        model.tie_weights(recompute_mapping=False)
 
     def block_names(self, block: str) -> list[str]:
         """Names of the tensors of one block."""
@@ -285,16 +218,12 @@ class ExpertSet:
         return [name for name in self.names if not name.startswith(prefixes)]
 
 
-def guiding_head(expert: ExpertReader, notes: list[str]) -> Callable[[nn.Module], Head | NativeHead | None]:
-    """Builds an expert's head on a backbone; one that cannot be built is carried over, and guides nothing."""
-
-    def build(backbone: nn.Module) -> Head | NativeHead | None:
-        try:
-            return expert.head(backbone)
-        except ValueError as error:
-            note = f"expert {expert.task}: its scores cannot guide ({error})"
-            if note not in notes:
-                notes.append(note)
-            return None
-
-    return build
+def guiding_head(expert: ExpertReader, notes: list[str], backbone: nn.Module) -> Head | NativeHead | None:
+    """An expert's head on a backbone; one that cannot be built is noted and carried over, and guides nothing."""
+    try:
+        return expert.head(backbone)
+    except ValueError as error:
+        note = f"expert {expert.task}: its scores cannot guide ({error})"
+        if note not in notes:
+            notes.append(note)
+        return None

@@ -22,13 +22,7 @@ ROWS = 1 << 22
 
 
 class MergedWeights:
-    """Tensors of the merged model.
-
-    Args:
-        experts: base and experts.
-        settings: of the merge.
-        seed: of methods that draw.
-    """
+    """Tensors of the merged model; `seed` is for methods that draw."""
 
     def __init__(self, experts: ExpertSet, settings: Merge, seed: int = 0) -> None:
         self._experts, self._base, self._settings, self._seed = experts, experts.base, settings, seed
@@ -38,49 +32,40 @@ class MergedWeights:
         self._thresholds: list[float] | None = None
 
     def prepare(self) -> None:
-        """Find what is found over the whole model: TIES' thresholds. It is found in any case when it is needed."""
+        """Find TIES' thresholds over the whole model now, and not when they are first needed."""
         if isinstance(self._settings, Ties) and self._settings.trim == "model":
             self._thresholds = self._find_thresholds(self._experts.names, self._settings.density)
 
     def tensor(self, name: str) -> Tensor:
         """A tensor, in the base's dtype. Integer buffers are the base's."""
-        if self._at_once(name):
+        portions = list(self._portions(name))
+        if portions == [None]:
             return next(self.parts(name))
         merged = torch.empty(self._base.shape(name), dtype=self._base.dtype(name))
-        for rows, part in zip(self._row_slices(name), self.parts(name)):
+        for rows, part in zip(portions, self.parts(name)):
             merged[rows] = part
         return merged
 
     def parts(self, name: str) -> Iterator[Tensor]:
-        """As `tensor`, a large tensor some rows at a time.
+        """As `tensor`, a large tensor some rows at a time. A weight that is NaN or Inf is named in an InputError.
 
         That is how it is read, too: what was read of a file is resident until its map is closed.
-
-        Raises:
-            InputError: a weight is NaN or Inf; file and tensor are named.
         """
         if self._base.dtype(name) is None:
             yield self._base.tensor(name)
             return
         merge = partial(self._method, **self._arguments(name))
-        readers = list(self._experts.experts.values())
-        if self._at_once(name):
-            yield self._finite(name, merge(self._base.tensor(name), [expert.tensor(name) for expert in readers]))
-            return
-        for rows in self._row_slices(name):
-            experts = [expert.rows(name, rows) for expert in readers]
-            yield self._finite(name, merge(self._base.rows(name, rows), experts))
+        for rows in self._portions(name):
+            experts = [expert.tensor(name, rows) for expert in self._experts.experts.values()]
+            yield self._finite(name, merge(self._base.tensor(name, rows), experts))
 
-    def _at_once(self, name: str) -> bool:
-        """Whether a tensor is merged as a whole: a small one is, and one that is drawn for."""
-        large = self._base.dtype(name) is not None and math.prod(self._base.shape(name)) > ROWS
-        return self._draws or not large
-
-    def _row_slices(self, name: str) -> Iterator[slice]:
-        """The rows of a tensor in portions."""
-        count, *other = self._base.shape(name) or (1,)
-        step = max(1, ROWS // max(1, math.prod(other)))
-        return (slice(start, min(start + step, count)) for start in range(0, count, step))
+    def _portions(self, name: str) -> Iterator[slice | None]:
+        """The rows of a tensor in portions; None for one that is merged as a whole: small, no float, or drawn for."""
+        shape = self._base.shape(name)
+        if self._draws or self._base.dtype(name) is None or math.prod(shape) <= ROWS:
+            return iter([None])
+        step = max(1, ROWS // math.prod(shape[1:]))
+        return (slice(start, start + step) for start in range(0, shape[0], step))
 
     def _arguments(self, name: str) -> dict[str, Any]:
         arguments, settings = self._settings.arguments(), self._settings
@@ -100,22 +85,14 @@ class MergedWeights:
 
     def _pairs(self, expert: ExpertReader, names: Sequence[str]) -> Iterator[Pair]:
         for name in names:
-            pairs: Iterator[Pair]
-            if not self._base.shape(name):
-                pairs = iter([(self._base.tensor(name), expert.tensor(name))])
-            else:
-                slices = self._row_slices(name)
-                pairs = ((self._base.rows(name, rows), expert.rows(name, rows)) for rows in slices)
-            for base, other in pairs:
+            for rows in self._portions(name):
+                base, other = self._base.tensor(name, rows), expert.tensor(name, rows)
                 yield self._finite(name, base), self._finite(name, other)
 
     def _finite(self, name: str, tensor: Tensor) -> Tensor:
-        """Pass on what was made of the weights of one name, or say which of them has NaN or Inf.
+        """Pass on what was made of the weights of one name, or say in an error which of them has NaN or Inf.
 
         Every method of merging passes them on to its result, so one look at that does for all weights.
-
-        Raises:
-            InputError: file and tensor are named.
         """
         if not is_finite(tensor):
             self._base.check_finite([name])

@@ -1,7 +1,7 @@
 """Merge methods: pure functions on tensors.
 
-Each takes the base tensor, one tensor an expert (all of one shape) and its settings, computes in float32 and
-returns the merged tensor in the base's dtype. To add a method, write such a function, and the class of its settings in
+Each takes the base tensor [*shape], K experts' tensors [*shape] and its settings, computes in float32 and returns the
+merged tensor [*shape] in the base's dtype. To add a method, write such a function, and the class of its settings in
 `epmq.method_settings`, under the same name.
 
 All work piece by piece, small enough for a processor's cache: merging is bound by memory, and K task vectors of a whole
@@ -18,21 +18,15 @@ from torch import Tensor
 from torch.nn.functional import hardshrink
 
 from epmq.errors import InputError
-from epmq.merging.trim import magnitude_threshold
+from epmq.merging.trim import PIECE, magnitude_threshold
 
 Scaling = float | Sequence[float]
 
-# Entries that are merged at once.
-PIECE = 1 << 17
-
 
 def average(base: Tensor, experts: Sequence[Tensor], *, weights: Sequence[float] | None = None) -> Tensor:
-    """Weighted mean of the experts (Wortsman et al., arXiv 2203.05482); the base is not used.
+    """Weighted mean of the experts (Wortsman et al., arXiv 2203.05482); of the base, only dtype and device matter.
 
-    Args:
-        base: [*shape]; only its device matters.
-        experts: K tensors [*shape].
-        weights: K weights, normalised to a sum of 1; None means equal ones.
+    The K `weights` are normalised to a sum of 1; None means equal ones.
     """
     share = _per_expert(1.0 if weights is None else weights, experts, "weights")
     total = sum(share)
@@ -47,13 +41,7 @@ def average(base: Tensor, experts: Sequence[Tensor], *, weights: Sequence[float]
 
 
 def task_arithmetic(base: Tensor, experts: Sequence[Tensor], *, scaling: Scaling = 0.3) -> Tensor:
-    """W_0 + Σ_k s_k τ_k (Ilharco et al., arXiv 2212.04089).
-
-    Args:
-        base: [*shape].
-        experts: K tensors [*shape].
-        scaling: one s for all experts or one an expert.
-    """
+    """W_0 + Σ_k s_k τ_k (Ilharco et al., arXiv 2212.04089); `scaling` is one s for all experts or one an expert."""
     share = _per_expert(scaling, experts, "scaling")
 
     def add(base: Tensor, experts: Sequence[Tensor]) -> Tensor:
@@ -75,8 +63,6 @@ def ties(
     """TIES-Merging: trim each task vector, elect a sign, average what agrees (Yadav et al., arXiv 2306.01708).
 
     Args:
-        base: [*shape].
-        experts: K tensors [*shape].
         scaling: factor on the merged task vector.
         density: share of entries that survive the trim, by magnitude, 0 to 1.
         agreed: `mean` of the entries that have the elected sign, or their `sum`, as in AdaMerging's and FusionBench's
@@ -91,7 +77,7 @@ def ties(
 
     def add(base: Tensor, experts: Sequence[Tensor]) -> Tensor:
         tau = [hardshrink(expert.sub_(base), cut) for expert, cut in zip(experts, cuts, strict=True)]
-        return _agreement(tau, agreed).mul_(scaling).add_(base)
+        return disjoint_mean(tau, agreed).mul_(scaling).add_(base)
 
     return _by_pieces(add, base, experts)
 
@@ -109,8 +95,6 @@ def dare(
     """DARE: drop entries of the task vectors at random and rescale the rest by 1/density (arXiv 2311.03099).
 
     Args:
-        base: [*shape].
-        experts: K tensors [*shape].
         scaling: as in `task_arithmetic`; one number only with `ties`.
         density: probability that an entry is kept.
         seed: of the draw; with `name` (the tensor's) it fixes the mask whatever the order of tensors or the device.
@@ -133,22 +117,12 @@ def dare(
     return _by_pieces(add, base, [*experts, *masks])
 
 
-def disjoint_mean(tau: Sequence[Tensor]) -> Tensor:
-    """Mean, an entry at a time, of the task vectors whose sign is the elected one.
+def disjoint_mean(tau: Sequence[Tensor], agreed: str = "mean") -> Tensor:
+    """Mean or sum, an entry at a time, of the task vectors whose sign is the elected one, [*shape] float32.
 
-    The elected sign is the sign of the sum; where the sum is 0 it is positive, so that no entry is lost.
-
-    Args:
-        tau: trimmed task vectors, K tensors [*shape] float32.
-
-    Returns:
-        [*shape] float32.
+    The elected sign is the sign of the sum; where the sum is 0 it is positive, so that no entry is lost. `tau` are
+    trimmed task vectors, K tensors [*shape] float32; `agreed` is `mean` or `sum`.
     """
-    return _agreement(tau, "mean")
-
-
-def _agreement(tau: Sequence[Tensor], agreed: str) -> Tensor:
-    """Mean or sum, an entry at a time, of the task vectors whose sign is the elected one; see `disjoint_mean`."""
     total = tau[0].clone()
     for vector in tau[1:]:
         total.add_(vector)
@@ -183,7 +157,7 @@ def _add(base: Tensor, tau: Sequence[Tensor], share: Sequence[float]) -> Tensor:
 
 
 def _per_expert(value: Scaling, experts: Sequence[Tensor], field: str) -> list[float]:
-    values = [float(value)] * len(experts) if isinstance(value, (int, float)) else [float(v) for v in value]
+    values = [float(value)] * len(experts) if isinstance(value, (int, float)) else list(map(float, value))
     if len(values) != len(experts):
         raise InputError(f"merge.{field}: {len(values)} values for {len(experts)} experts")
     return values

@@ -6,8 +6,7 @@ All of it is told from a sample of the weights and from small files, before any 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
 from hashlib import sha256
 from itertools import combinations
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from epmq.errors import InputError
-from epmq.merging.experts import ExpertSet
+from epmq.merging.experts import BaseReader, ExpertReader, ExpertSet
 from epmq.models.blocks import block_linears
 from epmq.models.heads import load_head
 from epmq.models.meta import vocabulary
@@ -37,75 +36,48 @@ SAME_TOKENS = 0.99
 def check_relation(experts: ExpertSet) -> list[str]:
     """Look for experts of another base, for experts that are the same, and for tokenizers and labels that differ.
 
-    Returns:
-        what is odd but may be meant, in words that name the experts.
+    What is odd but may be meant is returned, in words that name the experts.
 
     Raises:
         ValueError: an expert was not fine-tuned from this base, or its tokens have other numbers, or the tokenizer has
             more tokens than the model; expert and figures are named.
     """
-    notes = _check_weights(experts)
-    notes += _check_adapters(experts)
-    notes += _check_tokenizers(experts)
-    return notes + _check_labels(experts)
+    checks = (_check_weights, _check_adapters, _check_tokenizers, _check_labels)
+    return [note for check in checks for note in check(experts)]
 
 
-@dataclass
-class Sample:
-    """What some rows of every layer say of an expert beside the base.
-
-    Attributes:
-        cosines: tensor → correlation with the base.
-        sizes: tensor → norm of the task vector over that of the base.
-        content: of all rows; two samples with one digest are equal.
-    """
-
-    cosines: dict[str, float] = field(default_factory=dict)
-    sizes: dict[str, float] = field(default_factory=dict)
-    content: Any = field(default_factory=sha256)
-
-    def add(self, name: str, base: Tensor, expert: Tensor) -> None:
-        """Take in rows of one tensor, of the base and of the expert, both [rows, columns] float64."""
-        self.cosines[name] = correlation(base, expert)
-        self.sizes[name] = _ratio(float((expert - base).norm()), float(base.norm()))
-        self.content.update((expert + 0.0).contiguous().numpy())  # -0 is 0
-
-
-def _check_weights(experts: ExpertSet) -> list[str]:
-    base, samples = _samples(experts)
-    notes = []
-    for task, sample in samples.items():
-        close, far = _middle(sample.cosines), _middle(sample.sizes)
+def _check_weights(experts: ExpertSet) -> Iterator[str]:
+    """Compare some rows of every layer, of one layer at a time; where all are equal, all weights."""
+    cosines: dict[str, dict[str, float]] = {task: {} for task in experts.experts}
+    sizes: dict[str, list[float]] = {task: [] for task in experts.experts}
+    base_digest, digests = sha256(), {task: sha256() for task in experts.experts}
+    names = (f"{layer}.weight" for layer, _ in block_linears(experts.model))
+    for name in filter(set(experts.names).__contains__, names):
+        base = experts.base.tensor(name, slice(SAMPLE)).double()
+        base_digest.update((base + 0.0).contiguous().numpy().data)  # -0 is 0
+        for task, expert in experts.experts.items():
+            rows = expert.tensor(name, slice(SAMPLE)).double()
+            digests[task].update((rows + 0.0).contiguous().numpy().data)
+            change, size = float((rows - base).norm()), float(base.norm())
+            cosines[task][name] = correlation(base, rows)
+            sizes[task].append(change / size if size else float(change > 0))
+    for task, expert in experts.experts.items():
+        close, far = _median(cosines[task].values()), _median(sizes[task])
         if close < RELATED:
-            least = min(sample.cosines, key=lambda name: sample.cosines[name])
+            name, least = min(cosines[task].items(), key=lambda item: item[1])
             raise InputError(
                 f"expert {task}: its weights have a correlation of {close:.2f} with the base's, where fine-tuning "
-                f"leaves one near 1: it was not fine-tuned from {experts.base.path} ({experts.experts[task].path}; "
-                f"the least is {sample.cosines[least]:.2f}, of {least!r})"
+                f"leaves one near 1: it was not fine-tuned from {experts.base.path} ({expert.path}; "
+                f"the least is {least:.2f}, of {name!r})"
             )
         if far > FAR:
-            notes.append(f"expert {task} is far from the base: its task vector has {far:.1f} times the base's norm")
-        if sample.content.digest() == base.content.digest() and _same(experts, task, None):
-            notes.append(f"expert {task} is the base itself: it adds nothing to the merge")
-    for one, other in combinations(samples, 2):
-        alike = samples[one].content.digest() == samples[other].content.digest()
-        if alike and _same(experts, one, other):
-            notes.append(f"experts {one} and {other} have the same weights, which count twice in the merge")
-    return notes
-
-
-def _samples(experts: ExpertSet) -> tuple[Sample, dict[str, Sample]]:
-    """Samples of the base and of every expert; only one layer's rows are held at a time."""
-    of_base, samples = Sample(), {task: Sample() for task in experts.experts}
-    rows, names = slice(0, SAMPLE), [f"{name}.weight" for name, _ in block_linears(experts.model)]
-    for name in names:
-        if name not in experts.names:
-            continue
-        base = experts.base.rows(name, rows).double()
-        of_base.add(name, base, base)
-        for task, sample in samples.items():
-            sample.add(name, base, experts.experts[task].rows(name, rows).double())
-    return of_base, samples
+            yield f"expert {task} is far from the base: its task vector has {far:.1f} times the base's norm"
+        if digests[task].digest() == base_digest.digest() and _same(experts, expert, experts.base):
+            yield f"expert {task} is the base itself: it adds nothing to the merge"
+    for one, other in combinations(digests, 2):
+        alike = digests[one].digest() == digests[other].digest()
+        if alike and _same(experts, experts.experts[one], experts.experts[other]):
+            yield f"experts {one} and {other} have the same weights, which count twice in the merge"
 
 
 def correlation(base: Tensor, expert: Tensor) -> float:
@@ -114,53 +86,40 @@ def correlation(base: Tensor, expert: Tensor) -> float:
     return float((base * expert).sum()) / size if size else float(not base.any() and not expert.any())
 
 
-def _middle(figures: dict[str, float]) -> float:
-    """Median over layers, because a fine-tune may start some anew; what is NaN is refused later, by name."""
-    return float(torch.tensor(list(figures.values())).nanmedian())
+def _median(figures: Iterable[float]) -> float:
+    """Over layers, because a fine-tune may start some anew; what is NaN is refused later, by name."""
+    return float(torch.tensor(list(figures)).nanmedian())
 
 
-def _ratio(part: float, whole: float) -> float:
-    return part / whole if whole else float(part > 0)
-
-
-def _same(experts: ExpertSet, task: str, other: str | None) -> bool:
+def _same(experts: ExpertSet, one: ExpertReader, other: ExpertReader | BaseReader) -> bool:
     """Whether two experts, or an expert and the base, are the same in every tensor."""
-
-    one, two = experts.experts[task], experts.base if other is None else experts.experts[other]
-    return all(torch.equal(one.tensor(name), two.tensor(name)) for name in experts.names)
+    return all(torch.equal(one.tensor(name), other.tensor(name)) for name in experts.names)
 
 
-def _check_adapters(experts: ExpertSet) -> list[str]:
+def _check_adapters(experts: ExpertSet) -> Iterator[str]:
     """Adapters say what they were trained on; that is a path or an id, so only its last part is compared."""
-    notes = []
-    known = {
-        experts.base.path.name,
-        Path(experts.source).name,
-        Path(str(experts.config.get("_name_or_path"))).name,
-    }
+    sources = (experts.base.path, experts.source, str(experts.config.get("_name_or_path")))
+    known = {Path(source).name for source in sources}
     for task, expert in experts.experts.items():
         trained_on = expert.adapter is not None and expert.adapter.config.get("base_model_name_or_path")
         if trained_on and Path(str(trained_on)).name not in known:
-            notes.append(f"expert {task}: the adapter was trained on {trained_on}; the base here is {experts.source}")
-    return notes
+            yield f"expert {task}: the adapter was trained on {trained_on}; the base here is {experts.source}"
 
 
-def _check_tokenizers(experts: ExpertSet) -> list[str]:
-    ours, notes = token_numbers(experts.base.path), []
-    if not ours:
-        return []
+def _check_tokenizers(experts: ExpertSet) -> Iterator[str]:
+    ours = token_numbers(experts.base.path)
     rows = vocabulary(experts.model)
-    if rows is not None and max(ours.values()) >= rows:
+    if rows is not None and max(ours.values(), default=-1) >= rows:
         raise InputError(
             f"{experts.base.path}: the tokenizer has token number {max(ours.values())}, but the embeddings {rows} rows"
         )
     for task, expert in experts.experts.items():
-        theirs = token_numbers(expert.path)
-        shared = ours.keys() & theirs.keys()
+        theirs = token_numbers(expert.path) if ours else {}
         if not theirs:
             continue
+        shared = ours.keys() & theirs.keys()
         moved = [token for token in sorted(shared) if ours[token] != theirs[token]]
-        alike = (len(shared) - len(moved)) / max(1, min(len(ours), len(theirs)))
+        alike = (len(shared) - len(moved)) / min(len(ours), len(theirs))
         if alike < SAME_TOKENS:
             example = f", such as {moved[0]!r}" if moved else ""
             raise InputError(
@@ -168,64 +127,56 @@ def _check_tokenizers(experts: ExpertSet) -> list[str]:
                 f"{example} ({expert.path})"
             )
         if moved:
-            notes.append(
-                f"expert {task}: {len(moved)} tokens have other numbers than in the base, such as {moved[0]!r}"
-            )
-    return notes
+            yield f"expert {task}: {len(moved)} tokens have other numbers than in the base, such as {moved[0]!r}"
 
 
 def token_numbers(folder: Path) -> dict[str, int]:
     """Token → number of the tokenizer in a folder; empty where there is none, or none of a known form."""
+    numbers: dict[Any, Any] = {}
     try:
-        found: dict[Any, Any] = {}
         if (folder / "tokenizer.json").exists():
             content = _json(folder / "tokenizer.json")
-            entries = content["model"]["vocab"]
-            if isinstance(entries, list):  # Unigram: pairs of token and score, numbered as they come
-                entries = {token: number for number, (token, _) in enumerate(entries)}
+            numbers = content["model"]["vocab"]
+            if isinstance(numbers, list):  # Unigram: pairs of token and score, numbered as they come
+                numbers = {token: number for number, (token, _) in enumerate(numbers)}
             added = {token["content"]: token["id"] for token in content.get("added_tokens") or []}
-            found = {**entries, **added}
+            numbers = {**numbers, **added}
         elif (folder / "vocab.json").exists():
-            found = {**_json(folder / "vocab.json")}
+            numbers = {**_json(folder / "vocab.json")}
         elif (folder / "vocab.txt").exists():
             # Not splitlines: other characters that end a line, such as U+2028, are tokens of some vocabularies.
             lines = (folder / "vocab.txt").read_text(encoding="utf-8").rstrip("\n").split("\n")
-            found = {token: number for number, token in enumerate(lines)}
+            numbers = {token: number for number, token in enumerate(lines)}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}  # what cannot be read is refused, with a reason, where it is used
-    return {str(token): number for token, number in found.items() if type(number) is int}
+    return {str(token): number for token, number in numbers.items() if type(number) is int}
 
 
 def _json(file: Path) -> Any:
     return json.loads(file.read_text(encoding="utf-8"))
 
 
-def _check_labels(experts: ExpertSet) -> list[str]:
+def _check_labels(experts: ExpertSet) -> Iterator[str]:
     """Heads that have the same classes in another order are two readings of one task."""
-    notes = []
     labels = dict(_labels(experts))
     for one, other in combinations(labels, 2):
         ours, theirs = labels[one], labels[other]
         if ours != theirs and sorted(ours) == sorted(theirs):
             first = next(number for number, pair in enumerate(zip(ours, theirs)) if pair[0] != pair[1])
             orders = "; ".join(f"{', '.join(names[first:]):.100}" for names in (ours, theirs))
-            notes.append(
-                f"experts {one} and {other} have the same classes in another order, from number {first} on: {orders}"
-            )
-    return notes
+            yield f"experts {one} and {other} have the same classes in another order, from number {first} on: {orders}"
 
 
 def _labels(experts: ExpertSet) -> Iterator[tuple[str, list[str]]]:
     for task, expert in experts.experts.items():
         file, names = expert.head_file, (expert.head_config or {}).get("id2label")
+        labels = list[str]()
         if file is not None and file.is_file():
-            found = load_head(file).labels
+            labels = load_head(file).labels
         elif isinstance(names, dict):
-            found = [str(names[number]) for number in sorted(names, key=_number)]
-        else:
-            continue
-        if len(set(found)) > 1:
-            yield task, found
+            labels = [str(names[number]) for number in sorted(names, key=_number)]
+        if len(set(labels)) > 1:
+            yield task, labels
 
 
 def _number(key: object) -> tuple[int, str]:

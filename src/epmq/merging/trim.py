@@ -11,7 +11,7 @@ from torch import Tensor
 # A base tensor, or some of its rows, and an expert's.
 Pair = tuple[Tensor, Tensor]
 
-# Entries that are compared at once.
+# Entries that are compared, or merged, at once.
 PIECE = 1 << 17
 # One in so many entries is drawn to tell where a threshold lies; odd, so that it goes through all columns of a matrix.
 STRIDE = 257
@@ -33,10 +33,8 @@ def magnitude_threshold(pairs: Callable[[], Iterable[Pair]], density: float) -> 
 
     Args:
         pairs: gives the base's and the expert's tensors piece by piece, the same ones each time it is called.
-        density: 0 to 1.
-
-    Returns:
-        the threshold: entries at or above it are the `density` largest (equal ones are all kept); infinite if none are.
+        density: share of entries that are at or above the threshold, 0 to 1 (equal ones are all kept); at 0 it is
+            infinite.
     """
     count, drawn = 0, []
     for base, expert in pairs():

@@ -8,11 +8,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from epmq.errors import InputError, error_context
-from epmq.models.checkpoint import Checkpoint
+from epmq.models.checkpoint import Checkpoint, TensorSpec
 from epmq.models.meta import named_class
 
 CONFIG = "adapter_config.json"
@@ -72,7 +71,8 @@ class Adapter(Checkpoint):
         for target, parts in self._parts.items():
             if len({"A", "B"} & parts.keys()) == 1:
                 raise InputError(f"{self.path}: {target!r} has only one of its two LoRA factors")
-            if any(len(self._stored_shape(stored)) != 2 for part, stored in parts.items() if part != "full"):
+            factors = [stored for part, stored in parts.items() if part != "full"]
+            if any(len(Checkpoint.spec(self, stored)[1]) != 2 for stored in factors):
                 raise InputError(f"{self.path}: {target!r} is not a linear layer or an embedding: not applied here")
 
     def _check_config(self) -> None:
@@ -112,41 +112,36 @@ class Adapter(Checkpoint):
         """Whether the adapter adds s·B·A to the tensor."""
         return "A" in self._parts[name]
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor that the adapter replaces."""
-        return self._stored_shape(self._parts[name]["full"])
+    def spec(self, name: str) -> TensorSpec:
+        """Dtype and shape of a tensor that the adapter replaces."""
+        return super().spec(self._parts[name]["full"])
 
     def change_shape(self, name: str) -> tuple[int, int]:
         """Shape [out, in] of what the adapter adds to a tensor."""
         parts = self._parts[name]
-        return self._stored_shape(parts["B"])[0], self._stored_shape(parts["A"])[1]
+        return super().spec(parts["B"])[1][0], super().spec(parts["A"])[1][1]
 
-    def tensor(self, name: str) -> Tensor:
-        """A tensor that the adapter replaces, as stored."""
-        return self._read(self._parts[name]["full"])
+    def tensor(self, name: str, rows: slice | None = None) -> Tensor:
+        """A tensor that the adapter replaces, or some rows of it, as stored."""
+        return super().tensor(self._parts[name]["full"], rows)
 
-    def change(self, name: str, rows: slice = slice(None), columns: slice = slice(None)) -> Tensor:
-        """s·B·A in float32, [out, in], or some rows and columns of it.
+    def change(self, name: str, transposed: bool = False, rows: slice | None = None) -> Tensor:
+        """s·B·A in float32, or some rows of it: [out, in], or, `transposed`, [in, out] as of `Conv1D` and embeddings.
 
         s is α/r, or α/√r with rslora (Kalajdzievski, arXiv 2312.03732).
         """
-        parts = self._parts[name]
-        down, up = self._read(parts["A"]).float(), self._read(parts["B"]).float()
-        return self._scaling(name.rpartition(".")[0], len(down)) * (up[rows] @ down[:, columns])
+        down, up = (Checkpoint.tensor(self, self._parts[name][part]).float() for part in "AB")
+        patterns: dict[str, float] = self.config.get("alpha_pattern") or {}
+        module, rank, part = name.rpartition(".")[0], len(down), slice(None) if rows is None else rows
+        own = [value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)]
+        alpha = own[0] if own else self.config.get("lora_alpha", 8)
+        scale = alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+        return (scale * (up @ down[:, part])).T if transposed else scale * (up[part] @ down)
 
     def check_finite(self, names: Iterable[str] | None = None) -> None:
         """As `Checkpoint.check_finite`, of the factors."""
-        checked = self.names if names is None else names
-        super().check_finite(stored for name in checked for stored in self._parts[name].values())
-
-    def _stored_shape(self, stored: str) -> tuple[int, ...]:
-        return super().shape(stored)
-
-    def _scaling(self, module: str, rank: int) -> float:
-        patterns: dict[str, float] = self.config.get("alpha_pattern") or {}
-        own = [value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)]
-        alpha = own[0] if own else self.config.get("lora_alpha", 8)
-        return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+        names = self.names if names is None else names
+        super().check_finite(stored for name in names for stored in self._parts[name].values())
 
 
 def _parse(name: str) -> tuple[str, str | None]:
@@ -164,13 +159,8 @@ def task_head_config(
 ) -> dict[str, Any]:
     """The config of the task class whose head an adapter brings in `modules_to_save`.
 
-    An adapter does not say how many labels it has: every size that its tensors offer is tried.
-
-    Args:
-        adapter: the adapter.
-        base_config: content of the base's config.json.
-        tensors: what the adapter brings that the base does not have.
-        absent: tensors of the shared model that the base does not have.
+    An adapter does not say how many labels it has: every size is tried that `tensors` offer, which are what the adapter
+    brings and the base does not have. `absent` are tensors of the shared model that the base does not have.
 
     Raises:
         ValueError: the adapter names no task class, no number of labels fits, or a part of the head is missing.
@@ -203,20 +193,3 @@ def task_head_config(
             ids = {name: int(i) for i, name in names.items()}
             return {**base_config, "architectures": [head_class.__name__], "id2label": names, "label2id": ids}
     raise InputError(f"{adapter.path}: its head ({', '.join(tensors)}) does not fit {head_class.__name__}")
-
-
-def apply(base: Tensor, change: Tensor, transposed: bool) -> Tensor:
-    """W + ΔW in float32.
-
-    Args:
-        base: the base's weight as its module stores it.
-        change: s·B·A, [out, in].
-        transposed: the module stores [in, out] (`Conv1D`) or is an embedding.
-
-    Raises:
-        ValueError: the shapes differ.
-    """
-    change = change.T if transposed else change
-    if change.shape != base.shape:
-        raise InputError(f"the adapter's change is {list(change.shape)}, but the base's weight is {list(base.shape)}")
-    return torch.add(base.float(), change)

@@ -7,6 +7,7 @@ and layers belong together when they receive the same tensor.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -17,7 +18,6 @@ from transformers.pytorch_utils import Conv1D
 
 from epmq import matmul as products
 from epmq.errors import InputError
-from epmq.models.hooks import pre_hooks
 
 LINEAR = (nn.Linear, Conv1D)
 # A list of modules with a smaller share of the model's linear weights than this is not a stack of blocks.
@@ -26,12 +26,9 @@ SMALLEST_SHARE = 0.05
 
 @dataclass
 class Stack:
-    """One chain of blocks, such as an encoder.
+    """One chain of blocks, such as an encoder: a `ModuleList` by its name in the model, and its modules in order.
 
-    Attributes:
-        name: the `ModuleList`'s name in the model, such as `encoder.layer`.
-        blocks: its modules, in order.
-        outputs: what the last finished block returned, one entry a batch (kept by `epmq.calibration.sequential`).
+    `outputs` is what the last finished block returned, one entry a batch (kept by `epmq.calibration.sequential`).
     """
 
     name: str
@@ -43,17 +40,12 @@ class Stack:
 
 
 def find_stacks(model: nn.Module) -> list[Stack]:
-    """The model's stacks of repeated blocks, in order of definition.
-
-    Raises:
-        ValueError: the model has none.
-    """
+    """The model's stacks of repeated blocks, in order of definition; a model that has none is a ValueError."""
     total = _linear_size(model) or 1
     stacks: list[Stack] = []
     for name, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or any(name.startswith(stack.name + ".") for stack in stacks):
-            continue
-        if _linear_size(module) >= SMALLEST_SHARE * total:
+        inside = any(name.startswith(stack.name + ".") for stack in stacks)
+        if isinstance(module, nn.ModuleList) and not inside and _linear_size(module) >= SMALLEST_SHARE * total:
             stacks.append(Stack(name, list(module)))
     if not stacks:
         raise InputError(f"{type(model).__name__} has no list of repeated blocks with linear layers to quantize")
@@ -96,11 +88,9 @@ def _multiply(layer: Any, inputs: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class InputGroup:
-    """Linear layers of a block that receive the same input.
+    """Linear layers of a block that receive the same input, by name and in order of call.
 
-    Attributes:
-        names: within the block, in order of call.
-        calls: how often each is called in one forward of the block.
+    `calls` is how often each is called in one forward of the block.
     """
 
     names: list[str]
@@ -110,12 +100,7 @@ class InputGroup:
 def input_groups(block: nn.Module, run: Callable[[], object]) -> list[InputGroup]:
     """The block's linear layers, put together where they receive the same input, in order of first call.
 
-    Args:
-        block: the block.
-        run: calls the block once on real data.
-
-    Raises:
-        ValueError: a linear layer was not called; it is named.
+    `run` calls the block once on real data. A linear layer that it does not call is named in a ValueError.
     """
     seen: dict[str, list[Tensor]] = {}
 
@@ -123,19 +108,18 @@ def input_groups(block: nn.Module, run: Callable[[], object]) -> list[InputGroup
         return lambda module, args: seen.setdefault(name, []).append(args[0])
 
     # The tensors are kept until the end: a freed one could lend its address to another.
-    with pre_hooks((module, note(name)) for name, module in linears(block)):
+    with ExitStack() as hooks:
+        for name, module in linears(block):
+            hooks.enter_context(module.register_forward_pre_hook(note(name)))
         run()
     missing = [name for name, _ in linears(block) if name not in seen]
     if missing:
         raise InputError(f"linear layers that saw no calibration data: {', '.join(missing)}")
     groups: dict[tuple[Any, ...], list[str]] = {}
     for name, inputs in seen.items():
-        groups.setdefault(tuple(map(_identity, inputs)), []).append(name)
+        identity = tuple((x.data_ptr(), tuple(x.shape), x.stride(), x.dtype) for x in inputs)
+        groups.setdefault(identity, []).append(name)
     return [InputGroup(names, len(inputs)) for inputs, names in groups.items()]
-
-
-def _identity(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype
 
 
 def _linear_size(module: nn.Module) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 from zipfile import is_zipfile
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from epmq.errors import InputError, MissingError, error_context, reason
@@ -24,41 +24,25 @@ HUB_PATTERNS = [f"*{ending}" for ending in MODEL_FILES]
 # Weights in pickles, which are opened only by name and only as tensors (`torch.load(weights_only=True)`).
 PICKLES = (".bin", ".bin.index.json")
 # Files beside the weights that belong to the tokenizer or the processor.
+# fmt: off
 PROCESSOR_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "spiece.model",
-    "chat_template.jinja",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "generation_config.json",
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",
+    "vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "chat_template.jinja",
+    "preprocessor_config.json", "processor_config.json", "generation_config.json",
 )
+# fmt: on
 # Fields of a config that say how many there are of something, and more than any model has.
 COUNTS, MOST = ("layers", "n_layer", "num_labels", "depth"), 100_000
 # Dtypes by the names that safetensors gives them, in the order in which it writes their tensors.
+# fmt: off
 DTYPES = {
-    "U64": torch.uint64,
-    "I64": torch.int64,
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "U32": torch.uint32,
-    "I32": torch.int32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "U16": torch.uint16,
-    "I16": torch.int16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I8": torch.int8,
-    "U8": torch.uint8,
+    "U64": torch.uint64, "I64": torch.int64, "F64": torch.float64,
+    "F32": torch.float32, "U32": torch.uint32, "I32": torch.int32,
+    "BF16": torch.bfloat16, "F16": torch.float16, "U16": torch.uint16, "I16": torch.int16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I8": torch.int8, "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+# fmt: on
 # Those that are computed with.
 FLOATS = ("F64", "F32", "BF16", "F16")
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -68,13 +52,9 @@ TensorSpec = tuple[str, tuple[int, ...]]
 
 def byte_size(spec: TensorSpec) -> int:
     """Bytes of a tensor in a file."""
-    return prod(spec[1]) * bits_of(spec[0]) // 8
-
-
-def bits_of(dtype: str) -> int:
-    """Of one number of a safetensors dtype, such as BF16 or F8_E4M3."""
-    number = re.search(r"\d+", dtype)
-    return int(number[0]) if number else 8  # BOOL
+    dtype, shape = spec
+    bits = re.search(r"\d+", dtype)  # of one number; BOOL names none and has 8
+    return prod(shape) * (int(bits[0]) if bits else 8) // 8
 
 
 def model_files(folder: Path) -> list[Path]:
@@ -83,13 +63,9 @@ def model_files(folder: Path) -> list[Path]:
 
 
 def resolve(source: str | Path) -> Path:
-    """The local directory of a model: `source` itself, or a snapshot of the Hub id `owner/name`.
+    """The local directory of a model: `source` itself, or a snapshot of the Hub id `owner/name`; else MissingError.
 
-    Where `source` names a pickle (`directory/pytorch_model.bin` or `owner/name/pytorch_model.bin`, or the index of
-    several), the path of that file is returned.
-
-    Raises:
-        FileNotFoundError: there is no such directory and no such model on the Hub.
+    Where `source` names a pickle in either, or the index of several, the path of that file is returned.
     """
     path = Path(source).expanduser()
     pickled = str(source).endswith(PICKLES)
@@ -113,19 +89,11 @@ class _Pickled:
 
     def __init__(self, path: Path) -> None:
         # The form before torch 1.6, which older models on the Hub still have, is no zip file and cannot be mapped.
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
-        except Exception as error:  # a damaged pickle can raise anything
-            raise InputError(str(error) or type(error).__name__) from None
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
         if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
             raise InputError("it holds something else than named tensors")
         self._tensors: dict[str, Tensor] = content
-
-    def keys(self) -> list[str]:
-        return list(self._tensors)
-
-    def get_tensor(self, name: str) -> Tensor:
-        return self._tensors[name]
+        self.keys, self.get_tensor = content.keys, content.__getitem__
 
     def get_slice(self, name: str) -> Any:
         tensor = self._tensors[name]
@@ -155,8 +123,7 @@ class Checkpoint:
         self.path = path.parent if str(source).endswith(PICKLES) else path
         self.config: dict[str, Any] = read_config(self.path / self.CONFIG)
         self._files: dict[str, Any] = {}
-        named = path.name if path != self.path else None
-        self._shard: dict[str, str] = self._read_index(named)
+        self._shard = self._read_index(path.name if path != self.path else None)
 
     def _read_index(self, named: str | None) -> dict[str, str]:
         if named and not named.endswith(".json"):
@@ -192,11 +159,8 @@ class Checkpoint:
     def _open(self, shard: str) -> Any:
         if shard not in self._files:
             path, pickled = self.path / shard, shard.endswith(PICKLES)
-            try:
+            with error_context(path, f"not a readable {'pickle of tensors' if pickled else 'safetensors file'}"):
                 self._files[shard] = _Pickled(path) if pickled else safe_open(str(path), framework="pt")
-            except (SafetensorError, OSError, ValueError) as error:
-                form = "pickle of tensors" if pickled else "safetensors file"
-                raise InputError(f"{path}: not a readable {form} ({reason(error)})") from None
         return self._files[shard]
 
     @property
@@ -222,43 +186,22 @@ class Checkpoint:
             raise KeyError(f"{self.path}: no tensor {name!r}")
         return self._shard[name]
 
-    def _slice(self, name: str) -> Any:
-        return self._open(self._shard_of(name)).get_slice(name)
+    def spec(self, name: str) -> TensorSpec:
+        """Dtype, as safetensors calls it, and shape of a tensor, from the header."""
+        header = self._open(self._shard_of(name)).get_slice(name)
+        return header.get_dtype(), tuple(header.get_shape())
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, from the header."""
-        return tuple(self._slice(name).get_shape())
-
-    def dtype_name(self, name: str) -> str:
-        """What safetensors calls a tensor's dtype, such as `F32` or `I32`."""
-        return str(self._slice(name).get_dtype())
+        return self.spec(name)[1]
 
     def dtype(self, name: str) -> torch.dtype | None:
         """Dtype of a tensor, from the header; None where it is none of `FLOATS`."""
-        dtype = self.dtype_name(name)
+        dtype = self.spec(name)[0]
         return DTYPES[dtype] if dtype in FLOATS else None
 
-    def spec(self, name: str) -> TensorSpec:
-        """Dtype, as safetensors calls it, and shape of a tensor, from the header."""
-        return self.dtype_name(name), self.shape(name)
-
-    def tensor(self, name: str) -> Tensor:
-        """Read one tensor.
-
-        Raises:
-            KeyError: there is no tensor of that name.
-        """
-        return self._read(name)
-
-    def rows(self, name: str, rows: slice) -> Tensor:
-        """Read some rows of a tensor, along its first dimension.
-
-        Raises:
-            KeyError: there is no tensor of that name.
-        """
-        return self._read(name, rows)
-
-    def _read(self, name: str, rows: slice | None = None) -> Tensor:
+    def tensor(self, name: str, rows: slice | None = None) -> Tensor:
+        """Read one tensor, or some rows of it, along its first dimension; a KeyError where there is none."""
         shard = self._shard_of(name)
         if shard.endswith(PICKLES):
             pickled: Tensor = self._open(shard).get_tensor(name)
@@ -271,13 +214,9 @@ class Checkpoint:
             return tensor
 
     def check_finite(self, names: Iterable[str] | None = None) -> None:
-        """Read all tensors once and look for NaN and Inf.
-
-        Raises:
-            ValueError: a tensor has one; file and tensor are named.
-        """
+        """Read all tensors once, or those of that name; one that has NaN or Inf is an error, which names it."""
         for name in self.names if names is None else names:
-            tensor = self._read(name)
+            tensor = Checkpoint.tensor(self, name)  # by its name on disk, in an adapter too
             if not is_finite(tensor):
                 bad = int((~torch.isfinite(tensor)).sum())
                 raise InputError(f"{self.path / self._shard[name]}: tensor {name!r} has {bad} NaN or Inf entries")
@@ -292,11 +231,7 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The content of a `config.json`, with what is read here of the type that it should be.
-
-    Raises:
-        FileNotFoundError, ValueError: there is none, or a field holds something else; the file is named.
-    """
+    """The content of a `config.json`, with what is read here of the type that it should be, or an error."""
     config = read_json(path)
     names = config.get("architectures")
     if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):

@@ -1,8 +1,8 @@
 """Task heads that sit on a shared backbone: pool the last hidden state, normalise it, apply one linear map.
 
 This is the form of a class-mean head and of a linear probe; with the backbone's own pooled output and a projection
-before the norm it is that of CLIP's zero-shot head. A head is one small
-safetensors file beside the expert's weights (`head.safetensors`); it is never merged and never quantized.
+before the norm it is that of CLIP's zero-shot head. A head is one small safetensors file beside the expert's weights
+(`head.safetensors`); it is never merged and never quantized.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from epmq.errors import InputError, error_context, reason
-from epmq.models.writer import save_tensors
 
 HEAD_FILE = "head.safetensors"
 POOLINGS = ("cls", "mean", "cls_mean")
@@ -26,16 +26,13 @@ POOLER = "pooler"
 
 
 def pool(hidden: Tensor, mask: Tensor | None, pooling: str) -> Tensor:
-    """One feature row a sample.
+    """One feature row a sample: [batch, features], or [batch, 2·features] for `cls_mean`.
 
     Args:
         hidden: last hidden state, [batch, tokens, features].
         mask: 1 for a real token and 0 for padding, [batch, tokens]; None means that all are real.
         pooling: `cls` takes the first token, `mean` averages the real tokens, `cls_mean` puts the first
             token beside the mean of the others (as `Dinov2ForImageClassification` does).
-
-    Returns:
-        [batch, features], or [batch, 2·features] for `cls_mean`.
     """
     if pooling == "cls":
         return hidden[:, 0]
@@ -96,19 +93,25 @@ class Head:
 
 def save_head(head: Head, path: str | Path) -> None:
     """Write a head as one safetensors file; its settings go into the file's metadata."""
+    settings = {"pooling": head.pooling, "normalize": head.normalize, "labels": head.labels}
+    tensors = {"weight": head.weight, "bias": head.bias, "projection": head.projection}
+    write_head_file(path, {name: tensor.float() for name, tensor in tensors.items() if tensor is not None}, settings)
+
+
+def write_head_file(path: str | Path, tensors: dict[str, Tensor], settings: dict[str, Any]) -> None:
+    """Write tensors and settings of a head of either form; where that fails, the OSError names the file."""
     # One entry: safetensors writes several in an order that changes from run to run.
-    metadata = {"head": json.dumps({"pooling": head.pooling, "normalize": head.normalize, "labels": head.labels})}
-    tensors = {"weight": head.weight.float().contiguous(), "bias": head.bias.float().contiguous()}
-    if head.projection is not None:
-        tensors["projection"] = head.projection.float().contiguous()
-    save_tensors(tensors, Path(path), metadata)
+    metadata = {"head": json.dumps(settings)}
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, str(path), metadata=metadata)
+    except SafetensorError as error:
+        raise OSError(f"{path}: cannot be written ({error})") from None
 
 
 def read_head_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and settings of a head file of either form; settings may also be metadata one by one.
 
-    Raises:
-        ValueError: it cannot be read, or its settings are not JSON; the file is named.
+    A file that cannot be read, or whose settings are not JSON, is named in a ValueError.
     """
     with error_context(path, "not a readable safetensors file"), safe_open(str(path), framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}
@@ -116,12 +119,10 @@ def read_head_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor.float()).all():
             raise InputError(f"{path}: tensor {name!r} has NaN or Inf entries")
+    keys = ("head",) if "head" in metadata else ("normalize", "labels")
     try:
-        if "head" in metadata:
-            settings = json.loads(metadata["head"])
-        else:
-            parsed = {key: json.loads(metadata[key]) for key in ("normalize", "labels") if key in metadata}
-            settings = {**metadata, **parsed}
+        parsed = {key: json.loads(metadata[key]) for key in keys if key in metadata}
+        settings = parsed.get("head", {**metadata, **parsed})
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: the settings in its metadata are not JSON ({reason(error)})") from None
     if not isinstance(settings, dict):
@@ -130,11 +131,7 @@ def read_head_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]
 
 
 def load_head(path: str | Path) -> Head:
-    """Read a head written by `save_head`.
-
-    Raises:
-        ValueError: a tensor or a setting is missing or of the wrong shape; the file is named.
-    """
+    """Read a head written by `save_head`; a ValueError says which tensor or setting is not what it should be."""
     tensors, settings = read_head_file(path)
     missing = {"weight", "bias"} - tensors.keys()
     if missing:

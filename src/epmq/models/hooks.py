@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,26 +13,11 @@ from torch.utils.hooks import RemovableHandle
 HookPoint = str | None
 
 
-@contextmanager
-def pre_hooks(pairs: Iterable[tuple[nn.Module, Callable[..., None]]]) -> Iterator[None]:
-    """Forward pre-hooks, one a module, for the length of a `with` block."""
-    with ExitStack() as stack:
-        for module, hook in pairs:
-            stack.enter_context(module.register_forward_pre_hook(hook))
-        yield
-
-
 def watch(block: nn.Module, point: HookPoint, note: Callable[[Tensor], object]) -> RemovableHandle:
     """Hand over the tensor at a point of a block each time that it is computed.
 
-    Args:
-        block: the block.
-        point: the name of a module in it, of which the first tensor among the arguments is taken; or None, which takes
-            the first tensor that the block returns.
-        note: receives the tensor.
-
-    Returns:
-        the hook's handle: a context manager that removes it.
+    At a module it is the first tensor among the arguments; at None, the first that the block returns. The handle is a
+    context manager that removes the hook.
     """
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

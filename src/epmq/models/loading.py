@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import io
-import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Callable
+from contextlib import ExitStack, redirect_stderr
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,32 +48,21 @@ def why_not_direct(path: str | Path, config: dict[str, Any]) -> str | None:
     import transformers
 
     model_class: Any = named_class(architecture_of(config)) or transformers.AutoModel
+    log: Any = transformers.utils.logging
     try:
-        with redirect_stderr(io.StringIO()), _quiet():  # the loader's progress bars, and what it has to say
+        with redirect_stderr(io.StringIO()), ExitStack() as stack:  # the loader's progress bars, and its messages
+            stack.callback(log.set_verbosity, log.get_verbosity())
+            log.set_verbosity(log.CRITICAL)
             model_class.from_pretrained(path, trust_remote_code=False)
     except (ValueError, AttributeError, KeyError, TypeError, RuntimeError) as error:
         return f"{type(error).__name__} in transformers {transformers.__version__}"
     return None
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    from transformers.utils.logging import get_verbosity, set_verbosity
-
-    level = get_verbosity()
-    set_verbosity(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        set_verbosity(level)
-
-
 def plain_tensors(checkpoint: Checkpoint, quantization: dict[str, Any]) -> dict[str, Callable[[], Tensor]]:
     """What reads each tensor of a checkpoint, by name, with plain weights in the place of packed ones.
 
-    Args:
-        checkpoint: pack-quantized or plain.
-        quantization: the `quantization_config` of its config; empty where nothing is packed.
+    `quantization` is the `quantization_config` of its config; empty where nothing is packed.
     """
     readers: dict[str, Callable[[], Tensor]] = {name: partial(checkpoint.tensor, name) for name in checkpoint.names}
     for name in checkpoint.names:

@@ -37,17 +37,10 @@ def named_class(architecture: Any) -> Any:
 
 @contextmanager
 def no_larger(source: str | Path, tensors: int, entries: int) -> Iterator[None]:
-    """Refuse to build, in a `with` block, a model that is far larger than what there is for it.
+    """Refuse to build, in a `with` block, a model far larger than so many `tensors` of at most so many `entries`.
 
     A config may say anything; without this a billion layers would be made, one by one, before the first is missed.
-
-    Args:
-        source: what describes the model.
-        tensors: how many tensors there are.
-        entries: no tensor has more entries.
-
-    Raises:
-        ValueError: the config describes more; `source` is named.
+    The ValueError names `source`, which describes the model.
     """
     budget = SPARE + 8 * tensors
 
@@ -78,9 +71,8 @@ def shared_checkpoint(base: Checkpoint, experts: Sequence[Checkpoint]) -> Checkp
 def build_meta_model(checkpoint: Checkpoint) -> Any:
     """The model of a checkpoint with parameters on the meta device and real buffers, in eval mode, in float32.
 
-    Raises:
-        ValueError: transformers does not know the model type, or knows it through remote code only; or the model is
-            quantized already.
+    A ValueError says that transformers does not know the model type without remote code, or that the model is quantized
+    already.
     """
     import transformers
 
@@ -101,13 +93,9 @@ def build_meta_model(checkpoint: Checkpoint) -> Any:
 
 
 def empty_model(model_class: Any, config: Any, bounds: AbstractContextManager[None], **settings: Any) -> Any:
-    """A model with parameters on the meta device and real buffers, in eval mode.
+    """A model of a transformers class with parameters on the meta device and real buffers, in eval mode.
 
-    Args:
-        model_class: of transformers.
-        config: of transformers.
-        bounds: see `no_larger`.
-        settings: of the class's `_from_config`.
+    `bounds` is a `no_larger`; `settings` are those of the class's `_from_config`.
     """
     from accelerate import init_empty_weights
 
@@ -122,11 +110,7 @@ def rename(model: Any, stored: Iterable[str]) -> tuple[dict[str, str], list[str]
     """What a checkpoint calls the tensors of a model.
 
     transformers renames tensors when it loads (old layouts, prefixes of task classes); its own table is applied, so
-    that any checkpoint that `from_pretrained` reads is read here too.
-
-    Args:
-        model: a model on the meta device.
-        stored: names on disk, perhaps with a prefix or with a task head's tensors among them.
+    that any checkpoint that `from_pretrained` reads is read here too, with a task head's tensors or without.
 
     Returns:
         name in the model → name on disk, and the names on disk that the model does not have.
@@ -137,12 +121,11 @@ def rename(model: Any, stored: Iterable[str]) -> tuple[dict[str, str], list[str]
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, rename_source_key
 
-    transforms = get_model_conversion_mapping(model)
+    transforms: Any = get_model_conversion_mapping(model)
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
-    renamings: Any = [t for t in transforms if not isinstance(t, WeightConverter)]
+    renamings = [t for t in transforms if not isinstance(t, WeightConverter)]
     state = model.state_dict()
-    stored_names: dict[str, str] = {}
-    extra: list[str] = []
+    stored_names, extra = dict[str, str](), list[str]()
     for name in stored:
         renamed, converted = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
         if converted is not None:
@@ -189,19 +172,17 @@ def load_outside(
         model: a model on the meta device.
         names: of the tensors, without tied copies.
         read: gives the tensor of a name.
-        device: where to.
         tied: tied copy → the name it follows.
     """
     output = model.get_output_embeddings()
     for name in names:
         module = _owner(model, name)
         if type(module) is nn.Embedding:
-            set_tensor(model, name, read(name).to(device))
             module.register_forward_hook(lambda module, args, rows: rows.float())
-        elif module is output:
-            set_tensor(model, name, read(name).to(device))
-        else:
+        elif module is not output:
             materialize(model, [name], read, device)
+            continue
+        set_tensor(model, name, read(name).to(device))
     tie(model, tied)
 
 
@@ -214,12 +195,7 @@ def tie(model: Any, tied: dict[str, str]) -> None:
 class UsedRows:
     """Looks up the rows of an embedding that calibration uses, and holds no others, in float32.
 
-    A table that is mapped into memory would become resident piece by piece, one an expert.
-
-    Args:
-        size: rows of the whole table.
-        read: gives the whole table, [size, features].
-        device: of the rows.
+    A table [size, features] that is mapped into memory would become resident piece by piece, one an expert.
     """
 
     def __init__(self, size: int, read: Callable[[], Tensor], device: torch.device) -> None:
@@ -244,14 +220,8 @@ def hold_used_rows(
 ) -> list[str]:
     """Let the word embedding read the rows that it looks up when it does; returns the names of all other tensors.
 
-    Other embeddings are small, and models take their weight by other ways than a look-up.
-
-    Args:
-        model: a model on the meta device.
-        names: tensors to load, without tied copies.
-        tied: tied copy → the name it follows; embeddings among them look up the same rows.
-        read: gives the tensor of a name.
-        device: of the rows.
+    Other embeddings are small, and models take their weight by other ways than a look-up. Embeddings that are tied to
+    it look up the same rows. Arguments are as in `load_outside`.
     """
     try:
         words = model.get_input_embeddings()
@@ -259,14 +229,13 @@ def hold_used_rows(
         return list(names)
     others = []
     for name in names:
-        module = _owner(model, name)
-        if module is not words or not isinstance(module, nn.Embedding):
+        if _owner(model, name) is not words or not isinstance(words, nn.Embedding):
             others.append(name)
             continue
-        rows = UsedRows(module.num_embeddings, partial(read, name), device)
-        for embedding in (module, *(_owner(model, copy) for copy, leader in tied.items() if leader == name)):
-            if isinstance(embedding, nn.Embedding):
-                embedding.register_forward_pre_hook(rows)
+        rows = UsedRows(words.num_embeddings, partial(read, name), device)
+        for owner in {_owner(model, key) for key in (name, *tied) if tied.get(key, key) == name}:
+            if isinstance(owner, nn.Embedding):
+                owner.register_forward_pre_hook(rows)
     return others
 
 
@@ -284,9 +253,8 @@ def to_meta(module: nn.Module) -> None:
 
 def vocabulary(model: Any) -> int | None:
     """How many tokens a model has embeddings for; None if it takes none."""
-    size: int | None
     try:
-        size = model.get_input_embeddings().num_embeddings
+        return int(model.get_input_embeddings().num_embeddings)
     except (NotImplementedError, AttributeError):  # a model of several parts, such as CLIP, or one for images
-        size = getattr(getattr(model.config, "text_config", model.config), "vocab_size", None)
-    return size
+        size: int | None = getattr(getattr(model.config, "text_config", model.config), "vocab_size", None)
+        return size

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from epmq.models.checkpoint import read_config, resolve
 from epmq.models.heads import Head, load_head, read_head_file
 from epmq.models.loading import load_model
 from epmq.models.meta import empty_model, named_class, no_larger, rename, set_tensor
-from epmq.models.writer import save_tensors
 
 HEADS = "heads"
 
@@ -52,13 +50,11 @@ class NativeHead(nn.Module):
         self.stored = rename(self.model, tensors)[0]
         for name, stored in self.stored.items():
             tensor = tensors[stored].to(sample.device, sample.dtype if tensors[stored].is_floating_point() else None)
-            if name.startswith(f"{prefix}."):
-                # The backbone is every task's: a part of it that is this task's own, such as a pooler, is put in
-                # its place for the length of a call.
+            if name.startswith(f"{prefix}."):  # such as a pooler: the backbone's is every task's
                 self.own[name] = tensor
             else:
                 set_tensor(self.model, name, tensor)
-        absent = [name for name, parameter in self.model.named_parameters() if parameter.is_meta]
+        absent = (name for name, parameter in self.model.named_parameters() if parameter.is_meta)
         missing = [name for name in absent if not name.startswith(f"{prefix}.")]
         if missing:
             raise InputError(f"head of {architecture}: no tensor for {', '.join(missing)}")
@@ -83,36 +79,16 @@ class NativeHead(nn.Module):
         return logits
 
 
-def save_native_head(path: Path, architecture: str, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Write the head tensors of a transformers task class, with what is needed to build it again."""
-    metadata = {"head": json.dumps({"architecture": architecture, "config": config})}
-    save_tensors({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
-
-
 class MultiTaskModel(nn.Module):
-    """A backbone with the heads of all its tasks.
-
-    Attributes:
-        backbone: a transformers model.
-        processor: its tokenizer or image processor, or None.
-        tasks: names of the tasks.
-    """
+    """A backbone (a transformers model) with its tokenizer or image processor, and the heads of all its `tasks`."""
 
     def __init__(self, backbone: nn.Module, heads: dict[str, Head | NativeHead], processor: Any = None) -> None:
         super().__init__()
         self.backbone: Any = backbone
-        self.processor, self._heads = processor, heads
-
-    @property
-    def tasks(self) -> list[str]:
-        return list(self._heads)
+        self.processor, self._heads, self.tasks = processor, heads, list(heads)
 
     def head(self, task: str) -> Head | NativeHead:
-        """The head of a task.
-
-        Raises:
-            KeyError: there is no such task; the ones there are are named.
-        """
+        """The head of a task; where there is no such task, the KeyError names those there are."""
         if task not in self._heads:
             raise UnknownTaskError(f"no task {task!r}; there are: {', '.join(self.tasks) or 'none'}")
         return self._heads[task]
@@ -120,10 +96,10 @@ class MultiTaskModel(nn.Module):
     def forward(self, task: str, **inputs: Any) -> Tensor:
         """Class scores [batch, classes] of one task; `inputs` are the backbone's."""
         head = self.head(task)
-        if isinstance(head, NativeHead):
-            logits: Tensor = head(**inputs)
-            return logits
-        return head.scores(head.read(self.backbone(**inputs), inputs.get("attention_mask")))
+        if isinstance(head, Head):
+            return head.scores(head.read(self.backbone(**inputs), inputs.get("attention_mask")))
+        logits: Tensor = head(**inputs)
+        return logits
 
     def labels(self, task: str) -> list[str]:
         """Names of a task's classes, in the order of the scores; empty if they were not recorded."""
@@ -146,13 +122,7 @@ class MultiTaskModel(nn.Module):
     def generate(self, texts: list[str], max_new_tokens: int = 64, **settings: Any) -> list[str]:
         """What a language model writes to each text: the continuation, or an encoder–decoder's answer.
 
-        Args:
-            texts: prompts.
-            max_new_tokens: at most so many tokens are written.
-            settings: further arguments of transformers' `generate`; greedy by default.
-
-        Raises:
-            ValueError: the model generates no text.
+        `settings` go to transformers' `generate`, greedy by default. A model that generates no text is a ValueError.
         """
         tokenizer = tokenizer_of(self.processor)
         if tokenizer is None or not getattr(self.backbone, "can_generate", lambda: False)():
@@ -161,27 +131,24 @@ class MultiTaskModel(nn.Module):
         for text in texts:
             batch = to_device(dict(tokenizer(text, return_tensors="pt")), self.device)
             batch.pop("token_type_ids", None)
-            options = {"max_new_tokens": max_new_tokens, "do_sample": False, **settings}
-            tokens = self.backbone.generate(**batch, **options)
+            tokens = self.backbone.generate(
+                **batch, **{"max_new_tokens": max_new_tokens, "do_sample": False, **settings}
+            )
             start = 0 if self.backbone.config.is_encoder_decoder else batch["input_ids"].shape[1]
             written.append(tokenizer.decode(tokens[0, start:], skip_special_tokens=True))
         return written
 
     @property
     def device(self) -> torch.device:
-        device: torch.device = next(self.backbone.parameters()).device
-        return device
+        return torch.device(next(self.backbone.parameters()).device)
 
 
 def load(
     path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | str | None = None
 ) -> MultiTaskModel:
-    """Load a checkpoint written by epmq: the model and the head of every task.
+    """Load a checkpoint written by epmq, a directory or Hub id: the model and the head of every task.
 
-    Args:
-        path: directory or Hub id.
-        device: where to.
-        dtype: to compute in; by default float32 on a CPU and the stored dtype elsewhere.
+    `dtype` is what is computed in: by default float32 on a CPU and the stored dtype elsewhere.
 
     Raises:
         FileNotFoundError: no such directory, or it holds no model.

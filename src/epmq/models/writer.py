@@ -9,12 +9,11 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from epmq.errors import InputError
@@ -27,16 +26,15 @@ SHARD_BYTES = 4 << 30
 HELD = 1 << 26
 
 
-class CheckpointWriter:
-    """Writes the tensors of a checkpoint; usable in a `with` block, which closes its files.
+class CheckpointWriter(ExitStack):
+    """Writes the tensors of a checkpoint; its files are closed by `close`, or at the end of a `with` block.
 
     Args:
         folder: an existing directory.
         specs: name → dtype and shape of every tensor, in the order in which shards are filled.
         shard_bytes: a shard is full when it holds this much.
-        reread: whether somebody is going to read the output soon. Else what was written is let go of: left in the
-            system's cache it would take memory, which costs more time than the writing where that memory has to be
-            found first, and push out what is still to be read.
+        reread: whether the output is read soon. Else what was written is let go of: in the system's cache it would push
+            out what is still to be read, and memory that has to be found first costs more time than the writing.
 
     Attributes:
         files: of the weights, in `folder`. What lies in them already stays until it is written over.
@@ -47,46 +45,29 @@ class CheckpointWriter:
     def __init__(
         self, folder: Path, specs: Mapping[str, TensorSpec], shard_bytes: int = SHARD_BYTES, reread: bool = True
     ) -> None:
+        super().__init__()
         self.folder, self.specs, self._reread = folder, dict(specs), reread
         self.total = sum(map(byte_size, self.specs.values()))
         shards = _shards(self.specs, shard_bytes)
-        self.files = shard_files(len(shards))
-        self._handles: dict[str, BinaryIO] = {}
-        self._offsets: dict[str, tuple[str, int]] = {}
-        self.order: list[str] = []
+        several = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+        self.files = several if len(shards) > 1 else [SINGLE]
+        self._handles: list[BinaryIO] = []
+        self._offsets: dict[str, tuple[BinaryIO, int]] = {}
         for file, shard in zip(self.files, shards):
             header, offsets = make_header(shard)
-            handle = self._handles[file] = (folder / file).open("r+b" if (folder / file).exists() else "w+b")
+            handle = self.enter_context((folder / file).open("r+b" if (folder / file).exists() else "w+b"))
             handle.write(header)
             handle.truncate(len(header) + sum(map(byte_size, shard.values())))
-            self._offsets |= {name: (file, len(header) + offset) for name, offset in offsets.items()}
-            self.order += offsets
-        self._index = {name: file for file, shard in zip(self.files, shards) for name in shard}
-
-    def __enter__(self) -> CheckpointWriter:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close the files."""
-        for handle in self._handles.values():
-            handle.close()
+            self._handles.append(handle)
+            self._offsets |= {name: (handle, len(header) + offset) for name, offset in offsets.items()}
+        self.order = list(self._offsets)
 
     def write(self, name: str, parts: Tensor | Iterable[Tensor]) -> None:
-        """Write one tensor.
+        """Write one tensor, or its parts along its first dimension, of which one is in memory.
 
-        Args:
-            name: one of `specs`.
-            parts: the tensor, or parts of it that follow one another along its first dimension, in the dtype of its
-                spec. Only one part is in memory.
-
-        Raises:
-            InputError: it is not what its spec says; it is named.
+        It is in the dtype of its spec; what has not the size of its spec is named in an InputError.
         """
-        file, offset = self._offsets[name]
-        handle, size, written = self._handles[file], byte_size(self.specs[name]), 0
+        (handle, offset), size, written = self._offsets[name], byte_size(self.specs[name]), 0
         handle.seek(offset)
         for part in [parts] if isinstance(parts, Tensor) else parts:
             numbers = part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
@@ -100,8 +81,7 @@ class CheckpointWriter:
 
     def tensor(self, name: str) -> Tensor:
         """Read back a tensor that has been written."""
-        (dtype, shape), (file, offset) = self.specs[name], self._offsets[name]
-        handle = self._handles[file]
+        (dtype, shape), (handle, offset) = self.specs[name], self._offsets[name]
         handle.seek(offset)
         content = bytearray(handle.read(byte_size(self.specs[name])))
         if not content:
@@ -110,16 +90,17 @@ class CheckpointWriter:
 
     def sync(self) -> None:
         """See everything that was written onto the disk."""
-        for handle in self._handles.values():
+        for handle in self._handles:
             handle.flush()
             os.fsync(handle.fileno())
 
     def finish(self) -> None:
         """Hand everything to the system, and write the index, if there are several files."""
-        for handle in self._handles.values():
+        for handle in self._handles:
             handle.flush()
         if len(self.files) > 1:
-            write_json(self.folder / INDEX, {"metadata": {"total_size": self.total}, "weight_map": self._index})
+            shards = {name: Path(self._offsets[name][0].name).name for name in self.specs}
+            write_json(self.folder / INDEX, {"metadata": {"total_size": self.total}, "weight_map": shards})
 
 
 def _shards(specs: Mapping[str, TensorSpec], shard_bytes: int) -> list[dict[str, TensorSpec]]:
@@ -143,12 +124,6 @@ def _let_go(handle: BinaryIO) -> None:
         os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def shard_files(count: int) -> list[str]:
-    """What the files of a checkpoint in so many shards are called."""
-    several = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-    return [SINGLE] if count == 1 else several
-
-
 def make_header(specs: Mapping[str, TensorSpec]) -> tuple[bytes, dict[str, int]]:
     """The head of a safetensors file, and where each tensor's bytes begin behind it."""
     # The order in which safetensors itself writes, so that every tensor is aligned: by dtype, then by name.
@@ -162,15 +137,3 @@ def make_header(specs: Mapping[str, TensorSpec]) -> tuple[bytes, dict[str, int]]
     header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     header += b" " * (-len(header) % 8)
     return len(header).to_bytes(8, "little") + header, {name: entries[name]["data_offsets"][0] for name in names}
-
-
-def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Write a small safetensors file, such as a head.
-
-    Raises:
-        OSError: it cannot be written; the file is named.
-    """
-    try:
-        save_file(dict(tensors), str(path), metadata=metadata)
-    except SafetensorError as error:
-        raise OSError(f"{path}: cannot be written ({error})") from None

@@ -17,8 +17,8 @@ from epmq.files import write_json
 from epmq.merging.experts import ExpertReader
 from epmq.models.blocks import LINEAR, as_matrix, block_linears, find_stacks, is_transposed
 from epmq.models.checkpoint import PROCESSOR_FILES, TensorSpec
-from epmq.models.heads import load_head, save_head
-from epmq.models.multitask import HEADS, NativeHead, save_native_head
+from epmq.models.heads import load_head, save_head, write_head_file
+from epmq.models.multitask import HEADS, NativeHead
 from epmq.models.writer import CheckpointWriter
 from epmq.pipeline.journal import Journal
 from epmq.pipeline.prepare import PreparedRun
@@ -198,4 +198,4 @@ def _write_head(expert: ExpertReader, path: Path, fit: HeadFit | None) -> None:
         return
     if fit is not None and isinstance(fit.head, NativeHead):
         tensors = fit.head.with_weights(tensors, fit.fit.weight, fit.fit.bias)
-    save_native_head(path, config["architectures"][0], config, tensors)
+    write_head_file(path, tensors, {"architecture": config["architectures"][0], "config": config})

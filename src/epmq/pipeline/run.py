@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -217,7 +218,7 @@ def calibration_engine(
         prepared.device,
         Offloader(offload_to if recipe.activations == "disk" else None),
     )
-    make_heads = {task: guiding_head(expert, experts.notes) for task, expert in experts.experts.items()}
+    make_heads = {task: partial(guiding_head, expert, experts.notes) for task, expert in experts.experts.items()}
     return engine_class(context, batches, make_heads, finished)
 
 
