@@ -125,9 +125,10 @@ def _depths(runs: Sequence[Run], names: Sequence[str]) -> Iterator[Figure]:
         if all(layer["loss"] is None for layer in layers):
             continue
         _, *losses = zip(*block_losses(layers))
-        merging, quantization = ([(depth, loss) for depth, loss in enumerate(own, 1) if loss > 0] for own in losses)
-        series: charts.Series = {"merging": merging} if merging else {}
-        series["quantization"] = quantization
-        caption = TWO_LOSSES if merging else ONE_LOSS
+        points = [[(float(depth), loss) for depth, loss in enumerate(own, 1) if loss > 0] for own in losses]
+        series: charts.Series = dict(zip(("merging", "quantization"), points))
+        caption = TWO_LOSSES if series["merging"] else ONE_LOSS
+        if not series["merging"]:
+            del series["merging"]
         svg = charts.lines(series, "block", "deviation from the target", "{:.2g}".format, log=True)
         yield Figure(svg, f"Loss by depth: {name}" if len(runs) > 1 else "Loss by depth", caption)

@@ -27,8 +27,7 @@ def lm_eval(
     """Score a causal language model with lm-eval, in this process.
 
     Args:
-        model: a transformers model, on its device.
-        tokenizer: its tokenizer.
+        model, tokenizer: of transformers, on its device.
         tasks: name of a task in lm-eval → what is taken from it.
         hub: a mirror of the Hub; a task's data set is read from there if it is there.
         limit: at most so many examples a task.
