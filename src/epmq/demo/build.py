@@ -52,12 +52,9 @@ def build_pool(
     """Prepare the base, then the data of every task, then train every expert; what is there is kept.
 
     Args:
-        root: where the pool lies.
-        tasks: names of the tasks.
         prepare_base: writes the base model's directory into the empty folder that it is given.
         prepare_task: writes splits, `labels.json` and `source.json` of the named task into an empty folder.
         settings: how the experts are trained.
-        report: see `Report`.
 
     Returns:
         the content of each expert's `training.json`, by task.

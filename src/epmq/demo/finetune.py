@@ -78,8 +78,7 @@ def train_expert(
         out: where the expert goes; `training.json` in it records settings, accuracies and seconds.
         splits: labelled examples: `train`, `validation` and `test`.
         labels: names of the classes.
-        settings: of head and training.
-        progress: see `Progress`.
+        settings, progress: of head and training.
 
     Returns:
         the content of `training.json`: accuracies of the base and of the expert among it.
@@ -89,10 +88,7 @@ def train_expert(
     train, validation, test = (splits[name] for name in SPLITS)
     length, processor, model = settings.max_length, load_processor(base), _load_backbone(base)
     head = class_mean_head(model, processor, train, labels, settings)
-    record: dict[str, Any] = {
-        "base_validation": accuracy(model, head, processor, validation, length),
-        "base_test": accuracy(model, head, processor, test, length),
-    }
+    before = {f"base_{name}": accuracy(model, head, processor, splits[name], length) for name in SPLITS[1:]}
     with whole_directory(out) as work:
         history: list[float] = []
         for trained in _epochs(model, head, processor, train, settings, progress):
@@ -103,7 +99,7 @@ def train_expert(
         save_head(head, work / HEAD_FILE)
         # read back from disk: the best epoch need not be the last, and what is measured is what was written
         written = _load_backbone(work) if settings.adapter is None else _load_backbone(base, adapter=work)
-        record |= {
+        record = before | {
             "validation": max(history),
             "test": accuracy(written, head, processor, test, length),
             "validation_by_epoch": history,
@@ -120,11 +116,11 @@ def _load_backbone(folder: Path, adapter: Path | None = None) -> Any:
     from transformers import AutoModel
 
     model = AutoModel.from_pretrained(folder, dtype=torch.float32)
-    if adapter is None:
-        return model
-    from peft import PeftModel
+    if adapter is not None:
+        from peft import PeftModel
 
-    return PeftModel.from_pretrained(model, str(adapter))
+        model = PeftModel.from_pretrained(model, str(adapter))
+    return model
 
 
 def _epochs(

