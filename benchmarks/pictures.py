@@ -13,7 +13,7 @@ from pathlib import Path
 from benchmarks import RESULTS, ROOT
 from benchmarks.tables.markdown import SUITES
 from epmq.reporting import charts
-from epmq.reporting.page import render_page
+from epmq.reporting.page import packaged_text, render_page
 from epmq.reporting.runs import gap, read_runs
 
 DOCS = ROOT / "docs"
@@ -41,6 +41,12 @@ def figure(text: str, title: str) -> str:
     return next(svg for svg, name in drawings if name == title)
 
 
+def standalone(svg: str) -> str:
+    """A drawing as a file of its own, such as docs show: with its colours in it."""
+    plain = "svg{color:#222}@media(prefers-color-scheme:dark){svg{color:#ddd}}"
+    return svg.replace(">", f"><style>{plain}{packaged_text('charts.css')}</style>", 1) + "\n"
+
+
 def main() -> None:
     """Read the command line and write the pictures."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.pictures", description=__doc__)
@@ -50,7 +56,7 @@ def main() -> None:
     if outputs:
         drawn["depth"] = figure(render_page(read_runs([Path(outputs[-1])])[0]), "Loss by depth")
     for name, svg in drawn.items():
-        (DOCS / f"{name}.svg").write_text(charts.standalone(svg), encoding="utf-8")
+        (DOCS / f"{name}.svg").write_text(standalone(svg), encoding="utf-8")
 
 
 if __name__ == "__main__":

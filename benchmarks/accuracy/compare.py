@@ -21,7 +21,7 @@ from benchmarks import RESULTS
 from benchmarks.records import provenance, read_rows
 from benchmarks.suites.__main__ import SUITES, build
 from benchmarks.suites.build import suite_dir
-from epmq.demo.pool import pool_recipe
+from benchmarks.suites.pool import pool_recipe
 from epmq.files import write_json
 from epmq.method_settings import BY_HEADS, ExpertGuided
 from epmq.models.multitask import load

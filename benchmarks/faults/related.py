@@ -6,7 +6,7 @@ import importlib
 from statistics import median
 
 from benchmarks.suites.build import suite_dir
-from epmq.demo.pool import pool_recipe
+from benchmarks.suites.pool import pool_recipe
 from epmq.merging.compatibility import open_experts
 from epmq.merging.relation import SAMPLE, correlation
 from epmq.models.blocks import find_stacks, linears

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from benchmarks.suites.build import suite_dir
-from epmq.demo.pool import pool_recipe
+from benchmarks.suites.pool import pool_recipe
 from epmq.models.checkpoint import SINGLE
 from epmq.pipeline import run as pipeline
 

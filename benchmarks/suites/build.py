@@ -7,18 +7,18 @@ quick)`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from epmq.demo.build import build_pool
+from epmq.demo.build import build_pool, step_bars
 from epmq.demo.finetune import TrainingSettings
-from epmq.files import cache_dir
+from epmq.files import cache_dir, whole_directory
 
 QUICK_SIZES = {"train": 300, "validation": 100, "test": 200}
 
@@ -26,6 +26,16 @@ QUICK_SIZES = {"train": 300, "validation": 100, "test": 200}
 def suite_dir(name: str, quick: bool = False) -> Path:
     """Where the suite `name` lies; the quick form has a folder of its own."""
     return cache_dir() / "suites" / (f"{name}-quick" if quick else name)
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path | None]:
+    """A work folder that becomes `target` by rename when the block ends well; None where `target` exists."""
+    if target.exists():
+        yield None
+        return
+    with whole_directory(target) as work:
+        yield work
 
 
 def chosen_tasks(suite: ModuleType, tasks: Sequence[str] | None) -> list[str]:
@@ -56,14 +66,10 @@ def build_suite(suite: ModuleType, tasks: Sequence[str] | None = None, quick: bo
     """
     tasks = chosen_tasks(suite, tasks)
     root, console = suite_dir(suite.NAME, quick), Console()
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
-    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
-        bars: dict[str, TaskID] = {}
+    with step_bars(console) as show:
 
         def report(step: str, share: float) -> None:
-            if step not in bars:
-                bars[step] = progress.add_task(step, total=1.0)
-            progress.update(bars[step], completed=share)
+            show(step, share)
             if share == 1.0 and not console.is_terminal:
                 # a log file sees no bars, so it gets one line a finished step
                 console.print(f"{step}: done")

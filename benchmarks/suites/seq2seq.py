@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.suites import language, text8
 from benchmarks.suites.language import IGNORED, Batch, Prepared, Row
-from epmq.demo.texts import PIP_TASKS, TextTask, make_task, tidy
+from epmq.demo.texts import TextTask, make_task, newswire, tidy
 from epmq.files import write_json
 
 NAME, KIND, MAX_LENGTH = "seq2seq", "seq2seq", 64
@@ -95,7 +95,7 @@ def spam() -> Prepared:
 
 def topics() -> Prepared:
     """A Reuters news item → its topic (8)."""
-    return _prompted(PIP_TASKS["newswire"](), "topic of the news")
+    return _prompted(newswire(), "topic of the news")
 
 
 TASKS: dict[str, Callable[[], Prepared]] = {

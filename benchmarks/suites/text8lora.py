@@ -13,8 +13,7 @@ from typing import Any
 from peft import LoraConfig
 
 from benchmarks.suites import text8
-from benchmarks.suites.build import suite_dir
-from epmq.demo.build import whole_folder
+from benchmarks.suites.build import suite_dir, whole_folder
 
 NAME = "text8lora"
 TASKS, POOLING, MAX_LENGTH = text8.TASKS, text8.POOLING, text8.MAX_LENGTH

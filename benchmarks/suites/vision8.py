@@ -25,6 +25,7 @@ from PIL import ImageFont
 
 from benchmarks.suites import dinov2
 from benchmarks.suites.build import QUICK_SIZES
+from benchmarks.suites.fetch import debian, npm
 from benchmarks.suites.images import (
     Pool,
     debian_version,
@@ -40,7 +41,7 @@ from benchmarks.suites.images import (
     without_copies,
     write_splits,
 )
-from epmq.demo.fetch import debian, npm, pypi
+from epmq.demo.fetch import pypi
 
 NAME = "vision8"
 POOLING = "cls"

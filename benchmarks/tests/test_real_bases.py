@@ -10,11 +10,11 @@ import torch
 from transformers import AutoModel
 
 from benchmarks.suites import vision8
+from benchmarks.suites.build import whole_folder
 from epmq.calibration.sequential import Batch, SequentialCalibrator
 from epmq.data.encoding import encode, load_processor
 from epmq.data.examples import Examples
 from epmq.demo import texts
-from epmq.demo.build import whole_folder
 from epmq.files import cache_dir
 
 SENTENCES = [

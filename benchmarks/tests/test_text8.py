@@ -7,8 +7,15 @@ from typing import Any
 import pytest
 
 from benchmarks.suites import text8
-from benchmarks.suites.build import accuracy_table, build_suite, suite_dir
+from benchmarks.suites.build import accuracy_table, build_suite, suite_dir, whole_folder
 from epmq.demo.finetune import TrainingSettings
+
+
+def test_a_post_loses_its_address_line_and_keeps_its_subject() -> None:
+    reply = "re bible quiz in article abc host edu jane doe writes the ark was kept once a year"
+    assert text8.news_body(reply) == ("bible quiz the ark was kept once a year", "bible quiz the")
+    assert text8.news_body("drive wanted i am looking for a drive")[0] == "drive wanted i am looking for a drive"
+    assert text8.news_body("re my old car host edu jane wrote it is red")[0] == "my old car it is red"
 
 
 def test_glosses_lose_their_examples() -> None:
@@ -109,3 +116,17 @@ def test_a_suite_is_built_from_its_module(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert arguments == {"tasks": ["a", "b"], "settings": TrainingSettings("cls", None, epochs=1)}
     table = accuracy_table("toy", records(["a"]))
     assert list(table.columns[-2].cells) == ["75.0", "75.0"]
+
+
+def test_a_folder_is_whole_or_absent(tmp_path: Path) -> None:
+    with pytest.raises(KeyError), whole_folder(tmp_path / "out") as work:
+        assert work is not None
+        (work / "half").touch()
+        raise KeyError
+    assert list(tmp_path.iterdir()) == []
+    with whole_folder(tmp_path / "out") as work:
+        assert work is not None
+        (work / "all").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "all"]
+    with whole_folder(tmp_path / "out") as work:
+        assert work is None

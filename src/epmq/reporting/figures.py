@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -12,6 +13,11 @@ from epmq.reporting.runs import Run, Scores, common_score_title, gap, labels
 
 # Each method's colour and mark in every chart (see `epmq.reporting.charts`).
 STYLES = {"merged": 6, "RTN": 4, "GPTQ": 0, "E-PMQ": 3, "expert-guided": 1, "experts": 2}
+TWO_LOSSES = (
+    "What the merged weight is off the target (merging), and what the codes are off it (quantization), both under the "
+    "layer's Hessian, summed over the block's layers; a logarithmic axis."
+)
+ONE_LOSS = "What the codes are off the merged weight, under the layer's Hessian, summed over the block's layers."
 # More marks in a row than these are not read any more.
 MOST_MARKS = 6
 
@@ -76,10 +82,10 @@ def _tasks(scored: Named, experts: Scores | None, axis: ScoreAxis) -> Figure:
         chosen = [run for _, run in scored if run.bits in (None, bits) and run.merge == merge]
         scored = list(zip(labels(chosen), chosen))
         caption += f" Merged by {merge}; {bits} bits, and full precision."
-    rows: dict[str, dict[str, float]] = {}
+    rows: dict[str, dict[str, float]] = defaultdict(dict)
     for name, run in scored:
         for task, score in run.scores.items():
-            rows.setdefault(task, {})[name] = axis.value(run, score)
+            rows[task][name] = axis.value(run, score)
     for task, row in rows.items():
         if experts is not None and task in experts.scores:
             row["experts"] = axis.value(scored[0][1], experts.scores[task])
@@ -92,22 +98,22 @@ def _tasks(scored: Named, experts: Scores | None, axis: ScoreAxis) -> Figure:
 
 def _gaps(runs: Sequence[Run], experts: Scores | None) -> charts.Series:
     """Points (bits, percent of the gap) by merge and method."""
-    series: charts.Series = {}
+    series: charts.Series = defaultdict(list)
     several = len({run.merge for run in runs}) > 1
     for run in runs:
         share = gap(run, runs, experts)
         if share is not None and run.bits is not None and run.method not in ("gptq", "rtn"):
             name = f"{run.merge}, {run.title}" if several else run.title
-            series.setdefault(name, []).append((run.bits, 100 * share))
+            series[name].append((run.bits, 100 * share))
     return series
 
 
 def _sizes(runs: Sequence[Run], axis: ScoreAxis) -> Figure:
-    series: charts.LabelledSeries = {}
+    series: charts.LabelledSeries = defaultdict(list)
     for run in runs:
         assert run.bytes is not None and run.mean is not None
         label = f"{run.bits} bits" if run.bits else "full"
-        series.setdefault(run.title, []).append((run.bytes / 1e6, axis.value(run, run.mean), label))
+        series[run.title].append((run.bytes / 1e6, axis.value(run, run.mean), label))
     svg = charts.scatter(series, "MB", axis.unit("mean "), axis.show, STYLES, axis.log)
     return Figure(svg, "Size against score", "All weights of a checkpoint.")
 
@@ -118,15 +124,11 @@ def _depths(runs: Sequence[Run], names: Sequence[str]) -> Iterator[Figure]:
         layers = run.report.get("layers", ())
         if all(layer["loss"] is None for layer in layers):
             continue
-        losses = list(enumerate(block_losses(layers), start=1))
-        merging: list[charts.Point] = [(depth, loss) for depth, (_, loss, _) in losses if loss > 0]
-        series: charts.Series = {"merging": merging} if merging else {}
-        series["quantization"] = [(depth, loss) for depth, (_, _, loss) in losses if loss > 0]
-        caption = (
-            "What the merged weight is off the target (merging), and what the codes are off it (quantization), both "
-            "under the layer's Hessian, summed over the block's layers; a logarithmic axis."
-            if merging
-            else "What the codes are off the merged weight, under the layer's Hessian, summed over the block's layers."
-        )
+        _, *losses = zip(*block_losses(layers))
+        points = [[(float(depth), loss) for depth, loss in enumerate(own, 1) if loss > 0] for own in losses]
+        series: charts.Series = dict(zip(("merging", "quantization"), points))
+        caption = TWO_LOSSES if series["merging"] else ONE_LOSS
+        if not series["merging"]:
+            del series["merging"]
         svg = charts.lines(series, "block", "deviation from the target", "{:.2g}".format, log=True)
         yield Figure(svg, f"Loss by depth: {name}" if len(runs) > 1 else "Loss by depth", caption)

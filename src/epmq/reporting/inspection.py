@@ -43,37 +43,31 @@ def contents(path: str | Path) -> dict[str, Any]:
 def inspection_tables(path: str | Path, layers: bool = False) -> list[Table]:
     """Rich tables for the terminal: overview, sizes by part and, if asked, every quantized layer."""
     checkpoint = contents(path)
-    report = checkpoint["report"]
     with error_context(path, "config.json or report.json is not as epmq writes it"):
         tables = [_overview(path, checkpoint), _sizes(checkpoint["tensors"])]
-        if report:
+        if report := checkpoint["report"]:
             tables += [table for table in (_scores(report), _depth(report)) if table.row_count]
-        if layers and report:
-            tables.append(_layers(report))
+            tables += [_layers(report)] if layers else []
     return tables
 
 
 def _overview(path: str | Path, checkpoint: dict[str, Any]) -> Table:
     table = Table(title=str(path), title_justify="left", show_header=False)
     table.add_row("architecture", checkpoint["architecture"])
-    weights = checkpoint["quantization"]
-    if weights:
-        group = weights.get("group_size") or "a row"
+    text = "not packed"
+    if weights := checkpoint["quantization"]:
         symmetric = "symmetric" if weights["symmetric"] else "asymmetric"
-        table.add_row("weights", f"{weights['num_bits']} bits, {symmetric}, group size {group}")
-    else:
-        table.add_row("weights", "not packed")
+        text = f"{weights['num_bits']} bits, {symmetric}, group size {weights.get('group_size') or 'a row'}"
+    table.add_row("weights", text)
     table.add_row("tasks", ", ".join(checkpoint["tasks"]) or "no heads")
     table.add_row("size", f"{sum(size for *_, size in checkpoint['tensors'].values()) / 1e6:.1f} MB")
-    report = checkpoint["report"]
-    if report:
+    if report := checkpoint["report"]:
         recipe = report["recipe"]
         table.add_row("base", recipe["base"])
         table.add_row("merge", recipe["merge"]["method"])
         table.add_row("quantize", recipe["quantize"]["method"])
         table.add_row("made", f"{report['date']} with epmq {report['versions']['epmq']}")
-        mean = shown_scores(report).get("mean")
-        if mean:
+        if mean := shown_scores(report).get("mean"):
             table.add_row(f"mean {score_title(report.get('metric'))}", mean)
         for note in report["notes"]:
             table.add_row("note", note)
@@ -83,12 +77,10 @@ def _overview(path: str | Path, checkpoint: dict[str, Any]) -> Table:
 def _sizes(tensors: dict[str, tuple[str, list[int], int]]) -> Table:
     """Sizes of the packed weights and of all else, and the three largest tensors."""
     table = Table("part", "tensors", "size", title="sizes", title_justify="left")
-    sizes: dict[str, list[int]] = {"quantized weights": [], "other tensors": []}
-    for name, (*_, size) in tensors.items():
-        packed = name.rpartition(".")[2].startswith("weight_")
-        sizes["quantized weights" if packed else "other tensors"].append(size)
-    for part, part_sizes in sizes.items():
-        table.add_row(part, str(len(part_sizes)), f"{sum(part_sizes) / 1e6:.1f} MB")
+    for part, packed in (("quantized weights", True), ("other tensors", False)):
+        named = tensors.items()
+        sizes = [size for name, (*_, size) in named if name.rpartition(".")[2].startswith("weight_") == packed]
+        table.add_row(part, str(len(sizes)), f"{sum(sizes) / 1e6:.1f} MB")
     for name, (dtype, shape, size) in sorted(tensors.items(), key=lambda item: -item[1][2])[:3]:
         table.add_row(f"  {name}", f"{dtype} {shape}", f"{size / 1e6:.1f} MB")
     return table

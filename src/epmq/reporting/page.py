@@ -35,17 +35,16 @@ def render_page(
     """The page of some runs, as HTML.
 
     Args:
-        runs: at least one. GPTQ of the same merge on the same grid, and the same merge in full precision, are looked
-            for among them.
+        runs: at least one, held against GPTQ of the same merge on the same grid and the same merge in full precision.
         experts: what the experts score, each on its own task.
         published: published means, in the same unit as the runs' means.
         title: heading; by default it says what was merged.
     """
     names = labels(runs)
+    named = list(zip(names, runs))
     figures, missing = draw_figures(runs, names, experts)
-    environment = Environment(
-        loader=FunctionLoader(packaged_text), autoescape=True, finalize=_escaped, undefined=StrictUndefined
-    )
+    loader = FunctionLoader(packaged_text)
+    environment = Environment(loader=loader, autoescape=True, finalize=_escaped, undefined=StrictUndefined)
     text = environment.get_template("page.html.j2").render(
         heading=title or _heading(runs),
         lead=_lead(runs),
@@ -54,8 +53,8 @@ def render_page(
         tasks=_tasks(runs, names, experts),
         figures=figures,
         missing="; ".join(missing),
-        notes=list(_notes(runs, names)),
-        settings=list(_settings(runs, names)),
+        notes=[f"{name}: {note}" if runs[1:] else note for name, run in named for note in run.report.get("notes", ())],
+        settings=[(name, _settings(run)) for name, run in named if run.report],
     )
     return text + "\n"
 
@@ -146,15 +145,6 @@ def _tasks(runs: Sequence[Run], names: Sequence[str], experts: Scores | None) ->
     return Table(["model", *tasks], rows)
 
 
-def _notes(runs: Sequence[Run], names: Sequence[str]) -> Iterator[str]:
-    for name, run in zip(names, runs):
-        for note in run.report.get("notes", ()):
-            yield f"{name}: {note}" if len(runs) > 1 else note
-
-
-def _settings(runs: Sequence[Run], names: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Recipe, versions, hardware and cost of every run that has a report, as JSON."""
-    for name, run in zip(names, runs):
-        if run.report:
-            settings = {field: run.report[field] for field in SETTINGS}
-            yield name, json.dumps(settings, indent=2, ensure_ascii=False)
+def _settings(run: Run) -> str:
+    """Recipe, versions, hardware and cost of a run that has a report, as JSON."""
+    return json.dumps({field: run.report[field] for field in SETTINGS}, indent=2, ensure_ascii=False)

@@ -44,41 +44,37 @@ def layer_notes(layers: Sequence[dict[str, Any]], settings: Quantize) -> list[st
 
 def block_losses(layers: Iterable[dict[str, Any]]) -> list[tuple[str, float, float]]:
     """Losses summed over the layers of each block: (block, merging deviation, quantization deviation)."""
-    losses: dict[str, list[tuple[float, float]]] = {}
+    losses: dict[str, tuple[float, float]] = {}
     for layer in layers:
         parts = layer["name"].split(".")
         last = max((i for i, part in enumerate(parts) if part.isdigit()), default=len(parts) - 2)
-        losses.setdefault(".".join(parts[: last + 1]), []).append((layer["merge_loss"] or 0.0, layer["loss"] or 0.0))
-    return [
-        (block, sum(merge for merge, _ in pairs), sum(loss for _, loss in pairs)) for block, pairs in losses.items()
-    ]
+        block = ".".join(parts[: last + 1])
+        merge, quantization = losses.get(block, (0.0, 0.0))
+        losses[block] = merge + (layer["merge_loss"] or 0.0), quantization + (layer["loss"] or 0.0)
+    return [(block, *pair) for block, pair in losses.items()]
 
 
 def model_card(report: dict[str, Any]) -> str:
     """A short model card in Markdown with the Hub's front matter."""
     from huggingface_hub import ModelCard, ModelCardData
 
-    return str(
-        ModelCard.from_template(
-            ModelCardData(library_name="transformers", tags=["epmq", "merge", "compressed-tensors"]),
-            template_str=(files("epmq.reporting") / "card.md.j2").read_text(encoding="utf-8"),
-            recipe=report["recipe"],
-            quantize=report["recipe"]["quantize"],
-            version=report["versions"]["epmq"],
-            score_title=score_title(report.get("metric")),
-            scores=shown_scores(report),
-        )
+    card = ModelCard.from_template(
+        ModelCardData(library_name="transformers", tags=["epmq", "merge", "compressed-tensors"]),
+        template_str=(files("epmq.reporting") / "card.md.j2").read_text(encoding="utf-8"),
+        report=report,
+        score_title=score_title(report.get("metric")),
+        scores=shown_scores(report),
     )
+    return str(card)
 
 
 def summary_table(report: dict[str, Any]) -> Table:
     """The table a run ends with."""
-    from rich.table import Table
+    from rich.table import Column, Table
 
     recipe, quantize = report["recipe"], report["recipe"]["quantize"]
-    table = Table(title=f"{report['output'] or 'result'}", title_justify="left")
-    table.add_column("task")
-    table.add_column(score_title(report.get("metric")), justify="right")
+    scores = Column(score_title(report.get("metric")), justify="right")
+    table = Table("task", scores, title=report["output"] or "result", title_justify="left")
     for task, score in shown_scores(report).items():
         if task == "mean":
             table.add_section()

@@ -26,8 +26,7 @@ class Run:
         method: of quantization; "none" for a merge in full precision.
         bits, group_size, symmetric: the grid; None in full precision.
         metric: its name, or None if nothing was scored or tasks differ in it.
-        scores: task → score.
-        mean: of the scores; None where there is none.
+        scores, mean: by task, and over the tasks; None where there is no mean.
         bytes: of all weights.
         report: the whole report, or {} for a row of a results file.
     """
@@ -46,11 +45,7 @@ class Run:
 
     @classmethod
     def from_report(cls, report: dict[str, Any]) -> Run:
-        """A run from its report.
-
-        Raises:
-            KeyError: a field is missing.
-        """
+        """A run from its report; a KeyError names a field that is missing."""
         quantize, merge, metric = report["recipe"]["quantize"], report["recipe"]["merge"], report.get("metric")
         defaults = settings_classes(Merge)[merge["method"]]().model_dump()
         changed = {name: merge.get(name) for name in defaults if merge.get(name) not in (None, defaults[name])}
@@ -130,11 +125,7 @@ def read_runs(paths: Iterable[Path]) -> tuple[list[Run], Scores | None]:
 
 
 def read_experts(path: Path) -> Scores:
-    """The experts' scores from what `epmq eval --experts --json` prints.
-
-    Raises:
-        ValueError: there are none in it; the file is named.
-    """
+    """The experts' scores from what `epmq eval --experts --json` prints; a ValueError names a file without any."""
     content = _read(path)
     experts = content.get("experts", content) if isinstance(content, dict) else None
     if not isinstance(experts, dict) or not isinstance(experts.get("scores"), dict):
@@ -161,7 +152,7 @@ def labels(runs: Sequence[Run]) -> list[str]:
 
 
 def common_score_title(runs: Sequence[Run]) -> str:
-    """What the scores of runs are: those of the first whose tasks have one metric."""
+    """What the scores of runs are, by the first whose tasks have one metric."""
     return score_title(next((run.metric for run in runs if run.metric), None))
 
 

@@ -15,8 +15,7 @@ def score_report(metrics: Mapping[str, str], scores: Mapping[str, float]) -> dic
     """Scores as a report holds them.
 
     Args:
-        metrics: task → name of its metric.
-        scores: task → score in that metric.
+        metrics, scores: task → name of its metric, and score in it.
 
     Returns:
         `metric`: its name, or task → name where tasks differ; `scores`; `mean_score`: None where tasks differ and some

@@ -9,13 +9,16 @@ from __future__ import annotations
 import struct
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.table import Table as RichTable
 
 from epmq.errors import InputError
 from epmq.files import hash_file
@@ -41,7 +44,6 @@ class Download:
 
     Attributes:
         role: `base`, `expert` or `data`.
-        hub_id: what the Hub calls it.
         files: what of it is fetched.
         bytes: of weights by the shape, or of the files that are here; None where nobody has said.
         path: where it is already; None if it is to be fetched.
@@ -59,8 +61,7 @@ class Forecast:
     """What running a table takes.
 
     Attributes:
-        table: the table.
-        rows: the rows that would be run.
+        rows: of the table that would be run.
         downloads: what they need.
         plans: (merge, method) → what the first such row is predicted to cost; bits change little but
             the size of the output.
@@ -86,17 +87,13 @@ def forecast(name: str | Path | Table, options: RunOptions | None = None, *, pro
     table, options = name if isinstance(name, Table) else load_table(name), options or RunOptions()
     result = Forecast(table, options.rows(table), list(downloads(table, options.hub)))
     result.scored = None if options.limit is None else options.limit * len(table.tasks)
-    firsts: dict[tuple[str, str], Row] = {}
-    for row in result.rows:
-        if row.merge is not None:
-            firsts.setdefault((row.merge, row.method), row)
+    firsts = {(row.merge, row.method): row for row in reversed(result.rows) if row.merge is not None}
     with progress_bars(progress) as bar, stub_models(table) as folder:
         opening: float | None = None
-        for key, row in bar.track(list(firsts.items()), description="plan"):
-            base = str(folder / table.base)
-            job = _prepared_run(table, row_recipe(table, row, base, {}, replace(options, hub=folder)))
-            if opening is None:
-                opening = _opening_seconds(job.experts)
+        for key, row in bar.track(list(firsts.items())[::-1], description="plan"):
+            recipe = row_recipe(table, row, str(folder / table.base), {}, replace(options, hub=folder))
+            job = _prepared_run(table, recipe)
+            opening = _opening_seconds(job.experts) if opening is None else opening
             result.plans[key] = plan = _plan(job, opening)
             if row.bits is not None and plan.tokens and not table.by_lm_eval:
                 forwards = len(table.tasks) * job.recipe.samples * (1 + plan.recipe.quantize.guidance().runs_experts)
@@ -105,7 +102,7 @@ def forecast(name: str | Path | Table, options: RunOptions | None = None, *, pro
 
 
 def downloads(table: Table, hub: Path | None) -> Iterator[Download]:
-    """What a table needs, in the order in which it is needed."""
+    """What a table needs, in that order."""
     sizes = {role: sum(map(byte_size, _tensor_specs(shape).values())) for role, shape in table.shapes.items()}
     weights = " ".join(HUB_PATTERNS)
     base_files = weights if table.pickle is None else f"{weights}, {table.pickle} without safetensors"
@@ -116,10 +113,10 @@ def downloads(table: Table, hub: Path | None) -> Iterator[Download]:
         splits = [split for split in (task.calibration, task.evaluation) if split is not None]
         files = ", ".join(dict.fromkeys(splits)) + (f" of {task.data.subset}" if task.data.subset else "")
         yield _download("data", str(task.data.dataset), files, None, hub)
-    readers: dict[str, list[str]] = {}
+    readers: dict[str, list[str]] = defaultdict(list)
     for task in table.tasks.values():
         for name, lm_task in (task.lm_eval or {}).items():
-            readers.setdefault(lm_task.dataset, []).append(name)
+            readers[lm_task.dataset].append(name)
     for dataset, names in readers.items():
         yield _download("data", dataset, f"what lm-eval's {', '.join(names)} read", None, hub)
 
@@ -149,10 +146,9 @@ def _meta_model(shape: Shape) -> Any:
 def _tensor_specs(shape: Shape) -> dict[str, TensorSpec]:
     """The tensors of a model's file."""
     model, dtype = _meta_model(shape), getattr(torch, shape.dtype)
-    tied = set(tied_names(model))
-    if shape.config.get("tie_word_embeddings") is False:
-        # transformers 5 calls every T5 tied; FLAN-T5's files hold an output layer of its own all the same.
-        tied.discard("lm_head.weight")
+    # transformers 5 calls every T5 tied; FLAN-T5's files hold an output layer of its own all the same.
+    own = {"lm_head.weight"} if shape.config.get("tie_word_embeddings") is False else set()
+    tied = set(tied_names(model)) - own
     return {
         name: (DTYPE_NAMES[dtype if tensor.is_floating_point() else tensor.dtype], tuple(tensor.shape))
         for name, tensor in model.state_dict().items()
@@ -181,14 +177,13 @@ def _write_stub(folder: Path, shape: Shape) -> None:
     config.save_pretrained(folder)
     specs = _tensor_specs(shape)
     header, names = make_header(specs)
+    ends = list(accumulate((byte_size(specs[name]) for name in names), initial=len(header)))
     with (folder / SINGLE).open("wb") as file:
         file.write(header)
-        end = len(header)
-        for number, name in enumerate(names):
-            file.seek(end)
+        for number, start in enumerate(ends[:-1]):
+            file.seek(start)
             file.write(struct.pack("<H", 0x3C00 + number % 256))  # tensors that are equal would be taken for tied
-            end += byte_size(specs[name])
-        file.truncate(end)
+        file.truncate(ends[-1])
 
 
 def _prepared_run(table: Table, recipe: Recipe) -> PreparedRun:
@@ -200,8 +195,7 @@ def _prepared_run(table: Table, recipe: Recipe) -> PreparedRun:
     if recipe.quantize.calibrates:
         batches = _random_batches(table.shapes["base"], experts.model.config, recipe.samples, recipe.batch_size)
         calibration = {expert.name: batches for expert in recipe.experts}
-    merged = MergedWeights(experts, recipe.merge, recipe.seed)
-    return PreparedRun(recipe, experts, merged, None, calibration, {})
+    return PreparedRun(recipe, experts, MergedWeights(experts, recipe.merge, recipe.seed), None, calibration, {})
 
 
 def _random_batches(shape: Shape, config: Any, samples: int, batch_size: int) -> list[dict[str, torch.Tensor]]:
@@ -222,7 +216,7 @@ def _random_batches(shape: Shape, config: Any, samples: int, batch_size: int) ->
 def _opening_seconds(experts: ExpertSet) -> float:
     """Seconds in which all files are read, checked and hashed, from what one of them takes."""
     start = time.perf_counter()
-    expert = next(iter(experts.experts.values()))
+    expert, *_ = experts.experts.values()
     expert.check_finite()
     hash_file(expert.path / SINGLE)
     return (time.perf_counter() - start) * (1 + len(experts.experts))
@@ -231,19 +225,16 @@ def _opening_seconds(experts: ExpertSet) -> float:
 def _plan(job: PreparedRun, opening: float) -> Plan:
     """The plan of a run; each batch counts towards its memory as often as it is listed."""
     plan = plan_of(job, opening)
-    batches = [batch for own in job.calibration.values() for batch in own]
-    inputs = sum(tensor.nbytes for batch in batches for tensor in batch.values())
+    inputs = sum(tensor.nbytes for own in job.calibration.values() for batch in own for tensor in batch.values())
     return replace(plan, peak_memory_mb=plan.peak_memory_mb + inputs / 1e6)
 
 
-def forecast_tables(forecast: Forecast) -> list[Any]:
-    """A forecast as tables for the terminal (rich renderables)."""
+def forecast_tables(forecast: Forecast) -> list[RichTable]:
+    """A forecast as tables for the terminal."""
     return [_download_table(forecast), _cost_table(forecast)]
 
 
-def _download_table(forecast: Forecast) -> Any:
-    from rich.table import Table as RichTable
-
+def _download_table(forecast: Forecast) -> RichTable:
     title = f"{forecast.table.title}: needs"
     table = RichTable("what", "Hub id", "files", "MB", "where", title=title, title_justify="left")
     for item in forecast.downloads:
@@ -257,9 +248,7 @@ def _download_table(forecast: Forecast) -> Any:
     return table
 
 
-def _cost_table(forecast: Forecast) -> Any:
-    from rich.table import Table as RichTable
-
+def _cost_table(forecast: Forecast) -> RichTable:
     rows = forecast.rows
     bits = next((row.bits for row in rows if row.bits is not None), None)
     size = "output MB" if bits is None else f"output MB, {bits} bits"
@@ -278,6 +267,5 @@ def _cost_table(forecast: Forecast) -> Any:
         table.add_row("scoring", f"{SCORED} examples", "", phases, f"{forecast.scoring:.0f}", "", "")
         if forecast.scored is not None:
             seconds = forecast.scored * len(rows) * forecast.scoring / SCORED
-            what = f"{forecast.scored} examples a row"
-            table.add_row("scoring", what, str(len(rows)), "", f"{seconds:.0f}", "", "")
+            table.add_row("scoring", f"{forecast.scored} examples a row", str(len(rows)), "", f"{seconds:.0f}", "", "")
     return table

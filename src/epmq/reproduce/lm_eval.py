@@ -24,18 +24,13 @@ def lm_eval(
     limit: int | None = None,
     batch_size: int = 1,
 ) -> dict[str, float]:
-    """Score a causal language model with lm-eval, in this process.
+    """Score a causal language model of transformers with lm-eval, in this process; each task's metric, a share of 1.
 
     Args:
-        model: a transformers model, on its device.
-        tokenizer: its tokenizer.
         tasks: name of a task in lm-eval → what is taken from it.
         hub: a mirror of the Hub; a task's data set is read from there if it is there.
         limit: at most so many examples a task.
         batch_size: sequences in a forward.
-
-    Returns:
-        each task's metric, a share of 1.
 
     Raises:
         ValueError: lm-eval is not installed, or has no such task or metric; the metrics there are are named.

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich.table import Table as RichTable
+
 from epmq.reporting.scores import gap_recovered
 from epmq.reproduce.tables import Row, Table
 
@@ -13,18 +15,15 @@ MOST_TASKS = 8
 
 
 def row_result(table: Table, row: Row, report: Mapping[str, Any]) -> dict[str, Any]:
-    """One finished row.
+    """One finished row of a table.
 
     Args:
-        table: the table.
-        row: which row.
         report: `scores` and `mean_score` as shares of 1 and `seconds` by phase; where a checkpoint was written also
             `bytes`, `peak_memory_mb` and `notes`, as in a run's report.
 
     Returns:
         plain values; scores are 0 to 100.
     """
-    scores = {task: round(100 * score, 4) for task, score in report["scores"].items()}
     return {
         "row": row.name,
         "merge": row.merge,
@@ -32,7 +31,7 @@ def row_result(table: Table, row: Row, report: Mapping[str, Any]) -> dict[str, A
         "bits": row.bits,
         "group_size": None if row.bits is None else table.group_size,
         "metric": report["metric"],
-        "scores": scores,
+        "scores": {task: round(100 * score, 4) for task, score in report["scores"].items()},
         "mean": round(100 * report["mean_score"], 4),
         "bytes": report.get("bytes"),
         "seconds": report["seconds"],
@@ -51,7 +50,7 @@ def with_published(table: Table, results: Sequence[Mapping[str, Any]]) -> list[d
     by_name = {result["row"]: result for result in results}
     entries: dict[str, dict[str, Any]] = {}
     for row in table.rows():
-        figures = [figure.model_dump(mode="json") for figure in table.figures(row)]
+        figures = [figure.model_dump(mode="json") for figure in table.published if figure.row == row]
         if row.name in by_name or figures:
             blank = {"row": row.name, "merge": row.merge, "method": row.method, "bits": row.bits}
             entries[row.name] = {**by_name.get(row.name, blank), "published": figures}
@@ -78,23 +77,17 @@ def cells(rows: Sequence[Mapping[str, Any]], tasks: Sequence[str]) -> tuple[list
     lines = []
     for entry in rows:
         scores, size, seconds = entry.get("scores") or {}, entry.get("bytes"), entry.get("seconds")
-        method = "full precision" if entry["method"] == "none" else entry["method"]
-        line = [entry["merge"] or "", method, "" if entry["bits"] is None else str(entry["bits"])]
-        line += [_score(scores.get(task)) for task in tasks]
-        line += [_score(entry.get("mean")), _score(entry["published_mean"])]
-        line += [_share(entry["gap_recovered"]), _share(entry["published_gap_recovered"])]
-        line += ["" if size is None else f"{size / 1e6:.1f}"]
-        line += ["" if seconds is None else f"{sum(seconds.values()):.0f}"]
-        lines.append(line)
+        line = [entry["merge"], "full precision" if entry["method"] == "none" else entry["method"], entry["bits"]]
+        line += [_number(score) for score in (*map(scores.get, tasks), entry.get("mean"), entry["published_mean"])]
+        shares = entry["gap_recovered"], entry["published_gap_recovered"]
+        line += [None if share is None else f"{100 * share:.0f} %" for share in shares]
+        line += [_number(size and size / 1e6), None if seconds is None else f"{sum(seconds.values()):.0f}"]
+        lines.append(["" if cell is None else str(cell) for cell in line])
     return headings, lines
 
 
-def _score(value: float | None) -> str:
-    return "" if value is None else f"{value:.1f}"
-
-
-def _share(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:.0f} %"
+def _number(value: float | None) -> str | None:
+    return None if value is None else f"{value:.1f}"
 
 
 def markdown(content: Mapping[str, Any]) -> str:
@@ -112,10 +105,8 @@ def markdown(content: Mapping[str, Any]) -> str:
     return "\n".join(text)
 
 
-def terminal_table(content: Mapping[str, Any]) -> Any:
-    """The same for the terminal (a rich renderable); tasks are left out where there are too many."""
-    from rich.table import Table as RichTable
-
+def terminal_table(content: Mapping[str, Any]) -> RichTable:
+    """The same for the terminal; tasks are left out where there are too many."""
     tasks = content["tasks"] if len(content["tasks"]) <= MOST_TASKS else []
     headings, lines = cells(content["rows"], tasks)
     table = RichTable(title=content["title"], title_justify="left")

@@ -23,7 +23,7 @@ from epmq.pipeline.evaluation import evaluate_experts
 from epmq.pipeline.run import run
 from epmq.recipe import Recipe
 from epmq.reporting.page import render_page
-from epmq.reporting.report import PAGE
+from epmq.reporting.report import PAGE, REPORT
 from epmq.reporting.runs import Run, Scores
 from epmq.reproduce.lm_eval import lm_eval, load_lm_eval
 from epmq.reproduce.results import markdown, row_result, with_published
@@ -93,11 +93,8 @@ def reproduce(
 
 def head_files(table: Table, base: str) -> dict[str, Path]:
     """Head files of the tasks whose heads come from the base's text tower."""
-    tasks = {
-        name: (task.classes, task.templates)
-        for name, task in table.tasks.items()
-        if task.classes is not None and task.templates is not None
-    }
+    texts = ((name, task.classes, task.templates) for name, task in table.tasks.items())
+    tasks = {name: (classes, templates) for name, classes, templates in texts if classes and templates}
     return text_heads(base, tasks, cache_dir() / "heads") if tasks else {}
 
 
@@ -105,7 +102,10 @@ def _run_row(table: Table, row: Row, recipe: Recipe, options: RunOptions, progre
     """Make the model of a row, if the row has one of its own, and score it; returns a report with scores."""
     report: dict[str, Any] = {"seconds": {}, "date": now()}
     if row.merge is not None:
-        report = _written_report(recipe) or run(recipe, evaluate=not table.by_lm_eval, progress=progress)
+        written = Path(str(recipe.output)) / REPORT  # is there if the run was stopped just after it
+        report = (
+            read_json(written) if written.exists() else run(recipe, evaluate=not table.by_lm_eval, progress=progress)
+        )
         if not table.by_lm_eval:
             return report
     start = time.perf_counter()
@@ -115,12 +115,6 @@ def _run_row(table: Table, row: Row, recipe: Recipe, options: RunOptions, progre
         scores = evaluate_experts(recipe, base=row.method == "base", progress=progress)
     seconds = {**report["seconds"], "evaluate": round(time.perf_counter() - start, 2)}
     return {**report, **scores, "seconds": seconds}
-
-
-def _written_report(recipe: Recipe) -> dict[str, Any] | None:
-    """The report of a checkpoint that is there already, from a run that was stopped just after it."""
-    file = Path(str(recipe.output)) / "report.json"
-    return read_json(file) if file.exists() else None
 
 
 def _score_by_lm_eval(table: Table, row: Row, recipe: Recipe, options: RunOptions) -> dict[str, Any]:
@@ -194,9 +188,8 @@ def _write_page(table: Table, output: Path, rows: Sequence[Mapping[str, Any]]) -
         if row["method"] == "experts" and "mean" in row:
             experts = Scores({task: score / 100 for task, score in row["scores"].items()}, row["mean"] / 100)
         elif file.exists():
-            runs.append(
-                replace(Run.from_report(read_json(file)), name=row["row"], merge=row["merge"], method=row["method"])
-            )
+            run_of_row = Run.from_report(read_json(file))
+            runs.append(replace(run_of_row, name=row["row"], merge=row["merge"], method=row["method"]))
     if runs:
         published = {(figure.merge or "", figure.method, figure.bits): figure.mean / 100 for figure in table.published}
         text = render_page(runs, experts=experts, published=published, title=table.title)

@@ -24,6 +24,8 @@ from epmq.reproduce.zeroshot import check_template
 # Methods of rows in full precision.
 FULL_PRECISION = ("base", "experts", "none")
 SECTIONS: Sections = {"merges": (Merge, 2), "methods": (Quantize, 2)}
+# Where the published tables lie.
+RECIPES = Path(__file__).parent / "recipes"
 # Folder of the data sets in a mirror of the Hub.
 DATASETS = "datasets"
 
@@ -43,9 +45,7 @@ class Task(Strict):
     evaluation: str | None = Field("test", description="split to score on; null where lm-eval does")
     classes: list[str] | None = Field(None, min_length=2, description="names, in the order of the labels")
     templates: list[str] | None = Field(None, min_length=1, description="texts with {} in the place of a class's name")
-    lm_eval: dict[str, LmEvalTask] | None = Field(
-        None, min_length=1, description="tasks of lm-eval; the mean of them is taken"
-    )
+    lm_eval: dict[str, LmEvalTask] | None = Field(None, min_length=1, description="tasks of lm-eval, for their mean")
 
     @model_validator(mode="after")
     def _fits(self) -> Task:
@@ -60,7 +60,7 @@ class Task(Strict):
     @field_validator("templates")
     @classmethod
     def _templates(cls, value: list[str] | None) -> list[str] | None:
-        return None if value is None else [check_template(template) for template in value]
+        return value and [check_template(template) for template in value]
 
 
 class Published(Strict):
@@ -129,20 +129,18 @@ class Table(Strict):
         if len({task.lm_eval is None for task in self.tasks.values()}) > 1:
             raise InputError("tasks: either all are scored by lm-eval or none")
         cells = {(row.merge, row.method) for row in self.rows()}
-        for bits in self.bits:
-            for name, settings in self.methods.items():
-                try:
-                    quantize_settings(**settings, bits=bits, group_size=self.group_size)
-                except TypeError as error:
-                    raise InputError(f"methods.{name}: {error}") from None
-                except ValidationError as error:
-                    first = error.errors()[0]
-                    first["loc"] = ("methods", name, *first["loc"])
-                    raise InputError(explain(first, SECTIONS)) from None
+        for bits, (name, settings) in product(self.bits, self.methods.items()):
+            try:
+                quantize_settings(**settings, bits=bits, group_size=self.group_size)
+            except TypeError as error:
+                raise InputError(f"methods.{name}: {error}") from None
+            except ValidationError as error:
+                first = error.errors()[0]
+                first["loc"] = ("methods", name, *first["loc"])
+                raise InputError(explain(first, SECTIONS)) from None
         for figure in self.published:
-            for task in figure.scores:
-                if task not in self.tasks:
-                    raise InputError(f"published: a score for {task!r}, which is no task")
+            if unknown := [task for task in figure.scores if task not in self.tasks]:
+                raise InputError(f"published: a score for {unknown[0]!r}, which is no task")
             if figure.bits is not None and (figure.merge, figure.method) not in cells:
                 raise InputError(f"published: no row is {figure.merge}, {figure.method}")
         return self
@@ -161,10 +159,6 @@ class Table(Strict):
         rows = [Row(None, "base", None), Row(None, "experts", None)]
         rows += [Row(merge, "none", None) for merge in self.merges]
         return rows + [Row(*pair, bits) for bits in self.bits for pair in product(self.merges, self.methods)]
-
-    def figures(self, row: Row) -> list[Published]:
-        """What was published for a row."""
-        return [figure for figure in self.published if figure.row == row]
 
 
 @dataclass(frozen=True)
@@ -221,22 +215,16 @@ class RunOptions:
             if unknown := [name for name in names if name not in known]:
                 raise InputError(f"{field}: the table has no {unknown[0]}; it has {', '.join(map(str, known))}")
         merges, methods, bits = self.merges or table.merges, self.methods or table.methods, self.bits or table.bits
-        return [
-            row
-            for row in table.rows()
-            if row.merge is None
-            or (row.merge in merges and (row.bits is None or (row.method in methods and row.bits in bits)))
-        ]
 
+        def asked(row: Row) -> bool:
+            return row.merge in (None, *merges) and (row.bits is None or (row.method in methods and row.bits in bits))
 
-def recipes_dir() -> Path:
-    """Where the published tables lie."""
-    return Path(__file__).parent / "recipes"
+        return [row for row in table.rows() if asked(row)]
 
 
 def table_names() -> list[str]:
     """The tables that `epmq reproduce` knows by name."""
-    return sorted(file.stem for file in recipes_dir().glob("*.yaml"))
+    return sorted(file.stem for file in RECIPES.glob("*.yaml"))
 
 
 def load_table(name: str | Path) -> Table:
@@ -248,7 +236,7 @@ def load_table(name: str | Path) -> Table:
         FileNotFoundError: there is no such table; the ones there are are named.
         ValueError: not a table; every offending field is named, with what it should be.
     """
-    path = Path(name) if Path(name).suffix in (".yaml", ".yml") else recipes_dir() / f"{name}.yaml"
+    path = Path(name) if Path(name).suffix in (".yaml", ".yml") else RECIPES / f"{name}.yaml"
     if not path.is_file():
         raise MissingError(f"{name}: no such table; there are {', '.join(table_names())}, or give a .yaml file")
     content = read_yaml(path, "a table")
@@ -267,13 +255,7 @@ def load_table(name: str | Path) -> Table:
 
 
 def locate(hub_id: str, hub: Path | None, subfolder: str = "") -> str:
-    """A Hub id as a folder of a mirror where it is there; else the id.
-
-    Args:
-        hub_id: such as `openai/clip-vit-base-patch32`.
-        hub: a mirror of the Hub (see `RunOptions`), or None.
-        subfolder: `DATASETS`, or nothing for a model.
-    """
+    """A Hub id as a folder of a mirror (see `RunOptions`) where it is there, in `subfolder` of it; else the id."""
     path = None if hub is None else hub.expanduser() / subfolder / hub_id
     return str(path) if path is not None and path.exists() else hub_id
 
@@ -286,24 +268,16 @@ def base_source(table: Table, hub: Path | None) -> str:
     """
     source = locate(table.base, hub)
     folder = resolve(source)
-    if table.pickle is None or (folder / SINGLE).exists() or (folder / INDEX).exists():
-        return source
-    return f"{source}/{table.pickle}"
+    whole = table.pickle is None or (folder / SINGLE).exists() or (folder / INDEX).exists()
+    return source if whole else f"{source}/{table.pickle}"
 
 
 def row_recipe(
-    table: Table,
-    row: Row,
-    base: str,
-    heads: Mapping[str, Path],
-    options: RunOptions,
-    output: Path | None = None,
+    table: Table, row: Row, base: str, heads: Mapping[str, Path], options: RunOptions, output: Path | None = None
 ) -> Recipe:
-    """The recipe of a row.
+    """The recipe of a row of a table; base and experts take any merge, which plays no part in them.
 
     Args:
-        table: the table.
-        row: one of its rows; base and experts take any merge, which plays no part in them.
         base: see `base_source`.
         heads: task → head file.
         options: how much data, from where, and the device.
@@ -319,7 +293,7 @@ def row_recipe(
                 model=locate(table.expert(name), options.hub),
                 head=str(heads[name]) if name in heads else None,
                 calibration=data.model_copy(update={"split": task.calibration, "metric": None}),
-                evaluation=evaluation if task.evaluation is not None else None,
+                evaluation=evaluation if task.evaluation else None,
             )
         )
     quantize: dict[str, Any] = {"method": "none"}

@@ -45,15 +45,8 @@ def check_template(template: str) -> str:
 
 @torch.no_grad()
 def text_head(model: Any, tokenizer: Any, classes: Sequence[str], templates: Sequence[str]) -> Head:
-    """The head of one task.
-
-    Args:
-        model: a whole `CLIPModel`.
-        tokenizer: its tokenizer.
-        classes: names, in the order of the labels.
-        templates: texts with `{}` in the place of the name.
-    """
-    texts = [check_template(template).format(name) for name in classes for template in templates]
+    """The head of one task by a whole `CLIPModel`: its classes, in the order of the labels, in texts with a `{}`."""
+    texts = [template.format(name) for name in classes for template in templates]
     embeddings = []
     for start in range(0, len(texts), BATCH_SIZE):
         batch = tokenizer(texts[start : start + BATCH_SIZE], padding=True, truncation=True, return_tensors="pt")
@@ -74,17 +67,16 @@ def text_heads(
         tasks: task → class names and templates.
         cache: folder for the files. A file's name stands for the content of the base's files, names and templates.
 
-    Returns:
-        task → file.
-
     Raises:
         FileNotFoundError, ValueError: the base is no such model; its folder is named.
     """
     folder = Checkpoint(base).path
     read = sorted(file for file in folder.iterdir() if file.suffix in (".json", ".txt", ".safetensors", ".bin"))
     content = [(file.name, hash_file(file)) for file in read]
-    keys = {task: _digest([CACHE_VERSION, content, *map(list, texts)]) for task, texts in tasks.items()}
-    files = {task: cache / f"{task}-{key}.safetensors" for task, key in keys.items()}
+    files = {}
+    for task, texts in tasks.items():
+        inputs = json.dumps([CACHE_VERSION, content, *map(list, texts)], ensure_ascii=False)
+        files[task] = cache / f"{task}-{hashlib.sha256(inputs.encode()).hexdigest()[:16]}.safetensors"
     missing = [task for task, file in files.items() if not file.exists()]
     if not missing:
         return files
@@ -101,7 +93,3 @@ def text_heads(
         save_head(text_head(model.eval(), tokenizer, *tasks[task]), draft)
         draft.replace(files[task])
     return files
-
-
-def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()[:16]

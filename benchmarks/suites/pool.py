@@ -6,21 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from epmq.errors import MissingError
+from epmq.demo.build import split_file
 from epmq.recipe import Recipe
 from epmq.recipe_file import load_recipe
-
-
-def split_file(folder: Path, split: str) -> Path:
-    """The file of one split in a task's data folder, `.jsonl` or `.npz`.
-
-    Raises:
-        FileNotFoundError: there is neither.
-    """
-    for path in (folder / f"{split}.jsonl", folder / f"{split}.npz"):
-        if path.exists():
-            return path
-    raise MissingError(f"{folder}: no {split}.jsonl and no {split}.npz")
 
 
 def pool_recipe(
