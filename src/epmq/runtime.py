@@ -111,7 +111,7 @@ def spare_gc() -> None:
 
 @contextmanager
 def gc_frozen() -> Iterator[None]:
-    """Leave all objects that there are, mostly imported modules, out of collections for the length of a `with` block."""
+    """Leave all objects that there are, mostly imported modules, out of collections during a `with` block."""
     before, threshold = gc.get_freeze_count(), gc.get_threshold()
     gc.freeze()
     gc.set_threshold(*YOUNG)  # what a run leaves behind holds memory
