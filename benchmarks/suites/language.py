@@ -97,7 +97,7 @@ def shuffled_batches(
 def measure(model: Any, tokenizer: Any, rows: Sequence[Row], kind: str, max_length: int) -> float:
     """The metric of the kind: log-perplexity (lower is better) or exact match (higher is better)."""
     whole = MultiTaskModel(model.eval(), {}, tokenizer)
-    return METRICS[kind][0](whole, "", examples_of(rows, kind), 32, max_length)
+    return METRICS[kind][0](whole, "", examples_of(rows, kind), max_length=max_length)
 
 
 def train(

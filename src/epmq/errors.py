@@ -51,8 +51,8 @@ def error_context(name: str | Path, fault: str | None = None) -> Iterator[None]:
     Args:
         name: the layer, file, folder or field at hand; it goes in front of the message.
         fault: where the block is one call of another library: what is wrong with `name` if the call fails, such as
-            `not a readable parquet file`. Damaged files make libraries raise what they were never meant to raise, and
-            which of it differs from version to version. Without it only our own errors are named.
+            `not a readable parquet file`. Damaged files make libraries raise what they were never meant to raise.
+            Without it only our own errors are named.
 
     Raises:
         FileNotFoundError: as it was raised, where `fault` is given: it names the file already.

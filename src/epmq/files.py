@@ -49,8 +49,7 @@ def check_output(path: str | Path) -> Path:
 def whole_directory(path: str | Path) -> Iterator[Path]:
     """A work folder that becomes `path` when the `with` block ends well, and vanishes when it does not.
 
-    Raises:
-        OutputExistsError, OutputDeniedError: see `check_output`.
+    Errors as in `check_output`.
     """
     path = check_output(path)
     path.absolute().parent.mkdir(parents=True, exist_ok=True)
@@ -75,11 +74,7 @@ def named_in_errors(folder: Path) -> Iterator[None]:
 
 
 def publish(folder: Path, path: Path) -> None:
-    """Make a finished folder appear as `path`, when all in it is on the disk.
-
-    Raises:
-        OutputExistsError, OutputDeniedError: see `check_output`.
-    """
+    """Make a finished folder appear as `path`, when all in it is on the disk; errors as in `check_output`."""
     folder.chmod(0o755)
     for file in [*folder.rglob("*"), folder]:
         if file.is_file():
@@ -139,11 +134,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_yaml(path: Path, what: str) -> dict[str, Any]:
-    """The YAML mapping in a file.
-
-    Args:
-        path: the file.
-        what: what it should be, such as `a recipe`.
+    """The YAML mapping in a file, which is to be `what`, such as `a recipe`.
 
     Raises:
         MissingError, InputError: there is none; the file is named.

@@ -24,31 +24,17 @@ def uses_onednn() -> bool:
         return False
     capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
     suitable = bool(capabilities.get("avx512_f") and capabilities.get("sse4a"))  # SSE4a is AMD's alone
-    available = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    available = torch.backends.mkldnn.is_available()
     return suitable and available and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def matmul(left: Tensor, right: Tensor) -> Tensor:
-    """left · right, without gradients.
-
-    Args:
-        left: [m, k] of any float dtype.
-        right: [k, n] in the same dtype.
-
-    Returns:
-        [m, n] in that dtype.
-    """
+    """left [m, k] · right [k, n], of one float dtype, without gradients."""
     return _onednn(left, right.T) if _suits(left, right) else left @ right
 
 
 def addmm_(total: Tensor, left: Tensor, right: Tensor, alpha: float = 1.0) -> Tensor:
-    """Add alpha · left · right to `total` in its place, without gradients.
-
-    Args:
-        total: [m, n] of any float dtype.
-        left: [m, k] in the same dtype.
-        right: [k, n] in the same dtype.
-        alpha: factor on the product.
+    """Add alpha · left [m, k] · right [k, n] to total [m, n] in its place, all of one float dtype, without gradients.
 
     Returns:
         `total`.
@@ -66,13 +52,7 @@ def fast_transpose(rows: Tensor) -> Tensor:
 def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """What `torch.nn.functional.linear` gives, and that itself where gradients are asked for.
 
-    Args:
-        inputs: [..., in] of any float dtype.
-        weight: [out, in] in the same dtype.
-        bias: [out] in the same dtype.
-
-    Returns:
-        [..., out] in that dtype.
+    Inputs [..., in], weight [out, in], bias [out] and what is returned [..., out] are of one float dtype.
     """
     operands = (inputs, weight) if bias is None else (inputs, weight, bias)
     if torch.is_grad_enabled() or not _suits(*operands):

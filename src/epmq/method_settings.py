@@ -23,9 +23,6 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-# --- merging ------------------------------------------------------------------------------------------------------
-
-
 class MergeSettings(Strict):
     """What all merge methods have in common; the function of the same name is in `epmq.merging.methods`."""
 
@@ -91,30 +88,17 @@ class Dare(MergeSettings):
         return self
 
 
-# --- quantizing ---------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Guidance:
-    """What calibration makes of the experts, and how codes are chosen; the default is plain GPTQ.
+    """What calibration makes of the experts, and how codes are chosen; the default is plain GPTQ."""
 
-    Attributes:
-        experts: whether the experts set the targets.
-        ridge: λ̄ of the target, over the mean Hessian diagonal.
-        anchor_scale: ρ, the anchor lies at base + ρ (merged − base).
-        features: α, the share of the expert's own layer inputs in the targets.
-        stream: whether layers that write to the residual stream aim at the expert's own.
-        refit_heads: whether each task's head is fitted to the new model's features.
-        damping: added to the Hessian's diagonal when codes are chosen, over its mean; None takes the ridge.
-    """
-
-    experts: bool = False
-    ridge: float | None = None
-    anchor_scale: float = 1.0
-    features: float = 0.0
-    stream: bool = False
-    refit_heads: bool = False
-    damping: float | None = None
+    experts: bool = False  # whether the experts set the targets
+    ridge: float | None = None  # λ̄ of the target, over the mean Hessian diagonal
+    anchor_scale: float = 1.0  # ρ, the anchor lies at base + ρ (merged − base)
+    features: float = 0.0  # α, the share of the expert's own layer inputs in the targets
+    stream: bool = False  # whether layers that write to the residual stream aim at the expert's own
+    refit_heads: bool = False  # whether each task's head is fitted to the new model's features
+    damping: float | None = None  # added to H's diagonal when codes are chosen, over its mean; None takes the ridge
 
     @property
     def runs_experts(self) -> bool:
@@ -123,15 +107,10 @@ class Guidance:
 
 
 class QuantizeSettings(Strict):
-    """What all quantizers have in common.
+    """What all quantizers have in common."""
 
-    Attributes:
-        calibrates: whether it looks at calibration data.
-        guided: whether the experts set the targets.
-    """
-
-    calibrates: ClassVar[bool] = False
-    guided: ClassVar[bool] = False
+    calibrates: ClassVar[bool] = False  # whether it looks at calibration data
+    guided: ClassVar[bool] = False  # whether the experts set the targets
 
     method: str
     bits: int = Field(4, description="2, 3, 4 or 8")
@@ -268,14 +247,12 @@ class ExpertGuided(Guided):
         )
 
 
-# --- the registry: a method is its class in one of these two lines, and its function ----------------------------------
-
-
 def _by_default(method: str) -> BeforeValidator:
     """Settings that name no method are of this one."""
     return BeforeValidator(lambda value: {"method": method, **value} if isinstance(value, Mapping) else value)
 
 
+# The registry: a method is its class in one of these two lines, and its function.
 Merge = Annotated[Average | TaskArithmetic | Ties | Dare, Field(discriminator="method"), _by_default("task_arithmetic")]
 Quantize = Annotated[
     Unquantized | RoundToNearest | Gptq | EPmq | ExpertGuided,
@@ -290,10 +267,6 @@ def settings_classes(union: Any) -> dict[str, type[BaseModel]]:
 
 
 def quantize_settings(**fields: Any) -> Quantize:
-    """The settings of a quantizer by plain values, as they stand in a recipe.
-
-    Raises:
-        pydantic.ValidationError: a field is not what it should be.
-    """
+    """The settings of a quantizer by plain values; pydantic.ValidationError if a field is not what it should be."""
     adapter: TypeAdapter[Quantize] = TypeAdapter(Quantize)
     return adapter.validate_python(fields)

@@ -8,15 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from epmq.errors import InputError
-from epmq.method_settings import (
-    ExpertGuided,
-    Guided,
-    Merge,
-    Quantize,
-    Strict,
-    TaskArithmetic,
-    settings_classes,
-)
+from epmq.method_settings import ExpertGuided, Guided, Merge, Quantize, Strict, TaskArithmetic, settings_classes
 
 
 class Data(Strict):
@@ -132,11 +124,7 @@ class Recipe(Strict):
         return self.model_copy(update={"experts": experts, "merge": self.merge.model_copy(update=lists)})
 
     def resolved(self, heads: bool) -> Recipe:
-        """The same with everything filled in that depends on the checkpoints.
-
-        Args:
-            heads: whether all experts have a head.
-        """
+        """The same with everything filled in that depends on the checkpoints: on whether all experts have a head."""
         defaults = self.quantize.defaults(heads)
         missing = {name: value for name, value in defaults.items() if getattr(self.quantize, name) is None}
         return self.model_copy(update={"quantize": self.quantize.model_copy(update=missing)})
@@ -173,11 +161,7 @@ def explain(error: Any, sections: Sections = SECTIONS) -> str:
 
 
 def parse_recipe(content: Mapping[str, Any], title: str = "recipe") -> Recipe:
-    """A recipe from plain values.
-
-    Args:
-        content: the values.
-        title: what to call them in an error.
+    """A recipe from plain values; `title` is what an error calls them.
 
     Raises:
         InputError: not a recipe; every offending field is named, with what it should be.

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from epmq.errors import MissingError
 from epmq.files import read_yaml
-from epmq.recipe import Data, Recipe, parse_recipe
+from epmq.method_settings import Strict
+from epmq.recipe import Recipe, parse_recipe
+
+Model = TypeVar("Model", bound=Strict)
 
 
 def load_recipe(source: str | Path | dict[str, Any] | Recipe) -> Recipe:
@@ -30,21 +33,13 @@ def load_recipe(source: str | Path | dict[str, Any] | Recipe) -> Recipe:
 def _with_paths(recipe: Recipe, folder: Path) -> Recipe:
     """Paths that exist relative to the recipe's folder are made so; anything else (Hub ids) stays as it is."""
 
-    def fix(value: str | None) -> str | None:
-        return str(folder / value) if value and (folder / value).exists() else value
+    def fix(part: Model, *fields: str) -> Model:
+        paths = {name: folder / path for name in fields if (path := getattr(part, name))}
+        return part.model_copy(update={name: str(path) for name, path in paths.items() if path.exists()})
 
-    def fix_data(data: Data | None) -> Data | None:
-        return data and data.model_copy(update={"path": fix(data.path), "dataset": fix(data.dataset)})
-
-    experts = [
-        expert.model_copy(
-            update={
-                "model": fix(expert.model),
-                "head": fix(expert.head),
-                "calibration": fix_data(expert.calibration),
-                "evaluation": fix_data(expert.evaluation),
-            }
-        )
-        for expert in recipe.experts
-    ]
-    return recipe.model_copy(update={"base": fix(recipe.base), "experts": experts})
+    experts = []
+    for expert in recipe.experts:
+        data = {use: getattr(expert, use) for use in ("calibration", "evaluation")}
+        data = {use: one and fix(one, "path", "dataset") for use, one in data.items()}
+        experts.append(fix(expert, "model", "head").model_copy(update=data))
+    return fix(recipe, "base").model_copy(update={"experts": experts})

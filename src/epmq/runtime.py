@@ -91,31 +91,19 @@ def return_freed_memory() -> None:
 
 def progress_bars(show: bool) -> Progress:
     """Progress bars on standard error."""
+    from rich import progress
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, console=Console(stderr=True), disable=not show)
+    counts = progress.BarColumn(), progress.MofNCompleteColumn()
+    times = progress.TimeElapsedColumn(), progress.TimeRemainingColumn()
+    columns = progress.TextColumn("{task.description}"), *counts, *times
+    return progress.Progress(*columns, console=Console(stderr=True), disable=not show)
 
 
 def spare_gc() -> None:
     """For a command's own process: look for garbage rarely, and never at the end.
 
-    torch and transformers make a million objects that stay. Looking through them time and again is a good part of
-    their import, and a last look takes long.
+    torch and transformers make a million objects that stay; looking through them is a good part of their import.
     """
     gc.set_threshold(50_000, 20, 100)
     atexit.register(gc.freeze)
@@ -123,11 +111,7 @@ def spare_gc() -> None:
 
 @contextmanager
 def gc_frozen() -> Iterator[None]:
-    """Leave out of collections, for the length of a `with` block, all objects that there are.
-
-    They are imported modules for the most part, and are looked through again whenever some thousands of new ones have
-    been made.
-    """
+    """Leave all objects that there are, mostly imported modules, out of collections during a `with` block."""
     before, threshold = gc.get_freeze_count(), gc.get_threshold()
     gc.freeze()
     gc.set_threshold(*YOUNG)  # what a run leaves behind holds memory

@@ -37,7 +37,6 @@ def test_errors_in_the_stream_count_by_their_share_of_the_experts_token():
         modules=[block.inner],
         calls=1,
         residual_add=ResidualAdd("norm", torch.full((5,), 2.0), "x"),
-        hook_point=lambda aims: "norm",
         track_largest=lambda inputs: None,
     )
     moments, teacher = Moments(5), SimpleNamespace(take=lambda index, point: [theirs])

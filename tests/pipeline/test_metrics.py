@@ -74,7 +74,7 @@ def test_log_perplexity_is_the_models_own_loss_on_windows(family, batch_size):
     windows = pack(Examples("causal", TEXTS * 4), model.processor, 6, None, 0)
     ids = torch.from_numpy(windows.inputs)
     done: list[int] = []
-    found = log_perplexity(model, "any", windows, batch_size, advance=done.append)
+    found = log_perplexity(model, "any", windows, batch_size=batch_size, advance=done.append)
     assert found == pytest.approx(float(model.backbone(ids, labels=ids).loss), rel=1e-5)
     assert sum(done) == len(windows) and max(done) <= batch_size
     # exp of the mean of −log p, by hand.
@@ -98,7 +98,7 @@ def test_padding_does_not_count(family, side, kind):
         total += float(model.backbone(ids, labels=ids).loss) * (ids.shape[1] - 1)
         count += ids.shape[1] - 1
     for batch_size in (1, 2, 4):
-        assert log_perplexity(model, "any", examples, batch_size) == pytest.approx(total / count, rel=1e-5)
+        assert log_perplexity(model, "any", examples, batch_size=batch_size) == pytest.approx(total / count, rel=1e-5)
 
 
 @pytest.fixture
@@ -122,7 +122,8 @@ def test_exact_match_is_the_share_of_texts_that_are_generated(translator):
         done: list[int] = []
         examples = Examples("seq2seq", sources, targets=targets)
         for batch_size in (1, 4):
-            assert exact_match(translator, "any", examples, batch_size, advance=done.append) == pytest.approx(share)
+            options = {"batch_size": batch_size, "advance": done.append}
+            assert exact_match(translator, "any", examples, **options) == pytest.approx(share)
         assert sum(done) == 2 * len(sources)
 
 

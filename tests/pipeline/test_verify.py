@@ -7,7 +7,8 @@ import torch
 from conftest import recipe_for
 
 from epmq.export import dequantized, packed
-from epmq.pipeline import output, verify
+from epmq.pipeline import run as pipeline
+from epmq.pipeline import verify
 from epmq.pipeline.run import run
 
 
@@ -41,7 +42,7 @@ def test_a_checkpoint_that_reads_otherwise_is_not_published(pool, tmp_path, monk
 
 
 def test_a_tensor_outside_the_blocks_is_noticed_too(pool, tmp_path, monkeypatch):
-    writer = output.CheckpointWriter
+    writer = pipeline.CheckpointWriter
 
     class Wrong(writer):  # type: ignore[misc, valid-type]
         def write(self, name, parts):
@@ -49,7 +50,7 @@ def test_a_tensor_outside_the_blocks_is_noticed_too(pool, tmp_path, monkeypatch)
                 parts = (2 * part for part in parts)
             super().write(name, parts)
 
-    monkeypatch.setattr(output, "CheckpointWriter", Wrong)
+    monkeypatch.setattr(pipeline, "CheckpointWriter", Wrong)
     with pytest.raises(RuntimeError, match="read back"):
         run(recipe_for(pool, output=str(tmp_path / "out"), quantize={"method": "gptq"}), progress=False, evaluate=False)
     assert os.listdir(tmp_path) == []

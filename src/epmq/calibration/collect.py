@@ -13,6 +13,7 @@ from epmq.calibration.residual import ResidualAdd, find_residual_adds
 from epmq.calibration.sequential import BlockStep
 from epmq.calibration.teacher import Teacher
 from epmq.errors import error_context
+from epmq.merging.experts import TensorReader
 from epmq.models.blocks import InputGroup, as_matrix, input_groups, linears
 from epmq.models.hooks import HookPoint, watch
 from epmq.quantization.hessian import Moments
@@ -25,11 +26,9 @@ LayerTarget = tuple[InputGroup, ResidualAdd | None]
 
 
 def find_layer_targets(step: BlockStep, stream: bool) -> list[LayerTarget]:
-    """The block's layers by their inputs, in the order of the forward, with what they aim at.
+    """The block's layers by their inputs, in the order of the forward.
 
-    Args:
-        step: the block.
-        stream: whether layers that write to the residual stream aim at the experts' own.
+    With `stream`, layers that write to the residual stream aim at the experts' own.
     """
     groups = input_groups(step.block, lambda: step.run(0))
     alone = [group.names[0] for group in groups if len(group.names) == 1 and stream]
@@ -41,9 +40,7 @@ class LayerGroup:
     """The layers of a block that share an input, stacked, with what is collected for them.
 
     Attributes:
-        names: of the layers, within the block.
-        modules: the layers.
-        rows: their output sizes.
+        names, modules, rows: the layers within the block, and their output sizes.
         calls: how often each is called in one forward of the block.
         residual_add: the sum in the residual stream that the layer writes to and whose value in the expert it aims at.
         merged: their merged weights, stacked, [out, in] float32.
@@ -58,8 +55,9 @@ class LayerGroup:
         self._context, self._block = context, step.name
         self.names, self.calls = group.names, group.calls
         self.modules = [layers[name] for name in group.names]
-        self.merged = self._stack(module.get_parameter("weight").detach() for module in self.modules).float()
-        self.rows = [as_matrix(module, module.get_parameter("weight")).shape[0] for module in self.modules]
+        weights = [module.get_parameter("weight").detach() for module in self.modules]
+        self.merged = self._stack(weights).float()
+        self.rows = [as_matrix(module, weight).shape[0] for module, weight in zip(self.modules, weights)]
         self.dtype = context.experts.base.dtype(f"{step.name}.{group.names[0]}.weight") or torch.float32
         self.objective = Objective(self._anchor())
         self.tokens, self.largest = 0, 0.0
@@ -68,16 +66,14 @@ class LayerGroup:
         scale = self._context.guidance.anchor_scale
         if scale == 1:
             return self.merged
-        reader = self._context.experts.base
-        base = self._stack(reader.tensor(f"{self._block}.{name}.weight") for name in self.names).to(self.merged)
+        base = self._weights(self._context.experts.base).to(self.merged)
         return base + scale * (self.merged - base)
 
     def _stack(self, weights: Iterable[Tensor]) -> Tensor:
         return torch.cat([as_matrix(module, weight) for module, weight in zip(self.modules, weights)])
 
-    def hook_point(self, aims: bool) -> HookPoint:
-        """Where an expert's own values are found: at the sum that the layers aim at, or at their input."""
-        return self.residual_add.point if aims and self.residual_add is not None else self.names[0]
+    def _weights(self, reader: TensorReader) -> Tensor:
+        return self._stack(reader.tensor(f"{self._block}.{name}.weight") for name in self.names)
 
     def track_largest(self, inputs: Tensor) -> None:
         """Keep the largest input; asked only of float16, as it costs a pass and a wait for the device."""
@@ -85,13 +81,7 @@ class LayerGroup:
             self.largest = max(self.largest, float(inputs.detach().abs().max()))
 
     def add_task(self, task: str, moments: Moments, aims: bool) -> None:
-        """Fold one task's moments into the objective.
-
-        Args:
-            task: its name.
-            moments: of the layers' input on its data.
-            aims: whether they hold what the expert has at the sum that the layers aim at.
-        """
+        """Fold one task's moments into the objective; where the layers aim at a sum, they hold the targets."""
         context, weight = self._context, self._context.task_weights[task]
         self.tokens += moments.count
         if not context.guidance.experts:
@@ -100,13 +90,12 @@ class LayerGroup:
             self.objective.add_target_task(moments, weight)
         else:
             expert = context.experts.experts[task]
-            weights = self._stack(expert.tensor(f"{self._block}.{name}.weight") for name in self.names)
-            weights, bias_delta = weights.to(self.merged.device), self._bias_delta(task)
+            weights, bias_delta = self._weights(expert).to(self.merged.device), self._bias_delta(expert)
             self.objective.add_task(moments, weight, weights, bias_delta, context.guidance.features)
 
-    def _bias_delta(self, task: str) -> Tensor:
+    def _bias_delta(self, expert: TensorReader) -> Tensor:
         """An expert's biases less those the layers keep, stacked: [out] float32; zero for layers without one."""
-        expert, deltas = self._context.experts.experts[task], []
+        deltas = []
         for name, module, rows in zip(self.names, self.modules, self.rows):
             bias = module.bias
             if isinstance(bias, Tensor):
@@ -120,12 +109,8 @@ class LayerGroup:
 def collect(step: BlockStep, group: LayerGroup, context: CalibrationContext, points: Iterable[HookPoint]) -> None:
     """Collect the objective of layers that share an input, one task at a time: one task's moments exist at a time.
 
-    Args:
-        step: the block.
-        group: the layers.
-        context: teachers and settings.
-        points: where the experts' own values are taken for all layers of the block; an expert runs through the block
-            when it is first asked.
+    At `points` the experts' own values are taken for all layers of the block; an expert runs through the block when it
+    is first asked.
     """
     columns, device = group.merged.shape[1], group.merged.device
     for task, batches in groupby(enumerate(step.batches), key=lambda item: item[1].task):
@@ -143,8 +128,7 @@ def collect(step: BlockStep, group: LayerGroup, context: CalibrationContext, poi
 class InputCollector:
     """Adds a layer's inputs to its moments, beside what the expert has in their place.
 
-    Attributes:
-        aims: whether the layer aims at a sum in the expert's residual stream.
+    `aims` says whether the layer aims at a sum in the expert's residual stream.
     """
 
     def __init__(
@@ -156,15 +140,11 @@ class InputCollector:
         self._theirs: list[Tensor] = []  # what the expert has on the batch, in the order of calls
 
     def add_batch(self, position: int, index: int) -> None:
-        """Take a batch to the layers and add what they are called on.
-
-        Args:
-            position: of the batch among all.
-            index: of the batch among its task's.
-        """
+        """Take a batch, by its position among all and its index in its task, to the layers; add their inputs."""
         step, layer, add = self._step, self._group.names[0], self._group.residual_add
         if self._teacher is not None:
-            self._theirs = self._teacher.take(index, self._group.hook_point(self.aims))
+            point = add.point if self.aims and add is not None else layer
+            self._theirs = self._teacher.take(index, point)
         if self._group.calls > 1:  # what later calls receive depends on the earlier: run with the weights there are
             with watch(step.block, layer, self._add_inputs):
                 step.run(position)

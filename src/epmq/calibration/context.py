@@ -14,25 +14,15 @@ from epmq.method_settings import Guidance, Quantize
 
 @dataclass
 class CalibrationContext:
-    """Readers, settings and teachers of one run.
-
-    Attributes:
-        experts: base and experts; tensors outside the blocks of `experts.model` must be real.
-        merged: the merged model.
-        settings: of the quantizer.
-        task_weights: task → ω, which sum to 1.
-        device: where blocks and moments live.
-        offloader: takes calibration activations while they wait.
-        teachers: task → the expert beside the merged model; empty where no expert runs.
-    """
+    """Readers, settings and teachers of one run."""
 
     experts: ExpertSet
     merged: TensorReader
     settings: Quantize
-    task_weights: dict[str, float]
-    device: torch.device
-    offloader: Offloader = field(default_factory=Offloader)
-    teachers: dict[str, Teacher] = field(default_factory=dict)
+    task_weights: dict[str, float]  # ω, which sum to 1
+    device: torch.device  # where blocks and moments live
+    offloader: Offloader = field(default_factory=Offloader)  # takes calibration activations while they wait
+    teachers: dict[str, Teacher] = field(default_factory=dict)  # by task; empty where no expert runs
 
     @property
     def guidance(self) -> Guidance:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Protocol
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -31,88 +30,44 @@ from epmq.runtime import return_freed_memory
 
 @dataclass
 class LayerReport:
-    """What happened to one linear layer.
+    """What happened to one linear layer. Losses are None for round-to-nearest, which sees no data."""
 
-    Attributes:
-        name: in the model.
-        shape: [out, in].
-        group: name of the first layer that shares its input.
-        loss: tr((Q − W*) H (Q − W*)ᵀ); None for round-to-nearest, which sees no data.
-        merge_loss: tr((W_m − W*) H (W_m − W*)ᵀ), what the merged weight is off the target; None as above.
-        strength: λ̄ over the mean Gram diagonal that was used; None where no expert has a say.
-        damping: the same for the H in which codes are chosen.
-        tokens: calibration tokens seen.
-        seconds: of the solve, shared evenly in a group.
-        aims: whether it aims at a sum in the residual stream.
-        rounded: rows that are rounded to nearest after all, see `rtn_fallback`.
-        largest: the largest input, where the weights are stored in float16; else 0.
-    """
-
-    name: str
-    shape: list[int]
-    group: str
-    loss: float | None = None
-    merge_loss: float | None = None
-    strength: float | None = None
-    damping: float | None = None
-    tokens: int = 0
-    seconds: float = 0.0
-    aims: bool = False
-    rounded: int = 0
-    largest: float = 0.0
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+    name: str  # in the model
+    shape: list[int]  # [out, in]
+    group: str  # name of the first layer that shares its input
+    loss: float | None = None  # tr((Q − W*) H (Q − W*)ᵀ)
+    merge_loss: float | None = None  # tr((W_m − W*) H (W_m − W*)ᵀ), what the merged weight is off the target
+    strength: float | None = None  # λ̄ over the mean Gram diagonal that was used; None where no expert has a say
+    damping: float | None = None  # the same for the H in which codes are chosen
+    tokens: int = 0  # calibration tokens seen
+    seconds: float = 0.0  # of the solve, shared evenly in a group
+    aims: bool = False  # whether it aims at a sum in the residual stream
+    rounded: int = 0  # rows that are rounded to nearest after all, see `rtn_fallback`
+    largest: float = 0.0  # the largest input, where the weights are stored in float16; else 0
 
 
 @dataclass
 class Block:
-    """A finished block.
-
-    Attributes:
-        name: in the model.
-        reports: what happened to its layers.
-        layers: name in the model → its quantized weight.
-        tensors: name in the model → every other tensor, in the dtype it is written in.
-    """
+    """A finished block. Where an earlier run has finished it, its weights are in the output and not here."""
 
     name: str
     reports: list[LayerReport]
-    layers: dict[str, QuantizedTensor] = field(default_factory=dict)
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-
-
-class FinishedBlock(Protocol):
-    """A block that an earlier run has finished: its reports, and its tensors as the model stores them."""
-
-    name: str
-    reports: list[LayerReport]
-
-    def tensor(self, name: str) -> Tensor:
-        """A tensor of the block, by its name in the model; a quantized weight is dequantized."""
+    layers: dict[str, QuantizedTensor] = field(default_factory=dict)  # name in the model → its quantized weight
+    tensors: dict[str, Tensor] = field(default_factory=dict)  # every other tensor, in the dtype it is written in
 
 
 def round_blocks(
-    experts: ExpertSet, merged: TensorReader, settings: Quantize, finished: Sequence[FinishedBlock] = ()
+    experts: ExpertSet, merged: TensorReader, settings: Quantize, finished: Sequence[Block] = ()
 ) -> Iterator[Block]:
-    """Round the merged model to nearest, a block at a time, without calibration data.
-
-    Args:
-        experts: base and experts.
-        merged: the merge of them.
-        settings: of the quantizer.
-        finished: the first blocks, where an earlier run has finished them; only their reports are yielded again.
-    """
+    """Round the merged model to nearest, a block at a time, without calibration data; after those that are finished."""
     stacks = find_stacks(experts.model)
     blocks = [(stack.block_name(index), block) for stack in stacks for index, block in enumerate(stack.blocks)]
-    for number, (name, module) in enumerate(blocks):
-        if number < len(finished):
-            yield Block(name, finished[number].reports)
-            continue
+    yield from finished
+    for name, module in blocks[len(finished) :]:
         block, layers = Block(name, []), dict(linears(module))
         for tensor_name in experts.block_names(name):
             local = tensor_name[len(name) + 1 :].removesuffix(".weight")
-            if local not in layers or not tensor_name.endswith(".weight"):
+            if local not in layers:
                 block.tensors[tensor_name] = merged.tensor(tensor_name)
                 continue
             weight = as_matrix(layers[local], merged.tensor(tensor_name))
@@ -133,7 +88,8 @@ class CalibrationEngine:
         context: readers, settings, device.
         batches: of every task, task by task.
         make_heads: task → what puts the expert's head on a backbone.
-        finished: the first blocks, where an earlier run has finished them; only their reports are yielded again.
+        finished: the first blocks, where an earlier run has finished them; they are yielded as they are.
+        written: reads the tensors of these.
         keep: leave the quantized weights in the live model; otherwise a block is freed when it is done.
 
     Attributes:
@@ -152,11 +108,12 @@ class CalibrationEngine:
         context: CalibrationContext,
         batches: Sequence[Batch],
         make_heads: Mapping[str, MakeHead] | None = None,
-        finished: Sequence[FinishedBlock] = (),
+        finished: Sequence[Block] = (),
+        written: TensorReader | None = None,
         keep: bool = False,
     ) -> None:
-        self.context, self.batches, self.finished, self.keep = context, batches, finished, keep
-        self.make_heads = make_heads or {}
+        self.context, self.batches, self.keep = context, batches, keep
+        self.finished, self.written, self.make_heads = finished, written, make_heads or {}
         self.output: Tensor | None = None
         self.head_fits: dict[str, HeadFit] = {}
         self.observe: Callable[[str, str], None] = lambda block, phase: None
@@ -167,7 +124,8 @@ class CalibrationEngine:
         with ExitStack() as stack:  # what waits in an expert's forward would never be freed
             for teacher in self._start_teachers():
                 stack.callback(teacher.close)
-            refitter = self._refitter()
+            refits = context.guidance.refit_heads
+            refitter = HeadRefitter(experts, self.make_heads, context.teachers) if refits else None
             on_finished = refitter.on_finished if refitter else None
             calibrator = SequentialCalibrator(
                 experts.model, self.batches, on_finished, context.offloader, self.outputs_for
@@ -199,21 +157,16 @@ class CalibrationEngine:
                 context.teachers[task] = teacher
                 yield teacher
 
-    def _refitter(self) -> HeadRefitter | None:
-        if not self.context.guidance.refit_heads:
-            return None
-        return HeadRefitter(self.context.experts, self.make_heads, self.context.teachers)
-
     def _finish_again(self, step: BlockStep, number: int) -> Block:
         """Put a block that an earlier run has finished into the live model, and take the experts past it."""
-        finished, context = self.finished[number], self.context
-        if finished.name != step.name:
-            raise RuntimeError(f"the finished block is {finished.name}, not {step.name}: begin anew with --restart")
-        materialize(context.experts.model, context.experts.block_names(step.name), finished.tensor, context.device)
+        block, context, experts = self.finished[number], self.context, self.context.experts
+        if block.name != step.name or self.written is None:
+            raise RuntimeError(f"the finished block is {block.name}, not {step.name}: begin anew with --restart")
+        materialize(experts.model, experts.block_names(step.name), self.written.tensor, context.device)
         for teacher in context.teachers.values():
             teacher.run(step.name, ())
             teacher.end_block()
-        return Block(step.name, finished.reports)
+        return block
 
     def _quantize(self, step: BlockStep) -> Block:
         """Collect and solve the layers of a block, and put them into it, in the order of the forward.

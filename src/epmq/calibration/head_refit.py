@@ -33,10 +33,7 @@ class HeadFit:
 class HeadRefitter:
     """Collects what the heads of all tasks receive on the shared model, and fits them.
 
-    Args:
-        experts: base and experts.
-        make_heads: task → what puts the expert's head on a backbone.
-        teachers: task → the expert beside the merged model; a task without one keeps its head.
+    A task without a teacher, or without what puts the expert's head on a backbone, keeps its head.
     """
 
     def __init__(self, experts: ExpertSet, make_heads: Mapping[str, MakeHead], teachers: Mapping[str, Teacher]) -> None:

@@ -22,11 +22,7 @@ SMALLEST = 1 << 20
 
 
 class Offloader:
-    """Puts tensors into nameless files in a folder; each goes with its tensor.
-
-    Args:
-        folder: on a disk, not in memory; None offloads nothing.
-    """
+    """Puts tensors into nameless files in a folder on a disk; each goes with its tensor. None offloads nothing."""
 
     def __init__(self, folder: str | Path | None = None) -> None:
         self._folder = folder
@@ -48,7 +44,10 @@ class Offloader:
         if tensor.untyped_storage().filename is None:
             mapped = self._map(tensor.numel(), tensor.dtype).view(tensor.shape)
             tensor.set_(mapped.copy_(tensor))  # type: ignore[call-overload]
-        _let_go(tensor)
+        # Tell the system that the pages are not needed for now; they stay in the file.
+        if advice := getattr(mmap, "MADV_DONTNEED", None):
+            storage = tensor.untyped_storage()
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(storage.data_ptr()), ctypes.c_size_t(storage.nbytes()), advice)
 
     def _map(self, count: int, dtype: torch.dtype) -> Tensor:
         handle, path = tempfile.mkstemp(dir=self._folder)
@@ -60,11 +59,3 @@ class Offloader:
         finally:
             os.close(handle)
             os.unlink(path)
-
-
-def _let_go(tensor: Tensor) -> None:
-    """Tell the system that the pages of a mapped tensor are not needed for now; they stay in the file."""
-    advice = getattr(mmap, "MADV_DONTNEED", None)
-    if advice is not None:
-        storage = tensor.untyped_storage()
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(storage.data_ptr()), ctypes.c_size_t(storage.nbytes()), advice)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,17 +23,11 @@ TOLERANCE = 1e-2
 
 @dataclass(frozen=True)
 class ResidualAdd:
-    """Where the output y of a layer ends up: in z = h + s ∘ y.
+    """Where the output y of a layer ends up: in z = h + s ∘ y."""
 
-    Attributes:
-        point: the module of the block that receives z; None if z is the block's output.
-        scale: s, [out] float32, such as a layer scale; ones for a plain sum.
-        skip_input: the module of the block that receives h.
-    """
-
-    point: HookPoint
-    scale: Tensor
-    skip_input: str
+    point: HookPoint  # the module of the block that receives z; None if z is the block's output
+    scale: Tensor  # s, [out] float32, such as a layer scale; ones for a plain sum
+    skip_input: str  # the module of the block that receives h
 
 
 def find_residual_adds(block: nn.Module, layers: Sequence[str], run: Callable[[], Any]) -> dict[str, ResidualAdd]:
@@ -42,8 +37,8 @@ def find_residual_adds(block: nn.Module, layers: Sequence[str], run: Callable[[]
     is called before the layer.
 
     Args:
-        block: the block.
-        layers: names of linear layers in it.
+        block: with the layers, which are linear.
+        layers: their names in it.
         run: calls the block on real data; it must do the same each time.
     """
     before = _record(block, run)
@@ -113,11 +108,11 @@ def _record(block: nn.Module, run: Callable[[], Any]) -> dict[HookPoint, list[Te
     """What every module of the block receives, in order of its first call, and last what the block gives."""
     tensors: dict[HookPoint, list[Tensor]] = {}
 
-    def recording(point: HookPoint) -> Callable[[Tensor], None]:
-        return lambda tensor: tensors.setdefault(point, []).append(tensor)
+    def record(point: HookPoint, tensor: Tensor) -> None:
+        tensors.setdefault(point, []).append(tensor)
 
     with ExitStack() as stack:
         for point in [*(name for name, _ in block.named_modules() if name), None]:
-            stack.enter_context(watch(block, point, recording(point)))
+            stack.enter_context(watch(block, point, partial(record, point)))
         run()
     return tensors

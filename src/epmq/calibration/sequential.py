@@ -12,6 +12,7 @@ import inspect
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,13 +26,7 @@ from epmq.models.hooks import HookPoint, watch, without_cache
 
 @dataclass(frozen=True)
 class Batch:
-    """Calibration inputs.
-
-    Attributes:
-        task: whose they are.
-        index: number among the task's batches.
-        inputs: keyword arguments of the model's forward.
-    """
+    """Calibration inputs: keyword arguments of the model's forward, with their number among the task's batches."""
 
     task: str
     index: int
@@ -40,17 +35,13 @@ class Batch:
 
 @dataclass
 class BlockEntry:
-    """A forward that waits at the entry of a block, which it is about to call with these arguments.
-
-    Attributes:
-        owner_arguments: what the part of the model that holds the block's stack was called with.
-    """
+    """A forward that waits at the entry of a block, which it is about to call with these arguments."""
 
     stack: Stack
     index: int
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    owner_arguments: dict[str, Any]
+    owner_arguments: dict[str, Any]  # of the part of the model that holds the stack
 
 
 @dataclass
@@ -112,9 +103,9 @@ class SequentialCalibrator:
             for stack in self.stacks:
                 undo.enter_context(self._record_arguments(stack))
                 for index, block in enumerate(stack.blocks):
-                    block.forward = self._pausing(stack, index, block.forward)
+                    block.forward = partial(self._before_block, stack, index, block.forward)
                     undo.callback(block.__dict__.pop, "forward", None)
-                    undo.enter_context(block.register_forward_hook(self._after_block(stack, index)))
+                    undo.enter_context(block.register_forward_hook(partial(self._after_block, stack, index)))
             self._forwards = [greenlet(self._forward) for _ in self.batches]
             undo.callback(self._end)
             states = [self.resume(position) for position in range(count)]
@@ -164,26 +155,19 @@ class SequentialCalibrator:
     def _forward(self) -> None:
         self.model(**self.batches[self.position].inputs)
 
-    def _pausing(self, stack: Stack, index: int, original: Callable[..., Any]) -> Callable[..., Any]:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            if self.in_forward():
-                owner_arguments = self._owner_arguments[self.position][stack.name]
-                self.pause(BlockEntry(stack, index, args, kwargs, owner_arguments))
-            return original(*args, **kwargs)
+    def _before_block(self, stack: Stack, index: int, forward: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        if self.in_forward():
+            self.pause(BlockEntry(stack, index, args, kwargs, self._owner_arguments[self.position][stack.name]))
+        return forward(*args, **kwargs)
 
-        return forward
-
-    def _after_block(self, stack: Stack, index: int) -> Callable[..., None]:
-        def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if not self.in_forward():
-                return
-            self._blocks_done[self.position] += 1
-            if index == len(stack.blocks) - 1:
-                stack.outputs[self.position] = output
-            if self._blocks_done[self.position] == self.block_count:
-                self.pause(None)  # what follows is not asked for
-
-        return after
+    def _after_block(self, stack: Stack, index: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not self.in_forward():
+            return
+        self._blocks_done[self.position] += 1
+        if index == len(stack.blocks) - 1:
+            stack.outputs[self.position] = output
+        if self._blocks_done[self.position] == self.block_count:
+            self.pause(None)  # what follows is not asked for
 
     def _replay_outputs(self) -> None:
         """Let every block give what the last of its stack gave on the batch."""
@@ -220,18 +204,13 @@ def _owner(model: nn.Module, stack: Stack, stacks: Sequence[Stack]) -> nn.Module
 
 
 class BlockStep:
-    """One block, with all batches at its entry.
+    """One block, by its name in the model, with all batches at its entry.
 
-    Batches are named by their position in the calibrator's list.
-
-    Attributes:
-        name: the block's name in the model.
-        block: the module.
-        next_states: where each batch waits once it has left the block.
+    Batches are named by their position in the calibrator's list. `next_states` says where each waits once it has left.
     """
 
     def __init__(self, calibrator: SequentialCalibrator, states: list[Any]) -> None:
-        self._calibrator, self._entries = calibrator, states
+        self._calibrator, self._entries, self.batches = calibrator, states, calibrator.batches
         self.stack, self.index = states[0].stack, states[0].index
         self.name, self.block = self.stack.block_name(self.index), self.stack.blocks[self.index]
         self.next_states: list[State] = [None] * len(states)
@@ -241,10 +220,6 @@ class BlockStep:
         self._ahead: set[str] = set()
         self._undo = ExitStack()
         self.position = 0  # of the batch that runs
-
-    @property
-    def batches(self) -> Sequence[Batch]:
-        return self._calibrator.batches
 
     @property
     def finished(self) -> bool:
@@ -268,15 +243,15 @@ class BlockStep:
             raise RuntimeError(f"{self.name}: batches are under way")
         self._ahead = set(layers)
         for layer in layers:
-            self._undo.enter_context(self.block.get_submodule(layer).register_forward_pre_hook(self._pausing(layer)))
+            module = self.block.get_submodule(layer)
+            self._undo.enter_context(module.register_forward_pre_hook(partial(self._before_layer, layer)))
         for point in keep:
-            self._undo.enter_context(watch(self.block, point, self._keeping(point)))
+            self._undo.enter_context(watch(self.block, point, partial(self._keep, point)))
 
     def run_until(self, position: int, layer: str) -> Tensor | None:
         """Take a batch to a layer of `pause_before`; layers before it must be what they are to be.
 
-        Returns:
-            the layer's inputs; None if the batch does not come by it.
+        Returns the layer's inputs; None if the batch does not come by it.
         """
         self.position = position
         paused = self._paused[position]
@@ -336,16 +311,10 @@ class BlockStep:
         self._has_left[position], self.next_states[position], self._kept[position] = True, state, {}
         return None
 
-    def _pausing(self, layer: str) -> Callable[..., None]:
-        def before(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if layer in self._ahead and self._calibrator.in_forward():
-                self._calibrator.pause(PausedForward(layer, args[0]))
+    def _before_layer(self, layer: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if layer in self._ahead and self._calibrator.in_forward():
+            self._calibrator.pause(PausedForward(layer, args[0]))
 
-        return before
-
-    def _keeping(self, point: HookPoint) -> Callable[[Tensor], None]:
-        def keep(tensor: Tensor) -> None:
-            if self._calibrator.in_forward():
-                self._kept[self._calibrator.position][point] = tensor
-
-        return keep
+    def _keep(self, point: HookPoint, tensor: Tensor) -> None:
+        if self._calibrator.in_forward():
+            self._kept[self._calibrator.position][point] = tensor

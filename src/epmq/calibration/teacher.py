@@ -25,15 +25,7 @@ class Teacher:
     """An expert on its own calibration batches, in lock-step with the merged model.
 
     Only the tensors outside its blocks stay in memory. It runs through each block once, with the block's weights in
-    memory for just that long, and keeps what it was asked to.
-
-    Args:
-        experts: base and experts.
-        expert: the one that teaches.
-        batches: of its task.
-        make_head: of its task.
-        device: where it runs.
-        offloader: takes what its batches hold while they wait.
+    memory for just that long, and keeps what it was asked to. Batches and head are those of its task.
     """
 
     def __init__(
@@ -60,9 +52,7 @@ class Teacher:
     def run(self, block: str, points: Iterable[HookPoint]) -> None:
         """Run the block that the merged model is at on all batches, and keep what passes at some points.
 
-        Args:
-            block: its name.
-            points: each as often as it will be taken.
+        Points are given as often as each will be taken.
 
         Raises:
             RuntimeError: the expert's next block is another one.

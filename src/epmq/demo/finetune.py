@@ -196,7 +196,7 @@ def class_mean_head(model: Any, processor: Any, train: Examples, labels: list[st
 def accuracy(model: Any, head: Head, processor: Any, examples: Examples, max_length: int | None) -> float:
     """Share of examples whose highest score is the label."""
     task = MultiTaskModel(model.eval(), {"task": head}, processor)
-    return metrics.accuracy(task, "task", examples, BATCH_SIZE, max_length)
+    return metrics.accuracy(task, "task", examples, batch_size=BATCH_SIZE, max_length=max_length)
 
 
 def _targets(examples: Examples) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,10 @@ def evaluate_model(
 ) -> dict[str, float]:
     """The score of every task, in its metric (`epmq.pipeline.metrics.METRICS`). The model's layers are sped up."""
     use_fast_matmul(model)
-    row = bar.add_task("evaluate", total=sum(len(examples) for examples in evaluation.values()))
+    row = bar.add_task("evaluate", total=sum(map(len, evaluation.values())))
+    size, length, advance = recipe.batch_size, recipe.max_length, partial(bar.advance, row)
     return {
-        task: scorer_of(examples)(
-            model, task, examples, recipe.batch_size, recipe.max_length, lambda n: bar.advance(row, n)
-        )
+        task: scorer_of(examples)(model, task, examples, batch_size=size, max_length=length, advance=advance)
         for task, examples in evaluation.items()
     }
 
@@ -75,16 +75,17 @@ def evaluate_experts(
     experts, evaluation = _open(recipe)
     scores: dict[str, float] = {}
     with progress_bars(progress) as bar:
-        for task in (expert.name for expert in recipe.experts if expert.name in evaluation):
+        for task, examples in evaluation.items():
             expert = experts.experts[task]
             backbone = experts.whole_model(experts.base if base else expert, select_device(recipe.device))
             head = expert.head(backbone)
             model = MultiTaskModel(backbone, {} if head is None else {task: head}, load_processor(experts.base.path))
-            scores |= evaluate_model(model, {task: evaluation[task]}, recipe, bar)
+            scores |= evaluate_model(model, {task: examples}, recipe, bar)
     return score_report(metrics_of(evaluation), scores)
 
 
 def _open(recipe: Recipe) -> tuple[ExpertSet, dict[str, Examples]]:
+    """The experts, and the evaluation data of those that have any, in the recipe's order."""
     if all(expert.evaluation is None for expert in recipe.experts):
         raise InputError("recipe: no expert has evaluation data")
     experts = open_experts(recipe.base, recipe.experts)

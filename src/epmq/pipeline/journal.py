@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -23,58 +24,43 @@ LOG = logging.getLogger("epmq")
 INPUTS, LOCK, BLOCKS, OUTPUT = "inputs.json", "lock", "blocks", "output"
 
 
-@dataclass
-class JournalEntry:
-    """What a run notes of a finished block, whose tensors lie in the output's files by then."""
-
-    name: str
-    reports: list[dict[str, Any]]
-
-
 class Journal:
-    """The finished blocks of a run, in order, each a file that appears whole or not at all."""
+    """The finished blocks of a run, in order, each a file that appears whole or not at all.
+
+    Their tensors lie in the output's files by then. Iterate to get each block's name and its layers' reports.
+    """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._count = 0
-        while self._file(self._count).exists():
-            self._count += 1
+        self._folder = folder
+        self._files = list(takewhile(Path.exists, map(self._file, count())))
 
     def _file(self, index: int) -> Path:
-        return self.folder / f"{index:05d}.json"
+        return self._folder / f"{index:05d}.json"
 
     def __len__(self) -> int:
-        return self._count
+        return len(self._files)
 
-    def __getitem__(self, index: int) -> JournalEntry:
-        if not 0 <= index < self._count:
-            raise IndexError(index)
-        return JournalEntry(**json.loads(self._file(index).read_text(encoding="utf-8")))
+    def __iter__(self) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+        for file in self._files:
+            content = json.loads(file.read_text(encoding="utf-8"))
+            yield content["name"], content["reports"]
 
     def append(self, name: str, reports: list[dict[str, Any]]) -> None:
         """Note that a block is finished; when this returns it is on the disk."""
-        content = {"name": name, "reports": reports}
-        write_whole(self._file(self._count), json.dumps(content, ensure_ascii=False).encode())
-        self._count += 1
+        file = self._file(len(self))
+        write_whole(file, json.dumps({"name": name, "reports": reports}, ensure_ascii=False).encode())
+        self._files.append(file)
 
     def clear(self) -> None:
         """Forget all blocks."""
-        for index in range(self._count):
-            self._file(index).unlink()
-        self._count = 0
+        while self._files:
+            self._files.pop().unlink()
 
 
 @dataclass
 class Workdir:
-    """An open work folder.
+    """An open work folder: a folder in it that becomes the output, and the finished blocks."""
 
-    Attributes:
-        folder: itself.
-        output: a folder in it, which becomes the output.
-        journal: the finished blocks.
-    """
-
-    folder: Path
     output: Path
     journal: Journal
 
@@ -105,7 +91,7 @@ def resumable(path: str | Path, inputs: Mapping[str, Any], restart: bool = False
         try:
             _take_over(folder, json.loads(json.dumps(inputs)), restart)
             output.mkdir(exist_ok=True)
-            yield Workdir(folder, output, Journal(folder / BLOCKS))
+            yield Workdir(output, Journal(folder / BLOCKS))
             publish(output, path)
             published = True
         finally:
@@ -130,9 +116,8 @@ def _workdir_of(path: Path) -> Path:
 
 def _take_over(folder: Path, inputs: dict[str, Any], restart: bool) -> None:
     """Make sure that what lies in the folder is of the same inputs, or throw it away where that is asked for."""
-    file, before = folder / INPUTS, None
-    if file.exists():
-        before = json.loads(file.read_text(encoding="utf-8"))
+    file = folder / INPUTS
+    before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
     if before is not None and not restart and before != inputs:
         changes = "; ".join(differences(before, inputs))
         raise InputError(

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from rich.progress import Progress
 from torch import Tensor
 
-from epmq.calibration.engine import Block, LayerReport
+from epmq.calibration.engine import Block
 from epmq.calibration.head_refit import HeadFit, with_weights
 from epmq.export import FORMATS
 from epmq.files import write_json
@@ -20,34 +19,20 @@ from epmq.models.checkpoint import PROCESSOR_FILES, TensorSpec
 from epmq.models.heads import load_head, save_head, write_head_file
 from epmq.models.multitask import HEADS, NativeHead
 from epmq.models.writer import CheckpointWriter
-from epmq.pipeline.journal import Journal
 from epmq.pipeline.prepare import PreparedRun
 from epmq.pipeline.verify import WrongOutputError
 
 
 class QuantizedWeights:
-    """The weights of a quantized output: where the tensors outside the blocks go, and block after block.
+    """Writes and reads the weights of a quantized output: the tensors outside the blocks, and block after block.
 
-    Args:
-        run: the parts of the run.
-        folder: where the files go. What lies in them of an earlier run stays.
-
-    Attributes:
-        bytes: of all weights.
+    The writer has the `weight_specs` of the run; what lies in the files of an earlier run stays.
     """
 
-    def __init__(self, run: PreparedRun, folder: Path) -> None:
+    def __init__(self, run: PreparedRun, writer: CheckpointWriter) -> None:
         self._run, self._format, self._grid = run, FORMATS[run.recipe.format], run.recipe.quantize.grid
-        self._stored = run.experts.base.stored
+        self._stored, self._writer = run.experts.base.stored, writer
         self._transposed = {name: is_transposed(layer) for name, layer in block_linears(run.experts.model)}
-        self._writer = CheckpointWriter(folder, weight_specs(run))
-        self.bytes = self._writer.total
-
-    def __enter__(self) -> QuantizedWeights:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._writer.close()
 
     def _layer(self, name: str) -> str:
         """A layer's name on disk."""
@@ -89,31 +74,9 @@ class QuantizedWeights:
     def tensor(self, name: str) -> Tensor:
         """A tensor that has been written, by its name in the model and as the model stores it."""
         layer = name.removesuffix(".weight")
-        if layer not in self._transposed or not name.endswith(".weight"):
+        if layer not in self._transposed:
             return self._writer.tensor(self._stored[name])
         return as_matrix(self._run.experts.model.get_submodule(layer), self._plain(layer))
-
-    def finish(self) -> None:
-        """See that the checkpoint is whole."""
-        self._writer.finish()
-
-
-@dataclass
-class WrittenBlock:
-    """A block that an earlier run has finished (`epmq.calibration.engine.FinishedBlock`)."""
-
-    name: str
-    reports: list[LayerReport]
-    weights: QuantizedWeights
-
-    def tensor(self, name: str) -> Tensor:
-        return self.weights.tensor(name)
-
-
-def written_blocks(journal: Journal, weights: QuantizedWeights) -> list[WrittenBlock]:
-    """The blocks that an earlier run has finished."""
-    entries = [journal[index] for index in range(len(journal))]
-    return [WrittenBlock(e.name, [LayerReport(**report) for report in e.reports], weights) for e in entries]
 
 
 def weight_specs(run: PreparedRun) -> dict[str, TensorSpec]:
@@ -123,23 +86,19 @@ def weight_specs(run: PreparedRun) -> dict[str, TensorSpec]:
     if recipe.quantize.method == "none":
         return {base.stored[name]: base.spec(name) for name in experts.names}
     specs = {base.stored[name]: base.spec(name) for name in experts.outside_names()}
-    layers = dict(block_linears(experts.model))
+    layers, output_format = dict(block_linears(experts.model)), FORMATS[recipe.format]
     for stack in find_stacks(experts.model):
         for index in range(len(stack.blocks)):
-            names = experts.block_names(stack.block_name(index))
-            plain = [name for name in names if name.removesuffix(".weight") not in layers]
-            for name in names:
-                layer = name.removesuffix(".weight")
-                if layer in layers and name.endswith(".weight"):
-                    rows, columns = as_matrix(layers[layer], layers[layer].get_parameter("weight")).shape
-                    specs |= FORMATS[recipe.format].specs(
-                        base.stored[name].removesuffix(".weight"),
-                        (rows, columns),
-                        recipe.quantize.grid,
-                        base.spec(name)[0],
-                        is_transposed(layers[layer]),
-                    )
-            specs |= {base.stored[name]: base.spec(name) for name in plain}
+            plain = {}
+            for name in experts.block_names(stack.block_name(index)):
+                stored, spec, layer = base.stored[name], base.spec(name), layers.get(name.removesuffix(".weight"))
+                if layer is None:
+                    plain[stored] = spec
+                    continue
+                rows, columns = as_matrix(layer, layer.get_parameter("weight")).shape
+                layer_name, grid = stored.removesuffix(".weight"), recipe.quantize.grid
+                specs |= output_format.specs(layer_name, (rows, columns), grid, spec[0], is_transposed(layer))
+            specs |= plain
     return specs
 
 
@@ -157,8 +116,6 @@ def write_rest(run: PreparedRun, folder: Path, quantized: list[str], fits: Mappi
     """Write all that is beside the weights: config, heads, processor.
 
     Args:
-        run: the parts of the run.
-        folder: where to.
         quantized: names of the quantized layers.
         fits: task → what became of its head, where it follows the model.
     """

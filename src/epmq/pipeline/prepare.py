@@ -36,23 +36,14 @@ UNTOUCHED = 0.05
 
 @dataclass
 class PreparedRun:
-    """A recipe whose every part has been opened and checked; nothing has been computed.
+    """A recipe whose every part has been opened and checked; nothing has been computed."""
 
-    Attributes:
-        recipe: with everything filled in that depends on the checkpoints, experts by name.
-        experts: base and experts.
-        merged: the merge of them.
-        processor: the base's tokenizer or image processor, or None.
-        calibration: task → inputs of the model, batch by batch.
-        evaluation: task → labelled examples.
-    """
-
-    recipe: Recipe
+    recipe: Recipe  # with everything filled in that depends on the checkpoints, experts by name
     experts: ExpertSet
     merged: MergedWeights
-    processor: Any
-    calibration: dict[str, list[dict[str, Any]]]
-    evaluation: dict[str, Examples]
+    processor: Any  # the base's tokenizer or image processor, or None
+    calibration: dict[str, list[dict[str, Any]]]  # task → inputs of the model, batch by batch
+    evaluation: dict[str, Examples]  # task → labelled examples
 
     @property
     def device(self) -> torch.device:
@@ -92,7 +83,9 @@ def prepare(
     if scored:
         _check_task_classes(experts)
     if recipe.quantize.method != "none":  # a mere merge reads the weights once and finds out as early
-        _check_finite(experts, bar)
+        readers: list[BaseReader | ExpertReader] = [experts.base, *experts.experts.values()]
+        for reader in readers if bar is None else bar.track(readers, description="check weights"):
+            reader.check_finite()
     scored = {expert.name: scored[expert.name] for expert in listed if expert.name in scored}
     merged = MergedWeights(experts, recipe.merge, recipe.seed)
     return PreparedRun(recipe, experts, merged, processor, inputs, scored)
@@ -114,11 +107,7 @@ def _check_fields(recipe: Recipe, calibration: Objects, evaluation: Objects) -> 
 
 
 def _check_layers(experts: ExpertSet, recipe: Recipe) -> None:
-    """Check that grid and format can hold every layer that would be quantized.
-
-    Raises:
-        InputError: a layer does not fit; it is named.
-    """
+    """Check that grid and format can hold every layer that would be quantized."""
     grid, holds_transposed = recipe.quantize.grid, FORMATS[recipe.format].HOLDS_TRANSPOSED
     for name, layer in block_linears(experts.model):
         with error_context(f"quantize.group_size: {name}"):
@@ -143,77 +132,60 @@ def _untouched(experts: ExpertSet) -> list[str]:
     ]
 
 
-def _check_finite(experts: ExpertSet, bar: Progress | None) -> None:
-    """Look through all weights for NaN and Inf."""
-    readers: list[BaseReader | ExpertReader] = [experts.base, *experts.experts.values()]
-    for reader in readers if bar is None else bar.track(readers, description="check weights"):
-        reader.check_finite()
-
-
+@dataclass
 class ExpertData:
-    """The examples of one expert, drawn, packed and tried on the processor.
+    """The examples of one expert, drawn, packed and tried on the processor."""
 
-    Args:
-        experts: base and experts.
-        recipe: how many examples, how they are encoded.
-        expert: whose examples.
-        processor: the base's tokenizer or image processor.
-    """
-
-    def __init__(self, experts: ExpertSet, recipe: Recipe, expert: Expert, processor: Any) -> None:
-        self._experts, self._recipe, self._expert, self._processor = experts, recipe, expert, processor
+    experts: ExpertSet
+    recipe: Recipe
+    expert: Expert
+    processor: Any
 
     def calibration(self, objects: Objects | None) -> list[dict[str, Any]]:
-        """Calibration inputs of the model, batch by batch.
-
-        Args:
-            objects: rows or batches that take the place of the recipe's data.
+        """Calibration inputs of the model, batch by batch; `objects` take the place of the recipe's data.
 
         Raises:
             MissingError, InputError: expert, field and file are named.
         """
-        data = self._expert.calibration
-        count = data.samples if data and data.samples is not None else self._recipe.samples
-        with self._context("calibration"):
+        data = self.expert.calibration
+        count = data.samples if data and data.samples is not None else self.recipe.samples
+        with error_context(f"experts.{self.expert.name}.calibration"):
             return self._encoded(self._examples(data, objects, count))
 
     def evaluation(self, objects: Objects | None) -> Examples:
         """Labelled examples to score; arguments and errors as in `calibration`."""
-        data = self._expert.evaluation
-        with self._context("evaluation"):
+        data = self.expert.evaluation
+        with error_context(f"experts.{self.expert.name}.evaluation"):
             examples = self._examples(data, objects, data.samples if data else None)
             tried = examples
             if isinstance(examples.inputs, Pictures):  # a large test set is read once, when it is scored
-                tried = examples.take(np.arange(min(len(examples), self._recipe.batch_size)))
+                tried = examples.take(np.arange(min(len(examples), self.recipe.batch_size)))
             self._encoded(tried)
             examples = replace(examples, metric=data.metric if data else None)
             self._check_scored(examples, data)
         return examples
 
-    def _context(self, field: str) -> Any:
-        return error_context(f"experts.{self._expert.name}.{field}")
-
     def _examples(self, data: Data | None, objects: Objects | None, count: int | None) -> Examples:
-        recipe, use = self._recipe, text_use(self._experts, self._expert.name)
-        if objects and self._expert.name in objects:
+        recipe, use = self.recipe, _text_use(self.experts, self.expert.name)
+        if objects and self.expert.name in objects:
             columns = fields_of(data) if data else Fields()
-            examples = from_objects(objects[self._expert.name], columns, use, "python objects")
+            examples = from_objects(objects[self.expert.name], columns, use, "python objects")
         else:
             assert data is not None
             examples = read_data(data, use, count, recipe.seed)
         if examples.kind == "causal" and (data is None or data.pack):
-            return pack(examples, self._processor, recipe.max_length, count, recipe.seed)
+            return pack(examples, self.processor, recipe.max_length, count, recipe.seed)
         return examples if examples.kind == "batches" else examples.draw(count, recipe.seed)
 
     def _encoded(self, examples: Examples) -> list[dict[str, Any]]:
-        batches = list(encode(examples, self._processor, self._recipe.batch_size, self._recipe.max_length))
+        batches = list(encode(examples, self.processor, self.recipe.batch_size, self.recipe.max_length))
         for batch in batches:
-            _check_tokens(self._experts, batch)
+            _check_tokens(self.experts, batch)
         return batches
 
     def _check_scored(self, examples: Examples, data: Data | None) -> None:
         """Check that examples can be scored with what they hold, on this model."""
-        metric, model = metric_of(examples), self._experts.model
+        metric, model = metric_of(examples), self.experts.model
         if metric == "accuracy" and examples.labels is None:
             raise InputError(f"{data.path or data.dataset if data else 'python objects'} has no labels")
         if metric == "log_perplexity" and (not model.can_generate() or model.config.is_encoder_decoder):
@@ -222,7 +194,7 @@ class ExpertData:
             )
 
 
-def text_use(experts: ExpertSet, task: str) -> str:
+def _text_use(experts: ExpertSet, task: str) -> str:
     """How an expert takes texts (one of `USES`): it classifies them with a head, else it writes them."""
     if experts.experts[task].has_head:
         return "text"
@@ -232,16 +204,15 @@ def text_use(experts: ExpertSet, task: str) -> str:
 
 
 def _check_tokens(experts: ExpertSet, batch: dict[str, Any]) -> None:
-    """Check that a batch has tokens, and the model an embedding for each.
-
-    Raises:
-        InputError: there are none, or the tokenizer is not this model's.
-    """
+    """Check that a batch has tokens, and the model an embedding for each."""
+    rows = vocabulary(experts.model)
     for name in ("input_ids", "decoder_input_ids", "labels"):
-        ids, rows = batch.get(name), vocabulary(experts.model)
-        if name == "input_ids" and isinstance(ids, torch.Tensor) and not ids.numel():
+        ids = batch.get(name)
+        if not isinstance(ids, torch.Tensor):
+            continue
+        if name == "input_ids" and not ids.numel():
             raise InputError("a batch of examples has no tokens at all")
-        if isinstance(ids, torch.Tensor) and rows is not None and ids.numel() and int(ids.max()) >= rows:
+        if rows is not None and ids.numel() and int(ids.max()) >= rows:
             raise InputError(
                 f"token {int(ids.max())} in {name}, but {experts.base.path} has {rows} embeddings: the tokenizer is "
                 "another model's"
@@ -273,11 +244,7 @@ def check_head(experts: ExpertSet, task: str, evaluation: Examples | None) -> No
 
 
 def _check_task_classes(experts: ExpertSet) -> None:
-    """Check that heads of task classes can be built: evaluation, at the end, loads all of them.
-
-    Raises:
-        InputError: one cannot; expert and folder are named.
-    """
+    """Check that heads of task classes can be built: evaluation, at the end, loads all of them."""
     for expert in experts.experts.values():
         if expert.head_file is None:
             try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -14,22 +14,23 @@ from typing import Any
 from rich.progress import Progress
 
 from epmq.calibration.context import CalibrationContext
-from epmq.calibration.engine import Block, CalibrationEngine, FinishedBlock, round_blocks
+from epmq.calibration.engine import Block, CalibrationEngine, LayerReport, round_blocks
 from epmq.calibration.offload import Offloader
 from epmq.calibration.sequential import Batch
 from epmq.data.encoding import split_first, to_device
 from epmq.errors import InputError
 from epmq.files import hash_file, read_json, whole_directory, write_json
-from epmq.merging.experts import guiding_head
+from epmq.merging.experts import TensorReader, guiding_head
 from epmq.method_settings import Unquantized
 from epmq.models.blocks import find_stacks
 from epmq.models.checkpoint import model_files
 from epmq.models.loading import why_not_direct
 from epmq.models.multitask import load
+from epmq.models.writer import CheckpointWriter
 from epmq.pipeline.evaluation import evaluate_model
-from epmq.pipeline.journal import Journal, Workdir, hash_batches, remove_stale_workdir, resumable
+from epmq.pipeline.journal import Workdir, hash_batches, remove_stale_workdir, resumable
 from epmq.pipeline.metrics import metrics_of
-from epmq.pipeline.output import QuantizedWeights, write_merged, write_rest, written_blocks
+from epmq.pipeline.output import QuantizedWeights, weight_specs, write_merged, write_rest
 from epmq.pipeline.prepare import Objects, PreparedRun, prepare
 from epmq.pipeline.verify import WrongOutputError, check_reloaded
 from epmq.recipe import Recipe
@@ -92,20 +93,16 @@ def run(
         else:
             with clocks.phase("open"):
                 batches = calibration_batches(prepared)
-                inputs = inputs_of(prepared, batches)
-                workdir = stack.enter_context(resumable(recipe.output, inputs, restart))
+                workdir = stack.enter_context(resumable(recipe.output, inputs_of(prepared, batches), restart))
             folder = workdir.output
             with clocks.phase("merge and quantize"):
                 written = write_quantized(prepared, workdir, batches, bar)
-        peak = peak_memory_mb()
-        report = _report(prepared, folder, written, clocks, peak)
+        report = _report(prepared, folder, written, clocks)
         if prepared.evaluation:
             with clocks.phase("evaluate"):
                 scores = evaluate_model(load(folder, prepared.device), prepared.evaluation, recipe, bar)
             report |= score_report(metrics_of(prepared.evaluation), scores)
-        write_json(folder / reporting.REPORT, report)
-        (folder / reporting.PAGE).write_text(render_page([Run.from_report(report)]), encoding="utf-8")
-        (folder / reporting.CARD).write_text(reporting.model_card(report), encoding="utf-8")
+        _write_report(folder, report)
     return report
 
 
@@ -117,13 +114,7 @@ def merge(recipe: str | Path | dict[str, Any] | Recipe, *, progress: bool = True
 
 @dataclass
 class Written:
-    """What a run has written.
-
-    Attributes:
-        bytes: of all weights.
-        layers: a report a quantized layer.
-        heads: task → how its head was fitted, where it follows the model.
-    """
+    """What a run has written: bytes of all weights, a report a quantized layer, and how each task's head was fitted."""
 
     bytes: int
     layers: list[dict[str, Any]] = field(default_factory=list)
@@ -149,20 +140,20 @@ def write_quantized(prepared: PreparedRun, workdir: Workdir, batches: list[Batch
     """
     recipe, notes, journal = prepared.recipe, prepared.experts.notes, workdir.journal
     blocks, earlier = sum(len(stack.blocks) for stack in find_stacks(prepared.experts.model)), len(journal)
-    with QuantizedWeights(prepared, workdir.output) as weights:
-        finished = written_blocks(journal, weights)
-        engine: Iterable[Block]
+    with CheckpointWriter(workdir.output, weight_specs(prepared)) as writer:
+        weights = QuantizedWeights(prepared, writer)
+        finished = [Block(name, [LayerReport(**report) for report in reports]) for name, reports in journal]
+        engine = None
+        solved: Iterable[Block] = round_blocks(prepared.experts, prepared.merged, recipe.quantize, finished)
         if recipe.quantize.calibrates:
-            engine = calibration_engine(prepared, batches, finished, workdir.output)
-        else:
-            engine = round_blocks(prepared.experts, prepared.merged, recipe.quantize, finished)
+            solved = engine = calibration_engine(prepared, batches, finished, weights, workdir.output)
         if not finished:
             weights.write_outside()
         layers: list[dict[str, Any]] = []
         title = f"{recipe.merge.method} + {recipe.quantize.method}"
-        with _kept_only_if_right(journal):
-            for number, block in enumerate(bar.track(engine, total=blocks, description=title)):
-                reports = [report.as_dict() for report in block.reports]
+        try:
+            for number, block in enumerate(bar.track(solved, total=blocks, description=title)):
+                reports = [asdict(report) for report in block.reports]
                 layers += reports
                 if number >= earlier:
                     weights.write_block(block)
@@ -171,44 +162,28 @@ def write_quantized(prepared: PreparedRun, workdir: Workdir, batches: list[Batch
                     journal.append(block.name, reports)
             if earlier:
                 notes.append(f"{earlier} of {blocks} blocks were finished by a run that was stopped")
-            weights.finish()
-            fits = engine.head_fits if isinstance(engine, CalibrationEngine) else {}
+            writer.finish()
+            fits = engine.head_fits if engine is not None else {}
             write_rest(prepared, workdir.output, [layer["name"] for layer in layers], fits)
-            if isinstance(engine, CalibrationEngine) and engine.output is not None:
+            if engine is not None and engine.output is not None:
                 check_reloaded(workdir.output, batches[0].inputs, engine.output)
-    heads = {
-        task: {"strength": one.fit.ridge, "before": one.fit.before, "after": one.fit.after}
-        for task, one in fits.items()
-    }
-    return Written(weights.bytes, layers, heads)
-
-
-@contextmanager
-def _kept_only_if_right(journal: Journal) -> Iterator[None]:
-    """Forget the finished blocks if they turn out not to be what was quantized."""
-    try:
-        yield
-    except WrongOutputError:
-        journal.clear()
-        raise
+        except WrongOutputError:
+            journal.clear()
+            raise
+    ridges = {task: head.fit for task, head in fits.items()}
+    heads = {task: {"strength": fit.ridge, "before": fit.before, "after": fit.after} for task, fit in ridges.items()}
+    return Written(writer.total, layers, heads)
 
 
 def calibration_engine(
     prepared: PreparedRun,
     batches: list[Batch],
-    finished: Sequence[FinishedBlock] = (),
+    finished: Sequence[Block] = (),
+    written: TensorReader | None = None,
     offload_to: Path | None = None,
     engine_class: type[CalibrationEngine] = CalibrationEngine,
 ) -> CalibrationEngine:
-    """The engine of a run.
-
-    Args:
-        prepared: the parts of the run.
-        batches: calibration inputs of every task.
-        finished: the first blocks, where an earlier run has finished them.
-        offload_to: a folder on a disk for activations, where the recipe asks for that.
-        engine_class: of the engine.
-    """
+    """The engine of a run; `offload_to` is a folder on a disk for activations, where the recipe asks for that."""
     recipe, experts = prepared.recipe, prepared.experts
     context = CalibrationContext(
         experts,
@@ -219,7 +194,7 @@ def calibration_engine(
         Offloader(offload_to if recipe.activations == "disk" else None),
     )
     make_heads = {task: partial(guiding_head, expert, experts.notes) for task, expert in experts.experts.items()}
-    return engine_class(context, batches, make_heads, finished)
+    return engine_class(context, batches, make_heads, finished, written)
 
 
 def inputs_of(prepared: PreparedRun, batches: list[Batch]) -> dict[str, Any]:
@@ -241,7 +216,7 @@ def inputs_of(prepared: PreparedRun, batches: list[Batch]) -> dict[str, Any]:
     }
 
 
-def _report(prepared: PreparedRun, folder: Path, written: Written, clocks: Clocks, peak: float) -> dict[str, Any]:
+def _report(prepared: PreparedRun, folder: Path, written: Written, clocks: Clocks) -> dict[str, Any]:
     recipe, layers = prepared.recipe, written.layers
     return {
         "date": now(),
@@ -250,25 +225,26 @@ def _report(prepared: PreparedRun, folder: Path, written: Written, clocks: Clock
         "hardware": hardware(),
         "output": recipe.output,
         "bytes": written.bytes,
-        "peak_memory_mb": peak,
+        "peak_memory_mb": peak_memory_mb(),
         "seconds": clocks.seconds,
         "cpu_seconds": clocks.cpu_seconds,
         "loss": sum(layer["loss"] or 0.0 for layer in layers),
         "layers": layers,
         "heads": written.heads,
-        "notes": [
-            *prepared.experts.notes,
-            *reporting.layer_notes(layers, recipe.quantize),
-            *_unopened(recipe, folder),
-        ],
+        "notes": prepared.experts.notes + reporting.layer_notes(layers, recipe.quantize) + _unopened(recipe, folder),
     }
+
+
+def _write_report(folder: Path, report: dict[str, Any]) -> None:
+    write_json(folder / reporting.REPORT, report)
+    (folder / reporting.PAGE).write_text(render_page([Run.from_report(report)]), encoding="utf-8")
+    (folder / reporting.CARD).write_text(reporting.model_card(report), encoding="utf-8")
 
 
 def _unopened(recipe: Recipe, folder: Path) -> list[str]:
     """A note if transformers alone cannot read what was written."""
-    if isinstance(recipe.quantize, Unquantized) or recipe.format != "pack-quantized":
-        return []
-    fault = why_not_direct(folder, read_json(folder / "config.json"))
+    packed = recipe.quantize.method != "none" and recipe.format == "pack-quantized"
+    fault = why_not_direct(folder, read_json(folder / "config.json")) if packed else None
     if fault is None:
         return []
     return [f"AutoModel.from_pretrained cannot open this packed model ({fault}): use epmq.load, or format: dequantized"]

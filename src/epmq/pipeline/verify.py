@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +23,7 @@ class WrongOutputError(RuntimeError):
 
 
 def check_reloaded(folder: Path, inputs: dict[str, Any], output: Tensor) -> None:
-    """Check that a checkpoint gives what the model in memory gave.
-
-    Args:
-        folder: what was written.
-        inputs: of the model; where they are is where the checkpoint is run.
-        output: what the last block of the model in memory gave on them, [..., hidden].
+    """Check that the checkpoint in a folder gives what the last block of the model in memory gave, [..., hidden].
 
     Raises:
         WrongOutputError: it gives something else; by how much is said.
@@ -43,12 +37,19 @@ def check_reloaded(folder: Path, inputs: dict[str, Any], output: Tensor) -> None
 
 
 def reloaded_output(folder: Path, inputs: dict[str, Any]) -> Tensor:
-    """What the last block of a checkpoint gives on a batch, [..., hidden], with one block in memory at a time."""
+    """What the last block of a checkpoint gives on a batch, [..., hidden], on the device where the batch is.
+
+    One block is in memory at a time.
+    """
     checkpoint = Checkpoint(folder)
     device = next(value.device for value in inputs.values() if isinstance(value, Tensor))
-    quantization = checkpoint.config.pop("quantization_config", None)
+    readers = plain_tensors(checkpoint, checkpoint.config.pop("quantization_config", None) or {})
     model = build_meta_model(checkpoint)
-    names, read = _plain_reader(checkpoint, model, quantization)
+    names, _ = rename(model, readers)
+
+    def read(name: str) -> Tensor:
+        return readers[names[name]]()
+
     tied = {name: leader for name, leader in tied_names(model).items() if name not in names}
     for name, tensor in model.state_dict().items():
         if name not in names and name not in tied:
@@ -63,12 +64,3 @@ def reloaded_output(folder: Path, inputs: dict[str, Any]) -> Tensor:
         step.finish()
         to_meta(step.block)
     return first_tensor(calibrator.stacks[-1].outputs[0])
-
-
-def _plain_reader(
-    checkpoint: Checkpoint, model: Any, quantization: dict[str, Any] | None
-) -> tuple[list[str], Callable[[str], Tensor]]:
-    """The model's names of the tensors that a checkpoint has, and what reads one of them, unpacked."""
-    readers = plain_tensors(checkpoint, quantization or {})
-    stored, _ = rename(model, readers)
-    return list(stored), lambda name: readers[stored[name]]()

@@ -19,25 +19,17 @@ WIDE = 8192
 class Factor:
     """H = Uᵀ D U with rows and columns of H in the order in which GPTQ takes them, last first.
 
-    Attributes:
-        order: [n] int64, which column of H each column of U is.
-        upper: U [n, n], unit upper triangular. What lies below its diagonal blocks was never written and is not to be
-            read: `torch.triu` gives U alone.
-        curvature: the diagonal of D [n]; like U in the dtype of H.
+    What lies below the diagonal blocks of `upper` was never written and is not to be read: `torch.triu` gives U alone.
     """
 
-    order: Tensor
-    upper: Tensor
-    curvature: Tensor
+    order: Tensor  # [n] int64, which column of H each column of U is
+    upper: Tensor  # U [n, n], unit upper triangular, in the dtype of H
+    curvature: Tensor  # the diagonal of D [n], in the same
 
     def solve(self, right: Tensor) -> Tensor:
         """R H⁻¹, that is (U⁻¹ D⁻¹ U⁻ᵀ Rᵀ)ᵀ in the order of the factor, by blocks.
 
-        Args:
-            right: R [rows, n], columns as in H, in the dtype of the factor.
-
-        Returns:
-            [rows, n] in the same dtype, contiguous.
+        R [rows, n] has its columns as H; what is returned is like it, contiguous. Both are in the dtype of the factor.
         """
         remaining = right.T.contiguous().index_select(0, self.order)
         solution, blocks = torch.empty_like(remaining), _blocks(len(self.order), BLOCK)

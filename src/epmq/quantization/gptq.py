@@ -48,7 +48,6 @@ def gptq(
     Args:
         target: W* [out, in] float32.
         hessian: H [in, in] float32, positive definite; or its factor, which says in what order columns are taken.
-        grid: the grid.
         act_order: take columns by falling diag(H), where H is given. Groups stay where they are in the weight (static
             groups), so that nothing but codes, scales and zero points has to be stored.
         search: search the scales (`search_scales`), each column weighed by D_i, what its rounding error costs after
@@ -108,23 +107,16 @@ class _Block:
 
     A column takes a handful of operations on short vectors, and calling them takes about as long as what they do. So
     views and arguments are made once, on buffers that every block is loaded into.
-
-    Attributes:
-        weight: W* of these columns, [columns, rows]; like the buffers below.
-        compensated: W* and the feedback from the columns that are fixed already; when run, t.
-        scale: the scales.
-        bounds: least and greatest code less the zero point, so that a level is its code times the scale; one row of
-            each on a symmetric grid.
-        code: result, codes less the zero point.
-        error: result, W* − Q.
-        feedback: U of these columns, [columns, columns].
     """
 
     def __init__(self, columns: int, like: Tensor, grid: Grid) -> None:
         rows = like.shape[0]
+        # [columns, rows] each: W*; t, once the feedback of the block's own columns is in it; scales; codes less the
+        # zero point and errors W* − Q, which are the results.
         self.weight, self.compensated, self.scale, self.code, self.error = like.new_empty(5, columns, rows).unbind()
-        self.feedback = like.new_empty(columns, columns)
-        # Bounds are vectors on every grid: torch clamps by them faster than by numbers.
+        self.feedback = like.new_empty(columns, columns)  # U of these columns
+        # Least and greatest code less the zero point, so that a level is its code times the scale; one row of each on
+        # a symmetric grid. They are vectors on every grid: torch clamps by them faster than by numbers.
         self.bounds = like.new_tensor([grid.lowest, grid.highest])[:, None, None].repeat(1, 1, rows)
         if not grid.symmetric:
             self.bounds = self.bounds.repeat(1, columns, 1)

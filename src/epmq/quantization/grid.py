@@ -18,16 +18,11 @@ class Grid:
     """Integer levels and how many weights share one scale.
 
     Codes are signed: −2^(bits−1) … 2^(bits−1) − 1, as compressed-tensors stores them.
-
-    Attributes:
-        bits: 2, 3, 4 or 8.
-        group_size: consecutive input columns that share a scale; −1 is one scale a row.
-        symmetric: no zero point.
     """
 
-    bits: int = 4
-    group_size: int = -1
-    symmetric: bool = True
+    bits: int = 4  # 2, 3, 4 or 8
+    group_size: int = -1  # consecutive input columns that share a scale; −1 is one scale a row
+    symmetric: bool = True  # no zero point
 
     @property
     def lowest(self) -> int:
@@ -41,7 +36,7 @@ class Grid:
         """Columns in one group of a weight with that many input columns.
 
         Raises:
-            ValueError: the group size does not divide the number of columns.
+            ValueError: the group size does not divide them.
         """
         if self.group_size == -1:
             return columns
@@ -50,17 +45,10 @@ class Grid:
         return self.group_size
 
     def scales(self, weight: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-        """Min–max scales and zero points, as compressed-tensors defines them.
+        """Min–max scales and zero points of a weight [out, in], as compressed-tensors defines them; see `divide`.
 
         Scales are rounded to the dtype they are stored in *here*, before any solver runs, so that what is stored is
         what was optimised.
-
-        Args:
-            weight: [out, in], any float dtype.
-            dtype: dtype the scales are stored in.
-
-        Returns:
-            scale [out, groups] in `dtype` and zero point [out, groups] int8 (zeros on a symmetric grid).
 
         Raises:
             ValueError: the group size does not divide the columns.
@@ -68,52 +56,39 @@ class Grid:
         return self.divide(*self.range(weight), dtype)
 
     def range(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """The least and the largest weight of each group, or 0 if it lies beyond, [out, groups] float32 both.
-
-        Raises:
-            ValueError: the group size does not divide the columns.
-        """
+        """The least and the largest weight of each group, or 0 if it lies beyond: [out, groups] float32 both."""
         rows, columns = weight.shape
         grouped = weight.float().reshape(rows, -1, self.width(columns))
         return grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
 
     def divide(self, low: Tensor, high: Tensor, dtype: torch.dtype, shrink: float = 1.0) -> tuple[Tensor, Tensor]:
-        """Scale and zero point, as `scales` gives them, of groups that range from `low` to `high`.
+        """Scale and zero point of groups that range from `low` to `high`.
 
         Args:
             low, high: [out, groups] float32.
             dtype: dtype the scales are stored in.
             shrink: factor on the range before it is divided into steps; below 1 the extremes are clipped.
+
+        Returns:
+            scale [out, groups] in `dtype` and zero point [out, groups] int8 (zeros on a symmetric grid).
         """
-        steps = self.highest - self.lowest
+        steps, low, high = self.highest - self.lowest, low * shrink, high * shrink
+        scale = (torch.maximum(-low, high) / (steps / 2) if self.symmetric else (high - low) / steps).to(dtype)
+        # Scales of zero (a group of zeros) take the dtype's epsilon, as in compressed-tensors.
+        scale = torch.where(scale == 0, torch.finfo(dtype).eps, scale)
         if self.symmetric:
-            scale = _not_zero((torch.maximum(-low, high) * shrink / (steps / 2)).to(dtype))
-            return scale, torch.zeros(scale.shape, dtype=torch.int8, device=scale.device)
-        low, high = low * shrink, high * shrink
-        scale = _not_zero(((high - low) / steps).to(dtype))
+            return scale, torch.zeros_like(scale, dtype=torch.int8)
         zero = (self.lowest - low / scale.float()).round().clamp(self.lowest, self.highest)
         return scale, zero.to(torch.int8)
 
 
-def _not_zero(scale: Tensor) -> Tensor:
-    """Scales of zero (a group of zeros) take the dtype's epsilon, as in compressed-tensors."""
-    return torch.where(scale == 0, torch.finfo(scale.dtype).eps, scale)
-
-
 @dataclass
 class QuantizedTensor:
-    """A weight on its grid. The codes are the source of truth: exporters pack them and never round again.
+    """A weight on its grid. The codes are the source of truth: exporters pack them and never round again."""
 
-    Attributes:
-        codes: [out, in] int8.
-        scale: [out, groups] in the stored dtype.
-        zero_point: [out, groups] int8 (zeros on a symmetric grid).
-        grid: the grid.
-    """
-
-    codes: Tensor
-    scale: Tensor
-    zero_point: Tensor
+    codes: Tensor  # [out, in] int8
+    scale: Tensor  # [out, groups] in the stored dtype
+    zero_point: Tensor  # [out, groups] int8 (zeros on a symmetric grid)
     grid: Grid
 
     def dequantize(self) -> Tensor:

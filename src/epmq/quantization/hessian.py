@@ -24,16 +24,12 @@ class Moments:
     """Running moments over the real tokens of one input group and one task.
 
     With x what the layers receive, these are Σ x xᵀ, Σ x and, if asked, Σ (x̃ − x) xᵀ, where x̃ is what the expert's
-    own layers receive, and Σ y xᵀ, where y is what the layers are to give.
-
-    Attributes:
-        count: n, tokens seen.
-        total: Σ x, [in] float32.
+    own layers receive, and Σ y xᵀ, where y is what the layers are to give. `count` is n, the tokens seen.
     """
 
     def __init__(self, columns: int, device: torch.device | str = "cpu") -> None:
         self.count = 0
-        self.total = torch.zeros(columns, device=device)
+        self._total = torch.zeros(columns, device=device)
         self._gram = torch.zeros(columns, columns, device=device)
         self._input_drift: Tensor | None = None
         self._target_cross: Tensor | None = None
@@ -52,7 +48,7 @@ class Moments:
         """
         rows = _real_rows(inputs, mask)
         self.count += len(rows)
-        self.total += rows.sum(0)
+        self._total += rows.sum(0)
         columns = fast_transpose(rows)
         for start, end in self._row_blocks():
             addmm_(self._gram[start:end, start:], columns[start:end], columns[start:].T)
@@ -93,7 +89,7 @@ class Moments:
     @property
     def mean(self) -> Tensor:
         """Σ x / n, [in] float32."""
-        return self.total / max(self.count, 1)
+        return self._total / max(self.count, 1)
 
 
 def _real_rows(tokens: Tensor, mask: Tensor | None) -> Tensor:
@@ -104,6 +100,5 @@ def _real_rows(tokens: Tensor, mask: Tensor | None) -> Tensor:
 
 def _add_cross(total: Tensor | None, left: Tensor, rows: Tensor) -> Tensor:
     """total + leftᵀ rows, in place if there is a total."""
-    if total is None:
-        total = torch.zeros(left.shape[1], rows.shape[1], device=rows.device)
+    total = rows.new_zeros(left.shape[1], rows.shape[1]) if total is None else total
     return addmm_(total, left.T, rows)

@@ -36,18 +36,16 @@ class Objective:
         anchor: A [out, in] float32 (stacked layers).
         hessian: Σ ω_k G_k so far, [in, in] float32, without the anchor.
         correction: Σ ω_k (W_k − A) (G_k + α D_k), plus Σ ω_k Y_kᵀ X_k / n_k over the tasks with target outputs, so
-            far, [out, in] float32; None while it is zero. What A times the next two adds to it is left to `target`,
-            where it takes one product for all tasks.
-        drift: α Σ ω_k D_k so far, [in, in] float32; None while it is zero.
-        target_gram: Σ ω_k G_k over the tasks with target outputs so far, [in, in] float32; None while it is zero.
+            far, [out, in] float32; None while it is zero.
+        anchor_gram: α Σ ω_k D_k, less Σ ω_k G_k over the tasks with target outputs, so far, [in, in] float32; None
+            while it is zero. `target` adds A times it to the correction, in one product for all tasks.
     """
 
     def __init__(self, anchor: Tensor) -> None:
         self.anchor = anchor.float()
         self.hessian = torch.zeros(anchor.shape[1], anchor.shape[1], device=anchor.device)
         self.correction: Tensor | None = None
-        self.drift: Tensor | None = None
-        self.target_gram: Tensor | None = None
+        self.anchor_gram: Tensor | None = None
         self._factored: tuple[tuple[float, bool], Factor, float] | None = None
 
     def add_task(
@@ -80,24 +78,15 @@ class Objective:
         drift = moments.input_drift if alpha else None
         if drift is not None:
             gram.add_(drift, alpha=alpha)
-            self.drift = _add_scaled(self.drift, drift, weight * alpha)
+            self.anchor_gram = _add_scaled(self.anchor_gram, drift, weight * alpha)
         addmm_(self.correction, expert.float() - self.anchor, gram, alpha=weight)
 
     def add_target_task(self, moments: Moments, weight: float) -> None:
-        """Fold in one task with target outputs Y_k.
-
-        Args:
-            moments: of the layers' input on that task's calibration data, with targets: `moments.target_cross` is
-                Y_kᵀ X_k / n_k [out, in].
-            weight: ω_k.
-
-        Raises:
-            ValueError: no token was seen.
-        """
+        """Fold in one task with target outputs; `moments.target_cross` is Y_kᵀ X_k / n_k [out, in]. See `add_task`."""
         gram, cross = self._add_gram(moments, weight), moments.target_cross
         assert cross is not None
         self.correction = _add_scaled(self.correction, cross, weight)
-        self.target_gram = _add_scaled(self.target_gram, gram, weight)
+        self.anchor_gram = _add_scaled(self.anchor_gram, gram, -weight)
 
     def _add_gram(self, moments: Moments, weight: float) -> Tensor:
         """Add a task's Gram matrix to H, and return it."""
@@ -145,22 +134,16 @@ class Objective:
 
         Args:
             ridge: λ̄ over the mean of the Gram matrix's diagonal.
-            act_order: the order of the factor, see `factor`; it changes no more than rounding does.
+            act_order: the order of the factor; it changes no more than rounding does.
 
         Returns:
-            W* [out, in] float32, and the ridge that was used.
-
-        Raises:
-            ValueError: see `factor`.
+            W* [out, in] float32, and the ridge that was used; errors as in `factor`.
         """
         if self.correction is None:
             return self.anchor, ridge
-        if self.drift is not None:
-            addmm_(self.correction, self.anchor, self.drift)
-            self.drift = None
-        if self.target_gram is not None:
-            addmm_(self.correction, self.anchor, self.target_gram, alpha=-1)
-            self.target_gram = None
+        if self.anchor_gram is not None:
+            addmm_(self.correction, self.anchor, self.anchor_gram)
+            self.anchor_gram = None
         factor, used = self.factor(ridge, act_order)
         return factor.solve(self.correction).add_(self.anchor), used
 
@@ -170,9 +153,7 @@ class Objective:
         (W* − A) times the H that W* was solved under is the correction, so it takes no product with a Hessian.
 
         Args:
-            target: W* [out, in] float32, as `target` has just given it.
-            ridge: λ̄ over the mean of the Gram matrix's diagonal, with which it was solved.
-            damping: the same for the H of the loss.
+            target: W* [out, in] float32, as `target` has just given it for `ridge`.
         """
         if self.correction is None:
             return torch.zeros_like(self.anchor[:, 0])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -19,29 +17,26 @@ class RidgeFit:
     """A linear map, fitted.
 
     Attributes:
-        weight: [classes, features] float32.
-        bias: [classes] float32, or None where the map has none.
-        ridge: the one that was chosen, over the mean Gram diagonal; infinite where the map stays as it was.
         before: mean squared error of the scores by the map as it was.
         after: mean squared error of the scores that are left out one by one, by the map as it is fitted to the others.
     """
 
-    weight: Tensor
-    bias: Tensor | None
-    ridge: float
+    weight: Tensor  # [classes, features] float32
+    bias: Tensor | None  # [classes] float32, or None where the map has none
+    ridge: float  # over the mean Gram diagonal; infinite where the map stays as it was
     before: float
     after: float
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Let torch use one thread: LAPACK rounds otherwise with another number, and results must not depend on it."""
+def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and eigenvectors by one thread: LAPACK rounds otherwise with another number of them."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield
+        values, vectors = torch.linalg.eigh(matrix)
     finally:
         torch.set_num_threads(threads)
+    return values, vectors
 
 
 def fit_ridge(features: Tensor, scores: Tensor, weight: Tensor, bias: Tensor | None) -> RidgeFit:
@@ -61,8 +56,7 @@ def fit_ridge(features: Tensor, scores: Tensor, weight: Tensor, bias: Tensor | N
     if bias is not None:  # a constant feature of the usual size
         size = rows.square().mean().sqrt()
         rows = torch.cat([rows, size.expand(len(rows), 1)], dim=1)
-    with one_thread():
-        values, vectors = torch.linalg.eigh(rows.T @ rows / len(rows))
+    values, vectors = _eigh(rows.T @ rows / len(rows))
     rotated = rows @ vectors
     cross = missing.T @ rotated / len(rows)
 
@@ -79,6 +73,6 @@ def fit_ridge(features: Tensor, scores: Tensor, weight: Tensor, bias: Tensor | N
     if not after < before:
         return RidgeFit(weight.float(), None if bias is None else bias.float(), float("inf"), before, before)
     delta = (rotated_delta @ vectors.T).float()
-    if bias is None:
-        return RidgeFit(weight.float() + delta, None, ridge, before, after)
-    return RidgeFit(weight.float() + delta[:, :-1], bias.float() + float(size) * delta[:, -1], ridge, before, after)
+    if bias is not None:
+        bias = bias.float() + float(size) * delta[:, -1]
+    return RidgeFit(weight.float() + delta[:, : weight.shape[1]], bias, ridge, before, after)

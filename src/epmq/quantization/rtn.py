@@ -21,30 +21,16 @@ TOLERANCE = 1e-3
 def rtn(
     target: Tensor, grid: Grid, *, search: bool = False, scale_dtype: torch.dtype = torch.float32
 ) -> QuantizedTensor:
-    """Round to nearest.
+    """Round a weight [out, in] of any float dtype to nearest.
 
-    Args:
-        target: [out, in], any float dtype.
-        grid: the grid.
-        search: search the scales (`search_scales`), all columns weighed alike; otherwise they are min–max.
-        scale_dtype: dtype the scales are stored in.
-
-    Raises:
-        ValueError: the group size does not divide the columns.
+    Other arguments and errors as in `gptq`; a search of scales weighs all columns alike.
     """
     scale, zero = search_scales(target, grid, scale_dtype) if search else grid.scales(target, scale_dtype)
     return round_with(target, grid, scale, zero)
 
 
 def round_with(target: Tensor, grid: Grid, scale: Tensor, zero_point: Tensor) -> QuantizedTensor:
-    """Round to nearest with given scales.
-
-    Args:
-        target: [out, in], any float dtype.
-        grid: the grid.
-        scale: [out, groups], any float dtype.
-        zero_point: [out, groups] int8.
-    """
+    """Round [out, in] to nearest with scales [out, groups], all of any float dtype, and zero points of int8."""
     grouped = target.float().reshape(*scale.shape, -1)
     codes = torch.round(grouped / scale.float().unsqueeze(-1)) + zero_point.unsqueeze(-1)
     codes = codes.clamp(grid.lowest, grid.highest).to(torch.int8).reshape(target.shape)
@@ -57,13 +43,8 @@ def rtn_fallback(
     """Check a solution against rounding to nearest on its own scales, under the same H.
 
     Some rows, spread evenly, stand for all: they share the factor, and with it whatever may be wrong with it. Where
-    rounding loses less on these, every row takes whichever codes lose less.
-
-    Args:
-        solved: the codes.
-        loss: tr((Q − W*) H (Q − W*)ᵀ) a row, [out] float32.
-        target: W* [out, in] float32.
-        hessian: H [in, in] float32.
+    rounding loses less on these, every row takes whichever codes lose less. Codes and losses come from `gptq`, the
+    target W* [out, in] and the Hessian H [in, in] are float32.
 
     Returns:
         codes and losses that are no worse, and which rows were exchanged, [out] booleans.

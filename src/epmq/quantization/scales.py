@@ -18,17 +18,7 @@ def search_scales(
 ) -> tuple[Tensor, Tensor]:
     """Scales and zero points with the least squared rounding error among shrunken min–max ranges, a group at a time.
 
-    Args:
-        weight: [out, in], any float dtype.
-        grid: the grid.
-        scale_dtype: dtype the scales are stored in.
-        importance: [in] weight of each column's squared error; None weighs all alike.
-
-    Returns:
-        scale [out, groups] in `scale_dtype` and zero point [out, groups] int8.
-
-    Raises:
-        ValueError: the group size does not divide the columns.
+    As `Grid.scales`; `importance` [in] is the weight of each column's squared error, None weighs all alike.
     """
     rows = len(weight) if weight.device.type != "cpu" else max(1, CHUNK // weight.shape[1])
     scales, zeros = zip(*(_search(chunk, grid, scale_dtype, importance) for chunk in torch.split(weight, rows)))
