@@ -6,8 +6,6 @@ Exit codes: 0 done; 1 something that the user can mend, said in one line; 2 wron
 130 interrupted.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import sys

@@ -1,7 +1,5 @@
 """Errors that a user can mend, and the names of layers, files and fields in front of their messages."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path

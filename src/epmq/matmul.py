@@ -4,8 +4,6 @@ PyTorch multiplies float32 with Intel's MKL, which leaves AVX-512 alone on proce
 library that comes with it, uses it there, and takes less than half the time. Both compute in float32, in another order.
 """
 
-from __future__ import annotations
-
 import os
 from functools import cache
 

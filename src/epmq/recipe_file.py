@@ -1,7 +1,5 @@
 """Recipes as YAML files."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any, TypeVar
 

@@ -1,7 +1,5 @@
 """The commented recipe of `epmq init`, made from the fields of the recipe's models: names, defaults, descriptions."""
 
-from __future__ import annotations
-
 import textwrap
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, get_args, get_origin

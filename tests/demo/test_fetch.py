@@ -3,6 +3,7 @@
 import io
 import tarfile
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,7 @@ def write_archive(path: Path) -> None:
     ("get", "name", "archive", "folder"),
     [
         (fetch.pypi, "data==1.0", "data-1.0.whl", "pypi/data-1.0"),
-        (fetch.npm, "@owner/data@1.0", "data-1.0.tgz", "npm/owner-data-1.0"),
+        (partial(fetch.pypi, source=True), "data==1.0", "data-1.0.tar.gz", "pypi/data-1.0"),
     ],
 )
 def test_a_package_is_fetched_once(tmp_path, monkeypatch, get, name, archive, folder):
@@ -42,7 +43,7 @@ def test_a_package_is_fetched_once(tmp_path, monkeypatch, get, name, archive, fo
         (target,) = [part for part in command if "archive" in part]
         write_archive(Path(target) / archive)
 
-    monkeypatch.setattr(fetch, "_run", download)
+    monkeypatch.setattr(fetch, "call", download)
     path = get(name)
     assert path == tmp_path / "cache" / "packages" / folder and get(name) == path
     assert (path / "package" / "data.txt").read_text() == "text" and len(commands) == 1 and commands[0][-1] == name
@@ -58,5 +59,5 @@ def test_what_cannot_be_fetched_leaves_nothing(tmp_path, monkeypatch):
 
 def test_a_command_that_is_missing_is_named(monkeypatch):
     monkeypatch.setattr(fetch.shutil, "which", lambda command: None)
-    with pytest.raises(RuntimeError, match="npm could not fetch data: the command 'npm' is not on this machine"):
-        fetch.npm("data")
+    with pytest.raises(RuntimeError, match="it failed: the command 'npm' is not on this machine"):
+        fetch.call(["npm", "pack"], "it failed")

@@ -5,7 +5,7 @@ import torch
 from families import FAMILIES
 from torch import nn
 
-from epmq.models.hooks import first_tensor, pre_hooks, watch, without_cache
+from epmq.models.hooks import first_tensor, watch, without_cache
 
 
 class Block(nn.Module):
@@ -17,21 +17,6 @@ class Block(nn.Module):
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
         return self.layer(input=x + 1), None
-
-
-def test_pre_hooks_are_gone_after_the_block():
-    block, seen = Block(), []
-    for error in (None, RuntimeError):
-        try:
-            with pre_hooks([(block, lambda module, args: seen.append(args[0]))]):
-                block(torch.zeros(1, 3))
-                if error:
-                    raise error
-        except RuntimeError:
-            pass
-        assert not block._forward_pre_hooks
-    block(torch.zeros(1, 3))
-    assert len(seen) == 2
 
 
 def test_what_is_watched_is_the_input_of_a_module_or_the_output_of_the_block():

@@ -1,7 +1,5 @@
 """What is collected for the layers of a block: their inputs' moments, beside what the experts have in their place."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from itertools import groupby
 

@@ -1,7 +1,5 @@
 """What the calibration of every block needs to know."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 import torch

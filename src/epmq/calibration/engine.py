@@ -1,7 +1,5 @@
 """The loop: block by block through the merged model, collect moments, solve, yield the finished block."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack

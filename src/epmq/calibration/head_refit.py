@@ -5,8 +5,6 @@ they can be moved at no cost: the last linear map of a head is fitted, by ridge 
 so that on the shared model's features it gives the scores that the expert gives on its own. No label is used.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any

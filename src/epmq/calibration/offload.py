@@ -5,8 +5,6 @@ offloaded stays wherever it is referred to, such as in a model's forward that wa
 take from then on, and is read back when it is touched.
 """
 
-from __future__ import annotations
-
 import ctypes
 import mmap
 import os

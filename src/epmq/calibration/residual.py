@@ -4,8 +4,6 @@ Nothing here knows an architecture. A layer's output is disturbed; the first ten
 that disturbance, up to one factor a channel, and that is more than the output itself, is the sum it was added into.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass

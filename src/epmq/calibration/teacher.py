@@ -1,7 +1,5 @@
 """The experts as teachers: each goes through its own blocks beside the merged model's, and tells what it computes."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack

@@ -1,7 +1,5 @@
 """From examples to model inputs: tokenizers, image processors, chat templates, packing."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterator, Mapping
 from io import BytesIO

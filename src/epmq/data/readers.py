@@ -7,8 +7,6 @@ a pair for CLIP), a text with a target (for encoder–decoders), a text or a pai
 with one sub-folder a class.
 """
 
-from __future__ import annotations
-
 import csv
 import dataclasses
 import json

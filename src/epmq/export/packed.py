@@ -1,7 +1,5 @@
 """compressed-tensors `pack-quantized`: what vLLM and transformers read."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

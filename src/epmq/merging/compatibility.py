@@ -1,7 +1,5 @@
 """Whether base and experts fit together, tensor by tensor; told from headers, before any compute."""
 
-from __future__ import annotations
-
 import logging
 import re
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """The merge as a reader of tensors: each is read and merged when it is asked for."""
 
-from __future__ import annotations
-
 import inspect
 import math
 from collections.abc import Iterator, Sequence

@@ -8,8 +8,6 @@ All work piece by piece, small enough for a processor's cache: merging is bound 
 embedding matrix in float32 would be the peak of a run's memory.
 """
 
-from __future__ import annotations
-
 import zlib
 from collections.abc import Callable, Sequence
 

@@ -3,8 +3,6 @@
 All of it is told from a sample of the weights and from small files, before any compute.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Iterator
 from hashlib import sha256

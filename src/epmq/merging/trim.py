@@ -1,7 +1,5 @@
 """TIES' trim over a whole model: the threshold of a task vector that is never whole in memory."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable
 

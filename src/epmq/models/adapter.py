@@ -1,7 +1,5 @@
 """LoRA adapters as experts: a PEFT directory, opened lazily and applied on read (Hu et al., arXiv 2106.09685)."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterable

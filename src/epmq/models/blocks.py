@@ -4,8 +4,6 @@ Nothing here knows an architecture: blocks are the entries of the outermost `Mod
 and layers belong together when they receive the same tensor.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field

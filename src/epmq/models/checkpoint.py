@@ -1,7 +1,5 @@
 """Checkpoints on disk, read lazily: tensor by tensor."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable
 from math import prod

@@ -5,8 +5,6 @@ before the norm it is that of CLIP's zero-shot head. A head is one small safeten
 (`head.safetensors`); it is never merged and never quantized.
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Hooks on a model's modules, and settings of its configs, for the length of a `with` block."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any

@@ -1,7 +1,5 @@
 """Whole models from disk: by `from_pretrained`, with packed weights unpacked first."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Callable
 from contextlib import ExitStack, redirect_stderr

@@ -1,7 +1,5 @@
 """The model without its weights: which class it is, what its tensors are called, and how they get in and out."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial

@@ -1,7 +1,5 @@
 """One backbone, many tasks: load a checkpoint that epmq wrote and ask it any of its tasks."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -4,8 +4,6 @@ Dtypes and shapes of all tensors are known before any is computed, and with them
 of every number. Tensors may come in any order, and a file may be gone on with where an earlier process has stopped.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterable, Mapping

@@ -5,8 +5,6 @@ examples through the first block of each stack, whole batches next, and what tha
 all blocks.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Mapping

@@ -1,7 +1,5 @@
 """Score a checkpoint, or the experts that it was made of, on the data of a recipe."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 from typing import Any

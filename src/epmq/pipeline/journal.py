@@ -1,7 +1,5 @@
 """The folder in which a run works until its output is whole: blocks that are finished survive whatever ends the run."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

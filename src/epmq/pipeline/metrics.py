@@ -4,8 +4,6 @@ Every metric takes a model, a task (which of its heads) and examples, and by key
 `epmq.data.encoding.encode`) and `advance`, which is called with the number of examples done, batch by batch.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any

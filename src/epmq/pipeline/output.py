@@ -1,7 +1,5 @@
 """What a run leaves behind: weights in the recipe's format, config, heads, processor."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Mapping
 from pathlib import Path

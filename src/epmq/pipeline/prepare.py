@@ -1,7 +1,5 @@
 """Before any compute: open everything that a recipe names and check that it fits together."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from math import prod

@@ -1,7 +1,5 @@
 """Read back what was written, before it appears, and hold it against the model in memory."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The factor of a Hessian: what solving for the target and choosing codes share."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

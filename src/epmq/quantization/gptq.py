@@ -1,7 +1,5 @@
 """GPTQ: each column's rounding error is fed forward to the columns that are still free."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import Any

@@ -1,7 +1,5 @@
 """Second moments of a layer's inputs, and the loss under a Hessian that is made of them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import torch

@@ -13,8 +13,6 @@ With a share α of the expert's own inputs X̃_k in the target, ((1 − α) X_k 
 A task that gives target outputs Y_k in place of X_k W_kᵀ has the correction Σ ω_k (Y_kᵀ X_k / n_k − A G_k).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import suppress
 

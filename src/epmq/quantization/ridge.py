@@ -1,7 +1,5 @@
 """Ridge regression of a linear map, towards the map there is."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

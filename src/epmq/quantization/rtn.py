@@ -1,7 +1,5 @@
 """Rounding to nearest: a solver that ignores H, and what every other solver is held against."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import torch

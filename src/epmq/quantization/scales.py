@@ -1,7 +1,5 @@
 """Scales with the least squared rounding error."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

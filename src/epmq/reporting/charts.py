@@ -9,8 +9,6 @@ number of each series' colour and form, by default its place in the order of ser
 logarithmic axis, and must be positive.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Sequence
 from html import escape

@@ -1,7 +1,5 @@
 """The pictures of a page: which runs allow, and what is drawn in each."""
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence

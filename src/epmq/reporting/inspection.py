@@ -1,7 +1,5 @@
 """Look into a checkpoint without loading it: headers, config and report."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

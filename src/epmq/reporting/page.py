@@ -1,7 +1,5 @@
 """`report.html`: one run or several as a page that needs no network, no script, and fits a phone."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence

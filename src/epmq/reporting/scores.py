@@ -1,7 +1,5 @@
 """What scores are, and how they are shown."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any

@@ -4,8 +4,6 @@ Costs are those of `epmq.pipeline.cost`, on models that have the published shape
 right headers and are otherwise holes, so they take no room on the disk.
 """
 
-from __future__ import annotations
-
 import struct
 import tempfile
 import time

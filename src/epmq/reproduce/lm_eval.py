@@ -1,7 +1,5 @@
 """Language models scored by lm-eval (extra `lm-eval`)."""
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Mapping
 from functools import cache

@@ -1,7 +1,5 @@
 """The rows of a table, ours beside the published ones: as data, as Markdown and in the terminal."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """`epmq reproduce`: run a published table row by row, and set our figures beside the published ones."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import time

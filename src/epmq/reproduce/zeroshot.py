@@ -5,8 +5,6 @@ over the templates, times the logit scale, is the class's row (Radford et al., a
 the vision tower's pooled output as the whole model does, so its scores are the whole model's.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping, Sequence

@@ -2,7 +2,7 @@
 
 import pytest
 
-from epmq.demo.pool import pool_recipe, split_file
+from benchmarks.suites.pool import pool_recipe
 
 
 @pytest.fixture
@@ -13,15 +13,6 @@ def root(tmp_path):
         for split in ("train", "validation", "test"):
             (folder / f"{split}.jsonl").touch()
     return tmp_path
-
-
-def test_a_split_is_text_or_arrays(root):
-    folder = root / "data" / "one"
-    assert split_file(folder, "test") == folder / "test.jsonl"
-    (folder / "test.jsonl").rename(folder / "test.npz")
-    assert split_file(folder, "test") == folder / "test.npz"
-    with pytest.raises(FileNotFoundError, match=r"data/one: no dev\.jsonl and no dev\.npz"):
-        split_file(folder, "dev")
 
 
 def test_a_pool_is_calibrated_on_training_data_and_scored_on_a_split(root):
