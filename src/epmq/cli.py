@@ -103,7 +103,7 @@ def _options(
 
 def _recipe(
     path: Path, overrides: list[str] | None, output: Path | None = None, need_output: bool = True
-) -> epmq.Recipe:
+) -> "epmq.Recipe":
     """The recipe in a file, with what the command line says otherwise."""
     from epmq.files import parse_yaml
 

@@ -6,8 +6,6 @@ every batch, every argument beside the hidden state (masks, position bias, rotar
 differs from block to block) is exactly what the model passes, and no architecture has to be listed.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import ExitStack
@@ -93,7 +91,7 @@ class SequentialCalibrator:
         self._blocks_done: list[int] = []
         self._forwards: list[greenlet] = []
 
-    def __iter__(self) -> Generator[BlockStep, None, None]:
+    def __iter__(self) -> "Generator[BlockStep, None, None]":
         count = len(self.batches)
         self._blocks_done, self._owner_arguments = [0] * count, [{} for _ in self.batches]
         for stack in self.stacks:

@@ -1,7 +1,5 @@
 """What an example is: text, image, conversation, window of tokens or ready batch, with its label or target."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -36,20 +34,20 @@ class Examples:
     def __len__(self) -> int:
         return len(self.inputs)
 
-    def take(self, index: np.ndarray) -> Examples:
+    def take(self, index: np.ndarray) -> "Examples":
         """The examples at the positions `index`, in that order."""
         inputs = self.inputs[index] if isinstance(self.inputs, np.ndarray) else [self.inputs[i] for i in index]
         labels = None if self.labels is None else self.labels[index]
         targets = None if self.targets is None else [self.targets[i] for i in index]
         return replace(self, inputs=inputs, labels=labels, targets=targets)
 
-    def draw(self, count: int | None, seed: int) -> Examples:
+    def draw(self, count: int | None, seed: int) -> "Examples":
         """A seeded draw of `count` examples without replacement; all of them, in order, if `count` is None."""
         if count is None or count >= len(self):
             return self
         return self.take(draw_index(len(self), count, seed))
 
-    def by_length(self) -> Examples:
+    def by_length(self) -> "Examples":
         """Texts in order of their length, so that batches carry little padding; anything else as it is."""
         if self.kind not in ("text", "seq2seq", "causal"):
             return self

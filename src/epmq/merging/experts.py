@@ -1,7 +1,5 @@
 """Base and experts as readers of tensors, one at a time, by the names that the tensors have in the shared model."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -66,7 +64,7 @@ class ExpertReader:
         head_file: the head that its recipe names, or that lies beside its weights; None where there is none.
     """
 
-    def __init__(self, expert: Expert, checkpoint: Checkpoint, experts: ExpertSet) -> None:
+    def __init__(self, expert: Expert, checkpoint: Checkpoint, experts: "ExpertSet") -> None:
         self.task, self.checkpoint, self.path = expert.name, checkpoint, checkpoint.path
         self.adapter = checkpoint if isinstance(checkpoint, Adapter) else None
         self.stored, self.extra = experts.rename(checkpoint)
@@ -193,7 +191,7 @@ class ExpertSet:
             del model.get_submodule(stack.name)[1:]
         return model
 
-    def first_blocks(self) -> ExpertSet:
+    def first_blocks(self) -> "ExpertSet":
         """The same with nothing but the first block of each stack, to see what a block costs."""
         first = copy.copy(self)
         first._first_only, first.notes = True, []

@@ -106,7 +106,7 @@ def plan_table(plan: Plan) -> Table:
     if quantize.method != "none":
         table.add_row("bits", f"{quantize.bits}, group size {quantize.group_size}")
     if quantize.calibrates:
-        table.add_row("calibration", f"about {plan.tokens} tokens")
+        table.add_row("calibration", f"about {plan.tokens} tokens, or images")
     table.add_section()
     for phase, seconds in plan.seconds.items():
         table.add_row(phase, f"{seconds:.1f} s")
@@ -180,13 +180,8 @@ def _merged(prepared: PreparedRun) -> Measured:
     start = memory_mb()
     seconds = {"merge": _timed(merged.prepare, device, repeats=1) * whole / _entries(first, first.names)}
     next(merged.parts(largest))  # for its memory
-
-    def merge() -> None:
-        for name in inside:
-            for _ in merged.parts(name):
-                pass
-
-    seconds["merge"] += _timed(merge, device) * whole / _entries(first, inside)
+    merging = _timed(lambda: [sum(1 for _ in merged.parts(name)) for name in inside], device)
+    seconds["merge"] += merging * whole / _entries(first, inside)
     if settings.method == "rtn":
         tensors = SimpleNamespace(tensor={name: merged.tensor(name) for name in inside}.__getitem__)
         seconds["round"] = _timed(lambda: list(round_blocks(first, tensors, settings)), device) * blocks
@@ -296,10 +291,10 @@ def _calibrated(prepared: PreparedRun) -> Measured:
     few = measure(TRIED, 1, _MeasuredEngine)
     spent = sum(cost.seconds for (_, phase), cost in few.phases.items() if phase in ("collect", "finish"))
     count = min(most, max(2 * TRIED, round(TRIED * MEASURED_SECONDS / spent)))
-    growth = Growth(few, measure(count, -(-WIDE // count)), sum(sizes), max(sizes))
+    many = measure(count, -(-WIDE // count))
     lengths = {stack.block_name(0): len(stack.blocks) for stack in find_stacks(prepared.experts.model)}
     for block, phase in few.phases:
-        seconds, memory = growth.of(block, phase)
+        seconds, memory = _extrapolate((block, phase), few, many, sum(sizes), max(sizes))
         name = "solve" if phase == "solve" else "merge" if phase in ("start", "load") else "collect"
         measured.seconds[name] = measured.seconds.get(name, 0.0) + seconds * lengths.get(block, 1)
         measured.memory_mb = max(measured.memory_mb, memory - start)
@@ -308,36 +303,19 @@ def _calibrated(prepared: PreparedRun) -> Measured:
     return measured
 
 
-@dataclass
-class Growth:
-    """How costs grow with the examples.
+def _extrapolate(key: tuple[str, str], few: Sample, many: Sample, volume: float, largest: float) -> tuple[float, float]:
+    """Seconds and peak memory of a phase in the whole run, whose inputs have so many entries, and the largest batch.
 
-    Attributes:
-        few: a few examples of each task, with solving.
-        many: more of them, without.
-        volume, largest: as in `Sample`, of the whole run.
+    Seconds grow with the examples, and so does what they hold while they wait. What a batch takes while it runs grows
+    with the largest batch. Solving takes as much with a few examples as with all.
     """
-
-    few: Sample
-    many: Sample
-    volume: float
-    largest: float
-
-    def of(self, block: str, phase: str) -> tuple[float, float]:
-        """Seconds and peak memory of a phase in the whole run.
-
-        Seconds grow with the examples, and so does what they hold while they wait. What a batch takes while it runs
-        grows with the largest batch. Solving takes as much with a few examples as with all.
-        """
-        few, many = self.few.phases[block, phase], self.many.phases[block, phase]
-        added, ahead = self.many.volume - self.few.volume, self.volume - self.many.volume
-        held = max(many.held_mb - few.held_mb, 0.0) / added * ahead if added else 0.0
-        wider = (many.peak_mb - many.held_mb) * max(self.largest / self.many.largest - 1, 0.0)
-        memory = many.peak_mb + held + wider
-        if phase == "solve":
-            return few.seconds, memory + few.peak_mb - few.held_mb
-        seconds = max(many.seconds - few.seconds, 0.0) / added * ahead if added else 0.0
-        return many.seconds + seconds, memory
+    less, more = few.phases[key], many.phases[key]
+    growth = (volume - many.volume) / (many.volume - few.volume) if many.volume > few.volume else 0.0
+    held = max(more.held_mb - less.held_mb, 0.0) * growth
+    wider = (more.peak_mb - more.held_mb) * max(largest / many.largest - 1, 0.0)
+    if key[1] == "solve":
+        return less.seconds, more.peak_mb + held + wider + less.peak_mb - less.held_mb
+    return more.seconds + max(more.seconds - less.seconds, 0.0) * growth, more.peak_mb + held + wider
 
 
 def _volume(batch: Mapping[str, Any]) -> int:

@@ -1,7 +1,5 @@
 """From a recipe to a checkpoint: check, merge, quantize, evaluate, write."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -216,7 +214,7 @@ def inputs_of(prepared: PreparedRun, batches: list[Batch]) -> dict[str, Any]:
     }
 
 
-def _report(prepared: PreparedRun, folder: Path, written: Written, clocks: Clocks) -> dict[str, Any]:
+def _report(prepared: PreparedRun, folder: Path, written: Written, clocks: "Clocks") -> dict[str, Any]:
     recipe, layers = prepared.recipe, written.layers
     return {
         "date": now(),

@@ -1,7 +1,5 @@
 """The quantization grid and what lies on it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
@@ -99,7 +97,7 @@ class QuantizedTensor:
             grouped = grouped - self.zero_point.to(self.scale.dtype).unsqueeze(-1)
         return (grouped * self.scale.unsqueeze(-1)).reshape(rows, columns)
 
-    def split(self, rows: list[int]) -> list[QuantizedTensor]:
+    def split(self, rows: list[int]) -> "list[QuantizedTensor]":
         """Cut stacked layers apart again; `rows` are their output sizes."""
         parts = zip(*(torch.split(tensor, rows) for tensor in (self.codes, self.scale, self.zero_point)))
         return [QuantizedTensor(codes, scale, zero, self.grid) for codes, scale, zero in parts]

@@ -1,7 +1,5 @@
 """Runs as a page compares them: read from reports and results files, named, and held against each other."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -44,7 +42,7 @@ class Run:
     report: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def from_report(cls, report: dict[str, Any]) -> Run:
+    def from_report(cls, report: dict[str, Any]) -> "Run":
         """A run from its report; a KeyError names a field that is missing."""
         quantize, merge, metric = report["recipe"]["quantize"], report["recipe"]["merge"], report.get("metric")
         defaults = settings_classes(Merge)[merge["method"]]().model_dump()
@@ -64,7 +62,7 @@ class Run:
         )
 
     @classmethod
-    def from_row(cls, row: dict[str, Any]) -> Run:
+    def from_row(cls, row: dict[str, Any]) -> "Run":
         """A run from a row of a results file of `benchmarks.compare`."""
         metric = row.get("metric", "accuracy")
         fields = {name: row[name] for name in ("merge", "method", "bits", "group_size", "symmetric", "mean", "bytes")}
