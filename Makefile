@@ -59,7 +59,7 @@ test: check
 	$(BIN)/python -m pytest
 
 test-oldest: $(OLDEST)/.installed
-	$(OLDEST)/bin/python -m pytest tests/pipeline/test_run.py tests/models/test_families.py tests/test_export.py
+	$(OLDEST)/bin/python -m pytest tests/pipeline/test_run.py tests/models/test_families.py tests/export
 
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
