@@ -80,7 +80,7 @@ MODULES = {
     "writing.py": "models/writer.py",
 }
 # Old words that still occur.
-STILL_THERE: set[str] = {"skeleton", "sum_"}
+STILL_THERE: set[str] = set()
 
 
 def lines(pages: bool) -> list[tuple[str, str]]:

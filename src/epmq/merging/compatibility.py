@@ -39,9 +39,9 @@ def open_experts(base: str, experts: Sequence[Expert]) -> ExpertSet:
 def _check_base(experts: ExpertSet) -> None:
     base, state = experts.base, experts.model.state_dict()
     for name in experts.names:
-        shape, wanted = list(base.shape(name)), list(state[name].shape)
-        if shape != wanted:
-            raise InputError(f"{base.path}: tensor {name!r} is {shape}, but {wanted} by config.json")
+        shape, expected = list(base.shape(name)), list(state[name].shape)
+        if shape != expected:
+            raise InputError(f"{base.path}: tensor {name!r} is {shape}, but {expected} by config.json")
         if torch.is_floating_point(state[name]) and base.dtype(name) is None:
             raise InputError(f"{base.path}: tensor {name!r} is {base.spec(name)[0]}, not float64, 32, 16 or bfloat16")
     with error_context(str(base.path)):
@@ -96,10 +96,10 @@ def _check_adapter(experts: ExpertSet, expert: ExpertReader, adapter: Adapter) -
 
 
 def _check_shape(experts: ExpertSet, expert: ExpertReader, name: str, shape: tuple[int, ...]) -> None:
-    wanted = experts.base.shape(name)
-    if shape != wanted:
+    expected = experts.base.shape(name)
+    if shape != expected:
         raise InputError(
-            f"expert {expert.task}: tensor {name!r} is {list(shape)}, but {list(wanted)} in the base ({expert.path})"
+            f"expert {expert.task}: tensor {name!r} is {list(shape)}, but {list(expected)} in the base ({expert.path})"
         )
 
 
