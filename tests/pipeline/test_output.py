@@ -4,7 +4,8 @@ import json
 import shutil
 
 import pytest
-from checkpoints import weights
+import torch
+from checkpoints import edit_weights, weights
 from conftest import recipe_for
 from safetensors import safe_open
 
@@ -48,3 +49,18 @@ def test_heads_lie_beside_the_weights(pool, tmp_path):
     assert {file.stem for file in (tmp_path / "out" / "heads").iterdir()} == {"one", "two"} == set(report["heads"])
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["architectures"] == ["BertModel"] and "quantization_config" in config
+
+
+@pytest.mark.parametrize("form", ["pack-quantized", "dequantized"])
+def test_layers_that_share_an_input_may_be_stored_in_different_dtypes(pool, tmp_path, form):
+    shutil.copytree(pool, tmp_path / "pool")
+    half = {"encoder__layer__0__attention__self__key__weight": lambda weight: weight.bfloat16()}
+    edit_weights(tmp_path / "pool" / "base", **half)
+    recipe = recipe_for(tmp_path / "pool", output=str(tmp_path / "out"), quantize={"method": "gptq"}, format=form)
+    run(recipe, progress=False, evaluate=False)
+    dtypes = {
+        name.rpartition("self.")[2].partition(".")[0]: tensor.dtype
+        for name, tensor in weights(tmp_path / "out").items()
+        if "layer.0.attention.self" in name and name.endswith(("weight_scale", "y.weight", "e.weight"))
+    }
+    assert dtypes == {"query": torch.float32, "key": torch.bfloat16, "value": torch.float32}

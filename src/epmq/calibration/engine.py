@@ -223,6 +223,10 @@ class CalibrationEngine:
             group.names, group.modules, solved.split(group.rows), *by_layer
         ):
             name, shape = f"{step.name}.{local}", list(quantized.codes.shape)
+            dtype = (
+                self.context.experts.base.dtype(f"{name}.weight") or group.dtype
+            )  # layers of a group may differ in it
+            quantized.scale = quantized.scale.to(dtype)
             set_tensor(step.block, f"{local}.weight", as_matrix(module, quantized.dequantize().float()))
             block.layers[name] = quantized
             report = replace(common, name=name, shape=shape, loss=float(losses.sum()), rounded=int(rows.sum()))
