@@ -39,6 +39,10 @@ Set = Annotated[
 Restart = Annotated[
     bool, Option("--restart", help="begin anew, although a run that was stopped has left finished blocks")
 ]
+StrictRun = Annotated[
+    bool,
+    Option("--strict", help="refuse what would be dropped, filled in, renamed or left unquantized, instead of a note"),
+]
 Quiet = Annotated[bool, Option("--quiet", "-q", help="no progress bars")]
 
 # How torch says that memory does not suffice, and what may help.
@@ -150,6 +154,7 @@ def run(
     output: Output = None,
     set_: Set = None,
     restart: Restart = False,
+    strict: StrictRun = False,
     quiet: Quiet = False,
     dry_run: Annotated[
         bool, Option("--dry-run", help="check everything, say what the run will cost, and write nothing")
@@ -163,23 +168,31 @@ def run(
     if dry_run:
         from epmq.pipeline.cost import plan_table
 
-        _print(plan_table(epmq.dry_run(resolved, progress=not quiet)))
+        _print(plan_table(epmq.dry_run(resolved, progress=not quiet, strict=strict)))
     else:
-        _print_summary(epmq.run(resolved, progress=not quiet, restart=restart))
+        _print_summary(epmq.run(resolved, progress=not quiet, restart=restart, strict=strict))
 
 
 @app.command(epilog=_examples("merge"))
-def merge(recipe: RecipeFile, output: Output = None, set_: Set = None, quiet: Quiet = False) -> None:
+def merge(
+    recipe: RecipeFile, output: Output = None, set_: Set = None, strict: StrictRun = False, quiet: Quiet = False
+) -> None:
     """Merge only, in full precision: no quantization, no calibration data."""
-    _print_summary(epmq.merge(_recipe(recipe, set_, output), progress=not quiet))
+    _print_summary(epmq.merge(_recipe(recipe, set_, output), progress=not quiet, strict=strict))
 
 
 @app.command(epilog=_examples("quantize"))
 def quantize(
-    recipe: RecipeFile, output: Output = None, set_: Set = None, restart: Restart = False, quiet: Quiet = False
+    recipe: RecipeFile,
+    output: Output = None,
+    set_: Set = None,
+    restart: Restart = False,
+    strict: StrictRun = False,
+    quiet: Quiet = False,
 ) -> None:
     """Merge and quantize, without the evaluation at the end."""
-    _print_summary(epmq.run(_recipe(recipe, set_, output), progress=not quiet, evaluate=False, restart=restart))
+    resolved = _recipe(recipe, set_, output)
+    _print_summary(epmq.run(resolved, progress=not quiet, evaluate=False, restart=restart, strict=strict))
 
 
 @app.command("eval", epilog=_examples("eval"))

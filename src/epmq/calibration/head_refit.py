@@ -52,7 +52,7 @@ class HeadRefitter:
             self._features.setdefault(task, []).append(features)
         elif head is not None:
             self._heads[task] = None
-            self._experts.notes.append(f"the head of {task} stays as it is: it does not end in a linear layer")
+            self._experts.notes.depart(f"the head of {task} stays as it is: it does not end in a linear layer")
 
     def fits(self) -> dict[str, HeadFit]:
         """Task → fit, for every task whose head can follow."""

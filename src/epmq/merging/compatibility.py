@@ -50,7 +50,7 @@ def _check_base(experts: ExpertSet) -> None:
         if name.startswith(inside) or name.endswith(("embeddings.weight", "embed_tokens.weight")):
             raise InputError(f"{base.path}: no tensor for {name!r} of {type(experts.model).__name__}")
     if experts.absent:
-        experts.notes.append(f"not in the base, left out: {', '.join(experts.absent)}")
+        experts.notes.depart(f"not in the base, left out: {', '.join(experts.absent)}")
 
 
 def _check_checkpoint(experts: ExpertSet, expert: ExpertReader) -> None:
@@ -67,7 +67,7 @@ def _check_checkpoint(experts: ExpertSet, expert: ExpertReader) -> None:
         if stored is None:
             if any(part.isdigit() for part in name.split(".")):
                 raise InputError(f"expert {task}: tensor {name!r} is missing in {path}")
-            experts.notes.append(f"expert {task} has no tensor {name}: the base's takes its place")
+            experts.notes.depart(f"expert {task} has no tensor {name}: the base's takes its place")
             continue
         _check_shape(experts, expert, name, checkpoint.shape(stored))
         if experts.base.dtype(name) is not None and checkpoint.dtype(stored) is None:
@@ -122,7 +122,7 @@ def _note_unknown_heads(experts: ExpertSet) -> None:
         architecture = architecture_of(expert.checkpoint.config)
         unknown = expert.head_config is None and expert.adapter is None and expert.extra and has_task_head(architecture)
         if unknown and named_class(architecture) is None:
-            experts.notes.append(f"expert {task}: transformers has no class {architecture}, its head is left out")
+            experts.notes.depart(f"expert {task}: transformers has no class {architecture}, its head is left out")
 
 
 def _warn_of_pickles(experts: ExpertSet) -> None:

@@ -16,6 +16,7 @@ from epmq.models.blocks import LINEAR, find_stacks, is_transposed
 from epmq.models.checkpoint import Checkpoint, TensorSpec, architecture_of, resolve
 from epmq.models.heads import HEAD_FILE, Head
 from epmq.models.multitask import NativeHead, load_any_head
+from epmq.notes import Notes
 from epmq.recipe import Expert
 
 
@@ -136,11 +137,11 @@ class ExpertSet:
         names: tensors of the model that the base has, as `state_dict` calls them, without tied copies.
         tied: tensors that share another one's storage in the base: name → the name it follows.
         absent: tensors of the model outside its blocks that the base lacks, such as a pooler; they are zero.
-        notes: fallbacks taken, in words; they go into the report.
+        notes: fallbacks taken; they go into the report.
     """
 
     def __init__(self, source: str, experts: Sequence[Expert]) -> None:
-        self.source, self.notes = source, list[str]()
+        self.source, self.notes = source, Notes()
         checkpoint = Checkpoint(source)
         paths = {expert.name: resolve(expert.model) for expert in experts}
         opened = {task: Adapter(path) if is_adapter(path) else Checkpoint(path) for task, path in paths.items()}
@@ -194,7 +195,7 @@ class ExpertSet:
     def first_blocks(self) -> "ExpertSet":
         """The same with nothing but the first block of each stack, to see what a block costs."""
         first = copy.copy(self)
-        first._first_only, first.notes = True, []
+        first._first_only, first.notes = True, Notes()
         first.model = first.meta_model()
         first.names = list(filter(first.model.state_dict().__contains__, self.names))
         return first
@@ -216,12 +217,10 @@ class ExpertSet:
         return [name for name in self.names if not name.startswith(prefixes)]
 
 
-def guiding_head(expert: ExpertReader, notes: list[str], backbone: nn.Module) -> Head | NativeHead | None:
+def guiding_head(expert: ExpertReader, notes: Notes, backbone: nn.Module) -> Head | NativeHead | None:
     """An expert's head on a backbone; one that cannot be built is noted and carried over, and guides nothing."""
     try:
         return expert.head(backbone)
     except ValueError as error:
-        note = f"expert {expert.task}: its scores cannot guide ({error})"
-        if note not in notes:
-            notes.append(note)
+        notes.depart(f"expert {expert.task}: its scores cannot guide ({error})")
         return None

@@ -77,14 +77,18 @@ class Plan:
 
 
 def dry_run(
-    recipe: str | Path | dict[str, Any] | Recipe, *, progress: bool = True, calibration: Objects | None = None
+    recipe: str | Path | dict[str, Any] | Recipe,
+    *,
+    progress: bool = True,
+    strict: bool = False,
+    calibration: Objects | None = None,
 ) -> Plan:
     """Open and check everything that a run needs, and predict what it will cost; nothing is written.
 
     Args:
         recipe: a YAML file, a dict or a `Recipe`.
         progress: show progress bars.
-        calibration: as for `epmq.run`.
+        strict, calibration: as for `epmq.run`.
 
     Raises:
         MissingError, OutputExistsError, InputError: as `epmq.run` before any compute.
@@ -92,7 +96,7 @@ def dry_run(
     recipe = load_recipe(recipe)
     start = clock(select_device(recipe.device))
     with progress_bars(progress) as bar:
-        prepared = prepare(recipe, bar, calibration=calibration)
+        prepared = prepare(recipe, bar, calibration=calibration, strict=strict)
     return plan_of(prepared, clock(prepared.device) - start)
 
 

@@ -55,8 +55,9 @@ def prepare(
     evaluate: bool = True,
     calibration: Objects | None = None,
     evaluation: Objects | None = None,
+    strict: bool = False,
 ) -> PreparedRun:
-    """Open everything a run will need and check that it fits together.
+    """Open everything a run will need and check that it fits together; `strict` as in `epmq.run`.
 
     Raises:
         MissingError, OutputExistsError, InputError: the field, file or tensor at fault is named.
@@ -67,7 +68,8 @@ def prepare(
     recipe = recipe.resolved(all(expert.has_head for expert in experts.experts.values()))
     if recipe.quantize.method != "none":
         _check_layers(experts, recipe)
-        experts.notes += _untouched(experts)
+        for note in _untouched(experts):
+            experts.notes.depart(note)
     experts.notes += check_relation(experts)
     processor = load_processor(experts.base.path)
     inputs, scored = {}, {}
@@ -84,6 +86,8 @@ def prepare(
         readers: list[BaseReader | ExpertReader] = [experts.base, *experts.experts.values()]
         for reader in readers if bar is None else bar.track(readers, description="check weights"):
             reader.check_finite()
+    if strict:
+        experts.notes.refuse()
     scored = {expert.name: scored[expert.name] for expert in listed if expert.name in scored}
     merged = MergedWeights(experts, recipe.merge, recipe.seed)
     return PreparedRun(recipe, experts, merged, processor, inputs, scored)

@@ -49,6 +49,7 @@ def run(
     progress: bool = True,
     evaluate: bool = True,
     restart: bool = False,
+    strict: bool = False,
     calibration: Objects | None = None,
     evaluation: Objects | None = None,
 ) -> dict[str, Any]:
@@ -62,6 +63,8 @@ def run(
         progress: show progress bars.
         evaluate: score the checkpoint, as it is read back, on the recipe's evaluation data.
         restart: throw away what a run that was stopped has left, instead of going on from there.
+        strict: where something of base or experts would be dropped, filled in, renamed or left unquantized, raise an
+            InputError in the place of a note.
         calibration, evaluation: task name → rows as dicts (any iterable of them, such as a `datasets.Dataset`), or
             ready batches of tensors (such as a data loader's), instead of the data that the recipe names.
 
@@ -81,7 +84,9 @@ def run(
     clocks = Clocks()
     with progress_bars(progress) as bar, ExitStack() as stack:
         with clocks.phase("open"):
-            prepared = prepare(recipe, bar, evaluate=evaluate, calibration=calibration, evaluation=evaluation)
+            prepared = prepare(
+                recipe, bar, evaluate=evaluate, calibration=calibration, evaluation=evaluation, strict=strict
+            )
         stack.enter_context(gc_frozen())  # all modules are imported
         if isinstance(prepared.recipe.quantize, Unquantized):
             folder = stack.enter_context(whole_directory(recipe.output))
