@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 OLDEST := .venv-oldest
 PIP := -m pip install --quiet --disable-pip-version-check
 export TOKENIZERS_PARALLELISM = false
+# Processes that run tests side by side, one thread each: two torch processes with two threads each are slower.
+WORKERS ?= 2
 
 .PHONY: help demo test test-oldest check lint types layers tables docs dist bench suites peers clean
 
@@ -56,10 +58,10 @@ tables: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.tables --check
 
 test: check
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 test-oldest: $(OLDEST)/.installed
-	$(OLDEST)/bin/python -m pytest tests/pipeline/test_run.py tests/models/test_families.py tests/export
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n $(WORKERS) tests/pipeline/test_run.py tests/models/test_families.py tests/export
 
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
