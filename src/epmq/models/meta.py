@@ -181,7 +181,21 @@ def load_outside(
             materialize(model, [name], read, device)
             continue
         set_tensor(model, name, read(name).to(device))
+    move_rest(model, device)
     tie(model, tied)
+
+
+def move_rest(model: nn.Module, device: torch.device) -> None:
+    """Take what is real of a model to the device: buffers that no file holds, and zeros in the place of what is absent.
+
+    What is on the meta device stays there.
+    """
+    for module in model.modules():
+        for tensors in (module._buffers, module._parameters):
+            for leaf, tensor in tensors.items():
+                if tensor is not None and not tensor.is_meta and tensor.device != device:
+                    moved = tensor.detach().to(device)
+                    tensors[leaf] = nn.Parameter(moved, requires_grad=False) if tensors is module._parameters else moved
 
 
 def tie(model: Any, tied: dict[str, str]) -> None:
