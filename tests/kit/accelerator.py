@@ -47,6 +47,9 @@ class AcceleratorTensor(torch.Tensor):
     def new_tensor(self, data: Any) -> Tensor:  # type: ignore[override]
         return torch.tensor(data, dtype=self.dtype).to(DEVICE)
 
+    def tolist(self) -> Any:
+        return self.inner.tolist()
+
     def __repr__(self, **_: Any) -> str:
         return f"on {DEVICE}: {self.inner!r}"
 
@@ -54,8 +57,13 @@ class AcceleratorTensor(torch.Tensor):
 @contextmanager
 def pretended_accelerator() -> Iterator[str]:
     """For the length of a `with` block `lazy` is a device, whose tensors are `AcceleratorTensor`s; yields its name."""
-    # Views of such tensors cannot be made in inference mode.
-    with patch.object(torch, "inference_mode", torch.no_grad), _Mode():
+    made = torch.tensor
+
+    def tensor(*data: Any, device: Any = None, **settings: Any) -> Tensor:
+        return made(*data, **settings) if device is None else made(*data, device="cpu", **settings).to(device)
+
+    # Views of such tensors cannot be made in inference mode, nor `torch.tensor` be asked for one.
+    with patch.multiple(torch, inference_mode=torch.no_grad, tensor=tensor), _Mode():
         yield DEVICE.type
 
 
