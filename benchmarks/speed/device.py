@@ -6,7 +6,8 @@
 * `tests`: those that need a device;
 * `equality`: runs of a small model on the processor, and twice on the device;
 * `solver`: GPTQ on one layer, beside what its operations take at the rate of a product;
-* `llama-1b`, `llama-8b`: whole runs on blocks of these shapes, with random weights in bfloat16.
+* `llama-1b`, `llama-8b`: whole runs on blocks of these shapes, with random weights in bfloat16;
+* `summary`: the tables of what was measured.
 
 Each row is written to `device.json` in the folder of `--out` as soon as it is measured; a row that fails says why, and
 the next goes on. `--quick` takes sizes for a processor, to see that everything works.
@@ -40,6 +41,7 @@ from benchmarks import RESULTS, ROOT
 from benchmarks.records import provenance
 from benchmarks.speed.shapes import LLAMA, SHAPES, WATCHED, Clock, Shape, tasks, write_models
 from benchmarks.speed.solver_worker import GRID, layer, ours
+from benchmarks.tables.speed import device_table
 from epmq.calibration import engine, teacher
 from epmq.files import write_json
 from epmq.pipeline import prepare
@@ -203,7 +205,13 @@ def device_tests(job: Job) -> None:
         report = Path(folder) / "tests.xml"
         workers = ["-n", "8"] if job.device.type == "cuda" and _has("xdist") else []
         marked = ["-m", "gpu"] if job.device.type == "cuda" else []
-        command = [sys.executable, "-m", "pytest", "tests/calibration/test_device.py", "tests/quantization/test_gptq.py"]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "tests/calibration/test_device.py",
+            "tests/quantization/test_gptq.py",
+        ]
         command += [*marked, *workers, "-q", "--tb=short", f"--junitxml={report}"]
         start = time.perf_counter()
         output = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout
@@ -250,10 +258,10 @@ def _equal(job: Job, shape: Shape, root: Path, method: str) -> dict[str, Any]:
         reports[name] = pipeline.run(recipe, calibration=calibration, evaluate=False, progress=False)
     once, again, cpu = (root / method / name for name in ("once", "again", "cpu"))
     files = sorted(file.name for file in once.iterdir() if file.suffix not in (".html", ".md"))
-    changed = [name for name in files if name != "report.json" and (once / name).read_bytes() != (again / name).read_bytes()]
-    pairs = [
-        (one["loss"], other["loss"]) for one, other in zip(*(reports[name]["layers"] for name in ("cpu", "once")))
+    changed = [
+        name for name in files if name != "report.json" and (once / name).read_bytes() != (again / name).read_bytes()
     ]
+    pairs = [(one["loss"], other["loss"]) for one, other in zip(*(reports[name]["layers"] for name in ("cpu", "once")))]
     off = [abs(other / one - 1) for one, other in pairs]
     return {
         "equal_codes": round(_equal_share(cpu, once), 6),
@@ -453,12 +461,19 @@ def count_operations(layers: list[dict[str, Any]], experts: int, guided: bool) -
 
 # --- the command -----------------------------------------------------------------------------------------------------
 
+
+def summary(job: Job) -> None:
+    """Show what there is as the tables show it."""
+    print(device_table(json.loads((job.out / FILE).read_text())))
+
+
 STAGES: dict[str, Callable[[Job], None]] = {
     "rates": rates,
     "tests": device_tests,
     "equality": equality,
     "solver": solver,
     **{name: partial(whole_runs, name=name) for name in RUNS},
+    "summary": summary,
 }
 
 
@@ -467,7 +482,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speed.device", description=__doc__)
     parser.add_argument("stages", nargs="+", choices=STAGES, metavar="STAGE", help=", ".join(STAGES))
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of device.json; benchmarks/results by default")
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS, help="folder of device.json; benchmarks/results by default"
+    )
     parser.add_argument("--quick", action="store_true", help="sizes for a processor")
     arguments = parser.parse_args()
     job = Job(arguments.device, arguments.out, arguments.quick)

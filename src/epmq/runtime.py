@@ -42,7 +42,9 @@ def select_device(name: str) -> torch.device:
             raise RuntimeError("it computes nothing")
         return torch.device(name)
     except (RuntimeError, AssertionError, NotImplementedError, ModuleNotFoundError) as error:
-        raise InputError(f"device: {name} cannot be used here ({reason(error):.120}); auto takes what there is") from None
+        raise InputError(
+            f"device: {name} cannot be used here ({reason(error):.120}); auto takes what there is"
+        ) from None
 
 
 def versions() -> dict[str, str]:

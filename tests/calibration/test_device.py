@@ -1,4 +1,4 @@
-"""The same runs on an accelerator: a pretended one, which stops what would stop there, and a real one if it is there."""
+"""The same runs on an accelerator: a pretended one, which stops what would stop there, and a real one if there is."""
 
 import json
 from collections.abc import Iterator
@@ -71,7 +71,7 @@ def test_a_run_gives_what_a_run_on_the_processor_gives(pool, tmp_path, accelerat
 # Each brings something of its own that must be on the device: buffers, masks, position biases, two stacks, images.
 @pytest.mark.parametrize(
     ("accelerator", "kind"),
-    cases("gpt2", "clip", more=("llama", "gemma3", "qwen2", "t5", "flan_t5", "bart", "dinov2", "vit", "roberta")),
+    cases("clip", more=("gpt2", "llama", "gemma3", "qwen2", "t5", "flan_t5", "bart", "dinov2", "vit", "roberta")),
     indirect=["accelerator"],
 )
 def test_every_part_of_a_model_is_on_the_device(tmp_path, accelerator, kind):
@@ -99,7 +99,7 @@ def test_native_heads_and_what_the_base_lacks(own_pool, tmp_path, accelerator):
     assert theirs["heads"].keys() == {"one", "two"} and theirs["scores"].keys() == {"one", "two"}
 
 
-@pytest.mark.parametrize(("accelerator", "quantize"), cases("none", more=("rtn",)), indirect=["accelerator"])
+@pytest.mark.parametrize(("accelerator", "quantize"), cases(more=("none", "rtn")), indirect=["accelerator"])
 def test_merging_and_rounding_give_the_same_bytes(pool, tmp_path, accelerator, quantize):
     both(recipe_for(pool, quantize={"method": quantize}), tmp_path, accelerator, evaluate=False)
     assert weight_bytes(tmp_path / "cpu") == weight_bytes(tmp_path / "device")
@@ -124,7 +124,7 @@ def test_loading_answering_and_scoring(pool, tmp_path, accelerator):
     assert evaluate_experts(there, progress=False) == evaluate_experts({**recipe, "device": "cpu"}, progress=False)
 
 
-@pytest.mark.parametrize("kind", ["llama", "flan_t5"])
+@pytest.mark.parametrize(("accelerator", "kind"), cases("llama", more=("flan_t5",)), indirect=["accelerator"])
 def test_what_writes_is_scored_there(tmp_path, accelerator, kind):
     model = FAMILIES[kind].build()
     model.save_pretrained(tmp_path / "base")
@@ -139,9 +139,10 @@ def test_what_writes_is_scored_there(tmp_path, accelerator, kind):
     assert theirs["loss"] == pytest.approx(ours["loss"], rel=0.05)
     assert theirs["scores"]["one"] == pytest.approx(ours["scores"]["one"], rel=0.05)
     if kind == "llama":
-        assert len(epmq.load(tmp_path / "device", device=accelerator).generate(TEXTS[:1], max_new_tokens=2)) == 1
+        assert len(epmq.load(tmp_path / "device", device=accelerator).generate(TEXTS[:1], max_new_tokens=1)) == 1
 
 
+@pytest.mark.parametrize("accelerator", DEVICES[1:], indirect=True)
 def test_a_dry_run_measures_the_device(pool, accelerator):
     plan = epmq.dry_run(recipe_for(pool, device=accelerator), progress=False)
     assert plan.layers == 12 and plan.seconds["solve"] > 0

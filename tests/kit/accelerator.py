@@ -1,4 +1,4 @@
-"""A pretended accelerator: tensors that compute on the processor, say that they are on another device, and refuse others.
+"""A pretended accelerator: tensors that compute on the processor, and say that they are on another device.
 
 It takes the place of the device that tests do not have. What would stop a run there stops it here: an operation on
 tensors of both devices, one that makes its result on the wrong one, and `numpy`.
@@ -90,7 +90,9 @@ def compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if ours and others and not (func.overloadpacket in MIXES and isinstance(args[0], AcceleratorTensor)):
         raise RuntimeError(f"{func}: tensors on {DEVICE} and on the processor")
     outer = {id(tensor.inner): tensor for tensor in ours}
-    args, kwargs = tree_map(lambda value: value.inner if isinstance(value, AcceleratorTensor) else value, (args, kwargs))
+    args, kwargs = tree_map(
+        lambda value: value.inner if isinstance(value, AcceleratorTensor) else value, (args, kwargs)
+    )
     if onto and asked is not None:
         kwargs["device"] = torch.device("cpu")
     result = func(*args, **kwargs)
