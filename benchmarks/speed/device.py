@@ -17,150 +17,38 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
-import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-import traceback
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import torch
-from rich.console import Console
 
-import epmq
 from benchmarks import RESULTS, ROOT
-from benchmarks.records import provenance
-from benchmarks.speed.shapes import LLAMA, SHAPES, WATCHED, Clock, Shape, tasks, write_models
+from benchmarks.speed.device_job import CONSOLE, FILE, Job
+from benchmarks.speed.device_runs import RUNS, SMALL, recipe_of, whole_runs
+from benchmarks.speed.shapes import Shape, tasks, write_models
 from benchmarks.speed.solver_worker import GRID, layer, ours
 from benchmarks.tables.speed import device_table
-from epmq.calibration import engine, teacher
-from epmq.files import write_json
-from epmq.pipeline import prepare
 from epmq.pipeline import run as pipeline
 from epmq.quantization.factor import factorize
 from epmq.quantization.gptq import _Block, gptq
 from epmq.quantization.hessian import hessian_loss
 
-FILE = "device.json"
+TESTS = ("tests/calibration/test_device.py", "tests/quantization/test_gptq.py")
+# After which the tests are cut off: less than their limit in benchmarks/device.sh.
+TESTS_SECONDS = 95
 METHODS = ("gptq", "expert_guided")
 LAYERS = ((1024, 1024), (4096, 4096), (14336, 4096), (4096, 14336))
-# What takes time on the processor, or on the way to the device, beside what `shapes` watches.
-HOST: tuple[tuple[Any, str, str], ...] = (
-    (prepare, "check_relation", "relation"),
-    (pipeline, "inputs_of", "hash"),
-    (engine, "materialize", "to the device"),
-    (engine, "load_outside", "to the device"),
-    (teacher, "materialize", "to the device"),
-    (teacher, "load_outside", "to the device"),
-)
-VOCABULARY = 32000
-RUNS = {
-    "llama-1b": replace(
-        SHAPES["llama-1b"],
-        config={**SHAPES["llama-1b"].config, "vocab_size": VOCABULARY},
-        layers=8,
-        samples=32,
-        tokens=1024,
-    ),
-    "llama-8b": Shape(
-        "LlamaForCausalLM",
-        {
-            **LLAMA,
-            "vocab_size": VOCABULARY,
-            "hidden_size": 4096,
-            "intermediate_size": 14336,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "head_dim": 128,
-        },
-        layers=3,
-        experts=3,
-        samples=32,
-        dtype=torch.bfloat16,
-        tokens=1024,
-    ),
-}
-SMALL = Shape(
-    "LlamaForCausalLM",
-    {
-        **LLAMA,
-        "vocab_size": 2048,
-        "hidden_size": 256,
-        "intermediate_size": 768,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 64,
-    },
-    layers=4,
-    experts=3,
-    samples=16,
-    tokens=64,
-)
-CONSOLE = Console(stderr=True, width=160)
-
-
-class Job:
-    """Where and how large to measure, and where the results go.
-
-    Attributes:
-        device: what is measured.
-        out: folder of the results.
-        quick: sizes for a processor.
-    """
-
-    def __init__(self, device: str, out: Path, quick: bool) -> None:
-        self.device, self.out, self.quick = torch.device(device), out, quick
-
-    def sync(self) -> float:
-        """The wall's clock, when the device has done all that it was asked for."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
-
-    def seconds(self, work: Callable[[], Any], rounds: int) -> list[float]:
-        """What some work takes, round by round, after one that does not count."""
-        work()
-        taken = []
-        for _ in range(rounds):
-            start = self.sync()
-            work()
-            taken.append(self.sync() - start)
-        return taken
-
-    def put(self, section: str, row: dict[str, Any], key: str | None = None) -> None:
-        """Write a section of the results, or with a `key` one row of it, in the place of one with the same name."""
-        path = self.out / FILE
-        results = json.loads(path.read_text()) if path.exists() else {}
-        if key is None:
-            results[section] = row
-        else:
-            others = [other for other in results.get(section, []) if other[key] != row[key]]
-            results[section] = [*others, row]
-        where = provenance()
-        where["versions"]["epmq"] = epmq.__version__  # also where it is not installed
-        self.out.mkdir(parents=True, exist_ok=True)
-        write_json(path, {**results, "device": self.device.type, **where})
-        CONSOLE.print(f"{section}: {row}", markup=False, highlight=False)
-
-    def tried(self, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """A named row; where measuring fails, it says why."""
-        try:
-            return {"name": name, **measure()}
-        except Exception as error:  # whatever it is, the next row is worth having
-            traceback.print_exc()
-            return {"name": name, "error": f"{type(error).__name__}: {error}"[:300]}
-        finally:
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
 
 
 # --- rates -----------------------------------------------------------------------------------------------------------
@@ -200,41 +88,28 @@ def known_rates(job: Job) -> dict[str, float]:
 
 
 def device_tests(job: Job) -> None:
-    """The tests that need a device: how many passed, and the first line of what failed."""
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "tests.xml"
-        workers = ["-n", "8"] if job.device.type == "cuda" and _has("xdist") else []
-        marked = ["-m", "gpu"] if job.device.type == "cuda" else []
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "tests/calibration/test_device.py",
-            "tests/quantization/test_gptq.py",
-        ]
-        command += [*marked, *workers, "-q", "--tb=short", f"--junitxml={report}"]
-        start = time.perf_counter()
-        output = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout
-        (job.out / "tests.log").write_text(output)
-        cases = list(ElementTree.parse(report).getroot().iter("testcase")) if report.exists() else []
-    failed = {case.get("name", ""): fault for case in cases for fault in _fault(case)}
-    skipped = sum(case.find("skipped") is not None for case in cases)
-    row = {"passed": len(cases) - len(failed) - skipped, "skipped": skipped, "failed": failed}
-    job.put("tests", {**row, "seconds": round(time.perf_counter() - start, 1)})
+    """The tests that need a device: how many passed, and the names of what failed or was cut off."""
+    cuda, log = job.device.type == "cuda", job.out / "pytest.txt"
+    command = [sys.executable, "-m", "pytest", "-vv", "--tb=short", "--timeout=80", *TESTS]
+    command += [*(["-m", "gpu"] if cuda else []), *(["-n", "8"] if cuda and find_spec("xdist") else [])]
+    start, whole = time.perf_counter(), True
+    with log.open("w") as file:
+        try:
+            environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+            subprocess.run(command, cwd=ROOT, stdout=file, stderr=file, env=environment, timeout=TESTS_SECONDS)
+        except subprocess.TimeoutExpired:
+            whole = False
+    outcomes = outcomes_of(log.read_text())
+    counts = {kind: sum(outcome == kind.upper() for outcome in outcomes.values()) for kind in ("passed", "skipped")}
+    failed = sorted(name for name, outcome in outcomes.items() if outcome in ("FAILED", "ERROR"))
+    job.put("tests", {**counts, "failed": failed, "whole": whole, "seconds": round(time.perf_counter() - start, 1)})
 
 
-def _has(module: str) -> bool:
-    from importlib.util import find_spec
-
-    return find_spec(module) is not None
-
-
-def _fault(case: ElementTree.Element) -> Iterator[str]:
-    for kind in ("failure", "error"):
-        found = case.find(kind)
-        if found is not None:
-            yield (found.get("message") or kind).splitlines()[0][:200]
-            return
+def outcomes_of(log: str) -> dict[str, str]:
+    """Test → outcome, from what pytest writes with -v, by itself or with workers."""
+    outcome, test = "(PASSED|FAILED|ERROR|SKIPPED)", r"tests/\S+?::(\S+)"
+    pairs = [(name, found) for found, name in re.findall(rf"{outcome} {test}", log)]
+    return dict([*re.findall(rf"{test} {outcome}", log), *pairs])
 
 
 # --- equality --------------------------------------------------------------------------------------------------------
@@ -254,7 +129,7 @@ def _equal(job: Job, shape: Shape, root: Path, method: str) -> dict[str, Any]:
     calibration = {task: shape.batches(seed) for seed, task in enumerate(tasks(shape))}
     reports = {}
     for name, device in (("cpu", "cpu"), ("once", job.device.type), ("again", job.device.type)):
-        recipe = _recipe(shape, root, method, root / method / name, device)
+        recipe = recipe_of(shape, root, method, root / method / name, device)
         reports[name] = pipeline.run(recipe, calibration=calibration, evaluate=False, progress=False)
     once, again, cpu = (root / method / name for name in ("once", "again", "cpu"))
     files = sorted(file.name for file in once.iterdir() if file.suffix not in (".html", ".md"))
@@ -287,16 +162,6 @@ def _equal_share(one: Path, other: Path) -> float:
             same += int((codes[0] == codes[1]).sum())
             total += codes[0].numel()
     return same / total
-
-
-def _recipe(shape: Shape, root: Path, method: str, out: Path, device: str) -> dict[str, Any]:
-    return {
-        "base": str(root / "base"),
-        "experts": [{"name": task, "model": str(root / task)} for task in tasks(shape)],
-        "quantize": {"method": method, "bits": GRID.bits, "group_size": GRID.group_size},
-        "output": str(out),
-        "device": device,
-    }
 
 
 # --- the solver ------------------------------------------------------------------------------------------------------
@@ -361,105 +226,11 @@ def _graph(job: Job, weight: torch.Tensor) -> dict[str, Any]:
     return {"columns": 256, "calls": round(calls, 6), "record": round(record, 6), "replay": round(replay, 6)}
 
 
-# --- whole runs ------------------------------------------------------------------------------------------------------
-
-
-class DeviceClock(Clock):
-    """Waits for the device whenever a phase begins or ends, so that its work counts where it was asked for."""
-
-    def __init__(self, job: Job) -> None:
-        self._job = job
-        super().__init__()
-
-    def _count(self) -> None:
-        self._job.sync()
-        super()._count()
-
-
-def whole_runs(job: Job, name: str) -> None:
-    """Whole runs on a shape, a row a method."""
-    rate, shape = known_rates(job), RUNS[name]
-    if job.quick:
-        shape = replace(SMALL, layers=2, samples=4, dtype=torch.bfloat16)
-    with tempfile.TemporaryDirectory(dir=_roomy()) as folder:
-        root = Path(folder)
-        start = job.sync()
-        write_models(shape, root, job.device.type)
-        made = round(job.sync() - start, 1)
-        for method in METHODS:
-            measured = job.tried(f"{name}, {method}", partial(_whole_run, job, shape, root, method, rate))
-            job.put("runs", {**measured, "shape": name, "method": method, "models_seconds": made}, key="name")
-            shutil.rmtree(root / "out", ignore_errors=True)
-
-
-def _roomy() -> str | None:
-    """A folder in memory, if it has room for the models; None for the usual one on a disk."""
-    memory = Path("/dev/shm")
-    return str(memory) if memory.is_dir() and shutil.disk_usage(memory).free > 32 << 30 else None
-
-
-def _whole_run(job: Job, shape: Shape, root: Path, method: str, rate: dict[str, float]) -> dict[str, Any]:
-    recipe = _recipe(shape, root, method, root / "out", job.device.type)
-    calibration = {task: shape.batches(seed) for seed, task in enumerate(tasks(shape))}
-    cuda = job.device.type == "cuda"
-    if cuda:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(job.device)
-    clock, start = DeviceClock(job), job.sync()
-    with ExitStack() as stack:
-        for owner, function, phase in (*WATCHED, *HOST):
-            stack.enter_context(clock.watch(owner, function, phase))
-        report = pipeline.run(recipe, calibration=calibration, evaluate=False, progress=False)
-    total, phases = job.sync() - start, clock.read()
-    operations = count_operations(report["layers"], shape.experts, method != "gptq")
-    computed = sum(phases.get(phase, 0.0) for phase in ("forward", "moments", "targets", "solve"))
-    return {
-        "blocks": shape.layers,
-        "experts": shape.experts,
-        "tokens": shape.experts * shape.tokens_a_task,
-        "parameters": sum(size.numel() for size in shape.stored().values()),
-        "seconds": round(total, 1),
-        "phases": phases,
-        "device_peak_mb": round(torch.cuda.max_memory_allocated(job.device) / 1e6, 1) if cuda else None,
-        "device_reserved_mb": round(torch.cuda.max_memory_reserved(job.device) / 1e6, 1) if cuda else None,
-        "peak_memory_mb": report["peak_memory_mb"],
-        "operations": {part: round(count / 1e12, 3) for part, count in operations.items()},
-        "computing_seconds": round(computed, 1),
-        "over_float32": round(computed / sum(operations.values()) * rate["float32"] * 1e12, 2),
-        "over_bfloat16": round(computed / sum(operations.values()) * rate["bfloat16"] * 1e12, 2),
-        "files_in_memory": _roomy() is not None,
-        "loss": report["loss"],
-        "rounded": sum(row["rounded"] for row in report["layers"]),
-        "notes": report["notes"],
-    }
-
-
-def count_operations(layers: list[dict[str, Any]], experts: int, guided: bool) -> dict[str, float]:
-    """Operations that a run on layers of these shapes takes, two a product of numbers, without attention.
-
-    Args:
-        layers: of a report.
-        experts: how many.
-        guided: whether it is expert-guided without heads: features where no layer aims at the stream.
-    """
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for row in layers:
-        block = re.split(r"(?<=\.\d)\.|(?<=\.\d\d)\.", row["name"], maxsplit=1)[0]
-        groups.setdefault(f"{block}.{row['group']}", []).append(row)
-    parts = dict.fromkeys(("forward", "moments", "targets", "codes"), 0.0)
-    for rows in groups.values():
-        out, width, tokens = sum(row["shape"][0] for row in rows), rows[0]["shape"][1], rows[0]["tokens"]
-        parts["forward"] += (2 if guided else 1) * 2 * tokens * out * width
-        parts["moments"] += tokens * width**2
-        parts["codes"] += width**3 / 3 + out * width**2
-        if guided:
-            parts["moments"] += 2 * tokens * width * (out if rows[0]["aims"] else width)
-            products = 1 if rows[0]["aims"] else 1 + experts  # with the anchor; with every expert's weights
-            parts["targets"] += 2 * out * width**2 * (products + 1)  # two triangular solves
-    return parts
-
-
 # --- the command -----------------------------------------------------------------------------------------------------
+
+
+def _runs(job: Job, name: str) -> None:
+    whole_runs(job, name, known_rates(job), METHODS)
 
 
 def summary(job: Job) -> None:
@@ -472,7 +243,7 @@ STAGES: dict[str, Callable[[Job], None]] = {
     "tests": device_tests,
     "equality": equality,
     "solver": solver,
-    **{name: partial(whole_runs, name=name) for name in RUNS},
+    **{name: partial(_runs, name=name) for name in RUNS},
     "summary": summary,
 }
 

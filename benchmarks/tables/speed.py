@@ -109,11 +109,11 @@ def device_table(results: dict[str, Any]) -> str:
         tests = results["tests"]
         parts.append(f"Tests that need a device: {tests['passed']} passed, {len(tests['failed'])} failed.")
     good = {
-        name: [row for row in results.get(name, []) if "error" not in row] for name in ("equality", "solver", "runs")
+        name: [row for row in results.get(name, []) if "failed" not in row] for name in ("equality", "solver", "runs")
     }
     makers = {"equality": _equality, "solver": _device_solver, "runs": _device_runs}
     parts += [maker(good[name]) for name, maker in makers.items() if good[name]]
-    failed = [f"{row['name']} ({row['error']})" for name in good for row in results.get(name, []) if "error" in row]
+    failed = [f"{row['name']} ({row['failed']})" for name in good for row in results.get(name, []) if "failed" in row]
     parts += [f"Failed: {'; '.join(failed)}."] if failed else []
     return "\n\n".join([*parts, f"{results['hardware']['accelerator'] or 'No accelerator'}. {measured([results])}"])
 

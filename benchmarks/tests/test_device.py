@@ -6,14 +6,16 @@ from dataclasses import replace
 import pytest
 
 from benchmarks import RESULTS
-from benchmarks.speed import device
+from benchmarks.speed import device, device_runs
 from benchmarks.tables.speed import device_table
 
 
 @pytest.fixture
 def job(tmp_path, monkeypatch) -> device.Job:
     monkeypatch.setattr(device, "LAYERS", ((64, 256),))
-    monkeypatch.setattr(device, "SMALL", replace(device.SMALL, layers=1, samples=2, tokens=8))
+    small = replace(device_runs.SMALL, layers=1, samples=2, tokens=8)
+    for module in (device, device_runs):
+        monkeypatch.setattr(module, "SMALL", small)
     monkeypatch.setattr(device, "METHODS", ("gptq",))
     return device.Job("cpu", tmp_path, quick=True)
 
@@ -35,7 +37,7 @@ def test_a_row_that_fails_says_why_and_takes_the_place_of_the_last(job):
     for reason in ("first", "second"):
         job.put("solver", job.tried("row", lambda reason=reason: {}[reason]), key="name")
     results = json.loads((job.out / device.FILE).read_text())
-    assert [row["error"] for row in results["solver"]] == ["KeyError: 'second'"]
+    assert [row["failed"] for row in results["solver"]] == ["KeyError: 'second'"]
     assert "Failed: row (KeyError: 'second')" in device_table(results)
 
 
@@ -52,7 +54,7 @@ def test_operations_are_those_of_the_published_count():
         for group, (shape, names, aims) in groups.items()
         for name in names
     ]
-    plain, guided = (sum(device.count_operations(rows, 3, kind).values()) / 1e9 for kind in (False, True))
+    plain, guided = (sum(device_runs.count_operations(rows, 3, kind).values()) / 1e9 for kind in (False, True))
     assert (plain, guided) == pytest.approx((328, 766), abs=1)
 
 
@@ -61,3 +63,13 @@ def test_the_script_names_stages_that_there_are():
     stages = [line.split()[1] for line in script.splitlines() if line.startswith("stage ")]
     limits = [int(line.split()[2]) for line in script.splitlines() if line.startswith("stage ")]
     assert set(stages) <= device.STAGES.keys() and sum(limits) < 600
+
+
+def test_outcomes_are_read_from_what_workers_write():
+    lines = (
+        "[gw1] [ 50%] PASSED tests/a.py::test_one[cuda-x]",
+        "tests/a.py::test_two FAILED [100%]",
+        "FAILED tests/a.py",
+    )
+    log = "\n".join(lines)
+    assert device.outcomes_of(log) == {"test_one[cuda-x]": "PASSED", "test_two": "FAILED"}
