@@ -124,7 +124,7 @@ def test_loading_answering_and_scoring(pool, tmp_path, accelerator):
     assert evaluate_experts(there, progress=False) == evaluate_experts({**recipe, "device": "cpu"}, progress=False)
 
 
-@pytest.mark.parametrize(("accelerator", "kind"), cases("llama", more=("flan_t5",)), indirect=["accelerator"])
+@pytest.mark.parametrize(("accelerator", "kind"), cases(more=("llama", "flan_t5")), indirect=["accelerator"])
 def test_what_writes_is_scored_there(tmp_path, accelerator, kind):
     model = FAMILIES[kind].build()
     model.save_pretrained(tmp_path / "base")

@@ -190,12 +190,10 @@ def move_rest(model: nn.Module, device: torch.device) -> None:
 
     What is on the meta device stays there.
     """
-    for module in model.modules():
-        for tensors in (module._buffers, module._parameters):
-            for leaf, tensor in tensors.items():
-                if tensor is not None and not tensor.is_meta and tensor.device != device:
-                    moved = tensor.detach().to(device)
-                    tensors[leaf] = nn.Parameter(moved, requires_grad=False) if tensors is module._parameters else moved
+    for name, tensor in [*model.named_buffers(), *model.named_parameters()]:
+        moved = tensor if tensor.is_meta else tensor.detach().to(device)
+        if moved.device != tensor.device:
+            set_tensor(model, name, moved)
 
 
 def tie(model: Any, tied: dict[str, str]) -> None:
