@@ -4,7 +4,8 @@ import sys
 
 import pytest
 
-from epmq.runtime import gc_frozen
+from epmq.errors import InputError
+from epmq.runtime import gc_frozen, select_device
 
 
 @pytest.mark.parametrize("before", [True, False])
@@ -34,3 +35,9 @@ def test_the_end_looks_through_nothing():
 def test_what_only_reads_and_draws_starts_without_transformers(module):
     code = f"import sys, {module}; print('transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "False\n"
+
+
+@pytest.mark.parametrize("name", ["banana", "meta", "cuda:99", ""])
+def test_a_device_that_is_not_there_is_refused_in_one_line(name):
+    with pytest.raises(InputError, match=f"^device: {name} cannot be used here [^\n]*$"):
+        select_device(name)

@@ -187,8 +187,11 @@ def tasks(shape: Shape) -> list[str]:
     return [f"task{k}" for k in range(shape.experts)]
 
 
-def write_models(shape: Shape, root: Path) -> None:
-    """Write base and experts under `root`, a tensor at a time; what is there already is kept."""
+def write_models(shape: Shape, root: Path, device: str = "cpu") -> None:
+    """Write base and experts under `root`, a tensor at a time; what is there already is kept.
+
+    Numbers are drawn on `device`, and are others on another.
+    """
     model = shape.meta_model()
     sizes = shape.stored()
     specs = {name: (DTYPE_NAMES[shape.dtype], tuple(size)) for name, size in sizes.items()}
@@ -198,19 +201,20 @@ def write_models(shape: Shape, root: Path) -> None:
         with whole_directory(root / source) as folder:
             with CheckpointWriter(folder, specs, shard_bytes=1 << 28) as writer:
                 for name, size in sizes.items():
-                    tensor = _random(size, "base", name).mul_(SCALE if len(size) > 1 else NOISE)
+                    tensor = _random(size, "base", name, device).mul_(SCALE if len(size) > 1 else NOISE)
                     if len(size) == 1 and name.endswith("weight"):
                         tensor += 1
                     if source != "base":
-                        tensor += _random(size, source, name).mul_(NOISE)
+                        tensor += _random(size, source, name, device).mul_(NOISE)
                     writer.write(name, tensor.to(shape.dtype))
                 writer.finish()
             model.config.architectures = [shape.model_class]
             model.config.save_pretrained(folder)
 
 
-def _random(size: torch.Size, source: str, name: str) -> torch.Tensor:
-    return torch.randn(size, generator=torch.Generator().manual_seed(zlib.crc32(f"{source}/{name}".encode())))
+def _random(size: torch.Size, source: str, name: str, device: str) -> torch.Tensor:
+    generator = torch.Generator(device).manual_seed(zlib.crc32(f"{source}/{name}".encode()))
+    return torch.randn(size, generator=generator, device=device)
 
 
 class Clock:

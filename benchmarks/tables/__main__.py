@@ -27,6 +27,7 @@ SECTIONS: dict[str, Callable[[Any], str]] = {
     "solver": speed.solver_table,
     "whole_run": speed.whole_run_table,
     "merging": speed.merging_table,
+    "device": speed.device_table,
     "faults": faults.faults_table,
 }
 

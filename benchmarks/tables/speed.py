@@ -96,3 +96,75 @@ def merging_table(results: dict[str, Any]) -> str:
     merges = table(["merge", "CPU s", "mergekit", "ratio", "peak MB", "mergekit", "ratio"], lines)
     least = ", ".join(f"{name} {seconds:.1f}" for name, seconds in results["floor_cpu_seconds"].items())
     return "\n".join([merges, "", f"CPU seconds without any merging: {least}.", "", measured([results])])
+
+
+def device_table(results: dict[str, Any]) -> str:
+    """Markdown: what `benchmarks.speed.device` measured; a part that was cut off is left out."""
+    rate, parts = results.get("rates", {}), []
+    if rate:
+        products = ", ".join(f"{name} {rate[name]:.0f}" for name in ("float32", "tf32", "bfloat16"))
+        rates = f"10¹² operations a second in a product of {rate['size']}³: {products}"
+        parts.append(f"{rates}; 10⁹ bytes read and written a second in a copy: {rate['copy_gb']:.0f}.")
+    if "tests" in results:
+        tests = results["tests"]
+        parts.append(f"Tests that need a device: {tests['passed']} passed, {len(tests['failed'])} failed.")
+    good = {
+        name: [row for row in results.get(name, []) if "failed" not in row] for name in ("equality", "solver", "runs")
+    }
+    makers = {"equality": _equality, "solver": _device_solver, "runs": _device_runs}
+    parts += [maker(good[name]) for name, maker in makers.items() if good[name]]
+    failed = [f"{row['name']} ({row['failed']})" for name in good for row in results.get(name, []) if "failed" in row]
+    parts += [f"Failed: {'; '.join(failed)}."] if failed else []
+    return "\n\n".join([*parts, f"{results['hardware']['accelerator'] or 'No accelerator'}. {measured([results])}"])
+
+
+def _equality(rows: list[dict[str, Any]]) -> str:
+    head = [
+        "method",
+        "equal codes, %",
+        "loss, %",
+        "layers within 1 %",
+        "largest, %",
+        "files that change from run to run",
+    ]
+    lines = []
+    for row in rows:
+        shares = [f"{100 * row['equal_codes']:.2f}", f"{100 * row['loss_difference']:+.2f}"]
+        cells = [row["name"], *shares, f"{row['within_one_percent']} of {row['layers']}"]
+        lines.append([*cells, f"{100 * row['largest_loss_difference']:.2f}", ", ".join(row["changed_files"]) or "none"])
+    return table(head, lines)
+
+
+def _device_solver(rows: list[dict[str, Any]]) -> str:
+    head = [
+        "out × in",
+        "s",
+        "over the floor",
+        "factor",
+        "codes",
+        "with searched scales",
+        "256 columns, ms",
+        "as a graph",
+        "error",
+    ]
+    lines = []
+    for row in rows:
+        parts, block = row["parts"], row.get("block", {})
+        cells = [row["name"], f"{row['seconds']:.3f}", f"{row['over_floor']:.1f}×"]
+        cells += [f"{parts[name]:.3f}" for name in ("factor", "codes", "scales searched")]
+        cells += [f"{1e3 * block[name]:.2f}" if name in block else "–" for name in ("calls", "replay")]
+        lines.append([*cells, f"{row['error']:.5f}"])
+    return table(head, lines)
+
+
+def _device_runs(rows: list[dict[str, Any]]) -> str:
+    head = ["run", "blocks", "tokens", "s", "s by phase", "10¹² operations", "s computing", "over float32's rate"]
+    head += ["over bfloat16's", "device peak GB", "peak GB"]
+    lines = []
+    for row in rows:
+        phases = ", ".join(f"{name} {value:.1f}" for name, value in row["phases"].items() if value >= 0.1)
+        cells = [row["name"], f"{row['blocks']}", f"{row['tokens']}", f"{row['seconds']:.1f}", phases]
+        cells += [f"{sum(row['operations'].values()):.0f}", f"{row['computing_seconds']:.1f}"]
+        cells += [f"{row['over_float32']:.1f}×", f"{row['over_bfloat16']:.1f}×"]
+        lines.append([*cells, f"{(row['device_peak_mb'] or 0) / 1e3:.1f}", f"{row['peak_memory_mb'] / 1e3:.1f}"])
+    return table(head, lines)

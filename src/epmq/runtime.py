@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
+from epmq.errors import InputError, reason
+
 if TYPE_CHECKING:
     import torch
     from rich.progress import Progress
@@ -26,12 +28,23 @@ PACKAGES = ("epmq", "torch", "transformers", "compressed-tensors", "safetensors"
 
 
 def select_device(name: str) -> torch.device:
-    """The device of that name; `auto` takes an accelerator if there is one."""
+    """The device of that name; `auto` takes an accelerator if there is one.
+
+    Raises:
+        InputError: there is no such device, or PyTorch cannot use it.
+    """
     import torch
 
-    if name != "auto":
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        if torch.zeros(1, device=name).is_meta:
+            raise RuntimeError("it computes nothing")
         return torch.device(name)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    except (RuntimeError, AssertionError, NotImplementedError, ModuleNotFoundError) as error:
+        raise InputError(
+            f"device: {name} cannot be used here ({reason(error):.120}); auto takes what there is"
+        ) from None
 
 
 def versions() -> dict[str, str]:

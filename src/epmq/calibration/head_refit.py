@@ -60,8 +60,10 @@ class HeadRefitter:
         for task, features in self._features.items():
             head = self._heads[task]
             if head is not None:
-                scores = self._teachers[task].scores()
-                fits[task] = HeadFit(head, fit_ridge(torch.cat(features), scores, *linear_map(head)))
+                rows, scores = torch.cat(features), self._teachers[task].scores()
+                weight, bias = linear_map(head)
+                bias = None if bias is None else bias.to(rows.device)  # a head of a file is on the processor
+                fits[task] = HeadFit(head, fit_ridge(rows, scores, weight.to(rows.device), bias))
         return fits
 
 

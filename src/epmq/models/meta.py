@@ -181,7 +181,19 @@ def load_outside(
             materialize(model, [name], read, device)
             continue
         set_tensor(model, name, read(name).to(device))
+    move_rest(model, device)
     tie(model, tied)
+
+
+def move_rest(model: nn.Module, device: torch.device) -> None:
+    """Take what is real of a model to the device: buffers that no file holds, and zeros in the place of what is absent.
+
+    What is on the meta device stays there.
+    """
+    for name, tensor in [*model.named_buffers(), *model.named_parameters()]:
+        moved = tensor if tensor.is_meta else tensor.detach().to(device)
+        if moved.device != tensor.device:
+            set_tensor(model, name, moved)
 
 
 def tie(model: Any, tied: dict[str, str]) -> None:

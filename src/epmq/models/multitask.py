@@ -69,7 +69,7 @@ class NativeHead(nn.Module):
         layer = next(name for name, module in self.model.named_modules() if module is self.scoring)
         new = {f"{layer}.weight": weight, f"{layer}.bias": bias}
         changed = {self.stored[name]: tensor for name, tensor in new.items() if tensor is not None}
-        return {**tensors, **{name: tensor.to(tensors[name].dtype) for name, tensor in changed.items()}}
+        return {**tensors, **{name: tensor.to(tensors[name]) for name, tensor in changed.items()}}
 
     def forward(self, **inputs: Any) -> Tensor:
         """Logits of the task class."""

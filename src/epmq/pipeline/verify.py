@@ -55,8 +55,6 @@ def reloaded_output(folder: Path, inputs: dict[str, Any]) -> Tensor:
     calibrator = SequentialCalibrator(model, [Batch("", 0, inputs)])
     inside = tuple(stack.name + "." for stack in calibrator.stacks)
     load_outside(model, [name for name in names if not name.startswith(inside)], read, device, tied)
-    for buffer in model.buffers():
-        buffer.data = buffer.data.to(device)
     for step in calibrator:
         materialize(model, [name for name in names if name.startswith(step.name + ".")], read, device)
         step.finish()
