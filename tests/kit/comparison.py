@@ -25,7 +25,7 @@ def fine_tuned(model: Any, base: Any, seed: int, size: float = 0.01) -> Any:
         for tensor in own.values():
             noise = torch.randn(tensor.shape, generator=generator)
             # A running variance stays positive.
-            tensor.add_(size * (noise if tensor.min() < 0 or tensor.max() == 0 else noise.abs()).to(tensor.dtype))
+            tensor.add_(size * (noise.abs() if (tensor > 0).all() else noise).to(tensor.dtype))
     return model
 
 
