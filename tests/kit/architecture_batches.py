@@ -59,9 +59,7 @@ def sound() -> Batches:
 
 def speech() -> Batches:
     """Two batches of two spectrograms with targets."""
-    return [
-        {"input_features": _noise(2, 8, 60, seed=seed), "decoder_input_ids": _ids(2, 5, seed)} for seed in (1, 2)
-    ]
+    return [{"input_features": _noise(2, 8, 60, seed=seed), "decoder_input_ids": _ids(2, 5, seed)} for seed in (1, 2)]
 
 
 def texts_and_pictures() -> Batches:

@@ -150,9 +150,7 @@ ENCODERS: dict[str, Architecture] = {
         type_vocab_size=0,
         max_relative_positions=-1,
     ),
-    "deberta": _encoder(
-        "Deberta", relative_attention=True, pos_att_type=["c2p", "p2c"], max_relative_positions=16
-    ),
+    "deberta": _encoder("Deberta", relative_attention=True, pos_att_type=["c2p", "p2c"], max_relative_positions=16),
     "electra": _encoder("Electra", embedding_size=32),
     "xlmr": _encoder("XLMRoberta", max_position_embeddings=70),
     "mpnet": _encoder("MPNet"),
@@ -170,9 +168,7 @@ ENCODERS: dict[str, Architecture] = {
     "bigbird": _encoder("BigBird", max_position_embeddings=70, attention_type="original_full"),
     "roformer": _encoder("RoFormer", embedding_size=64, max_position_embeddings=70),
     "convbert": _encoder("ConvBert", embedding_size=64, head_ratio=2, conv_kernel_size=3),
-    "mobilebert": _encoder(
-        "MobileBert", embedding_size=32, intra_bottleneck_size=32, num_feedforward_networks=2
-    ),
+    "mobilebert": _encoder("MobileBert", embedding_size=32, intra_bottleneck_size=32, num_feedforward_networks=2),
     "squeezebert": _encoder("SqueezeBert", embedding_size=64, q_groups=2, k_groups=2, v_groups=2),
     "fnet": _encoder("FNet", max_position_embeddings=70, mask=False),
     "xlnet": Architecture(
@@ -210,9 +206,7 @@ DECODERS: dict[str, Architecture] = {
     "mistral": _grouped("Mistral", sliding_window=4),
     "gemma": _grouped("Gemma", head_dim=16),
     "gemma2": _grouped("Gemma2", head_dim=16, sliding_window=4, query_pre_attn_scalar=16),
-    "gemma3": _decoder(
-        "Gemma3Text", "Gemma3ForCausalLM", **NARROW, max_position_embeddings=64, sliding_window=4
-    ),
+    "gemma3": _decoder("Gemma3Text", "Gemma3ForCausalLM", **NARROW, max_position_embeddings=64, sliding_window=4),
     "phi": _decoder("Phi", max_position_embeddings=64),
     "phi3": _grouped("Phi3"),
     "olmo2": _grouped("Olmo2"),
@@ -322,7 +316,10 @@ IMAGES: dict[str, Architecture] = {
     "dinov2": _image("Dinov2", **{**IMAGE, "mlp_ratio": 2}),
     "dinov3": Architecture("image", "DINOv3ViTModel", "DINOv3ViTConfig", IMAGE, batches.pictures()),
     "clip_vision": Architecture(
-        "image", "CLIPVisionModel", "CLIPVisionConfig", {**CLIP_TOWER, "image_size": 28, "patch_size": 14},
+        "image",
+        "CLIPVisionModel",
+        "CLIPVisionConfig",
+        {**CLIP_TOWER, "image_size": 28, "patch_size": 14},
         batches.pictures(),
     ),
     "beit": _image("Beit", **IMAGE, use_relative_position_bias=True),

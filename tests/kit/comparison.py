@@ -58,5 +58,7 @@ def gaps(found: Any, wanted: Any, batches: list[dict[str, Tensor]]) -> dict[str,
 def different(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], tolerance: float = 1e-5) -> list[str]:
     """Names of the tensors that only one side has, or that are apart by more than so much."""
     one_sided = found.keys() ^ wanted.keys()
-    apart = {name for name in found.keys() & wanted.keys() if gap(found[name].float(), wanted[name].float()) > tolerance}
+    apart = {
+        name for name in found.keys() & wanted.keys() if gap(found[name].float(), wanted[name].float()) > tolerance
+    }
     return sorted(one_sided | apart)
