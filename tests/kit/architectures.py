@@ -7,124 +7,32 @@ other settings (tied or untied output layers). Weights are random and depend on 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
-
-import torch
 import transformers
 
 from tests.kit import architecture_batches as batches
 from tests.kit.architecture_batches import PICTURE, PICTURE_END, PICTURE_START, VIDEO, VOCABULARY
-
-Settings = dict[str, Any]
-SPECIAL: Settings = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-TOWER: Settings = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-TEXT: Settings = {"vocab_size": VOCABULARY, **TOWER, **SPECIAL}
-IMAGE: Settings = {**TOWER, "image_size": 28, "patch_size": 14}
-GROUPED: Settings = {**TEXT, "num_key_value_heads": 2}
-NARROW: Settings = {**GROUPED, "head_dim": 16}
-# Encoder–decoders: with the names of T5, and with those of BART.
-T5: Settings = {
-    "vocab_size": VOCABULARY,
-    **{"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0},
-}
-BART: Settings = {
-    "vocab_size": VOCABULARY,
-    "d_model": 32,
-    **{f"{side}_layers": 2 for side in ("encoder", "decoder")},
-    **{f"{side}_ffn_dim": 64 for side in ("encoder", "decoder")},
-    **{f"{side}_attention_heads": 4 for side in ("encoder", "decoder")},
-    **{"max_position_embeddings": 32, **SPECIAL, "decoder_start_token_id": 0, "forced_eos_token_id": None},
-}
-WAVE: Settings = {
-    **TOWER,
-    **{"conv_dim": (32, 32), "conv_kernel": (10, 3), "conv_stride": (5, 2), "num_feat_extract_layers": 2},
-    **{"num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4},
-    **{"vocab_size": VOCABULARY, "mask_time_prob": 0.0},
-}
-MIXTURE: Settings = {**GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2}
-CLIP_TOWER: Settings = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """A class of transformers at a tiny size.
-
-    Attributes:
-        kind: what goes in and comes out: `encoder`, `decoder`, `seq2seq`, `image`, `audio`, `speech`, `dual` (texts
-            beside pictures) or `vision_language` (texts with pictures among their tokens).
-        model: name of the class.
-        config: name of its config's class.
-        settings: of its config.
-        batches: makes ready batches.
-        positions: how many tokens a text may have at most; None where nothing ends.
-    """
-
-    kind: str
-    model: str
-    config: str
-    settings: Settings
-    batches: Callable[[], batches.Batches]
-    positions: int | None = field(default=None)
-
-    def make_config(self, **settings: Any) -> Any:
-        """The config, with other or more settings."""
-        return getattr(transformers, self.config)(**{**self.settings, **settings})
-
-    def build(self, seed: int = 0, tied: bool | None = None, model: str | None = None, **settings: Any) -> Any:
-        """A model with random weights, in eval mode.
-
-        Args:
-            seed: of the weights.
-            tied: whether the config ties the output layer to the embeddings; None leaves it to the config's default.
-            model: another class than the architecture's own.
-            settings: of the config, beside its own.
-        """
-        config = self.make_config(**settings)
-        if tied is not None:
-            for part in {id(one): one for one in (config, config.get_text_config())}.values():
-                part.tie_word_embeddings = tied
-        torch.manual_seed(seed)
-        return getattr(transformers, model or self.model)(config).eval()
-
-    @property
-    def has_output_layer(self) -> bool:
-        """Whether there is an output layer of which the config says if it is tied to the embeddings."""
-        return bool(getattr(getattr(transformers, self.model), "_tied_weights_keys", None))
-
-
-def _encoder(name: str, **settings: Any) -> Architecture:
-    mask = settings.pop("mask", True)
-    limit = settings.setdefault("max_position_embeddings", 64)
-    return Architecture(
-        "encoder", f"{name}Model", f"{name}Config", {**TEXT, **settings}, batches.texts(mask), limit if mask else None
-    )
-
-
-def _decoder(name: str, model: str | None = None, mask: bool = True, **settings: Any) -> Architecture:
-    return Architecture(
-        "decoder", model or f"{name}ForCausalLM", f"{name}Config", {**TEXT, **settings}, batches.texts(mask)
-    )
-
-
-def _grouped(name: str, **settings: Any) -> Architecture:
-    return _decoder(name, **{**GROUPED, "max_position_embeddings": 64, **settings})
-
-
-def _seq2seq(name: str, model: str = "", **settings: Any) -> Architecture:
-    return Architecture(
-        "seq2seq", model or f"{name}ForConditionalGeneration", f"{name}Config", settings, batches.seq2seq
-    )
-
-
-def _image(name: str, size: int = 28, **settings: Any) -> Architecture:
-    return Architecture("image", f"{name}Model", f"{name}Config", settings, batches.pictures(size))
-
+from tests.kit.architecture_kinds import (
+    BART,
+    CLIP_TOWER,
+    GROUPED,
+    IMAGE,
+    MIXTURE,
+    NARROW,
+    SPECIAL,
+    T5,
+    TEXT,
+    WAVE,
+    Architecture,
+    decoder,
+    encoder,
+    grouped,
+    image,
+    seq2seq,
+)
 
 ENCODERS: dict[str, Architecture] = {
-    "bert": _encoder("Bert"),
-    "roberta": _encoder("Roberta"),
+    "bert": encoder("Bert"),
+    "roberta": encoder("Roberta"),
     "distilbert": Architecture(
         "encoder",
         "DistilBertModel",
@@ -136,10 +44,10 @@ ENCODERS: dict[str, Architecture] = {
         batches.texts(),
         64,
     ),
-    "modernbert": _encoder(
+    "modernbert": encoder(
         "ModernBert", local_attention=8, global_attn_every_n_layers=2, cls_token_id=1, sep_token_id=2
     ),
-    "debertav2": _encoder(
+    "debertav2": encoder(
         "DebertaV2",
         relative_attention=True,
         pos_att_type=["c2p", "p2c"],
@@ -150,13 +58,13 @@ ENCODERS: dict[str, Architecture] = {
         type_vocab_size=0,
         max_relative_positions=-1,
     ),
-    "deberta": _encoder("Deberta", relative_attention=True, pos_att_type=["c2p", "p2c"], max_relative_positions=16),
-    "electra": _encoder("Electra", embedding_size=32),
-    "xlmr": _encoder("XLMRoberta", max_position_embeddings=70),
-    "mpnet": _encoder("MPNet"),
-    "albert": _encoder("Albert", embedding_size=32, num_hidden_layers=3, num_hidden_groups=1),
-    "albert_groups": _encoder("Albert", embedding_size=32, num_hidden_layers=4, num_hidden_groups=2),
-    "esm": _encoder(
+    "deberta": encoder("Deberta", relative_attention=True, pos_att_type=["c2p", "p2c"], max_relative_positions=16),
+    "electra": encoder("Electra", embedding_size=32),
+    "xlmr": encoder("XLMRoberta", max_position_embeddings=70),
+    "mpnet": encoder("MPNet"),
+    "albert": encoder("Albert", embedding_size=32, num_hidden_layers=3, num_hidden_groups=1),
+    "albert_groups": encoder("Albert", embedding_size=32, num_hidden_layers=4, num_hidden_groups=2),
+    "esm": encoder(
         "Esm",
         max_position_embeddings=70,
         mask_token_id=4,
@@ -164,13 +72,13 @@ ENCODERS: dict[str, Architecture] = {
         token_dropout=True,
         emb_layer_norm_before=False,
     ),
-    "longformer": _encoder("Longformer", max_position_embeddings=70, attention_window=4),
-    "bigbird": _encoder("BigBird", max_position_embeddings=70, attention_type="original_full"),
-    "roformer": _encoder("RoFormer", embedding_size=64, max_position_embeddings=70),
-    "convbert": _encoder("ConvBert", embedding_size=64, head_ratio=2, conv_kernel_size=3),
-    "mobilebert": _encoder("MobileBert", embedding_size=32, intra_bottleneck_size=32, num_feedforward_networks=2),
-    "squeezebert": _encoder("SqueezeBert", embedding_size=64, q_groups=2, k_groups=2, v_groups=2),
-    "fnet": _encoder("FNet", max_position_embeddings=70, mask=False),
+    "longformer": encoder("Longformer", max_position_embeddings=70, attention_window=4),
+    "bigbird": encoder("BigBird", max_position_embeddings=70, attention_type="original_full"),
+    "roformer": encoder("RoFormer", embedding_size=64, max_position_embeddings=70),
+    "convbert": encoder("ConvBert", embedding_size=64, head_ratio=2, conv_kernel_size=3),
+    "mobilebert": encoder("MobileBert", embedding_size=32, intra_bottleneck_size=32, num_feedforward_networks=2),
+    "squeezebert": encoder("SqueezeBert", embedding_size=64, q_groups=2, k_groups=2, v_groups=2),
+    "fnet": encoder("FNet", max_position_embeddings=70, mask=False),
     "xlnet": Architecture(
         "encoder",
         "XLNetModel",
@@ -188,33 +96,33 @@ ENCODERS: dict[str, Architecture] = {
         },
         batches.texts(),
     ),
-    "nomic": _encoder("NomicBert"),
-    "eurobert": _encoder("EuroBert", num_key_value_heads=2),
+    "nomic": encoder("NomicBert"),
+    "eurobert": encoder("EuroBert", num_key_value_heads=2),
 }
 
 DECODERS: dict[str, Architecture] = {
-    "llama": _grouped("Llama"),
-    "llama_scaled": _grouped(
+    "llama": grouped("Llama"),
+    "llama_scaled": grouped(
         "Llama",
         rope_parameters={
             **{"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
             **{"original_max_position_embeddings": 16, "rope_theta": 10000.0},
         },
     ),
-    "qwen2": _grouped("Qwen2"),
-    "qwen3": _grouped("Qwen3", head_dim=16),
-    "mistral": _grouped("Mistral", sliding_window=4),
-    "gemma": _grouped("Gemma", head_dim=16),
-    "gemma2": _grouped("Gemma2", head_dim=16, sliding_window=4, query_pre_attn_scalar=16),
-    "gemma3": _decoder("Gemma3Text", "Gemma3ForCausalLM", **NARROW, max_position_embeddings=64, sliding_window=4),
-    "phi": _decoder("Phi", max_position_embeddings=64),
-    "phi3": _grouped("Phi3"),
-    "olmo2": _grouped("Olmo2"),
-    "stablelm": _grouped("StableLm"),
-    "cohere": _grouped("Cohere"),
-    "granite": _grouped("Granite"),
-    "starcoder2": _grouped("Starcoder2"),
-    "smollm3": _grouped("SmolLM3"),
+    "qwen2": grouped("Qwen2"),
+    "qwen3": grouped("Qwen3", head_dim=16),
+    "mistral": grouped("Mistral", sliding_window=4),
+    "gemma": grouped("Gemma", head_dim=16),
+    "gemma2": grouped("Gemma2", head_dim=16, sliding_window=4, query_pre_attn_scalar=16),
+    "gemma3": decoder("Gemma3Text", "Gemma3ForCausalLM", **NARROW, max_position_embeddings=64, sliding_window=4),
+    "phi": decoder("Phi", max_position_embeddings=64),
+    "phi3": grouped("Phi3"),
+    "olmo2": grouped("Olmo2"),
+    "stablelm": grouped("StableLm"),
+    "cohere": grouped("Cohere"),
+    "granite": grouped("Granite"),
+    "starcoder2": grouped("Starcoder2"),
+    "smollm3": grouped("SmolLM3"),
     "gpt2": Architecture(
         "decoder",
         "GPT2LMHeadModel",
@@ -244,7 +152,7 @@ DECODERS: dict[str, Architecture] = {
         },
         batches.texts(),
     ),
-    "neox": _decoder("GPTNeoX", max_position_embeddings=64),
+    "neox": decoder("GPTNeoX", max_position_embeddings=64),
     "opt": Architecture(
         "decoder",
         "OPTForCausalLM",
@@ -253,10 +161,10 @@ DECODERS: dict[str, Architecture] = {
         batches.texts(),
         64,
     ),
-    "falcon": _decoder(
+    "falcon": decoder(
         "Falcon", new_decoder_architecture=False, multi_query=True, alibi=False, bias=False, parallel_attn=True
     ),
-    "falcon_alibi": _decoder(
+    "falcon_alibi": decoder(
         "Falcon", new_decoder_architecture=False, multi_query=False, alibi=True, bias=True, parallel_attn=False
     ),
     "bloom": Architecture(
@@ -276,11 +184,9 @@ DECODERS: dict[str, Architecture] = {
         },
         batches.texts(),
     ),
-    "mamba": _decoder("Mamba", mask=False, state_size=4, time_step_rank=4),
-    "mamba2": _decoder(
-        "Mamba2", mask=False, state_size=8, num_heads=8, head_dim=16, n_groups=1, chunk_size=8, expand=2
-    ),
-    "qwen3moe": _grouped(
+    "mamba": decoder("Mamba", mask=False, state_size=4, time_step_rank=4),
+    "mamba2": decoder("Mamba2", mask=False, state_size=8, num_heads=8, head_dim=16, n_groups=1, chunk_size=8, expand=2),
+    "qwen3moe": grouped(
         "Qwen3Moe",
         moe_intermediate_size=32,
         num_experts=4,
@@ -288,21 +194,21 @@ DECODERS: dict[str, Architecture] = {
         head_dim=16,
         decoder_sparse_step=1,
     ),
-    "mixtral": _decoder("Mixtral", **MIXTURE),
-    "gptoss": _decoder("GptOss", **MIXTURE, head_dim=16, sliding_window=4),
-    "granitemoe": _decoder("GraniteMoe", **MIXTURE),
+    "mixtral": decoder("Mixtral", **MIXTURE),
+    "gptoss": decoder("GptOss", **MIXTURE, head_dim=16, sliding_window=4),
+    "granitemoe": decoder("GraniteMoe", **MIXTURE),
 }
 
 ENCODER_DECODERS: dict[str, Architecture] = {
-    "t5": _seq2seq("T5", **T5),
-    "flan_t5": _seq2seq("T5", **T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False),
-    "mt5": _seq2seq("MT5", **T5),
-    "switch": _seq2seq("SwitchTransformers", **T5, num_experts=2, expert_capacity=64),
-    "bart": _seq2seq("Bart", **BART),
-    "marian": _seq2seq("Marian", "MarianMTModel", **BART),
-    "pegasus": _seq2seq("Pegasus", **BART),
-    "m2m100": _seq2seq("M2M100", **BART),
-    "led": _seq2seq(
+    "t5": seq2seq("T5", **T5),
+    "flan_t5": seq2seq("T5", **T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False),
+    "mt5": seq2seq("MT5", **T5),
+    "switch": seq2seq("SwitchTransformers", **T5, num_experts=2, expert_capacity=64),
+    "bart": seq2seq("Bart", **BART),
+    "marian": seq2seq("Marian", "MarianMTModel", **BART),
+    "pegasus": seq2seq("Pegasus", **BART),
+    "m2m100": seq2seq("M2M100", **BART),
+    "led": seq2seq(
         "LED",
         **{name: value for name, value in BART.items() if name != "max_position_embeddings"},
         max_encoder_position_embeddings=64,
@@ -312,8 +218,8 @@ ENCODER_DECODERS: dict[str, Architecture] = {
 }
 
 IMAGES: dict[str, Architecture] = {
-    "vit": _image("ViT", **IMAGE),
-    "dinov2": _image("Dinov2", **{**IMAGE, "mlp_ratio": 2}),
+    "vit": image("ViT", **IMAGE),
+    "dinov2": image("Dinov2", **{**IMAGE, "mlp_ratio": 2}),
     "dinov3": Architecture("image", "DINOv3ViTModel", "DINOv3ViTConfig", IMAGE, batches.pictures()),
     "clip_vision": Architecture(
         "image",
@@ -322,18 +228,18 @@ IMAGES: dict[str, Architecture] = {
         {**CLIP_TOWER, "image_size": 28, "patch_size": 14},
         batches.pictures(),
     ),
-    "beit": _image("Beit", **IMAGE, use_relative_position_bias=True),
-    "swin": _image(
+    "beit": image("Beit", **IMAGE, use_relative_position_bias=True),
+    "swin": image(
         "Swin", 32, image_size=32, patch_size=4, embed_dim=16, depths=[1, 2], num_heads=[2, 4], window_size=4
     ),
-    "convnext": _image("ConvNext", 32, hidden_sizes=[16, 32], depths=[1, 1], num_stages=2),
-    "segformer": _image(
+    "convnext": image("ConvNext", 32, hidden_sizes=[16, 32], depths=[1, 1], num_stages=2),
+    "segformer": image(
         "Segformer",
         32,
         **{"num_encoder_blocks": 2, "depths": [1, 1], "sr_ratios": [2, 1], "hidden_sizes": [16, 32]},
         **{"patch_sizes": [7, 3], "strides": [4, 2], "num_attention_heads": [1, 2], "mlp_ratios": [2, 2]},
     ),
-    "resnet": _image("ResNet", 32, embedding_size=16, hidden_sizes=[16, 32], depths=[1, 1]),
+    "resnet": image("ResNet", 32, embedding_size=16, hidden_sizes=[16, 32], depths=[1, 1]),
 }
 
 SOUNDS: dict[str, Architecture] = {

@@ -18,7 +18,8 @@ from epmq.errors import InputError
 from epmq.merging.compatibility import open_experts
 from epmq.models.blocks import find_stacks
 from epmq.recipe import Expert
-from tests.kit.architectures import ARCHITECTURES, Architecture
+from tests.kit.architecture_kinds import Architecture
+from tests.kit.architectures import ARCHITECTURES
 from tests.kit.comparison import different, fine_tuned, gaps
 
 TOLERANCE = 1e-5
