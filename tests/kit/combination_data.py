@@ -22,12 +22,12 @@ def _text(rng: np.random.Generator, words: int | None = None) -> str:
     return " ".join(rng.choice(WORDS, size=int(rng.integers(3, 8)) if words is None else words))
 
 
-def write_data(kind: str, files: Files, name: str) -> dict[str, Any]:
-    """Write rows of one kind for an expert; returns what the recipe says of them."""
+def write_data(kind: str, files: Files, name: str, use: str) -> dict[str, Any]:
+    """Write rows of one kind for an expert, labelled where they are for its evaluation; returns the recipe's fields."""
     rng = np.random.default_rng(files.combination.number)
-    path = files.folder / f"{name}.jsonl"
+    path = files.folder / f"{name}-{use}.jsonl"
     if kind in ("images", "odd_images"):
-        return _write_images(kind, files, name, rng)
+        return _write_images(kind, files, name, use, rng)
     rows = [_row(kind, rng, files.folder, index) for index in range(ROWS)]
     if kind == "odd_labels":
         odd = ODD[files.combination.number % len(ODD)]
@@ -36,7 +36,7 @@ def write_data(kind: str, files: Files, name: str) -> dict[str, Any]:
                 row["label"] = odd
             elif index % 2:
                 row["label"] = 1
-    if kind in ("texts", "pairs", "long") and files.combination.evaluates:
+    if kind in ("texts", "pairs", "long") and use == "evaluation":
         for row, label in zip(rows, answers(files, name, rows) or ()):
             row["label"] = label
     rows = [] if kind == "empty" else rows
@@ -71,15 +71,15 @@ def _row(kind: str, rng: np.random.Generator, folder: Path, index: int) -> dict[
     return {"text": _text(rng)}
 
 
-def _write_images(kind: str, files: Files, name: str, rng: np.random.Generator) -> dict[str, Any]:
-    path = files.folder / f"{name}.npz"
+def _write_images(kind: str, files: Files, name: str, use: str, rng: np.random.Generator) -> dict[str, Any]:
+    path = files.folder / f"{name}-{use}.npz"
     images = rng.integers(0, 256, (ROWS, 32, 32, 3), dtype=np.uint8)
     arrays = {"images": images}
     if kind == "odd_images":
         arrays["labels"] = rng.random(ROWS)
     else:
         arrays["labels"] = np.zeros(ROWS, dtype=np.int64)
-        if files.combination.evaluates and files.head(name) in LABELLED:
+        if use == "evaluation" and files.head(name) in LABELLED:
             arrays["labels"] = np.asarray(answers(files, name, list(images)))
     np.savez(path, **arrays)
     return {"path": str(path)}
@@ -101,6 +101,8 @@ def answers(files: Files, name: str, rows: list[Any]) -> list[Any] | None:
     head, model = files.head(name), files.models[name]
     if head == "file":
         return [0] * len(rows)
+    if head == "multi_label":
+        return [[1, 0, 1]] * len(rows)
     if head not in (*LABELLED, "regression"):
         return None
     scores = [read(model, accepted(model, inputs_of(files.folder / "base", row)))["logits"][0] for row in rows]

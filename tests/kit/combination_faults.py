@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tests.kit.combination_files import ADAPTED, Files, write_tokenizer
+from tests.kit.combination_files import Files, write_tokenizer
 from tests.kit.comparison import gaps
 
 INDEX = "model.safetensors.index.json"
@@ -42,8 +42,8 @@ class Happened:
 
     Attributes:
         what: in words; empty for nothing.
-        expects: `refuse` (there must be no output), `tell` (a note must name one of `names`), `config` (as `tell`, unless
-            the output is the expert) or `right` (it makes no difference).
+        expects: `refuse` (there must be no output), `tell` (a note must name one of `names`), `config` (as `tell`,
+            unless the output is the expert) or `right` (it makes no difference).
     """
 
     what: str = ""
@@ -351,7 +351,6 @@ ANY: dict[str, Callable[[Files, Pick], Happened]] = {
     "old_class": _old_class,
 }
 FAULTS = {**FULL, **ANY, "config2": _config}
-assert ADAPTED
 
 
 def apply_fault(files: Files) -> Happened:

@@ -67,6 +67,12 @@ DATA = {
     "dual": ("image_texts", "image_texts", "batches", "texts", "images"),
     "vision_language": ("batches", "batches", "documents", "image_texts", "chats"),
 }
+# Head, or kind of architecture where there is none → data that such an expert is scored on.
+SCORED = {
+    **dict.fromkeys(("sequence", "regression", "file"), ("texts", "texts", "pairs")),
+    **{"multi_label": ("texts",), "token": ("words",), "question": ("questions",), "image": ("images",)},
+    **{"decoder": ("documents", "unpacked", "chats"), "seq2seq": ("targets",)},
+}
 ODD = (0.5, "good", None, True, [0, 1], "missing")
 
 
@@ -103,7 +109,7 @@ def head_class(architecture: Architecture, head: str) -> Any:
     """The class of transformers with that head; None if there is none."""
     table: Any = getattr(transformers, f"MODEL_FOR_{CLASSES[head][0]}_MAPPING", {})
     config = type(architecture.make_config())
-    return table[config] if config in table else None
+    return table.get(config, None)
 
 
 def heads_of(architecture: Architecture) -> list[str]:
@@ -258,15 +264,17 @@ def _write_data(files: Files, name: str) -> dict[str, Any]:
     """Calibration and evaluation data of an expert, as fields of the recipe."""
     from tests.kit.combination_data import write_data
 
-    combination = files.combination
-    if combination.data == "batches":
-        if combination.calibrates:
-            files.calibration[name] = ready_batches(files.architecture, files.head(name))
-        return {}
-    fields = {}
-    if combination.calibrates or combination.evaluates:
-        content = write_data(combination.data, files, name)
-        fields = {"calibration": content} if combination.calibrates else {}
-        if combination.evaluates:
-            fields["evaluation"] = content
+    combination, fields = files.combination, dict[str, Any]()
+    if combination.calibrates and combination.data == "batches":
+        files.calibration[name] = ready_batches(files.architecture, files.head(name))
+    elif combination.calibrates:
+        fields["calibration"] = write_data(combination.data, files, name, "calibration")
+    kinds = SCORED.get(files.architecture.kind if files.head(name) == "none" else files.head(name), ())
+    if files.architecture.kind == "image" and kinds:
+        kinds = ("images",)
+    if combination.evaluates and combination.data != "batches" and combination.number % 8 == 0:
+        kinds = (combination.data,)  # whatever it is calibrated on
+    if combination.evaluates and kinds:
+        kind = kinds[combination.number % len(kinds)]
+        fields["evaluation"] = write_data(kind, files, name, "evaluation")
     return fields

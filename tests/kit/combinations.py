@@ -12,6 +12,7 @@ by transformers and PEFT alone (`tests.kit.combination_oracle`). What counts:
     unnamed   an error of several lines, or one that names nothing
     silent    a result that is not what it should be, and no note that says so
     hang      no end within the time
+    broken    the combination's own files could not be written
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ from tests.kit.combination_oracle import Wrong, judge
 
 SECONDS = 60
 GOOD, BAD = ("right", "noted", "refused", "declined"), ("late", "crash", "unnamed", "silent", "hang")
+# Architectures without linear layers for an adapter.
+UNADAPTED = ("squeezebert", "resnet")
 METHODS = ("none", "none", "none", "rtn", "gptq", "e_pmq", "expert_guided", "expert_guided")
 
 
@@ -89,7 +92,7 @@ def draw(number: int, seed: int = 0) -> Combination:
     choices = heads_of(architecture)
     # Most users have heads of one kind, or none.
     heads = tuple(rng.choice(choices) if rng.random() < 0.7 else "none" for _ in range(count))
-    adapters = tuple(rng.random() < 0.25 and head in ADAPTED for head in heads)
+    adapters = tuple(rng.random() < 0.25 and head in ADAPTED and name not in UNADAPTED for head in heads)
     tied: tuple[bool | None, ...] = (None,) * (count + 1)
     if architecture.has_output_layer and architecture.kind != "vision_language" and rng.random() < 0.5:
         one = rng.random() < 0.5
@@ -176,11 +179,11 @@ def _run(files: Files) -> tuple[dict[str, Any], bool]:
 
 def attempt(combination: Combination, folder: Path) -> Result:
     """What becomes of a combination, whose files go into an empty folder."""
-    result = Result(vars(combination), "crash")
+    result = Result(vars(combination), "broken")
     try:
         files = write_files(combination, folder)
         happened = apply_fault(files)
-        result.combination = {**vars(combination), "happened": happened.what}
+        result = Result({**vars(combination), "happened": happened.what}, "crash")
         with _limited(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             report, _ = _run(files)
@@ -189,7 +192,8 @@ def attempt(combination: Combination, folder: Path) -> Result:
         result.outcome = "noted" if noted else "right"
     except EpmqError as error:
         result.why, late = str(error), getattr(error, "late", None)
-        wrong = happened.what or combination.fault != "none" or combination.strict
+        foreign = combination.data == "empty" or combination.data not in DATA[files.architecture.kind]
+        wrong = happened.what or combination.strict or foreign
         result.outcome = "late" if late else "refused" if wrong else "declined"
         if not is_clear(result.why, files):
             result.outcome = "unnamed"
