@@ -251,6 +251,8 @@ def scores_apart(files: Files, report: dict[str, Any], out: Path) -> list[str]:
             continue
         rows = [json.loads(line) for line in Path(data["path"]).read_text().splitlines()]
         loaded = loaded or epmq.load(out)
+        if name not in loaded.tasks:
+            continue  # a head that is missing is told elsewhere
         found = [loaded(name, **accepted(loaded, inputs_of(files.folder / "base", row)))[0] for row in rows]
         labels = [row["label"] for row in rows]
         if metric == "accuracy":

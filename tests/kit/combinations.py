@@ -33,6 +33,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from unittest.mock import patch
 
+import transformers
+
 import epmq
 from epmq.errors import EpmqError
 from epmq.models.writer import CheckpointWriter
@@ -148,7 +150,7 @@ def _limited() -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def _run(files: Files) -> tuple[dict[str, Any], bool]:
+def run_files(files: Files) -> tuple[dict[str, Any], bool]:
     """Do the run; returns its report, and whether something was written."""
     written = False
     write: Any = CheckpointWriter.write
@@ -186,7 +188,7 @@ def attempt(combination: Combination, folder: Path) -> Result:
         result = Result({**vars(combination), "happened": happened.what}, "crash")
         with _limited(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            report, _ = _run(files)
+            report, _ = run_files(files)
             result.notes = report["notes"]
             noted = judge(files, report, happened)
         result.outcome = "noted" if noted else "right"
@@ -214,9 +216,15 @@ def is_clear(message: str, files: Files) -> bool:
     return "\n" not in message and (named or str(files.folder) in message)
 
 
+def quiet() -> None:
+    """Let neither epmq nor transformers say anything beside the results."""
+    logging.getLogger("epmq").setLevel(logging.CRITICAL)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
 def outcomes(numbers: range, seed: int = 0) -> Iterator[Result]:
     """What becomes of each of some combinations, in order."""
-    logging.getLogger("epmq").setLevel(logging.CRITICAL)
     with TemporaryDirectory() as name:
         folder = Path(name).resolve() / "pool"
         for number in numbers:
