@@ -23,6 +23,7 @@ NARROW: Settings = {**GROUPED, "head_dim": 16}
 T5: Settings = {
     "vocab_size": VOCABULARY,
     **{"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0},
+    **{"pad_token_id": 0, "eos_token_id": 2},
 }
 BART: Settings = {
     "vocab_size": VOCABULARY,

@@ -88,25 +88,41 @@ def side(files: Files, name: str) -> Any:
 def by_hand(files: Files) -> Any:
     """The merge: base + scaling · Σ (expert − base), in the shared class; untied where a side is.
 
-    Its `missing` are the tensors that the base has not. What an expert has not is the base's.
+    Its `missing` are the tensors that the base has not. What an expert has not is the base's, and so is the output layer
+    where the expert's class has none, whatever its config says of ties.
     """
     shared, combination = getattr(transformers, files.architecture.model), files.combination
     base, info = shared.from_pretrained(files.folder / "base", output_loading_info=True, dtype=torch.float32)
-    sides = [side(files, name) for name in files.names]
-    states = [(one.state_dict(), one.missing) for one in sides]
+    sides = [(side(files, name), files.head(name) in ("none", "file")) for name in files.names]
+    outputs = {name for name, module in base.named_modules() if module is base.get_output_embeddings()}
+    states = [
+        {
+            name: tensor
+            for name, tensor in one.state_dict().items()
+            if name not in one.missing and (whole or name.rpartition(".")[0] not in outputs)
+        }
+        for one, whole in sides
+    ]
     start, merged = base.state_dict(), dict[str, Tensor]()
     for name, tensor in start.items():
-        own = [state[name] for state, missing in states if name not in missing and state[name].shape == tensor.shape]
+        own = [state[name] for state in states if name in state and state[name].shape == tensor.shape]
         moves = [one.float() - tensor for one in own] if tensor.is_floating_point() else []
         merged[name] = tensor + combination.scaling * sum(moves) if moves else tensor
-    ties = {bool(getattr(one.config.get_text_config(), "tie_word_embeddings", False)) for one in (base, *sides)}
+    ties = {_is_tied(one) for one in (base, *(one for one, whole in sides if whole))}
     if len(ties) > 1:
         base = shared.from_pretrained(files.folder / "base", tie_word_embeddings=False, dtype=torch.float32)
+    done = set[int]()
     with torch.no_grad():
         for name, tensor in base.state_dict().items():
-            tensor.copy_(merged[name])
+            if tensor.data_ptr() not in done or not tensor.numel():
+                tensor.copy_(merged[name])
+            done.add(tensor.data_ptr())
     base.missing, base.mixed = set(info["missing_keys"]), len(ties) > 1
     return base.eval()
+
+
+def _is_tied(model: Any) -> bool:
+    return bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
 
 
 def open_output(files: Files, report: dict[str, Any], out: Path) -> Any:
@@ -132,14 +148,14 @@ def tensors_apart(files: Files, report: dict[str, Any], merged: Any, written: An
     found, wanted = written.state_dict(), merged.state_dict()
     one_sided = sorted((found.keys() ^ wanted.keys()) - merged.missing)
     problems = [f"tensors of one side alone: {one_sided[:3]}"] if one_sided else []
-    guided = files.combination.quantize["method"] in ("e_pmq", "expert_guided")
+    guided = free(files)
     for name in sorted(found.keys() & wanted.keys() - merged.missing):
         here, there = found[name].float(), wanted[name].float()
         if here.shape != there.shape:
             problems.append(f"{name} is {list(here.shape)}, not {list(there.shape)}")
             continue
         apart = gap(here, there)
-        if apart > (EXACT if name not in layers else 1.0 if guided else NEAR):
+        if apart > (EXACT if name not in layers else 1e30 if guided else NEAR):
             problems.append(f"{name} off by {apart:.2g}")
     return problems
 
@@ -150,20 +166,23 @@ def _read_by_user(apart: dict[str, float], merged: Any) -> dict[str, float]:
     return {name: value for name, value in apart.items() if not (lost and name == "pooler_output")}
 
 
-def near(files: Files, guided: float = 10.0) -> float:
-    """By how much outputs may be off."""
+def free(files: Files) -> bool:
+    """Whether quantized layers may be anything finite: guided by several experts, or by an anchor that lies far off."""
     quantize = files.combination.quantize
-    if quantize["method"] == "none":
-        return EXACT
-    if quantize["method"] == "expert_guided" and quantize.get("anchor_scale") != 1.0:
-        return guided  # the anchor lies far off by design
-    return NEAR * 2
+    far = quantize["method"] == "expert_guided" and quantize.get("anchor_scale") != 1.0
+    return far or (quantize["method"] in ("e_pmq", "expert_guided") and len(files.names) > 1)
+
+
+def near(files: Files) -> float:
+    """By how much outputs may be off."""
+    if free(files):
+        return 1e30
+    return EXACT if files.combination.quantize["method"] == "none" else NEAR * 2
 
 
 def outputs_apart(files: Files, merged: Any, written: Any) -> list[str]:
     """Outputs that are not the merge's; guided by several experts they may be anything."""
-    guided = files.combination.quantize["method"] in ("e_pmq", "expert_guided")
-    if guided and len(files.names) > 1:
+    if free(files):
         return []
     if merged.mixed and files.combination.architecture in SCALED:
         return expert_apart(files, written) if len(files.names) == 1 else []
@@ -222,8 +241,8 @@ def heads_apart(files: Files, report: dict[str, Any], out: Path, written: Any) -
                 problems.append(f"the head file of {name} is another one")
             continue
         reference = files.models[name] if follows else with_head(files, name, written)
-        bound = near(files, 1.0) if len(files.names) == 1 else 1.0
-        bound = max(bound, NEAR * 2) if follows else EXACT * 5
+        # One that follows the model gives the scores of the one expert that there is.
+        bound = EXACT * 5 if not follows else max(near(files), NEAR * 2) if len(files.names) == 1 else 1e30
         for batch in files.probes[name]:
             apart = gap(loaded(name, **batch).float(), stacked(read(reference, batch)))
             if apart > bound:
