@@ -203,7 +203,7 @@ ENCODER_DECODERS: dict[str, Architecture] = {
     "t5": seq2seq("T5", **T5),
     "flan_t5": seq2seq("T5", **T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False),
     "mt5": seq2seq("MT5", **T5),
-    "switch": seq2seq("SwitchTransformers", **T5, num_experts=2, expert_capacity=64),
+    "switch": seq2seq("SwitchTransformers", **T5, num_decoder_layers=2, num_experts=2, expert_capacity=64),
     "bart": seq2seq("Bart", **BART),
     "marian": seq2seq("Marian", "MarianMTModel", **BART),
     "pegasus": seq2seq("Pegasus", **BART),

@@ -88,8 +88,8 @@ def side(files: Files, name: str) -> Any:
 def by_hand(files: Files) -> Any:
     """The merge: base + scaling · Σ (expert − base), in the shared class; untied where a side is.
 
-    Its `missing` are the tensors that the base has not. What an expert has not is the base's, and so is the output layer
-    where the expert's class has none, whatever its config says of ties.
+    Its `missing` are the tensors that the base has not. What an expert has not is the base's, and so is the output
+    layer where the expert's class has none, whatever its config says of ties.
     """
     shared, combination = getattr(transformers, files.architecture.model), files.combination
     base, info = shared.from_pretrained(files.folder / "base", output_loading_info=True, dtype=torch.float32)
