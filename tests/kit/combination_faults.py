@@ -150,7 +150,10 @@ def _config(files: Files, pick: Pick) -> Happened:
     if field == "rope_theta" and field not in content:
         value = {"rope_parameters": {**content["rope_parameters"], "rope_theta": 10.0}}
     edit_json(path, **value)
-    after = kind.from_pretrained(pick.folder)
+    try:
+        after = kind.from_pretrained(pick.folder)
+    except (RuntimeError, ValueError):
+        return Happened(f"expert's config has another {field}, which its own weights do not fit", "refuse")
     probes = files.probes[pick.name]
     if max(gaps(after.eval(), before.eval(), probes).values()) < 1e-4:
         path.write_text(json.dumps(content))

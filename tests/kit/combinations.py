@@ -44,9 +44,9 @@ from tests.kit.combination_files import ADAPTED, DATA, Files, head_class, heads_
 from tests.kit.combination_oracle import Wrong, judge
 
 SECONDS = 60
-GOOD, BAD = ("right", "noted", "refused", "declined"), ("late", "crash", "unnamed", "silent", "hang")
-# Architectures without linear layers for an adapter.
-UNADAPTED = ("squeezebert", "resnet")
+GOOD, BAD = ("right", "noted", "refused", "declined"), ("late", "crash", "unnamed", "silent", "hang", "broken")
+# Architectures without linear layers that PEFT takes for an adapter.
+UNADAPTED = ("squeezebert", "resnet", "mamba", "mamba2")
 METHODS = ("none", "none", "none", "rtn", "gptq", "e_pmq", "expert_guided", "expert_guided")
 
 
