@@ -5,8 +5,9 @@ interruption. Then, again and again, a process that does the same is killed (sig
 anew until it comes to its end; every file of its output but report.json and README.md, which tell of times, must then
 be the same, byte for byte, and nothing else may have been left behind. Writes to `benchmarks/results/faults.json`:
 kills, how many of them left finished blocks, runs that came to their end, and how many of these were identical; what
-`tests.kit.write_faults` finds of every write that fails, and of full disks; and what `benchmarks.faults.repeats` finds
-of the same run with other threads, order of tasks and batch size.
+`tests.kit.write_faults` finds of every write that fails, and of full disks; what `benchmarks.faults.repeats` finds of
+the same run with other threads, order of tasks and batch size; and of how many tiny architectures one expert, merged at
+scaling 1.0, is that expert (`tests.kit.identity`).
 """
 
 from __future__ import annotations
@@ -40,11 +41,12 @@ from epmq.files import write_json
 from epmq.pipeline.journal import BLOCKS
 from epmq.pipeline.run import run
 from tests.kit import wrong_merges
+from tests.kit.identity import identities
 from tests.kit.runs import contents, examples, finish, recipe, write_models
 from tests.kit.write_faults import fail_everywhere, fill_disks
 
 PATH = RESULTS / "faults.json"
-CAMPAIGNS = ("kills", "disks", "wrong", "repeats", "related", "batches")
+CAMPAIGNS = ("kills", "disks", "wrong", "repeats", "related", "batches", "identities")
 
 
 def disk_faults(folder: Path) -> dict[str, int]:
@@ -154,6 +156,7 @@ def main() -> None:
             "repeats": lambda: {"repeats": repeats(folder)},
             "related": lambda: {"related": {name: related(name) for name in built()}},
             "batches": lambda: {"batches": {name: halve_real_batches(name, folder) for name in built()}},
+            "identities": lambda: {"identities": identities(Console(stderr=True).print)},
         }
         for campaign in [arguments.only] if arguments.only else campaigns:
             figures |= campaigns[campaign]()

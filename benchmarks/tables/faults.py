@@ -48,4 +48,14 @@ def faults(results: dict[str, Any]) -> list[list[str]]:
         lines.append(["files changed at random", f"{results['mutated_inputs']}", became])
     if "wrong_merges" in results:
         lines.append(["wrong merges", f"{results['wrong_merges']}", f"{results['wrong_merges_caught']} named"])
-    return lines
+    return lines + [_counted(name, results[name]) for name in ("identities", "combinations") if name in results]
+
+
+def _counted(name: str, counts: dict[str, Any]) -> list[str]:
+    """The line of a campaign that counts outcomes."""
+    if name == "identities":
+        became = f"{counts['right']} the expert itself, {counts['refused']} refused; wrong {counts['wrong']}"
+        title = f"one expert alone, {counts['architectures']} architectures, tied and untied"
+        return [title, f"{counts['cases']}", became]
+    became = f"{counts['right']} right, {counts['noted']} with a note, {counts['refused'] + counts['declined']} refused"
+    return ["combinations of models and data", f"{counts['drawn']}", f"{became}; wrong {len(counts['failed'])}"]
