@@ -20,7 +20,7 @@ def account_for_base(experts: ExpertSet) -> None:
         InputError: no class of transformers reads a tensor of the base; it is named.
     """
     base, notes = experts.base, experts.notes
-    left = _left_over(experts, base, str(base.path))
+    left = _left_over(experts, base, "the base")
     if left:
         notes.depart(f"in the base, left out: {listed(left)}")
     taken = [name for name in base.stand_ins if name not in experts.initial]
@@ -67,7 +67,8 @@ def note_ties(experts: ExpertSet) -> None:
             if name not in experts.tied and is_one(base, name, leader) and not is_one(expert, name, leader):
                 experts.notes.append(f"{name} is {leader} in the base, another in expert {expert.task}: they are two")
         for name, leader in expert.ties.items():
-            if name not in base.ties and name in expert.stored and is_one(expert, name, leader):
+            one = name in expert.stored and is_one(expert, name, leader)
+            if one and not (name in base.ties and is_one(base, name, leader)):
                 experts.notes.append(f"{name} is {leader} in expert {expert.task}, another in the base: they are two")
 
 
@@ -103,21 +104,20 @@ def _left_over(experts: ExpertSet, reader: BaseReader | ExpertReader, who: str) 
     if stray:
         more = f" (and {len(stray) - 1} more)" if len(stray) > 1 else ""
         raise InputError(f"{who}: tensor {stray[0]!r}{more} has no counterpart in the base ({checkpoint.path})")
-    if weights and not _is_unknown_task(checkpoint):
-        own = named_class(architecture_of(checkpoint.config))
-        config = classes.config_of(checkpoint)
-        unknown = _unread_by([own, *classes.related_classes(config, own)], checkpoint, weights)
-        if unknown:
-            more = f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
-            kind = checkpoint.config.get("model_type")
-            raise InputError(
-                f"{who}: tensor {unknown[0]!r}{more} is of no {kind} model of transformers; take it out or rename it "
-                f"({checkpoint.path})"
-            )
-    marks = [name for name in left if name not in weights]
+    own = named_class(architecture_of(checkpoint.config))
+    related = classes.related_classes(classes.config_of(checkpoint), own) if left else []
+    unknown = _unread_by([own, *related], checkpoint, left)
+    odd = [name for name in unknown if name in weights]
+    if odd and not _is_unknown_task(checkpoint):
+        more = f" (and {len(odd) - 1} more)" if len(odd) > 1 else ""
+        raise InputError(
+            f"{who}: tensor {odd[0]!r}{more} is of no {checkpoint.config.get('model_type')} model of transformers; take "
+            f"it out or rename it ({checkpoint.path})"
+        )
+    marks = [name for name in unknown if name not in weights]
     if marks:
         experts.notes.append(f"{who}: no weights, left out: {listed(marks)}")
-    return weights
+    return [name for name in left if name not in marks]
 
 
 def _is_unknown_task(checkpoint: Checkpoint) -> bool:

@@ -29,6 +29,7 @@ def open_experts(base: str, experts: Sequence[Expert]) -> ExpertSet:
     for expert in opened.experts.values():
         if expert.adapter is not None:
             _check_adapter(opened, expert, expert.adapter)
+            _check_adapters_head(expert)
         else:
             _check_checkpoint(opened, expert)
     note_ties(opened)
@@ -64,7 +65,8 @@ def _check_checkpoint(experts: ExpertSet, expert: ExpertReader) -> None:
     if checkpoint.config.get("quantization_config"):
         raise InputError(f"expert {task}: quantized already; give the model it was quantized from ({path})")
     if not expert.stored:
-        raise InputError(f"expert {task}: shares no tensor with the base ({path})")
+        first = f"; its first is {checkpoint.names[0]!r}" if checkpoint.names else ""
+        raise InputError(f"expert {task}: shares no tensor with the base{first} ({path})")
     account_for_expert(experts, expert)
     output = output_layer(experts) if is_generator(architecture_of(checkpoint.config) or "") else []
     for name in experts.names:
@@ -96,6 +98,12 @@ def _check_adapter(experts: ExpertSet, expert: ExpertReader, adapter: Adapter) -
         if name in stored and adapter.changes(stored[name]):
             shape = adapter.change_shape(stored[name])
             _check_shape(experts, expert, name, shape[::-1] if expert.is_transposed(name) else shape)
+
+
+def _check_adapters_head(expert: ExpertReader) -> None:
+    """What an adapter brings beside the base's tensors must be the head of a task class; finding it raises the error."""
+    if expert.extra:
+        LOG.debug("expert %s has a head: %s", expert.task, expert.head_config is not None)
 
 
 def _check_shape(experts: ExpertSet, expert: ExpertReader, name: str, shape: tuple[int, ...]) -> None:

@@ -127,7 +127,23 @@ class ExpertReader:
         """Tensors that the base does not have, such as the expert's own task head, with the names on disk."""
         names = [name for name in self.extra if name not in self.left_out]
         names += [stored for name, stored in self.stored.items() if name in self._set.absent]
-        return {name: self.checkpoint.tensor(name) for name in names}
+        tensors = {name: self.checkpoint.tensor(name) for name in names}
+        return tensors | {name: self.checkpoint.tensor(stored).clone() for name, stored in self._head_ties.items()}
+
+    @cached_property
+    def _head_ties(self) -> dict[str, str]:
+        """What the expert's class ties in its head and its file lacks, such as a masked language model's output layer.
+
+        Name in that class → name on disk of what it is tied to. On the merged model it would be tied to another tensor.
+        """
+        config = self.head_config if self.adapter is None else None
+        if config is None:
+            return {}
+        own = classes.outline(meta.named_class(config["architectures"][0]), classes.config_of(self.checkpoint), self.checkpoint)
+        stored, ties = meta.rename(own, self.checkpoint.names)[0], meta.tied_names(own)
+        held, inside = set(stored), f"{own.base_model_prefix}."
+        follow_ties(stored, ties)
+        return {name: stored[name] for name in ties if name in stored.keys() - held and not name.startswith(inside)}
 
     @cached_property
     def head_config(self) -> dict[str, Any] | None:

@@ -140,7 +140,7 @@ def name_class(checkpoint: Checkpoint, must: bool) -> str | None:
         return None
     config = config_of(checkpoint)
     own = named_class(named)
-    if own is not None and (not _is_plain(own) or not unread(outline(own, config, checkpoint), _weights(checkpoint))):
+    if own is not None and (not _is_plain(own) or not unread_by(own, config, checkpoint, _weights(checkpoint))):
         return None
     found = fitting_classes(checkpoint, config)
     if own is not None:
