@@ -7,7 +7,7 @@ from epmq.merging.experts import BaseReader, ExpertReader, ExpertSet
 from epmq.merging.ties import asked_fields, is_one
 from epmq.models import classes
 from epmq.models.checkpoint import Checkpoint, architecture_of
-from epmq.models.meta import has_task_head, is_generator, named_class
+from epmq.models.meta import has_task_head, named_class
 
 # Names that a note lists before it counts the others.
 LISTED = 4
@@ -51,6 +51,12 @@ def account_for_expert(experts: ExpertSet, expert: ExpertReader) -> None:
         if left:
             notes.depart(f"{who}: left out, since the merged model has none: {listed(left)}")
     expert.left_out += left
+
+
+def account_for_adapter(expert: ExpertReader) -> None:
+    """What an adapter brings beside the base's tensors must be a task class's head; else an InputError names it."""
+    if expert.extra and expert.head_config is None:
+        raise InputError(f"expert {expert.task}: {listed(expert.extra)} is not in the base ({expert.path})")
 
 
 def note_ties(experts: ExpertSet) -> None:
@@ -111,8 +117,8 @@ def _left_over(experts: ExpertSet, reader: BaseReader | ExpertReader, who: str) 
     if odd and not _is_unknown_task(checkpoint):
         more = f" (and {len(odd) - 1} more)" if len(odd) > 1 else ""
         raise InputError(
-            f"{who}: tensor {odd[0]!r}{more} is of no {checkpoint.config.get('model_type')} model of transformers; take "
-            f"it out or rename it ({checkpoint.path})"
+            f"{who}: tensor {odd[0]!r}{more} is of no {checkpoint.config.get('model_type')} model of transformers; "
+            f"take it out or rename it ({checkpoint.path})"
         )
     marks = [name for name in unknown if name not in weights]
     if marks:
@@ -140,12 +146,3 @@ def _unread_by(candidates: Iterable[type], checkpoint: Checkpoint, names: list[s
         if names and one is not None:
             names = classes.unread_by(one, config, checkpoint, names)
     return names
-
-
-def output_layer(experts: ExpertSet) -> list[str]:
-    """Names of the output layer's tensors, where the merged model generates text."""
-    model = experts.model
-    if not is_generator(type(model).__name__):
-        return []
-    output = model.get_output_embeddings()
-    return [f"{path}.{leaf}" for path, one in model.named_modules() if one is output for leaf, _ in one.named_parameters()]

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import torch
 
 from epmq.errors import InputError, error_context
-from epmq.merging.accounting import account_for_base, account_for_expert, note_ties, output_layer
-from epmq.merging.experts import ExpertReader, ExpertSet
+from epmq.merging.accounting import account_for_adapter, account_for_base, account_for_expert, note_ties
+from epmq.merging.experts import TABLES, ExpertReader, ExpertSet
 from epmq.models.adapter import Adapter
 from epmq.models.blocks import find_stacks
 from epmq.models.checkpoint import architecture_of
@@ -29,7 +29,7 @@ def open_experts(base: str, experts: Sequence[Expert]) -> ExpertSet:
     for expert in opened.experts.values():
         if expert.adapter is not None:
             _check_adapter(opened, expert, expert.adapter)
-            _check_adapters_head(expert)
+            account_for_adapter(expert)
         else:
             _check_checkpoint(opened, expert)
     note_ties(opened)
@@ -47,13 +47,13 @@ def _check_base(experts: ExpertSet) -> None:
             raise InputError(f"{base.path}: tensor {name!r} is {base.spec(name)[0]}, not float64, 32, 16 or bfloat16")
     with error_context(str(base.path)):
         inside = tuple(stack.name + "." for stack in find_stacks(experts.model))
-    output = output_layer(experts)
+    output = experts.output_layer()
     for name in [*experts.absent, *(name for name in base.stand_ins if name in experts.initial)]:
         if name in experts.computed:
             continue
         if name in output:
             raise InputError(f"{base.path}: no tensor for {name!r}, which its config.json does not tie to another")
-        if name.startswith(inside) or name.endswith(("embeddings.weight", "embed_tokens.weight")):
+        if name.startswith(inside) or name.endswith(TABLES):
             raise InputError(f"{base.path}: no tensor for {name!r} of {type(experts.model).__name__}")
 
 
@@ -68,7 +68,7 @@ def _check_checkpoint(experts: ExpertSet, expert: ExpertReader) -> None:
         first = f"; its first is {checkpoint.names[0]!r}" if checkpoint.names else ""
         raise InputError(f"expert {task}: shares no tensor with the base{first} ({path})")
     account_for_expert(experts, expert)
-    output = output_layer(experts) if is_generator(architecture_of(checkpoint.config) or "") else []
+    output = experts.output_layer() if is_generator(architecture_of(checkpoint.config) or "") else []
     for name in experts.names:
         stored = expert.stored.get(name)
         if stored is None:
@@ -98,12 +98,6 @@ def _check_adapter(experts: ExpertSet, expert: ExpertReader, adapter: Adapter) -
         if name in stored and adapter.changes(stored[name]):
             shape = adapter.change_shape(stored[name])
             _check_shape(experts, expert, name, shape[::-1] if expert.is_transposed(name) else shape)
-
-
-def _check_adapters_head(expert: ExpertReader) -> None:
-    """What an adapter brings beside the base's tensors must be the head of a task class; finding it raises the error."""
-    if expert.extra:
-        LOG.debug("expert %s has a head: %s", expert.task, expert.head_config is not None)
 
 
 def _check_shape(experts: ExpertSet, expert: ExpertReader, name: str, shape: tuple[int, ...]) -> None:

@@ -21,8 +21,9 @@ from epmq.models.multitask import NativeHead, load_any_head
 from epmq.notes import Notes
 from epmq.recipe import Expert
 
-
 CPU = torch.device("cpu")
+# How the names of embeddings end.
+TABLES = ("embeddings.weight", "embed_tokens.weight")
 
 
 class TensorReader(Protocol):
@@ -139,7 +140,9 @@ class ExpertReader:
         config = self.head_config if self.adapter is None else None
         if config is None:
             return {}
-        own = classes.outline(meta.named_class(config["architectures"][0]), classes.config_of(self.checkpoint), self.checkpoint)
+        own = classes.outline(
+            meta.named_class(config["architectures"][0]), classes.config_of(self.checkpoint), self.checkpoint
+        )
         stored, ties = meta.rename(own, self.checkpoint.names)[0], meta.tied_names(own)
         held, inside = set(stored), f"{own.base_model_prefix}."
         follow_ties(stored, ties)
@@ -232,7 +235,12 @@ class ExpertSet:
         lacking = [expert.stored for expert in self.experts.values() if expert.adapter is None]
         unstored = {name for name in self.model.state_dict() if any(name not in stored for stored in lacking)}
         computed = {name for name in {*unstored, *self.absent} if classes.is_expected_missing(self.model, name)}
-        self.initial = initial_values(self.model, computed | set(self.absent))
+        with error_context(str(self.base.path)):
+            inside = tuple(stack.name + "." for stack in find_stacks(self.model))
+        # A block's weight or a large table that is not there is an error, and need not be made.
+        large = (*inside, *self.output_layer())
+        started = {name for name in self.absent if not name.startswith(large) and not name.endswith(TABLES)}
+        self.initial = initial_values(self.model, computed | started)
         self.computed = computed & self.initial.keys()
 
     def _stand_in(self) -> None:
@@ -304,6 +312,12 @@ class ExpertSet:
         meta.materialize(model, self.names, reader.tensor, device)
         meta.tie(model, self.tied)
         return model.to(device)
+
+    def output_layer(self) -> list[str]:
+        """Names of the output layer's tensors, where the model generates text."""
+        output = self.model.get_output_embeddings() if meta.is_generator(type(self.model).__name__) else None
+        layers = [(path, module) for path, module in self.model.named_modules() if module is output]
+        return [f"{path}.{leaf}" for path, module in layers for leaf, _ in module.named_parameters()]
 
     def block_names(self, block: str) -> list[str]:
         """Names of the tensors of one block."""

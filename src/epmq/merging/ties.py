@@ -74,7 +74,7 @@ def is_one(reader: Reader, name: str, leader: str) -> bool:
 
 
 def asked_fields(model: Any) -> list[str]:
-    """Fields on ties by which a model's own forward computes otherwise: T5 scales what goes into a tied output layer."""
+    """Fields on ties by which a model's own forward computes otherwise, as T5 scales what a tied output layer gets."""
     forward: Any = type(model).forward
     while hasattr(forward, "__wrapped__"):
         forward = forward.__wrapped__

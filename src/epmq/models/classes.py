@@ -27,7 +27,7 @@ def backbone_class(config: Any) -> Any:
     """The plain `…Model` of a config; None where transformers has none."""
     import transformers
 
-    found: Any = transformers.MODEL_MAPPING.get(type(config), None)  # type: ignore[no-untyped-call]
+    found: Any = transformers.MODEL_MAPPING.get(type(config), None)
     return found[0] if isinstance(found, tuple) else found
 
 
@@ -121,8 +121,8 @@ def _masks_instead(model_class: Any, config: Any) -> bool:
     """Whether a class is the decoder that an encoder's config does not ask for, such as `BertLMHeadModel`."""
     import transformers
 
-    masked = transformers.MODEL_FOR_MASKED_LM_MAPPING.get(type(config), None)  # type: ignore[no-untyped-call]
-    causal = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)  # type: ignore[no-untyped-call]
+    masked = transformers.MODEL_FOR_MASKED_LM_MAPPING.get(type(config), None)
+    causal = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     return causal is model_class and masked not in (None, model_class) and not getattr(config, "is_decoder", False)
 
 
@@ -136,7 +136,7 @@ def name_class(checkpoint: Checkpoint, must: bool) -> str | None:
         InputError: several classes with a task head fit, and it `must` be known which.
     """
     named = architecture_of(checkpoint.config)
-    if checkpoint.config.get("quantization_config") or has_task_head(named) and named_class(named) is None:
+    if checkpoint.config.get("quantization_config") or (has_task_head(named) and named_class(named) is None):
         return None
     config = config_of(checkpoint)
     own = named_class(named)

@@ -74,8 +74,8 @@ def shared_checkpoint(base: Checkpoint, experts: Sequence[Checkpoint]) -> Checkp
 def build_meta_model(checkpoint: Checkpoint, model_class: Any = None) -> Any:
     """The model of a checkpoint with parameters on the meta device and real buffers, in eval mode, in float32.
 
-    Without a `model_class` it is the one that the config names, or the backbone of that. A ValueError says that transformers does not know the model type without remote code, or that the model is quantized
-    already.
+    Without a `model_class` it is the one that the config names, or the backbone of that. A ValueError says that
+    transformers does not know the model type without remote code, or that the model is quantized already.
     """
     import transformers
 
