@@ -315,9 +315,9 @@ class ExpertSet:
 
     def output_layer(self) -> list[str]:
         """Names of the output layer's tensors, where the model generates text."""
-        output = self.model.get_output_embeddings() if meta.is_generator(type(self.model).__name__) else None
-        layers = [(path, module) for path, module in self.model.named_modules() if module is output]
-        return [f"{path}.{leaf}" for path, module in layers for leaf, _ in module.named_parameters()]
+        output: Any = self.model.get_output_embeddings() if meta.is_generator(type(self.model).__name__) else None
+        paths = [path for path, module in self.model.named_modules() if module is output]
+        return [f"{path}.{leaf}" for path in paths for leaf, _ in output.named_parameters()]
 
     def block_names(self, block: str) -> list[str]:
         """Names of the tensors of one block."""

@@ -97,18 +97,17 @@ def missing(model: Any, names: Iterable[str]) -> list[str]:
 
 
 def fitting_classes(checkpoint: Checkpoint, config: Any) -> list[Any]:
-    """The classes that read every tensor of a checkpoint and miss the fewest; those that generate text come first."""
+    """The classes that pass over no weight of a checkpoint, miss the fewest and read the most; generators come first."""
     names = _weights(checkpoint)
-    fitting = list[tuple[int, Any]]()
+    fitting = list[tuple[tuple[int, int], Any]]()
     for one in related_classes(config):
         try:
             model = outline(one, config, checkpoint)
             if not _masks_instead(one, config) and not unread(model, names) and _has_shapes(model, checkpoint):
-                fitting.append((len(missing(model, names)), one))
+                fitting.append(((len(missing(model, names)), -len(rename(model, names)[0])), one))
         except _UNFIT:
             continue
-    fewest = min((count for count, _ in fitting), default=0)
-    best = [one for count, one in fitting if count == fewest]
+    best = [one for rank, one in fitting if rank == min(rank for rank, _ in fitting)]
     return sorted(best, key=lambda one: not is_generator(one.__name__))
 
 
