@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from epmq.files import write_json
+from epmq.files import read_json, write_json
 from epmq.models.checkpoint import INDEX, SINGLE
 
 
@@ -65,3 +65,10 @@ def saved(folder: Path, tensors: dict[str, torch.Tensor], several: bool = False)
         save_file(tensors, folder / SINGLE)
     write_json(folder / "config.json", CONFIG)
     return folder
+
+
+def edit_config(folder: Path, **fields: object) -> None:
+    """Change fields of a checkpoint's config, or take them out (None)."""
+    path = folder / "config.json"
+    config = {**read_json(path), **fields}
+    write_json(path, {name: value for name, value in config.items() if value is not None or name not in fields})

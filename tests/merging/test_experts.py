@@ -161,7 +161,15 @@ def test_a_pooler_that_the_base_lacks_is_each_experts_own(tmp_path):
         model.save_pretrained(tmp_path / name)
     opened = open_folder(tmp_path)
     assert opened.absent == ["pooler.dense.weight", "pooler.dense.bias"]
-    assert opened.notes == ["not in the base, left out: pooler.dense.weight, pooler.dense.bias"]
+    head = [f"cls.predictions.{name}" for name in ("bias", "transform.LayerNorm.bias", "transform.LayerNorm.weight")]
+    assert (
+        opened.notes
+        == opened.notes.departures
+        == [
+            f"in the base, left out: {', '.join(head)}, cls.predictions.transform.dense.bias and 1 more",
+            "not in the base, left out: pooler.dense.weight, pooler.dense.bias",
+        ]
+    )
     # By hand: every expert's classifier and pooler on the merged encoder.
     merge(recipe_of(tmp_path, merge={"method": "average"}), progress=False)
     model, batch = epmq.load(tmp_path / "out"), padded_batches(1)[0]

@@ -1,17 +1,17 @@
 """Whether base and experts fit together, tensor by tensor; told from headers, before any compute."""
 
 import logging
-import re
 from collections.abc import Sequence
 
 import torch
 
 from epmq.errors import InputError, error_context
-from epmq.merging.experts import ExpertReader, ExpertSet
+from epmq.merging.accounting import account_for_adapter, account_for_base, account_for_expert, note_ties
+from epmq.merging.experts import TABLES, ExpertReader, ExpertSet
 from epmq.models.adapter import Adapter
 from epmq.models.blocks import find_stacks
 from epmq.models.checkpoint import architecture_of
-from epmq.models.meta import has_task_head, named_class
+from epmq.models.meta import is_generator
 from epmq.recipe import Expert
 
 LOG = logging.getLogger("epmq")
@@ -24,14 +24,15 @@ def open_experts(base: str, experts: Sequence[Expert]) -> ExpertSet:
         MissingError, InputError: a checkpoint is missing, or does not fit; the tensor and both shapes are named.
     """
     opened = ExpertSet(base, experts)
+    account_for_base(opened)
     _check_base(opened)
     for expert in opened.experts.values():
         if expert.adapter is not None:
             _check_adapter(opened, expert, expert.adapter)
+            account_for_adapter(expert)
         else:
             _check_checkpoint(opened, expert)
-        _check_tied(opened, expert)
-    _note_unknown_heads(opened)
+    note_ties(opened)
     _warn_of_pickles(opened)
     return opened
 
@@ -46,11 +47,14 @@ def _check_base(experts: ExpertSet) -> None:
             raise InputError(f"{base.path}: tensor {name!r} is {base.spec(name)[0]}, not float64, 32, 16 or bfloat16")
     with error_context(str(base.path)):
         inside = tuple(stack.name + "." for stack in find_stacks(experts.model))
-    for name in experts.absent:
-        if name.startswith(inside) or name.endswith(("embeddings.weight", "embed_tokens.weight")):
+    output = experts.output_layer()
+    for name in [*experts.absent, *(name for name in base.stand_ins if name in experts.initial)]:
+        if name in experts.computed:
+            continue
+        if name in output:
+            raise InputError(f"{base.path}: no tensor for {name!r}, which its config.json does not tie to another")
+        if name.startswith(inside) or name.endswith(TABLES):
             raise InputError(f"{base.path}: no tensor for {name!r} of {type(experts.model).__name__}")
-    if experts.absent:
-        experts.notes.depart(f"not in the base, left out: {', '.join(experts.absent)}")
 
 
 def _check_checkpoint(experts: ExpertSet, expert: ExpertReader) -> None:
@@ -61,10 +65,17 @@ def _check_checkpoint(experts: ExpertSet, expert: ExpertReader) -> None:
     if checkpoint.config.get("quantization_config"):
         raise InputError(f"expert {task}: quantized already; give the model it was quantized from ({path})")
     if not expert.stored:
-        raise InputError(f"expert {task}: shares no tensor with the base ({path})")
+        first = f"; its first is {checkpoint.names[0]!r}" if checkpoint.names else ""
+        raise InputError(f"expert {task}: shares no tensor with the base{first} ({path})")
+    account_for_expert(experts, expert)
+    output = experts.output_layer() if is_generator(architecture_of(checkpoint.config) or "") else []
     for name in experts.names:
         stored = expert.stored.get(name)
         if stored is None:
+            if name in experts.computed:
+                continue
+            if name in output:
+                raise InputError(f"expert {task}: no tensor for {name!r}, which its config does not tie ({path})")
             if any(part.isdigit() for part in name.split(".")):
                 raise InputError(f"expert {task}: tensor {name!r} is missing in {path}")
             experts.notes.depart(f"expert {task} has no tensor {name}: the base's takes its place")
@@ -72,12 +83,6 @@ def _check_checkpoint(experts: ExpertSet, expert: ExpertReader) -> None:
         _check_shape(experts, expert, name, checkpoint.shape(stored))
         if experts.base.dtype(name) is not None and checkpoint.dtype(stored) is None:
             raise InputError(f"expert {task}: tensor {name!r} is {checkpoint.spec(stored)[0]}, not a float ({path})")
-    for stack in find_stacks(experts.model):
-        block = re.compile(rf"(?:^|\.){re.escape(stack.name)}\.(\d+)\.")
-        for name in expert.extra:
-            index = block.search(name)
-            if index and int(index[1]) >= len(stack.blocks) and name not in experts.base.checkpoint:
-                raise InputError(f"expert {task}: tensor {name!r} has no counterpart in the base ({path})")
 
 
 def _check_adapter(experts: ExpertSet, expert: ExpertReader, adapter: Adapter) -> None:
@@ -101,28 +106,6 @@ def _check_shape(experts: ExpertSet, expert: ExpertReader, name: str, shape: tup
         raise InputError(
             f"expert {expert.task}: tensor {name!r} is {list(shape)}, but {list(expected)} in the base ({expert.path})"
         )
-
-
-def _check_tied(experts: ExpertSet, expert: ExpertReader) -> None:
-    """What is one tensor in the base must be one in the expert."""
-    for name, leader in experts.tied.items():
-        if name in expert.stored:
-            one, other = expert.tensor(name), expert.tensor(leader)
-            same = torch.equal(one, other)
-            if not same and not (one.shape == other.shape and torch.allclose(one.float(), other.float(), atol=1e-6)):
-                raise InputError(
-                    f"expert {expert.task}: {name!r} differs from {leader!r}, its equal in the base ({expert.path})"
-                )
-        elif expert.adapter is not None and leader in expert.stored:
-            experts.notes.append(f"expert {expert.task} was trained on {leader} alone; {name}, its equal, follows it")
-
-
-def _note_unknown_heads(experts: ExpertSet) -> None:
-    for task, expert in experts.experts.items():
-        architecture = architecture_of(expert.checkpoint.config)
-        unknown = expert.head_config is None and expert.adapter is None and expert.extra and has_task_head(architecture)
-        if unknown and named_class(architecture) is None:
-            experts.notes.depart(f"expert {task}: transformers has no class {architecture}, its head is left out")
 
 
 def _warn_of_pickles(experts: ExpertSet) -> None:

@@ -1,8 +1,8 @@
 """Base and experts as readers of tensors, one at a time, by the names that the tensors have in the shared model."""
 
 import copy
-from collections.abc import Iterable, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,14 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from epmq.errors import error_context
-from epmq.models import meta
+from epmq.merging.ties import asked_fields, follow_ties, is_one, own_ties
+from epmq.models import classes, meta
 from epmq.models.adapter import Adapter, is_adapter, task_head_config
 from epmq.models.blocks import LINEAR, find_stacks, is_transposed
-from epmq.models.checkpoint import Checkpoint, TensorSpec, architecture_of, resolve
+from epmq.models.checkpoint import DTYPE_NAMES, DTYPES, FLOATS, Checkpoint, TensorSpec, architecture_of, resolve
 from epmq.models.heads import HEAD_FILE, Head
+from epmq.models.initial import fill_absent, initial_values
 from epmq.models.multitask import NativeHead, load_any_head
 from epmq.notes import Notes
 from epmq.recipe import Expert
+
+CPU = torch.device("cpu")
+# How the names of embeddings end.
+TABLES = ("embeddings.weight", "embed_tokens.weight")
 
 
 class TensorReader(Protocol):
@@ -28,29 +34,47 @@ class TensorReader(Protocol):
 
 
 class BaseReader:
-    """Tensors of the base; `stored` and `tied` as in `ExpertSet.rename` and `ExpertSet`."""
+    """Tensors of the base.
 
-    def __init__(self, checkpoint: Checkpoint, stored: dict[str, str], tied: dict[str, str]) -> None:
-        self.checkpoint, self.path, self.stored, self._tied = checkpoint, checkpoint.path, stored, tied
+    Attributes:
+        stored: name in the model → name on disk of the tensor that it reads; what is tied reads the same.
+        extra: names on disk that the model does not have.
+        ties: what the base's own config ties: name → the name it follows.
+        stand_ins: what is read for tensors that the base's file lacks.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, experts: "ExpertSet") -> None:
+        self.checkpoint, self.path = checkpoint, checkpoint.path
+        self.stored, self.extra, self.ties = experts.read(checkpoint)
+        self.stand_ins: dict[str, Callable[[slice | None], Tensor]] = {}
+        self._model = experts.model
 
     def tensor(self, name: str, rows: slice | None = None) -> Tensor:
         """A tensor in the dtype on disk, or some rows of it, along its first dimension."""
-        return self.checkpoint.tensor(self.stored[self._tied.get(name, name)], rows)
+        stand_in = self.stand_ins.get(name)
+        return self.checkpoint.tensor(self.stored[name], rows) if stand_in is None else stand_in(rows)
 
     def spec(self, name: str) -> TensorSpec:
         """Dtype and shape of a tensor, from the header; the merged model's are the same."""
-        return self.checkpoint.spec(self.stored[name])
+        if name not in self.stand_ins:
+            return self.checkpoint.spec(self.stored[name])
+        tensor = self._model.state_dict()[name]
+        floats = (self.dtype(other) for other in self.stored if other not in self.stand_ins)
+        dtype = next((found for found in floats if found is not None), torch.float32)
+        return DTYPE_NAMES[dtype if tensor.is_floating_point() else tensor.dtype], tuple(tensor.shape)
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self.spec(name)[1]
 
     def dtype(self, name: str) -> torch.dtype | None:
         """Float dtype of a tensor on disk; None for any other."""
-        return self.checkpoint.dtype(self.stored[name])
+        dtype = self.spec(name)[0]
+        return DTYPES[dtype] if dtype in FLOATS else None
 
     def check_finite(self, names: Iterable[str] | None = None) -> None:
         """As `Checkpoint.check_finite`, by the names in the model."""
-        self.checkpoint.check_finite([self.stored[name] for name in (self.stored if names is None else names)])
+        names = self.stored if names is None else [name for name in names if name in self.stored]
+        self.checkpoint.check_finite(dict.fromkeys(self.stored[name] for name in names))
 
 
 class ExpertReader:
@@ -60,22 +84,27 @@ class ExpertReader:
         task: its name.
         checkpoint: its file.
         adapter: the same, where it is one.
-        stored: name in the model → name on disk.
+        stored: name in the model → name on disk; what the expert's own config ties has the same.
         extra: names on disk that the model does not have, such as a head's.
+        ties: as in `BaseReader`; an adapter has none of its own.
+        left_out: those of `extra` that go nowhere.
         head_file: the head that its recipe names, or that lies beside its weights; None where there is none.
     """
 
     def __init__(self, expert: Expert, checkpoint: Checkpoint, experts: "ExpertSet") -> None:
         self.task, self.checkpoint, self.path = expert.name, checkpoint, checkpoint.path
         self.adapter = checkpoint if isinstance(checkpoint, Adapter) else None
-        self.stored, self.extra = experts.rename(checkpoint)
-        self._base, self._model, self._absent = experts.base, experts.model, experts.absent
+        self.stored, self.extra, self.ties = experts.read(checkpoint)
+        self.left_out: list[str] = []
+        self._base, self._model, self._set = experts.base, experts.model, experts
         beside = self.path / HEAD_FILE
         self.head_file = Path(expert.head) if expert.head else beside if beside.exists() else None
 
     def tensor(self, name: str, rows: slice | None = None) -> Tensor:
         """A tensor in the dtype on disk, or some rows of it; what an adapter changes is W + ΔW in float32."""
         stored, adapter = self.stored.get(name), self.adapter
+        if stored is None and adapter is None and name in self._set.computed:
+            return _rows(self._set.initial[name], rows)
         if stored is None:
             return self._base.tensor(name, rows)
         if adapter is None:
@@ -93,12 +122,31 @@ class ExpertReader:
     def check_finite(self, names: Iterable[str] | None = None) -> None:
         """As `BaseReader.check_finite`, of what the expert has of its own."""
         names = self.stored if names is None else [name for name in names if name in self.stored]
-        self.checkpoint.check_finite([self.stored[name] for name in names])
+        self.checkpoint.check_finite(dict.fromkeys(self.stored[name] for name in names))
 
     def head_tensors(self) -> dict[str, Tensor]:
         """Tensors that the base does not have, such as the expert's own task head, with the names on disk."""
-        names = self.extra + [stored for name, stored in self.stored.items() if name in self._absent]
-        return {name: self.checkpoint.tensor(name) for name in names}
+        names = [name for name in self.extra if name not in self.left_out]
+        names += [stored for name, stored in self.stored.items() if name in self._set.absent]
+        tensors = {name: self.checkpoint.tensor(name) for name in names}
+        return tensors | {name: self.checkpoint.tensor(stored).clone() for name, stored in self._head_ties.items()}
+
+    @cached_property
+    def _head_ties(self) -> dict[str, str]:
+        """What the expert's class ties in its head and its file lacks, such as a masked language model's output layer.
+
+        Name in that class → name on disk of what it is tied to. On the merged model it would be tied to another tensor.
+        """
+        config = self.head_config if self.adapter is None else None
+        if config is None:
+            return {}
+        own = classes.outline(
+            meta.named_class(config["architectures"][0]), classes.config_of(self.checkpoint), self.checkpoint
+        )
+        stored, ties = meta.rename(own, self.checkpoint.names)[0], meta.tied_names(own)
+        held, inside = set(stored), f"{own.base_model_prefix}."
+        follow_ties(stored, ties)
+        return {name: stored[name] for name in ties if name in stored.keys() - held and not name.startswith(inside)}
 
     @cached_property
     def head_config(self) -> dict[str, Any] | None:
@@ -109,7 +157,7 @@ class ExpertReader:
         if not self.extra:
             return None
         if self.adapter is not None:
-            return task_head_config(self.adapter, self._base.checkpoint.config, self.head_tensors(), self._absent)
+            return task_head_config(self.adapter, self._base.checkpoint.config, self.head_tensors(), self._set.absent)
         architecture = architecture_of(self.checkpoint.config)
         return self.checkpoint.config if meta.has_task_head(architecture) and meta.named_class(architecture) else None
 
@@ -134,9 +182,13 @@ class ExpertSet:
         experts: task name → reader of the expert.
         config: content of the `config.json` of what base and experts share.
         model: that model without its weights.
-        names: tensors of the model that the base has, as `state_dict` calls them, without tied copies.
-        tied: tensors that share another one's storage in the base: name → the name it follows.
-        absent: tensors of the model outside its blocks that the base lacks, such as a pooler; they are zero.
+        names: tensors of the model that are merged, as `state_dict` calls them, without tied copies.
+        tied: tensors that share another one's storage in base and experts alike: name → the name it follows.
+        absent: tensors of the model that the base lacks and that are not merged, such as a pooler.
+        initial: values that the class gives to tensors which files lack, where it computes them; all other `absent`
+            ones are zero.
+        computed: those that the class does not expect in a file, such as sinusoidal positions.
+        written: names → names on disk in what is written.
         notes: fallbacks taken; they go into the report.
     """
 
@@ -145,49 +197,103 @@ class ExpertSet:
         checkpoint = Checkpoint(source)
         paths = {expert.name: resolve(expert.model) for expert in experts}
         opened = {task: Adapter(path) if is_adapter(path) else Checkpoint(path) for task, path in paths.items()}
-        full = [expert for expert in opened.values() if not isinstance(expert, Adapter)]
-        self._shared, self._first_only = meta.shared_checkpoint(checkpoint, full), False
+        full = {task: expert for task, expert in opened.items() if not isinstance(expert, Adapter)}
+        self._name_classes(checkpoint, full)
+        self._shared, self._first_only = meta.shared_checkpoint(checkpoint, list(full.values())), False
+        self._class = classes.shared_class(self._shared, list(full.values()))
         self.config = self._shared.config
-        self.model = meta.build_meta_model(self._shared)
-        self.tied = meta.tied_names(self.model)
-        self.base = BaseReader(checkpoint, self.rename(checkpoint)[0], self.tied)
-        self._untie()
-        state = [name for name in self.model.state_dict() if name not in self.tied]
-        self.names = [name for name in state if name in self.base.stored]
-        self.absent = [name for name in state if name not in self.base.stored]
+        self.model = meta.build_meta_model(self._shared, self._class)
+        self.base = BaseReader(checkpoint, self)
         self.experts = {expert.name: ExpertReader(expert, opened[expert.name], self) for expert in experts}
-        self._fill_absent(self.model)
+        state = list(self.model.state_dict())
+        self.absent = [name for name in state if name not in self.base.stored]
+        self._find_initial_values()
+        self._stand_in()
+        self.tied = self._shared_ties()
+        names = [name for name in state if name not in self.tied]
+        self.names = [name for name in names if name in self.base.stored or name in self.base.stand_ins]
+        self.absent = [name for name in names if name not in self.names]
+        self.written = self._written_names()
+        fill_absent(self.model, self.absent, self.initial, CPU)
 
-    def rename(self, checkpoint: Checkpoint) -> tuple[dict[str, str], list[str]]:
-        """Name in the model → name on disk, and the names on disk that the model does not have."""
+    def _name_classes(self, base: Checkpoint, experts: dict[str, Checkpoint]) -> None:
+        for who, checkpoint in {"the base": base, **{f"expert {task}": one for task, one in experts.items()}}.items():
+            with error_context(checkpoint.path / checkpoint.CONFIG):
+                note = classes.name_class(checkpoint, must=checkpoint is not base)
+            if note is not None:
+                self.notes.append(f"{who}: {note}")
+
+    def read(self, checkpoint: Checkpoint) -> tuple[dict[str, str], list[str], dict[str, str]]:
+        """How a checkpoint is read, by its own config: as `BaseReader`'s `stored`, `extra` and `ties`."""
         with error_context(str(checkpoint.path)):
             stored, extra = meta.rename(self.model, checkpoint.names)
-        if not isinstance(checkpoint, Adapter):
-            for name, leader in self.tied.items():
-                if name in stored:  # some files hold a shared tensor under another of its names
-                    stored.setdefault(leader, stored[name])
-        return stored, extra
+        ties = {} if isinstance(checkpoint, Adapter) else own_ties(self.model, checkpoint)
+        follow_ties(stored, ties)
+        return stored, extra, ties
 
-    def _untie(self) -> None:
-        """Let go of what the config ties but the base holds with different values, as `from_pretrained` does.
+    def _find_initial_values(self) -> None:
+        lacking = [expert.stored for expert in self.experts.values() if expert.adapter is None]
+        unstored = {name for name in self.model.state_dict() if any(name not in stored for stored in lacking)}
+        computed = {name for name in {*unstored, *self.absent} if classes.is_expected_missing(self.model, name)}
+        with error_context(str(self.base.path)):
+            inside = tuple(stack.name + "." for stack in find_stacks(self.model))
+        # A block's weight or a large table that is not there is an error, and need not be made.
+        large = (*inside, *self.output_layer())
+        started = {name for name in self.absent if not name.startswith(large) and not name.endswith(TABLES)}
+        self.initial = initial_values(self.model, computed | started)
+        self.computed = computed & self.initial.keys()
 
-        FLAN-T5 is such a model: transformers 5 ties every T5, whatever its config says.
+    def _stand_in(self) -> None:
+        """Find what is merged although the base's file lacks it: what an expert holds of its own.
+
+        That is a tensor with an initial value, which an expert has changed; and an output layer that the base's class
+        does not have, where experts bring theirs: their mean stands for the base's.
         """
-        stored = self.base.stored
-        for name, leader in list(self.tied.items()):
-            pair = {stored[key] for key in (name, leader) if key in stored}
-            if len(pair) == 2 and not torch.equal(*map(self.base.checkpoint.tensor, pair)):
-                del self.tied[name]
+        full = [expert for expert in self.experts.values() if expert.adapter is None]
+        own = meta.named_class(architecture_of(self.base.checkpoint.config))
+        without_output = own is not None and not meta.is_generator(own.__name__)
+        for name in self.absent:
+            holders = [expert for expert in full if name in expert.stored]
+            if name in self.initial:
+                value = self.initial[name]
+                if any(not torch.equal(expert.tensor(name).to(value.dtype), value) for expert in holders):
+                    self.base.stand_ins[name] = partial(_rows, value)
+            elif holders and without_output and meta.is_generator(self._class.__name__):
+                self.base.stand_ins[name] = partial(_mean, name, holders)
 
-    def _fill_absent(self, model: nn.Module) -> None:
-        for name, tensor in model.state_dict().items():
-            if name in self.absent:
-                meta.set_tensor(model, name, torch.zeros(tensor.shape))
+    def _shared_ties(self) -> dict[str, str]:
+        """What the base holds as one tensor, and every expert too.
+
+        What the config ties but a file holds with two values is two, as `from_pretrained` reads it: FLAN-T5 is such a
+        model, since transformers 5 ties every T5, whatever its config says.
+        """
+        readers: list[BaseReader | ExpertReader] = [self.base, *self.experts.values()]
+        ties = self.base.ties.items()
+        return {name: leader for name, leader in ties if all(is_one(reader, name, leader) for reader in readers)}
+
+    def _written_names(self) -> dict[str, str]:
+        """The base's names on disk; the model's own for a tensor that the base has only as another one, or not."""
+        own = meta.rename(self.model, self.base.checkpoint.names)[0]
+        taken, written = {own[name] for name in self.names if name in own}, dict[str, str]()
+        for name in self.names:
+            stored = own.get(name, self.base.stored.get(name, name))
+            written[name] = name if name not in own and stored in taken else stored
+            taken.add(written[name])
+        return written
+
+    @property
+    def is_untied(self) -> bool:
+        """Whether nothing is tied that the config ties, and the config may say so.
+
+        Where a part stays tied, or the model computes otherwise when it is not, the file holds both values, and the
+        config stays: `from_pretrained` takes what it finds.
+        """
+        return bool(meta.tied_names(self.model)) and not self.tied and not asked_fields(self.model)
 
     def meta_model(self) -> Any:
         """Another copy of the model without its weights."""
-        model = meta.build_meta_model(self._shared)
-        self._fill_absent(model)
+        model = meta.build_meta_model(self._shared, self._class)
+        fill_absent(model, self.absent, self.initial, CPU)
         for stack in find_stacks(model) if self._first_only else ():
             del model.get_submodule(stack.name)[1:]
         return model
@@ -207,6 +313,12 @@ class ExpertSet:
         meta.tie(model, self.tied)
         return model.to(device)
 
+    def output_layer(self) -> list[str]:
+        """Names of the output layer's tensors, where the model generates text."""
+        output: Any = self.model.get_output_embeddings() if meta.is_generator(type(self.model).__name__) else None
+        paths = [path for path, module in self.model.named_modules() if module is output]
+        return [f"{path}.{leaf}" for path in paths for leaf, _ in output.named_parameters()]
+
     def block_names(self, block: str) -> list[str]:
         """Names of the tensors of one block."""
         return [name for name in self.names if name.startswith(block + ".")]
@@ -224,3 +336,14 @@ def guiding_head(expert: ExpertReader, notes: Notes, backbone: nn.Module) -> Hea
     except ValueError as error:
         notes.depart(f"expert {expert.task}: its scores cannot guide ({error})")
         return None
+
+
+def _rows(whole: Tensor, rows: slice | None) -> Tensor:
+    return whole if rows is None else whole[rows]
+
+
+def _mean(name: str, experts: Sequence[ExpertReader], rows: slice | None) -> Tensor:
+    """The mean of what experts have of their own, in float32."""
+    total = sum(expert.tensor(name, rows).float() for expert in experts)
+    assert isinstance(total, Tensor)
+    return total / len(experts)

@@ -137,7 +137,7 @@ class Checkpoint:
         raise MissingError(f"{self.path}: no {self.SINGLE} and no {self.INDEX}{hint}")
 
     def _check_index(self, index: Path, pickles: bool) -> dict[str, str]:
-        """Tensor name → shard, where each shard is there and has what the index says; more is left unread."""
+        """Tensor name → shard, of all tensors in the shards; each is there and has what the index says."""
         shards = read_json(index).get("weight_map")
         if not isinstance(shards, dict):
             raise InputError(f"{index}: no 'weight_map'")
@@ -152,7 +152,7 @@ class Checkpoint:
         for name, shard in shards.items():
             if listed.get(name) != shard:
                 raise InputError(f"{index}: tensor {name!r} is not in {shard}")
-        return shards
+        return shards | listed
 
     def _open(self, shard: str) -> Any:
         if shard not in self._files:

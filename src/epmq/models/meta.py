@@ -25,6 +25,11 @@ def has_task_head(architecture: str | None) -> bool:
     return architecture is not None and not architecture.endswith(("Model", *_WHOLE))
 
 
+def is_generator(architecture: str) -> bool:
+    """Whether a class of that name generates text: its output layer belongs to what base and experts share."""
+    return architecture.endswith(_WHOLE)
+
+
 def named_class(architecture: Any) -> Any:
     """The model class of transformers of that name; None if it has none."""
     import transformers
@@ -66,11 +71,11 @@ def shared_checkpoint(base: Checkpoint, experts: Sequence[Checkpoint]) -> Checkp
     return experts[0] if part_alone else base
 
 
-def build_meta_model(checkpoint: Checkpoint) -> Any:
+def build_meta_model(checkpoint: Checkpoint, model_class: Any = None) -> Any:
     """The model of a checkpoint with parameters on the meta device and real buffers, in eval mode, in float32.
 
-    A ValueError says that transformers does not know the model type without remote code, or that the model is quantized
-    already.
+    Without a `model_class` it is the one that the config names, or the backbone of that. A ValueError says that
+    transformers does not know the model type without remote code, or that the model is quantized already.
     """
     import transformers
 
@@ -83,7 +88,7 @@ def build_meta_model(checkpoint: Checkpoint) -> Any:
         config = transformers.AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
         architecture = architecture_of(checkpoint.config)
         whole = None if has_task_head(architecture) else named_class(architecture)
-        model_class = whole or transformers.MODEL_MAPPING[type(config)]
+        model_class = model_class or whole or transformers.MODEL_MAPPING[type(config)]
         bounds = no_larger(config_file, len(checkpoint.names), checkpoint.bits)
         model = empty_model(model_class, config, bounds, dtype=torch.float32)
     use_fast_matmul(model)

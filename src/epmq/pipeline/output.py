@@ -29,7 +29,7 @@ class QuantizedWeights:
 
     def __init__(self, run: PreparedRun, writer: CheckpointWriter) -> None:
         self._run, self._format, self._grid = run, FORMATS[run.recipe.format], run.recipe.quantize.grid
-        self._stored, self._writer = run.experts.base.stored, writer
+        self._stored, self._writer = run.experts.written, writer
         self._transposed = {name: is_transposed(layer) for name, layer in block_linears(run.experts.model)}
 
     def _layer(self, name: str) -> str:
@@ -82,14 +82,14 @@ def weight_specs(run: PreparedRun) -> dict[str, TensorSpec]:
     experts, recipe = run.experts, run.recipe
     base = experts.base
     if recipe.quantize.method == "none":
-        return {base.stored[name]: base.spec(name) for name in experts.names}
-    specs = {base.stored[name]: base.spec(name) for name in experts.outside_names()}
+        return {experts.written[name]: base.spec(name) for name in experts.names}
+    specs = {experts.written[name]: base.spec(name) for name in experts.outside_names()}
     layers, output_format = dict(block_linears(experts.model)), FORMATS[recipe.format]
     for stack in find_stacks(experts.model):
         for index in range(len(stack.blocks)):
             plain = {}
             for name in experts.block_names(stack.block_name(index)):
-                stored, spec, layer = base.stored[name], base.spec(name), layers.get(name.removesuffix(".weight"))
+                stored, spec, layer = experts.written[name], base.spec(name), layers.get(name.removesuffix(".weight"))
                 if layer is None:
                     plain[stored] = spec
                     continue
@@ -102,7 +102,7 @@ def weight_specs(run: PreparedRun) -> dict[str, TensorSpec]:
 
 def write_merged(run: PreparedRun, folder: Path, bar: Progress) -> int:
     """Merge into `folder` without quantizing; returns the bytes of all weights."""
-    stored = {run.experts.base.stored[name]: name for name in run.experts.names}
+    stored = {stored: name for name, stored in run.experts.written.items()}
     with CheckpointWriter(folder, weight_specs(run), reread=False) as writer:
         for name in bar.track(writer.order, description="merge"):
             writer.write(name, run.merged.parts(stored[name]))
@@ -132,6 +132,8 @@ def _write_config(run: PreparedRun, folder: Path, quantized: list[str]) -> None:
     model = run.experts.model
     model.config.save_pretrained(folder)
     config = {**run.experts.config, "architectures": [type(model).__name__]}
+    if run.experts.is_untied:
+        config["tie_word_embeddings"] = False
     config.pop("quantization_config", None)
     if quantized:
         linears = [name for name, module in model.named_modules() if isinstance(module, LINEAR)]

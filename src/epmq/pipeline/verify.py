@@ -3,14 +3,14 @@
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from epmq.calibration.sequential import Batch, SequentialCalibrator
 from epmq.models.checkpoint import Checkpoint
 from epmq.models.hooks import first_tensor
+from epmq.models.initial import fill_absent, initial_values
 from epmq.models.loading import plain_tensors
-from epmq.models.meta import build_meta_model, load_outside, materialize, rename, set_tensor, tied_names, to_meta
+from epmq.models.meta import build_meta_model, load_outside, materialize, rename, tied_names, to_meta
 
 # Largest difference over largest value that may come of another order of sums.
 TOLERANCE = 1e-3
@@ -49,9 +49,8 @@ def reloaded_output(folder: Path, inputs: dict[str, Any]) -> Tensor:
         return readers[names[name]]()
 
     tied = {name: leader for name, leader in tied_names(model).items() if name not in names}
-    for name, tensor in model.state_dict().items():
-        if name not in names and name not in tied:
-            set_tensor(model, name, torch.zeros(tensor.shape, device=device))
+    absent = [name for name in model.state_dict() if name not in names and name not in tied]
+    fill_absent(model, absent, initial_values(model, absent), device)
     calibrator = SequentialCalibrator(model, [Batch("", 0, inputs)])
     inside = tuple(stack.name + "." for stack in calibrator.stacks)
     load_outside(model, [name for name in names if not name.startswith(inside)], read, device, tied)
