@@ -8,6 +8,7 @@ import torch
 
 from epmq.errors import InputError, error_context
 from epmq.merging.experts import ExpertReader, ExpertSet
+from epmq.merging.vocabulary import agree_on_tokens
 from epmq.models.adapter import Adapter
 from epmq.models.blocks import find_stacks
 from epmq.models.checkpoint import architecture_of
@@ -17,14 +18,15 @@ from epmq.recipe import Expert
 LOG = logging.getLogger("epmq")
 
 
-def open_experts(base: str, experts: Sequence[Expert]) -> ExpertSet:
-    """Open a base (a directory or Hub id) and its experts, and check that they fit.
+def open_experts(base: str, experts: Sequence[Expert], tokenizer: str = "auto") -> ExpertSet:
+    """Open a base (a directory or Hub id) and its experts, and check that they fit; `tokenizer` as in the recipe.
 
     Raises:
         MissingError, InputError: a checkpoint is missing, or does not fit; the tensor and both shapes are named.
     """
     opened = ExpertSet(base, experts)
     _check_base(opened)
+    agree_on_tokens(opened, tokenizer)
     for expert in opened.experts.values():
         if expert.adapter is not None:
             _check_adapter(opened, expert, expert.adapter)
@@ -97,6 +99,7 @@ def _check_adapter(experts: ExpertSet, expert: ExpertReader, adapter: Adapter) -
 
 def _check_shape(experts: ExpertSet, expert: ExpertReader, name: str, shape: tuple[int, ...]) -> None:
     expected = experts.base.shape(name)
+    shape = experts.vocabulary.as_merged(expert.task, name, shape, expected)
     if shape != expected:
         raise InputError(
             f"expert {expert.task}: tensor {name!r} is {list(shape)}, but {list(expected)} in the base ({expert.path})"

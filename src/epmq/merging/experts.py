@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from epmq.errors import error_context
+from epmq.merging.token_rows import TokenRows, Vocabulary
 from epmq.models import meta
 from epmq.models.adapter import Adapter, is_adapter, task_head_config
 from epmq.models.blocks import LINEAR, find_stacks, is_transposed
@@ -32,14 +33,27 @@ class BaseReader:
 
     def __init__(self, checkpoint: Checkpoint, stored: dict[str, str], tied: dict[str, str]) -> None:
         self.checkpoint, self.path, self.stored, self._tied = checkpoint, checkpoint.path, stored, tied
+        self.tokens: TokenRows | None = None  # where the merged model's tables of tokens have other rows
 
     def tensor(self, name: str, rows: slice | None = None) -> Tensor:
         """A tensor in the dtype on disk, or some rows of it, along its first dimension."""
+        if self.tokens is not None and name in self.tokens.tables:
+            return self.tokens.tensor(name, rows)
+        return self.own(name, rows)
+
+    def own(self, name: str, rows: slice | None = None) -> Tensor:
+        """As `tensor`, with the base's own rows of tokens."""
         return self.checkpoint.tensor(self.stored[self._tied.get(name, name)], rows)
+
+    def token_rows(self, name: str, positions: Tensor) -> Tensor:
+        """Rows of some of the merged model's tokens in a table of tokens."""
+        assert self.tokens is not None
+        return self.tokens.at(name, positions)
 
     def spec(self, name: str) -> TensorSpec:
         """Dtype and shape of a tensor, from the header; the merged model's are the same."""
-        return self.checkpoint.spec(self.stored[name])
+        dtype, shape = self.checkpoint.spec(self.stored[name])
+        return dtype, shape if self.tokens is None else self.tokens.shape(name, shape)
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self.spec(name)[1]
@@ -70,17 +84,31 @@ class ExpertReader:
         self.adapter = checkpoint if isinstance(checkpoint, Adapter) else None
         self.stored, self.extra = experts.rename(checkpoint)
         self._base, self._model, self._absent = experts.base, experts.model, experts.absent
+        self._experts = experts  # whose vocabulary is agreed on when all are open
         beside = self.path / HEAD_FILE
         self.head_file = Path(expert.head) if expert.head else beside if beside.exists() else None
+        self.tokens: TokenRows | None = None  # where the merged model's tables of tokens have other rows
+
+    def has(self, name: str) -> bool:
+        """Whether a tensor is the expert's own, and not just the base's; an adapter's are, whatever it changes."""
+        return self.adapter is not None or name in self.stored
 
     def tensor(self, name: str, rows: slice | None = None) -> Tensor:
         """A tensor in the dtype on disk, or some rows of it; what an adapter changes is W + ΔW in float32."""
+        if not self.has(name):
+            return self._base.tensor(name, rows)
+        if self.tokens is not None and name in self.tokens.tables:
+            return self.tokens.tensor(name, rows)
+        return self.own(name, rows)
+
+    def own(self, name: str, rows: slice | None = None) -> Tensor:
+        """As `tensor`, with the expert's own rows of tokens."""
         stored, adapter = self.stored.get(name), self.adapter
         if stored is None:
-            return self._base.tensor(name, rows)
+            return self._base.own(name, rows)
         if adapter is None:
             return self.checkpoint.tensor(stored, rows)
-        start = adapter.tensor(stored, rows) if adapter.replaces(stored) else self._base.tensor(name, rows)
+        start = adapter.tensor(stored, rows) if adapter.replaces(stored) else self._base.own(name, rows)
         if not adapter.changes(stored):
             return start
         return start.float() + adapter.change(stored, self.is_transposed(name), rows)
@@ -109,9 +137,18 @@ class ExpertReader:
         if not self.extra:
             return None
         if self.adapter is not None:
-            return task_head_config(self.adapter, self._base.checkpoint.config, self.head_tensors(), self._absent)
+            found = task_head_config(self.adapter, self._base.checkpoint.config, self.head_tensors(), self._absent)
+            return self._renumbered(found)
         architecture = architecture_of(self.checkpoint.config)
-        return self.checkpoint.config if meta.has_task_head(architecture) and meta.named_class(architecture) else None
+        known = meta.has_task_head(architecture) and meta.named_class(architecture)
+        return self._renumbered(self.checkpoint.config) if known else None
+
+    def _renumbered(self, config: dict[str, Any]) -> dict[str, Any]:
+        """The config of a head with the merged model's numbers of tokens."""
+        if self.task not in self._experts.vocabulary.theirs:
+            return config
+        pad = self._experts.vocabulary.pad
+        return {**self._experts.vocabulary.renumbered(self.task, config), **({} if pad is None else {"pad_token_id": pad})}
 
     @property
     def has_head(self) -> bool:
@@ -138,15 +175,17 @@ class ExpertSet:
         tied: tensors that share another one's storage in the base: name → the name it follows.
         absent: tensors of the model outside its blocks that the base lacks, such as a pooler; they are zero.
         notes: fallbacks taken; they go into the report.
+        vocabulary: the tokens of the merged model.
     """
 
     def __init__(self, source: str, experts: Sequence[Expert]) -> None:
-        self.source, self.notes = source, Notes()
+        self.source, self.notes, self.vocabulary = source, Notes(), Vocabulary()
         checkpoint = Checkpoint(source)
         paths = {expert.name: resolve(expert.model) for expert in experts}
         opened = {task: Adapter(path) if is_adapter(path) else Checkpoint(path) for task, path in paths.items()}
         full = [expert for expert in opened.values() if not isinstance(expert, Adapter)]
         self._shared, self._first_only = meta.shared_checkpoint(checkpoint, full), False
+        self._token_count: int | None = None
         self.config = self._shared.config
         self.model = meta.build_meta_model(self._shared)
         self.tied = meta.tied_names(self.model)
@@ -184,9 +223,15 @@ class ExpertSet:
             if name in self.absent:
                 meta.set_tensor(model, name, torch.zeros(tensor.shape))
 
-    def meta_model(self) -> Any:
-        """Another copy of the model without its weights."""
-        model = meta.build_meta_model(self._shared)
+    def resize(self, tokens: int) -> None:
+        """Let the model have a vocabulary of another size."""
+        self._token_count = tokens
+        self.model = self.meta_model()
+        self.config = meta.text_config(self.config, self.model, vocab_size=tokens)
+
+    def meta_model(self, tokens: int | None = None) -> Any:
+        """Another copy of the model without its weights; `tokens` is the size of another vocabulary."""
+        model = meta.build_meta_model(self._shared, tokens or self._token_count)
         self._fill_absent(model)
         for stack in find_stacks(model) if self._first_only else ():
             del model.get_submodule(stack.name)[1:]
