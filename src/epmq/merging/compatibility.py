@@ -12,7 +12,7 @@ from epmq.merging.vocabulary import agree_on_tokens
 from epmq.models.adapter import Adapter
 from epmq.models.blocks import find_stacks
 from epmq.models.checkpoint import architecture_of
-from epmq.models.meta import has_task_head, named_class
+from epmq.models.meta import has_task_head, named_class, vocabulary
 from epmq.recipe import Expert
 
 LOG = logging.getLogger("epmq")
@@ -101,8 +101,11 @@ def _check_shape(experts: ExpertSet, expert: ExpertReader, name: str, shape: tup
     expected = experts.base.shape(name)
     shape = experts.vocabulary.as_merged(expert.task, name, shape, expected)
     if shape != expected:
+        tokens = shape[1:] == expected[1:] and expected[0] == vocabulary(experts.model)
+        hint = "; a tokenizer beside it would say which tokens they are" if tokens else ""
         raise InputError(
-            f"expert {expert.task}: tensor {name!r} is {list(shape)}, but {list(expected)} in the base ({expert.path})"
+            f"expert {expert.task}: tensor {name!r} is {list(shape)}, but {list(expected)} in the base "
+            f"({expert.path}{hint})"
         )
 
 

@@ -126,7 +126,8 @@ class ExpertReader:
     def head_tensors(self) -> dict[str, Tensor]:
         """Tensors that the base does not have, such as the expert's own task head, with the names on disk."""
         names = self.extra + [stored for name, stored in self.stored.items() if name in self._absent]
-        return {name: self.checkpoint.tensor(name) for name in names}
+        tensors = {name: self.checkpoint.tensor(name) for name in names}
+        return tensors if self.tokens is None else self.tokens.of_head(tensors)
 
     @cached_property
     def head_config(self) -> dict[str, Any] | None:
@@ -148,7 +149,12 @@ class ExpertReader:
         if self.task not in self._experts.vocabulary.theirs:
             return config
         pad = self._experts.vocabulary.pad
-        return {**self._experts.vocabulary.renumbered(self.task, config), **({} if pad is None else {"pad_token_id": pad})}
+        if self.tokens is not None:
+            config = meta.text_config(config, self._model, vocab_size=len(self.tokens.index))
+        return {
+            **self._experts.vocabulary.renumbered(self.task, config),
+            **({} if pad is None else {"pad_token_id": pad}),
+        }
 
     @property
     def has_head(self) -> bool:

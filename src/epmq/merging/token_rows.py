@@ -65,6 +65,21 @@ class TokenRows:
         whole = self.at(name, positions)
         return whole if rows is None else whole[rows]
 
+    def of_head(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors of a task's head, in which those that score tokens have a row for each of the merged model's.
+
+        That is told from their size: a head for another task with just as many classes is not to be thought of.
+        """
+        size, merged = max(self.sizes.values()), dict[str, Tensor]()
+        for name, tensor in tensors.items():
+            if tensor.ndim and len(tensor) == size:
+                rows = tensor.new_zeros(len(self.index), *tensor.shape[1:])
+                there = (self.index >= 0) & (self.index < size)
+                rows[there] = tensor[self.index[there]]
+                tensor = rows
+            merged[name] = tensor
+        return merged
+
     def at(self, name: str, positions: Tensor) -> Tensor:
         """The rows at some positions of the merged model: [.., positions, ..], along the dimension of tokens."""
         dimension, own = self.tables[name], self.own(name)[positions]

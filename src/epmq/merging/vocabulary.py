@@ -60,11 +60,11 @@ def agree_on_tokens(experts: ExpertSet, choice: str = "auto") -> None:
         return
     named = {task for task, tokens in theirs.items() if tokens.numbers}
     theirs = {task: tokens if tokens.numbers else ours for task, tokens in theirs.items()}
-    experts.vocabulary = Vocabulary(source=source if choice in WORDS else experts.experts[choice].path)
+    experts.vocabulary = Vocabulary(ours.numbers, source if choice in WORDS else experts.experts[choice].path)
     if any(tokens != ours for tokens in theirs.values()) or _other_shapes(experts):
         tables = _tables(experts)
         if tables:
-            _Agreement(experts, ours, theirs, named, tables).reach(choice, source)
+            _Agreement(experts, ours, theirs, named, tables).settle(choice, source)
 
 
 def _adopted(experts: ExpertSet, theirs: Mapping[str, Tokens], rows: int | None) -> tuple[Tokens, Path]:
@@ -121,7 +121,7 @@ class _Agreement:
         sizes = {task: _sizes(expert, tables, self.rows, experts.tied) for task, expert in experts.experts.items()}
         self.sizes = {task: dict(own) for task, own in sizes.items()}
 
-    def reach(self, choice: str, source: Path) -> None:
+    def settle(self, choice: str, source: Path) -> None:
         """Check that tokens are those of one base, choose, and set what readers and model need."""
         for task, tokens in self.theirs.items():
             if tokens.numbers != self.ours.numbers:
@@ -190,7 +190,7 @@ class _Agreement:
             self.theirs[task] = Tokens(numbers, tokens.added - beyond)
         unnamed = min(self.sizes[task].values()) - max(self.rows, 1 + max(tokens.numbers.values()))
         if unnamed > 0 and task in self.named:
-            self.experts.notes.depart(
+            self.experts.notes.append(
                 f"expert {task}: its embeddings have {unnamed} rows more than the base's that no token has, left out"
             )
 
@@ -268,6 +268,7 @@ class _Agreement:
         if same and all(rows == self.rows for sizes in self.sizes.values() for rows in sizes.values()):
             return
         vocabulary.tables = self.tables
+        self._note_rows_of_none(vocabulary, index)
         experts.config = vocabulary.renumbered("", experts.config)
         if size != self.rows:
             experts.resize(size)
@@ -276,6 +277,17 @@ class _Agreement:
             expert.tokens = TokenRows(self.tables, index[task], sizes, expert.own, base.token_rows)
         fill = partial(_mean_of_experts, experts)
         base.tokens = TokenRows(self.tables, index[""], ours, base.own, fill)
+
+    def _note_rows_of_none(self, vocabulary: Vocabulary, index: Mapping[str, Tensor]) -> None:
+        """Note tokens for which a table has a row in no model, as where an adapter was saved without it."""
+        for name in self.tables:
+            if name not in self.experts.names:
+                continue
+            sizes = {"": self.rows, **{task: own[name] for task, own in self.sizes.items()}}
+            have = torch.stack([(own >= 0) & (own < sizes[task]) for task, own in index.items()]).any(0)
+            none = [token for token, number in vocabulary.numbers.items() if not have[number]]
+            if none:
+                self.experts.notes.depart(f"no model has a row of {name} for {_few(none)}: it is zero")
 
 
 def _sizes(

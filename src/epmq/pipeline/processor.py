@@ -107,8 +107,12 @@ def _generation(experts: ExpertSet) -> dict[str, Any] | None:
     ends, new = [moved.get(end, end) for end in ends], dict[int, str]()
     for task, expert in sorted(experts.experts.items()):
         numbers = vocabulary.merged_numbers(task)
-        for end in _ends(expert.path, {} if expert.adapter is not None else expert.checkpoint.config):
-            number = numbers.get(end) if task in vocabulary.theirs else end
+        theirs = _ends(expert.path, {} if expert.adapter is not None else expert.checkpoint.config)
+        found = [numbers.get(end) if task in vocabulary.theirs else end for end in theirs]
+        last = special_tokens(expert.path).get("eos_token")
+        if last != special_tokens(experts.base.path).get("eos_token"):  # adapters say it nowhere else
+            found.append(vocabulary.numbers.get(last or ""))
+        for number in found:
             if number is not None and number not in ends:
                 new.setdefault(number, task)
     if not new:
@@ -117,6 +121,7 @@ def _generation(experts: ExpertSet) -> dict[str, Any] | None:
         experts.notes.append(f"generated texts end at token {number}, too, as those of expert {task} do")
     file = experts.base.path / GENERATION
     content = read_json(file) if file.exists() else _default_generation(experts.model.config)
+    content.pop("_from_model_config", None)  # it no longer is
     return {**vocabulary.renumbered("", content), "eos_token_id": [*ends, *sorted(new)]}
 
 
