@@ -146,15 +146,13 @@ class ExpertReader:
 
     def _renumbered(self, config: dict[str, Any]) -> dict[str, Any]:
         """The config of a head with the merged model's numbers of tokens."""
-        if self.task not in self._experts.vocabulary.theirs:
-            return config
-        pad = self._experts.vocabulary.pad
+        vocabulary = self._experts.vocabulary
         if self.tokens is not None:
             config = meta.text_config(config, self._model, vocab_size=len(self.tokens.index))
-        return {
-            **self._experts.vocabulary.renumbered(self.task, config),
-            **({} if pad is None else {"pad_token_id": pad}),
-        }
+        if self.task not in vocabulary.theirs:
+            return config
+        config = vocabulary.renumbered(self.task, config)
+        return config if vocabulary.pad is None else {**config, "pad_token_id": vocabulary.pad}
 
     @property
     def has_head(self) -> bool:
