@@ -157,22 +157,31 @@ def join(tokenizer: Any, others: Iterable[tuple[str, Any, list[str]]]) -> Joined
     for task, other, tokens in others:
         known = {str(token): token for token in other.added_tokens_decoder.values()}
         kind = type(getattr(getattr(other, "backend_tokenizer", None), "model", None)).__name__
+        there = _as_one(tokenizer, tokens)
+        tokens = [token for token in tokens if token not in there]
+        words = [token for token in tokens if kind in _WORDS and token and not token.startswith("##")]
+        known = {
+            **{word: AddedToken(word, single_word=True, normalized=True, special=False) for word in words},
+            **known,
+        }
+        tokenizer.add_tokens([known[token] for token in tokens if token in known])
+        there = _as_one(tokenizer, tokens)
         for token in tokens:
-            if _is_one(tokenizer, token):
-                continue
-            if token in known:
-                tokenizer.add_tokens([known[token]], special_tokens=known[token].special)
-            elif kind in _WORDS and token and not token.startswith("##"):
-                tokenizer.add_tokens([AddedToken(token, single_word=True, normalized=True, special=False)])
-            (joined.added if _is_one(tokenizer, token) else joined.left).setdefault(task, []).append(token)
+            (joined.added if token in there else joined.left).setdefault(task, []).append(token)
         if tokenizer.pad_token is None and other.pad_token in joined.added.get(task, []):
             tokenizer.pad_token = other.pad_token
     return joined
 
 
-def _is_one(tokenizer: Any, token: str) -> bool:
-    """Whether a tokenizer reads a token as just that."""
-    number = tokenizer.convert_tokens_to_ids(token)
-    if number is None or tokenizer.convert_ids_to_tokens(number) != token:
-        return False  # it is the number of the unknown token
-    return number in tokenizer(token, add_special_tokens=False)["input_ids"]
+def _as_one(tokenizer: Any, tokens: list[str]) -> set[str]:
+    """Those of some tokens that a tokenizer has, and reads as just that."""
+    if not tokens:
+        return set()
+    numbers = tokenizer.convert_tokens_to_ids(tokens)
+    read = tokenizer(tokens, add_special_tokens=False)["input_ids"]
+    return {
+        token
+        for token, number, ids in zip(tokens, numbers, read)
+        # What a tokenizer does not have gets the number of the unknown token.
+        if number in ids and tokenizer.convert_ids_to_tokens(number) == token
+    }

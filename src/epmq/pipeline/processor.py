@@ -94,8 +94,9 @@ def _bound_template(experts: ExpertSet, task: str) -> str | None:
     if experts.vocabulary.tokenizer is not None:
         ours = experts.vocabulary.tokenizer.special_tokens_map
     roles = {role: token for role, token in special_tokens(folder).items() if role in template}
-    sets = [f"{{%- set {role} = {token!r} -%}}" for role, token in roles.items() if ours.get(role) != token]
-    return "".join(sets) + template
+    sets = [f"{{%- set {role} = {token!r} %}}" for role, token in roles.items() if ours.get(role) != token]
+    # A line break behind a statement is lost.
+    return "".join(sets) + ("\n" if sets and template.startswith("\n") else "") + template
 
 
 def _generation(experts: ExpertSet) -> dict[str, Any] | None:
