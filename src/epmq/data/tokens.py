@@ -66,7 +66,7 @@ def read_tokens(folder: Path) -> Tokens:
         elif has_tokenizer(folder):
             tokenizer = open_tokenizer(folder)
             numbers, added = tokenizer.get_vocab(), tokenizer.get_added_vocab()
-        numbers = {str(token): number for token, number in {**numbers, **added}.items() if type(number) is int}
+        numbers = {str(token): number for token, number in {**numbers, **added}.items() if _is_number(number)}
     except Exception:  # of whatever library reads it: what cannot be read is refused, with a reason, where it is used
         return Tokens()
     return Tokens(numbers, frozenset(map(str, added)))
@@ -78,6 +78,10 @@ def _added(folder: Path) -> dict[Any, Any]:
     added: dict[Any, Any] = dict(_json(file)) if file.exists() else {}
     decoder = _json(config).get("added_tokens_decoder") or {} if config.exists() else {}
     return {**added, **{token["content"]: int(number) for number, token in decoder.items()}}
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 31
 
 
 def _json(file: Path) -> Any:

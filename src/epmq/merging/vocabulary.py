@@ -180,15 +180,17 @@ class _Agreement:
     def _leave_out_without_rows(self, task: str) -> None:
         """Forget tokens that an expert's tokenizer has and its tables do not."""
         tokens, rows = self.theirs[task], max(self.sizes[task].values())
-        beyond = {token for token, number in tokens.numbers.items() if number >= rows} - self.ours.numbers.keys()
-        if beyond:
+        beyond = {token for token, number in tokens.numbers.items() if number >= rows}
+        if beyond and task in self.named:
             self.experts.notes.depart(
                 f"expert {task}: {len(beyond)} tokens of its tokenizer have no row in its embeddings, left out: "
                 f"{_few(sorted(beyond))}"
             )
             numbers = {token: number for token, number in tokens.numbers.items() if token not in beyond}
             self.theirs[task] = Tokens(numbers, tokens.added - beyond)
-        unnamed = min(self.sizes[task].values()) - max(self.rows, 1 + max(tokens.numbers.values()))
+        unnamed = min(self.sizes[task].values()) - max(
+            self.rows, 1 + max(self.theirs[task].numbers.values(), default=-1)
+        )
         if unnamed > 0 and task in self.named:
             self.experts.notes.append(
                 f"expert {task}: its embeddings have {unnamed} rows more than the base's that no token has, left out"

@@ -138,7 +138,8 @@ def _ends(folder: Path, config: dict[str, Any]) -> list[int]:
     """The numbers of the tokens at which a model ends a text."""
     file, field = folder / GENERATION, "eos_token_id"
     content = read_json(file) if file.exists() else {}
-    ends = content.get(field, config.get(field, (config.get("text_config") or {}).get(field)))
+    text = config.get("text_config")
+    ends = content.get(field, config.get(field, text.get(field) if isinstance(text, dict) else None))
     return [end for end in (ends if isinstance(ends, list) else [ends]) if type(end) is int]
 
 
