@@ -80,6 +80,11 @@ class Recipe(Strict):
     format: Literal["pack-quantized", "dequantized"] = Field(
         "pack-quantized", description="pack-quantized (compressed-tensors) or dequantized (plain safetensors)"
     )
+    tokenizer: str = Field(
+        "auto",
+        description="tokens of the output: base, union, the name of an expert, or auto: the base's, and where experts "
+        "have tokens that it lacks, the union",
+    )
     output: str | None = Field(None, description="directory to write; it must not exist")
     samples: int = Field(256, gt=0, description="calibration examples (windows, for a language model) a task")
     batch_size: int = Field(32, gt=0, description="examples a batch")
@@ -98,6 +103,8 @@ class Recipe(Strict):
         twice = {name for name in names if names.count(name) > 1}
         if twice:
             raise InputError(f"experts: name used twice: {', '.join(sorted(twice))}")
+        if self.tokenizer not in ("auto", "base", "union", *names):
+            raise InputError(f"tokenizer: {self.tokenizer!r} is not auto, base, union or one of {', '.join(names)}")
         for field, values in self._per_expert().items():
             if len(values) != len(names):
                 raise InputError(f"merge.{field}: {len(values)} values for {len(names)} experts")

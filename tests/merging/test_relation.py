@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from merges import open_recipe
 from transformers import BertModel, CLIPConfig, CLIPModel
 
-from epmq.merging.relation import check_relation, correlation, token_numbers
+from epmq.merging.relation import check_relation, correlation
 from epmq.models.heads import HEAD_FILE, Head, save_head
 from epmq.pipeline.run import run
 from tests.kit import runs, wrong_merges
@@ -135,41 +135,6 @@ def test_many_classes_in_another_order_are_told_in_few_words(models, tmp_path):
     assert len(note) < 400
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"",
-        b"[]",
-        b"{}",
-        b'{"model": null}',
-        b'{"model": {"vocab": 3}}',
-        b'{"model": {"vocab": [1]}}',
-        b"\xff",
-        b"[" * 9999,
-    ],
-)
-def test_a_tokenizer_of_an_unknown_form_says_nothing(tmp_path, content):
-    (tmp_path / "tokenizer.json").write_bytes(content)
-    assert token_numbers(tmp_path) == {}
-
-
-def test_numbers_of_tokens(tmp_path):
-    added = [{"content": "<x>", "id": 2}]
-    for vocabulary in ({"a": 0, "b": 1}, [["a", -1.0], ["b", -2.0]]):
-        content = {"model": {"vocab": vocabulary}, "added_tokens": added}
-        (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-        assert token_numbers(tmp_path) == {"a": 0, "b": 1, "<x>": 2}
-
-
-def test_numbers_of_tokens_in_older_files(tmp_path):
-    """A character that Python takes for the end of a line is a token like others."""
-    (tmp_path / "vocab.txt").write_text("a\n\u2028\nb\x85\nc\n", encoding="utf-8")
-    assert token_numbers(tmp_path) == {"a": 0, "\u2028": 1, "b\x85": 2, "c": 3}
-    (tmp_path / "vocab.txt").unlink()
-    (tmp_path / "vocab.json").write_text('{"a": 0, "b": 1, "nested": {}}')
-    assert token_numbers(tmp_path) == {"a": 0, "b": 1}
-
-
 def test_a_model_of_several_parts_has_embeddings_too(tmp_path):
     clip = CLIPModel(CLIPConfig(text_config={**SMALL, "vocab_size": 64}, vision_config={**SMALL, "image_size": 8}))
     for name, seed in (("base", 1), ("one", 2), ("two", 3)):
@@ -178,19 +143,6 @@ def test_a_model_of_several_parts_has_embeddings_too(tmp_path):
     (tmp_path / "base" / "vocab.json").write_text('{"a": 63, "b": 64}')
     with pytest.raises(ValueError, match="the tokenizer has token number 64, but the embeddings 64 rows"):
         check_relation(open_recipe(runs.recipe(tmp_path, "out")))
-
-
-@pytest.mark.parametrize(("moved", "alike"), [(1, None), (30, 85)])
-def test_a_few_moved_tokens_are_a_note_and_many_an_error(models, monkeypatch, moved, alike):
-    ours = {f"word{number}": number - 140 for number in range(200)}
-    theirs = ours | {f"word{number}": 500 for number in range(moved)}
-    monkeypatch.setattr("epmq.merging.relation.token_numbers", lambda folder: theirs if folder.name == "two" else ours)
-    opened = open_recipe(runs.recipe(models, "out"))
-    if alike is None:
-        assert check_relation(opened) == ["expert two: 1 tokens have other numbers than in the base, such as 'word0'"]
-    else:
-        with pytest.raises(ValueError, match=f"expert two: its tokenizer numbers only {alike} % of the tokens"):
-            check_relation(opened)
 
 
 def test_an_adapter_of_another_base_is_noted(models, tmp_path):

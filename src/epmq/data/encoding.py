@@ -93,7 +93,7 @@ def encode(
         missing = "image processor" if without_images else "tokenizer"
         raise InputError(f"{examples.kind} examples need the base model's {missing}, found {type(processor).__name__}")
     if examples.kind == "chat" and len(examples):
-        try_template(tokenizer, examples.inputs[0])
+        try_template(tokenizer, examples.inputs[0], examples.template)
     for start in range(0, len(examples), batch_size):
         chunk = examples.take(np.arange(start, min(start + batch_size, len(examples))))
         with error_context(f"{examples.kind} examples", REFUSAL.format(type(processor).__name__)):
@@ -101,20 +101,20 @@ def encode(
         yield batch
 
 
-def try_template(tokenizer: Any, messages: Any) -> None:
+def try_template(tokenizer: Any, messages: Any, template: str | None = None) -> None:
     """Refuse a chat template that fails or comes to no end: it is a program that came with the model."""
     error: BaseException | None = TimeoutError(f"no end within {TEMPLATE_SECONDS} s")
 
     def render() -> None:
         nonlocal error
         try:
-            tokenizer.apply_chat_template(messages, tokenize=False)
+            tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
             error = None
         except BaseException as raised:
             error = raised
 
     with error_context(tokenizer.name_or_path, "its chat template cannot be used"):
-        check_template(tokenizer.get_chat_template())
+        check_template(template or tokenizer.get_chat_template())
         # A thread cannot be stopped, but this one does not keep the process from ending.
         thread = Thread(target=render, daemon=True)
         thread.start()
@@ -143,7 +143,8 @@ def _encode(examples: Examples, tokenizer: Any, images: Any, max_length: int | N
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     cut = {"padding": True, "truncation": True, "max_length": max_length, "return_tensors": "pt"}
     if kind == "chat":
-        return dict(tokenizer.apply_chat_template(list(inputs), tokenize=True, return_dict=True, **cut))
+        chat = {"chat_template": examples.template, "tokenize": True, "return_dict": True}
+        return dict(tokenizer.apply_chat_template(list(inputs), **cut, **chat))
     if kind.startswith("image"):
         pictures, inputs = (inputs, None) if kind == "image" else zip(*inputs)
         batch["pixel_values"] = images([_image(picture) for picture in pictures], return_tensors="pt")["pixel_values"]

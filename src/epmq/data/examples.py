@@ -22,6 +22,7 @@ class Examples:
             dicts of tensors.
         labels: class index of each example, int64 [n], or None where the source has none.
         targets: for `seq2seq`: n strings.
+        template: the chat template of conversations; None means the tokenizer's own.
         metric: name of the function in `epmq.pipeline.evaluation` that scores them; None leaves it to their kind.
     """
 
@@ -30,6 +31,7 @@ class Examples:
     labels: np.ndarray | None = None
     targets: list[str] | None = None
     metric: str | None = None
+    template: str | None = None
 
     def __len__(self) -> int:
         return len(self.inputs)

@@ -8,17 +8,18 @@ import torch
 from epmq.errors import InputError, error_context
 from epmq.merging.accounting import account_for_adapter, account_for_base, account_for_expert, note_ties
 from epmq.merging.experts import TABLES, ExpertReader, ExpertSet
+from epmq.merging.vocabulary import agree_on_tokens
 from epmq.models.adapter import Adapter
 from epmq.models.blocks import find_stacks
 from epmq.models.checkpoint import architecture_of
-from epmq.models.meta import is_generator
+from epmq.models.meta import is_generator, vocabulary
 from epmq.recipe import Expert
 
 LOG = logging.getLogger("epmq")
 
 
-def open_experts(base: str, experts: Sequence[Expert]) -> ExpertSet:
-    """Open a base (a directory or Hub id) and its experts, and check that they fit.
+def open_experts(base: str, experts: Sequence[Expert], tokenizer: str = "auto") -> ExpertSet:
+    """Open a base (a directory or Hub id) and its experts, and check that they fit; `tokenizer` as in the recipe.
 
     Raises:
         MissingError, InputError: a checkpoint is missing, or does not fit; the tensor and both shapes are named.
@@ -26,6 +27,7 @@ def open_experts(base: str, experts: Sequence[Expert]) -> ExpertSet:
     opened = ExpertSet(base, experts)
     account_for_base(opened)
     _check_base(opened)
+    agree_on_tokens(opened, tokenizer)
     for expert in opened.experts.values():
         if expert.adapter is not None:
             _check_adapter(opened, expert, expert.adapter)
@@ -102,9 +104,13 @@ def _check_adapter(experts: ExpertSet, expert: ExpertReader, adapter: Adapter) -
 
 def _check_shape(experts: ExpertSet, expert: ExpertReader, name: str, shape: tuple[int, ...]) -> None:
     expected = experts.base.shape(name)
+    shape = experts.vocabulary.as_merged(expert.task, name, shape, expected)
     if shape != expected:
+        tokens = shape[1:] == expected[1:] and expected[0] == vocabulary(experts.model)
+        hint = "; a tokenizer beside it would say which tokens they are" if tokens else ""
         raise InputError(
-            f"expert {expert.task}: tensor {name!r} is {list(shape)}, but {list(expected)} in the base ({expert.path})"
+            f"expert {expert.task}: tensor {name!r} is {list(shape)}, but {list(expected)} in the base "
+            f"({expert.path}{hint})"
         )
 
 

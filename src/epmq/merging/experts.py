@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from epmq.errors import error_context
 from epmq.merging.ties import asked_fields, follow_ties, is_one, own_ties
+from epmq.merging.token_rows import TokenRows, Vocabulary
 from epmq.models import classes, meta
 from epmq.models.adapter import Adapter, is_adapter, task_head_config
 from epmq.models.blocks import LINEAR, find_stacks, is_transposed
@@ -41,21 +42,38 @@ class BaseReader:
         extra: names on disk that the model does not have.
         ties: what the base's own config ties: name → the name it follows.
         stand_ins: what is read for tensors that the base's file lacks.
+        tokens: where the merged model's tables of tokens have other rows.
     """
 
     def __init__(self, checkpoint: Checkpoint, experts: "ExpertSet") -> None:
         self.checkpoint, self.path = checkpoint, checkpoint.path
         self.stored, self.extra, self.ties = experts.read(checkpoint)
         self.stand_ins: dict[str, Callable[[slice | None], Tensor]] = {}
+        self.tokens: TokenRows | None = None
         self._model = experts.model
 
     def tensor(self, name: str, rows: slice | None = None) -> Tensor:
         """A tensor in the dtype on disk, or some rows of it, along its first dimension."""
+        if self.tokens is not None and name in self.tokens.tables:
+            return self.tokens.tensor(name, rows)
+        return self.own(name, rows)
+
+    def own(self, name: str, rows: slice | None = None) -> Tensor:
+        """As `tensor`, with the base's own rows of tokens."""
         stand_in = self.stand_ins.get(name)
         return self.checkpoint.tensor(self.stored[name], rows) if stand_in is None else stand_in(rows)
 
+    def token_rows(self, name: str, positions: Tensor) -> Tensor:
+        """Rows of some of the merged model's tokens in a table of tokens."""
+        assert self.tokens is not None
+        return self.tokens.at(name, positions)
+
     def spec(self, name: str) -> TensorSpec:
         """Dtype and shape of a tensor, from the header; the merged model's are the same."""
+        dtype, shape = self._own_spec(name)
+        return dtype, shape if self.tokens is None else self.tokens.shape(name, shape)
+
+    def _own_spec(self, name: str) -> TensorSpec:
         if name not in self.stand_ins:
             return self.checkpoint.spec(self.stored[name])
         tensor = self._model.state_dict()[name]
@@ -99,17 +117,30 @@ class ExpertReader:
         self._base, self._model, self._set = experts.base, experts.model, experts
         beside = self.path / HEAD_FILE
         self.head_file = Path(expert.head) if expert.head else beside if beside.exists() else None
+        self.tokens: TokenRows | None = None  # where the merged model's tables of tokens have other rows
+
+    def has(self, name: str) -> bool:
+        """Whether a tensor is the expert's own, and not just the base's; an adapter's are, whatever it changes."""
+        return self.adapter is not None or name in self.stored or name in self._set.computed
 
     def tensor(self, name: str, rows: slice | None = None) -> Tensor:
         """A tensor in the dtype on disk, or some rows of it; what an adapter changes is W + ΔW in float32."""
+        if not self.has(name):
+            return self._base.tensor(name, rows)
+        if self.tokens is not None and name in self.tokens.tables:
+            return self.tokens.tensor(name, rows)
+        return self.own(name, rows)
+
+    def own(self, name: str, rows: slice | None = None) -> Tensor:
+        """As `tensor`, with the expert's own rows of tokens."""
         stored, adapter = self.stored.get(name), self.adapter
         if stored is None and adapter is None and name in self._set.computed:
             return _rows(self._set.initial[name], rows)
         if stored is None:
-            return self._base.tensor(name, rows)
+            return self._base.own(name, rows)
         if adapter is None:
             return self.checkpoint.tensor(stored, rows)
-        start = adapter.tensor(stored, rows) if adapter.replaces(stored) else self._base.tensor(name, rows)
+        start = adapter.tensor(stored, rows) if adapter.replaces(stored) else self._base.own(name, rows)
         if not adapter.changes(stored):
             return start
         return start.float() + adapter.change(stored, self.is_transposed(name), rows)
@@ -129,7 +160,8 @@ class ExpertReader:
         names = [name for name in self.extra if name not in self.left_out]
         names += [stored for name, stored in self.stored.items() if name in self._set.absent]
         tensors = {name: self.checkpoint.tensor(name) for name in names}
-        return tensors | {name: self.checkpoint.tensor(stored).clone() for name, stored in self._head_ties.items()}
+        tensors |= {name: self.checkpoint.tensor(stored).clone() for name, stored in self._head_ties.items()}
+        return tensors if self.tokens is None else self.tokens.of_head(tensors)
 
     @cached_property
     def _head_ties(self) -> dict[str, str]:
@@ -157,9 +189,21 @@ class ExpertReader:
         if not self.extra:
             return None
         if self.adapter is not None:
-            return task_head_config(self.adapter, self._base.checkpoint.config, self.head_tensors(), self._set.absent)
+            config = self._base.checkpoint.config
+            return self._renumbered(task_head_config(self.adapter, config, self.head_tensors(), self._set.absent))
         architecture = architecture_of(self.checkpoint.config)
-        return self.checkpoint.config if meta.has_task_head(architecture) and meta.named_class(architecture) else None
+        known = meta.has_task_head(architecture) and meta.named_class(architecture)
+        return self._renumbered(self.checkpoint.config) if known else None
+
+    def _renumbered(self, config: dict[str, Any]) -> dict[str, Any]:
+        """The config of a head with the merged model's numbers of tokens."""
+        vocabulary = self._set.vocabulary
+        if self.tokens is not None:
+            config = meta.text_config(config, self._model, vocab_size=len(self.tokens.index))
+        if self.task not in vocabulary.theirs:
+            return config
+        config = vocabulary.renumbered(self.task, config)
+        return config if vocabulary.pad is None else {**config, "pad_token_id": vocabulary.pad}
 
     @property
     def has_head(self) -> bool:
@@ -190,10 +234,11 @@ class ExpertSet:
         computed: those that the class does not expect in a file, such as sinusoidal positions.
         written: names → names on disk in what is written.
         notes: fallbacks taken; they go into the report.
+        vocabulary: the tokens of the merged model.
     """
 
     def __init__(self, source: str, experts: Sequence[Expert]) -> None:
-        self.source, self.notes = source, Notes()
+        self.source, self.notes, self.vocabulary = source, Notes(), Vocabulary()
         checkpoint = Checkpoint(source)
         paths = {expert.name: resolve(expert.model) for expert in experts}
         opened = {task: Adapter(path) if is_adapter(path) else Checkpoint(path) for task, path in paths.items()}
@@ -201,6 +246,7 @@ class ExpertSet:
         self._name_classes(checkpoint, full)
         self._shared, self._first_only = meta.shared_checkpoint(checkpoint, list(full.values())), False
         self._class = classes.shared_class(self._shared, list(full.values()))
+        self._token_count: int | None = None
         self.config = self._shared.config
         self.model = meta.build_meta_model(self._shared, self._class)
         self.base = BaseReader(checkpoint, self)
@@ -290,9 +336,15 @@ class ExpertSet:
         """
         return bool(meta.tied_names(self.model)) and not self.tied and not asked_fields(self.model)
 
-    def meta_model(self) -> Any:
-        """Another copy of the model without its weights."""
-        model = meta.build_meta_model(self._shared, self._class)
+    def resize(self, tokens: int) -> None:
+        """Let the model have a vocabulary of another size."""
+        self._token_count = tokens
+        self.model = self.meta_model()
+        self.config = meta.text_config(self.config, self.model, vocab_size=tokens)
+
+    def meta_model(self, tokens: int | None = None) -> Any:
+        """Another copy of the model without its weights; `tokens` is the size of another vocabulary."""
+        model = meta.build_meta_model(self._shared, self._class, tokens or self._token_count)
         fill_absent(model, self.absent, self.initial, CPU)
         for stack in find_stacks(model) if self._first_only else ():
             del model.get_submodule(stack.name)[1:]
@@ -344,6 +396,6 @@ def _rows(whole: Tensor, rows: slice | None) -> Tensor:
 
 def _mean(name: str, experts: Sequence[ExpertReader], rows: slice | None) -> Tensor:
     """The mean of what experts have of their own, in float32."""
-    total = sum(expert.tensor(name, rows).float() for expert in experts)
+    total = sum(expert.own(name, rows).float() for expert in experts)
     assert isinstance(total, Tensor)
     return total / len(experts)

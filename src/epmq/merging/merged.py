@@ -54,8 +54,9 @@ class MergedWeights:
             return
         merge = partial(self._method, **self._arguments(name))
         for rows in self._portions(name):
-            experts = [expert.tensor(name, rows) for expert in self._experts.experts.values()]
-            yield self._finite(name, merge(self._base.tensor(name, rows), experts))
+            base = self._base.tensor(name, rows)
+            experts = [self._of(expert, name, rows, base) for expert in self._experts.experts.values()]
+            yield self._finite(name, merge(base, experts))
 
     def _portions(self, name: str) -> Iterator[slice | None]:
         """The rows of a tensor in portions; None for one that is merged as a whole: small, no float, or drawn for."""
@@ -84,8 +85,16 @@ class MergedWeights:
     def _pairs(self, expert: ExpertReader, names: Sequence[str]) -> Iterator[Pair]:
         for name in names:
             for rows in self._portions(name):
-                base, other = self._base.tensor(name, rows), expert.tensor(name, rows)
-                yield self._finite(name, base), self._finite(name, other)
+                base = self._base.tensor(name, rows)
+                yield self._finite(name, base), self._finite(name, self._of(expert, name, rows, base))
+
+    def _of(self, expert: ExpertReader, name: str, rows: slice | None, base: Tensor) -> Tensor:
+        """An expert's tensor, or some rows of it; rows of tokens that the base lacks change nothing in its mean."""
+        tensor, tokens = expert.tensor(name, rows), self._base.tokens
+        if tokens is None or name not in tokens.tables:
+            return tensor
+        new = tokens.lacking(name, rows)
+        return base.to(tensor.dtype).where(new, tensor) if new.any() else tensor
 
     def _finite(self, name: str, tensor: Tensor) -> Tensor:
         """Pass on what was made of the weights of one name, or say in an error which of them has NaN or Inf.

@@ -3,12 +3,10 @@
 All of it is told from a sample of the weights and from small files, before any compute.
 """
 
-import json
 from collections.abc import Iterable, Iterator
 from hashlib import sha256
 from itertools import combinations
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +15,6 @@ from epmq.errors import InputError
 from epmq.merging.experts import BaseReader, ExpertReader, ExpertSet
 from epmq.models.blocks import block_linears
 from epmq.models.heads import load_head
-from epmq.models.meta import vocabulary
 
 # Rows of each layer's weight that stand for all of it.
 SAMPLE = 16
@@ -27,20 +24,17 @@ RELATED = 0.3
 # Norm of the task vector over that of the base, above which an expert is noted: √2 is how far weights of another start
 # are. An adapter that is scaled wrongly goes beyond it, as does a model whose weights were multiplied.
 FAR = 1.4
-# Share of the tokens that two tokenizers number alike, above which they are one with a few additions.
-SAME_TOKENS = 0.99
 
 
 def check_relation(experts: ExpertSet) -> list[str]:
-    """Look for experts of another base, for experts that are the same, and for tokenizers and labels that differ.
+    """Look for experts of another base, for experts that are the same, and for labels that differ.
 
     What is odd but may be meant is returned, in words that name the experts.
 
     Raises:
-        ValueError: an expert was not fine-tuned from this base, or its tokens have other numbers, or the tokenizer has
-            more tokens than the model; expert and figures are named.
+        ValueError: an expert was not fine-tuned from this base; expert and figures are named.
     """
-    checks = (_check_weights, _check_adapters, _check_tokenizers, _check_labels)
+    checks = (_check_weights, _check_adapters, _check_labels)
     return [note for check in checks for note in check(experts)]
 
 
@@ -102,56 +96,6 @@ def _check_adapters(experts: ExpertSet) -> Iterator[str]:
         trained_on = expert.adapter is not None and expert.adapter.config.get("base_model_name_or_path")
         if trained_on and Path(str(trained_on)).name not in known:
             yield f"expert {task}: the adapter was trained on {trained_on}; the base here is {experts.source}"
-
-
-def _check_tokenizers(experts: ExpertSet) -> Iterator[str]:
-    ours = token_numbers(experts.base.path)
-    rows = vocabulary(experts.model)
-    if rows is not None and max(ours.values(), default=-1) >= rows:
-        raise InputError(
-            f"{experts.base.path}: the tokenizer has token number {max(ours.values())}, but the embeddings {rows} rows"
-        )
-    for task, expert in experts.experts.items():
-        theirs = token_numbers(expert.path) if ours else {}
-        if not theirs:
-            continue
-        shared = ours.keys() & theirs.keys()
-        moved = [token for token in sorted(shared) if ours[token] != theirs[token]]
-        alike = (len(shared) - len(moved)) / min(len(ours), len(theirs))
-        if alike < SAME_TOKENS:
-            example = f", such as {moved[0]!r}" if moved else ""
-            raise InputError(
-                f"expert {task}: its tokenizer numbers only {100 * alike:.0f} % of the tokens as the base's does"
-                f"{example} ({expert.path})"
-            )
-        if moved:
-            yield f"expert {task}: {len(moved)} tokens have other numbers than in the base, such as {moved[0]!r}"
-
-
-def token_numbers(folder: Path) -> dict[str, int]:
-    """Token → number of the tokenizer in a folder; empty where there is none, or none of a known form."""
-    numbers: dict[Any, Any] = {}
-    try:
-        if (folder / "tokenizer.json").exists():
-            content = _json(folder / "tokenizer.json")
-            numbers = content["model"]["vocab"]
-            if isinstance(numbers, list):  # Unigram: pairs of token and score, numbered as they come
-                numbers = {token: number for number, (token, _) in enumerate(numbers)}
-            added = {token["content"]: token["id"] for token in content.get("added_tokens") or []}
-            numbers = {**numbers, **added}
-        elif (folder / "vocab.json").exists():
-            numbers = {**_json(folder / "vocab.json")}
-        elif (folder / "vocab.txt").exists():
-            # Not splitlines: other characters that end a line, such as U+2028, are tokens of some vocabularies.
-            lines = (folder / "vocab.txt").read_text(encoding="utf-8").rstrip("\n").split("\n")
-            numbers = {token: number for number, token in enumerate(lines)}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return {}  # what cannot be read is refused, with a reason, where it is used
-    return {str(token): number for token, number in numbers.items() if type(number) is int}
-
-
-def _json(file: Path) -> Any:
-    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def _check_labels(experts: ExpertSet) -> Iterator[str]:

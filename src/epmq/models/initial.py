@@ -52,5 +52,7 @@ def fill_absent(model: Any, names: Iterable[str], values: dict[str, Tensor], dev
     names = set(names)
     for name, tensor in model.state_dict().items():
         if name in names:
-            value = values[name] if name in values else torch.zeros(tensor.shape, dtype=tensor.dtype)
+            value = values.get(name)
+            if value is None or value.shape != tensor.shape:  # more tokens than the files have
+                value = torch.zeros(tensor.shape, dtype=tensor.dtype)
             set_tensor(model, name, value.to(device))

@@ -71,11 +71,12 @@ def shared_checkpoint(base: Checkpoint, experts: Sequence[Checkpoint]) -> Checkp
     return experts[0] if part_alone else base
 
 
-def build_meta_model(checkpoint: Checkpoint, model_class: Any = None) -> Any:
+def build_meta_model(checkpoint: Checkpoint, model_class: Any = None, tokens: int | None = None) -> Any:
     """The model of a checkpoint with parameters on the meta device and real buffers, in eval mode, in float32.
 
-    Without a `model_class` it is the one that the config names, or the backbone of that. A ValueError says that
-    transformers does not know the model type without remote code, or that the model is quantized already.
+    Without a `model_class` it is the one that the config names, or the backbone of that; `tokens` is the size of its
+    vocabulary, where that is not the config's. A ValueError says that transformers does not know the model type without
+    remote code, or that the model is quantized already.
     """
     import transformers
 
@@ -86,6 +87,8 @@ def build_meta_model(checkpoint: Checkpoint, model_class: Any = None) -> Any:
         raise InputError(f"{config_file}: the model is quantized already; give the one it was quantized from")
     with error_context(config_file, "transformers cannot open this model"):
         config = transformers.AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
+        if tokens is not None:
+            config.get_text_config().vocab_size = tokens
         architecture = architecture_of(checkpoint.config)
         whole = None if has_task_head(architecture) else named_class(architecture)
         model_class = model_class or whole or transformers.MODEL_MAPPING[type(config)]
@@ -273,3 +276,24 @@ def vocabulary(model: Any) -> int | None:
     except (NotImplementedError, AttributeError):  # a model of several parts, such as CLIP, or one for images
         size: int | None = getattr(getattr(model.config, "text_config", model.config), "vocab_size", None)
         return size
+
+
+def token_tables(model: Any, larger: Any) -> dict[str, int]:
+    """Tensors with a row a token: name → the dimension that counts tokens.
+
+    `larger` is the same model with one token more: what is larger by one is such a tensor, in whatever model.
+    """
+    tables, state = {}, larger.state_dict()
+    for name, tensor in model.state_dict().items():
+        grown = [i for i, (less, more) in enumerate(zip(tensor.shape, state[name].shape)) if more == less + 1]
+        if len(grown) == 1 and tensor.shape[grown[0]] == vocabulary(model):
+            tables[name] = grown[0]
+    return tables
+
+
+def text_config(config: dict[str, Any], model: Any, **fields: Any) -> dict[str, Any]:
+    """The content of a `config.json` with some fields of its part that is about tokens, wherever in it that is."""
+    text = model.config.get_text_config()
+    named = {text.attribute_map.get(field, field): value for field, value in fields.items()}
+    parts = [name for name, part in vars(model.config).items() if part is text]
+    return {**config, **({name: {**config.get(name, {}), **named} for name in parts} or named)}

@@ -6,7 +6,6 @@ from typing import Any
 
 from rich.progress import Progress
 
-from epmq.data.encoding import load_processor
 from epmq.data.examples import Examples
 from epmq.errors import InputError
 from epmq.merging.compatibility import open_experts
@@ -15,6 +14,7 @@ from epmq.models.blocks import use_fast_matmul
 from epmq.models.multitask import MultiTaskModel, load
 from epmq.pipeline.metrics import metrics_of, scorer_of
 from epmq.pipeline.prepare import ExpertData, check_head
+from epmq.pipeline.processor import output_processor
 from epmq.recipe import Recipe
 from epmq.recipe_file import load_recipe
 from epmq.reporting.scores import score_report
@@ -77,7 +77,7 @@ def evaluate_experts(
             expert = experts.experts[task]
             backbone = experts.whole_model(experts.base if base else expert, select_device(recipe.device))
             head = expert.head(backbone)
-            model = MultiTaskModel(backbone, {} if head is None else {task: head}, load_processor(experts.base.path))
+            model = MultiTaskModel(backbone, {} if head is None else {task: head}, output_processor(experts).processor)
             scores |= evaluate_model(model, {task: examples}, recipe, bar)
     return score_report(metrics_of(evaluation), scores)
 
@@ -86,11 +86,12 @@ def _open(recipe: Recipe) -> tuple[ExpertSet, dict[str, Examples]]:
     """The experts, and the evaluation data of those that have any, in the recipe's order."""
     if all(expert.evaluation is None for expert in recipe.experts):
         raise InputError("recipe: no expert has evaluation data")
-    experts = open_experts(recipe.base, recipe.experts)
-    processor = load_processor(experts.base.path)
+    experts = open_experts(recipe.base, recipe.experts, recipe.tokenizer)
+    plan = output_processor(experts)
     evaluation = {}
     for expert in recipe.experts:
         if expert.evaluation is not None:
-            evaluation[expert.name] = ExpertData(experts, recipe, expert, processor).evaluation(None)
+            data = ExpertData(experts, recipe, expert, plan.processor, plan.templates.get(expert.name))
+            evaluation[expert.name] = data.evaluation(None)
             check_head(experts, expert.name, evaluation[expert.name])
     return experts, evaluation

@@ -18,6 +18,7 @@ from epmq.models.heads import load_head, save_head, write_head_file
 from epmq.models.multitask import HEADS, NativeHead
 from epmq.models.writer import CheckpointWriter
 from epmq.pipeline.prepare import PreparedRun
+from epmq.pipeline.processor import write_processor
 from epmq.pipeline.verify import WrongOutputError
 
 
@@ -126,6 +127,8 @@ def write_rest(run: PreparedRun, folder: Path, quantized: list[str], fits: Mappi
     for name in PROCESSOR_FILES:
         if (run.experts.base.path / name).exists():
             shutil.copyfile(run.experts.base.path / name, folder / name)
+    if run.output_processor is not None:
+        write_processor(run.output_processor, run.experts, folder)
 
 
 def _write_config(run: PreparedRun, folder: Path, quantized: list[str]) -> None:

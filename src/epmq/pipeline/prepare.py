@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from rich.progress import Progress
 
-from epmq.data.encoding import encode, load_processor, pack
+from epmq.data.encoding import encode, pack
 from epmq.data.examples import Examples, Fields, Pictures
 from epmq.data.readers import fields_of, from_objects, read_data
 from epmq.errors import InputError, error_context
@@ -23,6 +23,7 @@ from epmq.models.blocks import as_matrix, block_linears, is_transposed
 from epmq.models.heads import HEAD_FILE, load_head
 from epmq.models.meta import vocabulary
 from epmq.pipeline.metrics import metric_of
+from epmq.pipeline.processor import OutputProcessor, output_processor
 from epmq.recipe import Data, Expert, Recipe
 from epmq.runtime import select_device
 
@@ -39,9 +40,10 @@ class PreparedRun:
     recipe: Recipe  # with everything filled in that depends on the checkpoints, experts by name
     experts: ExpertSet
     merged: MergedWeights
-    processor: Any  # the base's tokenizer or image processor, or None
+    processor: Any  # the output's tokenizer or image processor, or None
     calibration: dict[str, list[dict[str, Any]]]  # task → inputs of the model, batch by batch
     evaluation: dict[str, Examples]  # task → labelled examples
+    output_processor: OutputProcessor | None = None  # what is written of processor and templates; None: the base's
 
     @property
     def device(self) -> torch.device:
@@ -64,17 +66,17 @@ def prepare(
     """
     _check_fields(recipe, calibration or {}, evaluation or {})
     listed, recipe = recipe.experts, recipe.ordered()
-    experts = open_experts(recipe.base, recipe.experts)
+    experts = open_experts(recipe.base, recipe.experts, recipe.tokenizer)
     recipe = recipe.resolved(all(expert.has_head for expert in experts.experts.values()))
     if recipe.quantize.method != "none":
         _check_layers(experts, recipe)
         for note in _untouched(experts):
             experts.notes.depart(note)
     experts.notes += check_relation(experts)
-    processor = load_processor(experts.base.path)
+    plan = output_processor(experts)
     inputs, scored = {}, {}
     for expert in recipe.experts:
-        data = ExpertData(experts, recipe, expert, processor)
+        data = ExpertData(experts, recipe, expert, plan.processor, plan.templates.get(expert.name))
         if recipe.quantize.calibrates:
             inputs[expert.name] = data.calibration(calibration)
         if evaluate and (expert.evaluation is not None or expert.name in (evaluation or {})):
@@ -90,7 +92,7 @@ def prepare(
         experts.notes.refuse()
     scored = {expert.name: scored[expert.name] for expert in listed if expert.name in scored}
     merged = MergedWeights(experts, recipe.merge, recipe.seed)
-    return PreparedRun(recipe, experts, merged, processor, inputs, scored)
+    return PreparedRun(recipe, experts, merged, plan.processor, inputs, scored, plan)
 
 
 def _check_fields(recipe: Recipe, calibration: Objects, evaluation: Objects) -> None:
@@ -142,6 +144,7 @@ class ExpertData:
     recipe: Recipe
     expert: Expert
     processor: Any
+    template: str | None = None  # of chats, where it is not the output's default
 
     def calibration(self, objects: Objects | None) -> list[dict[str, Any]]:
         """Calibration inputs of the model, batch by batch; `objects` take the place of the recipe's data.
@@ -175,6 +178,7 @@ class ExpertData:
         else:
             assert data is not None
             examples = read_data(data, use, count, recipe.seed)
+        examples = replace(examples, template=self.template)
         if examples.kind == "causal" and (data is None or data.pack):
             return pack(examples, self.processor, recipe.max_length, count, recipe.seed)
         return examples if examples.kind == "batches" else examples.draw(count, recipe.seed)

@@ -11,13 +11,14 @@ from typing import Any
 
 from torch import nn
 
-from epmq.data.encoding import load_processor, tokenizer_of
+from epmq.data.encoding import tokenizer_of
 from epmq.errors import InputError, OutputExistsError
 from epmq.files import cache_dir, differences, read_json, write_whole
 from epmq.merging.compatibility import open_experts
 from epmq.models.blocks import use_fast_matmul
 from epmq.models.multitask import load
 from epmq.pipeline.evaluation import evaluate_experts
+from epmq.pipeline.processor import output_processor
 from epmq.pipeline.run import run
 from epmq.recipe import Recipe
 from epmq.reporting.page import render_page
@@ -134,8 +135,8 @@ def _models(table: Table, row: Row, recipe: Recipe) -> Iterator[tuple[nn.Module,
         use_fast_matmul(model.backbone)  # as base and experts are
         yield model.backbone, tokenizer_of(model.processor), list(table.tasks)
         return
-    experts = open_experts(recipe.base, recipe.experts)
-    tokenizer = tokenizer_of(load_processor(experts.base.path))
+    experts = open_experts(recipe.base, recipe.experts, recipe.tokenizer)
+    tokenizer = tokenizer_of(output_processor(experts).processor)
     if row.method == "base":
         yield experts.whole_model(experts.base, device), tokenizer, list(table.tasks)
         return
