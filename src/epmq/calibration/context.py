@@ -6,6 +6,7 @@ import torch
 
 from epmq.calibration.offload import Offloader
 from epmq.calibration.teacher import Teacher
+from epmq.calibration.trial import BlockCalls
 from epmq.merging.experts import ExpertSet, TensorReader
 from epmq.method_settings import Guidance, Quantize
 
@@ -20,6 +21,7 @@ class CalibrationContext:
     task_weights: dict[str, float]  # ω, which sum to 1
     device: torch.device  # where blocks and moments live
     offloader: Offloader = field(default_factory=Offloader)  # takes calibration activations while they wait
+    calls: BlockCalls = field(default_factory=BlockCalls)  # as `try_forwards` found them
     teachers: dict[str, Teacher] = field(default_factory=dict)  # by task; empty where no expert runs
 
     @property

@@ -1,7 +1,7 @@
 """Before any compute: open everything that a recipe names and check that it fits together."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from rich.progress import Progress
 
+from epmq.calibration.trial import BlockCalls, try_forwards
 from epmq.data.encoding import encode, load_processor, pack
 from epmq.data.examples import Examples, Fields, Pictures
 from epmq.data.readers import fields_of, from_objects, read_data
@@ -42,6 +43,7 @@ class PreparedRun:
     processor: Any  # the base's tokenizer or image processor, or None
     calibration: dict[str, list[dict[str, Any]]]  # task → inputs of the model, batch by batch
     evaluation: dict[str, Examples]  # task → labelled examples
+    calls: BlockCalls = field(default_factory=BlockCalls)  # how the model calls its blocks on the calibration inputs
 
     @property
     def device(self) -> torch.device:
@@ -80,6 +82,7 @@ def prepare(
         if evaluate and (expert.evaluation is not None or expert.name in (evaluation or {})):
             scored[expert.name] = data.evaluation(evaluation)
         check_head(experts, expert.name, scored.get(expert.name))
+    calls = try_forwards(experts, inputs) if recipe.quantize.calibrates else BlockCalls()
     if scored:
         _check_task_classes(experts)
     if recipe.quantize.method != "none":  # a mere merge reads the weights once and finds out as early
@@ -90,7 +93,7 @@ def prepare(
         experts.notes.refuse()
     scored = {expert.name: scored[expert.name] for expert in listed if expert.name in scored}
     merged = MergedWeights(experts, recipe.merge, recipe.seed)
-    return PreparedRun(recipe, experts, merged, processor, inputs, scored)
+    return PreparedRun(recipe, experts, merged, processor, inputs, scored, calls)
 
 
 def _check_fields(recipe: Recipe, calibration: Objects, evaluation: Objects) -> None:
