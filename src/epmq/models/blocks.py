@@ -43,10 +43,11 @@ def find_stacks(model: nn.Module) -> list[Stack]:
     A list of lists, such as Funnel's, is no stack: those in it are.
     """
     total = _linear_size(model) or 1
-    stacks: list[Stack] = []
+    stacks, outermost = list[Stack](), list[str]()
     for name, module in model.named_modules():
-        inside = any(name.startswith(stack.name + ".") for stack in stacks)
+        inside = any(name.startswith(outer + ".") for outer in outermost)
         if isinstance(module, nn.ModuleList) and not inside and _linear_size(module) >= SMALLEST_SHARE * total:
+            outermost.append(name)
             stacks += _innermost(name, module)
     if not stacks:
         raise InputError(f"{type(model).__name__} has no list of repeated blocks with linear layers to quantize")
