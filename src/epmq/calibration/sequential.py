@@ -234,14 +234,18 @@ def record_arguments(owner: nn.Module, note: Callable[[dict[str, Any]], object])
 
 
 def owner_of(model: nn.Module, stack: Stack, stacks: Sequence[Stack]) -> nn.Module:
-    """The outermost module that holds this stack and no other: T5's decoder, CLIP's text model, a whole BERT."""
+    """The outermost module that holds this stack and no other: T5's decoder, CLIP's text model, a whole BERT.
+
+    Stacks that follow each other in one list, such as Funnel's, have the module that holds the list.
+    """
     others = [other.name for other in stacks if other is not stack]
     parts = stack.name.split(".")
     for depth in range(len(parts)):
         name = ".".join(parts[:depth])
         if not any(other.startswith(name + "." if name else "") for other in others):
             return model.get_submodule(name)
-    raise ValueError(f"{stack.name} lies inside another stack")
+    holders = (model.get_submodule(".".join(parts[:depth])) for depth in reversed(range(len(parts))))
+    return next(holder for holder in holders if not isinstance(holder, nn.ModuleList))
 
 
 def padding_mask(arguments: dict[str, Any], inputs: Tensor) -> Tensor | None:

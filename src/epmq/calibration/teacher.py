@@ -101,8 +101,8 @@ class Teacher:
         """Let go of the batches that wait in the expert's forward; it runs no further."""
         self._steps.close()
 
-    def scores(self) -> Tensor:
-        """What the expert's head says to all its batches, once, after the last block: [examples, classes].
+    def scores(self) -> list[Tensor]:
+        """What the expert's head says to its batches, one by one, once, after the last block: [..., classes].
 
         Raises:
             RuntimeError: there are blocks left.
@@ -111,7 +111,7 @@ class Teacher:
             step = next(self._steps, None)
         if step is not None:
             raise RuntimeError(f"expert {self.task} is at block {step.name}, not at its end")
-        return torch.cat(self._scores)
+        return self._scores
 
     def _score(self, batch: Batch) -> None:
         if batch.index == 0:
