@@ -6,7 +6,7 @@ so that on the shared model's features it gives the scores that the expert gives
 token, whatever the head scores. No label is used.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from epmq.calibration.sequential import Batch
 from epmq.calibration.teacher import MakeHead, Teacher
+from epmq.calibration.trial import HollowModel, forms
 from epmq.errors import reason
-from epmq.merging.experts import ExpertSet
+from epmq.merging.experts import ExpertSet, guiding_head
 from epmq.models.blocks import is_padding_mask
 from epmq.models.heads import Head
 from epmq.models.multitask import NativeHead
@@ -112,6 +113,29 @@ class HeadRefitter:
         return fits
 
 
+@torch.no_grad()
+def heads_follow(experts: ExpertSet, calibration: Mapping[str, Sequence[dict[str, Any]]]) -> bool:
+    """Whether the heads of all experts can follow a new model, as far as that is seen without weights.
+
+    Why one cannot goes to the notes. `calibration` holds each task's inputs, batch by batch.
+    """
+    model, follow = HollowModel(experts).model, True
+    for task, expert in experts.experts.items():
+        head = guiding_head(expert, experts.notes, model)
+        if head is None:
+            follow = False
+            continue
+        for inputs in forms(calibration[task]):
+            try:
+                scored_rows(model, head, inputs)
+            except CannotFollow as error:
+                follow = False
+                experts.notes.depart(f"the head of {task} stays as it is: {error}")
+            except Exception:  # it may be the weights' fault: the run will tell
+                follow = False
+    return follow
+
+
 def with_weights(head: Head, fit: RidgeFit) -> Head:
     """A head with the fitted map in place of its own."""
     return replace(head, weight=fit.weight.cpu(), bias=head.bias if fit.bias is None else fit.bias.cpu())
@@ -143,8 +167,11 @@ def scored_rows(backbone: nn.Module, head: Head | NativeHead, inputs: dict[str, 
 
 def _real_tokens(inputs: dict[str, Any], shape: torch.Size) -> Tensor | None:
     """Which rows of outputs [batch, tokens, classes] are those of real tokens: [rows] booleans; None if all are."""
-    masks = (inputs.get(name) for name in ("attention_mask", "decoder_attention_mask"))
-    return next((mask.flatten().bool() for mask in masks if is_padding_mask(mask) and mask.shape == shape), None)
+    for name in ("attention_mask", "decoder_attention_mask"):
+        mask = inputs.get(name)
+        if isinstance(mask, Tensor) and is_padding_mask(mask) and mask.shape == shape:
+            return mask.flatten().bool()
+    return None
 
 
 def _gathered(received: Tensor, given: Tensor, scores: Tensor) -> Tensor:

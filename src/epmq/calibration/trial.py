@@ -1,11 +1,11 @@
 """Try a model's forward before anything is computed: which blocks it calls, how often, and on whose data.
 
 The model's own code runs, on the real inputs: masks, lengths and image sizes are what they will be. Inside of the
-blocks only shapes are computed, on the meta device, and outside of them all weights are zero, so that a model of any
-size takes seconds and no memory.
+blocks only shapes are computed, on the meta device: they give noise. Outside of them all weights are one. So a model of
+any size takes seconds and no memory.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -63,7 +63,7 @@ def try_forwards(experts: ExpertSet, calibration: Mapping[str, Sequence[dict[str
     for task, batches in calibration.items():
         tried[task] = _Tried()
         with error_context(f"experts.{task}.calibration"):
-            for inputs in _forms(batches):
+            for inputs in forms(batches):
                 trial.run(inputs, tried[task])
     _check_reached(experts, tried)
     sequences = [sequence for one in tried.values() for sequence in one.sequences]
@@ -71,8 +71,8 @@ def try_forwards(experts: ExpertSet, calibration: Mapping[str, Sequence[dict[str
     return BlockCalls(_common_order(sequences), tuple(dict.fromkeys(repeated)))
 
 
-def _forms(batches: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Of all batches that have the same arguments, the first examples of the one with the longest."""
+def forms(batches: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Of all batches that have the same arguments, the first examples of the one with the longest, on the CPU."""
     longest: dict[tuple[str, ...], dict[str, Any]] = {}
     for batch in batches:
         form = tuple(sorted(name for name, value in batch.items() if value is not None))
@@ -112,7 +112,7 @@ class HollowModel:
         for stack in find_stacks(self.model):
             for index, block in enumerate(stack.blocks):
                 self._modules[stack.block_name(index)] = block
-        self._tried = _Tried()
+        self._tried = _Tried([[]])
         meta = experts.meta_model()
         for name, block in self._modules.items():
             shadow = self._shadows[name] = meta.get_submodule(name).to("meta")
@@ -120,7 +120,7 @@ class HollowModel:
                 layer.register_forward_pre_hook(partial(self._note, f"{name}.{local}"))
             block.forward = partial(self._call, name)
         inside = {id(module) for block in self._modules.values() for module in block.modules()}
-        _fill(module for module in self.model.modules() if id(module) not in inside)
+        _fill((module for module in self.model.modules() if id(module) not in inside), 1.0)
 
     @torch.no_grad()
     def run(self, inputs: dict[str, Any], tried: _Tried) -> None:
@@ -134,7 +134,7 @@ class HollowModel:
             try:
                 tried.sequences.append([])
                 stops_before(self.model, self.model.get_output_embeddings(), inputs)
-            except Exception:  # it may be the zeros' fault
+            except Exception:  # it may be the weights' fault
                 tried.sequences[-1] = _run_base(self._experts, inputs)
                 tried.unknown.update(tried.sequences[-1])
 
@@ -145,7 +145,7 @@ class HollowModel:
         """What the block of that name gives, by its shapes."""
         self._tried.sequences[-1].append(name)
         try:
-            return _as_zeros(self._shadows[name](*_on_meta(args), **_on_meta(kwargs)))
+            return _as_noise(self._shadows[name](*_on_meta(args), **_on_meta(kwargs)))
         except Exception:  # which of its layers it calls depends on values
             self._tried.unknown.add(name)
         block = self._modules[name]
@@ -185,27 +185,32 @@ def _on_meta(values: Any) -> Any:
     return tree_map(lambda value: value.to("meta") if isinstance(value, Tensor) else value, values)
 
 
-def _as_zeros(values: Any) -> Any:
-    def zeros(value: Any) -> Any:
-        return torch.zeros(value.shape, dtype=value.dtype) if isinstance(value, Tensor) and value.is_meta else value
+def _as_noise(values: Any) -> Any:
+    generator = torch.Generator().manual_seed(0)
 
-    return tree_map(zeros, values)
+    def noise(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.is_meta:
+            return value
+        filled = torch.zeros(value.shape, dtype=value.dtype)
+        return filled.normal_(generator=generator) if value.is_floating_point() else filled
+
+    return tree_map(noise, values)
 
 
-def _fill(modules: Any, expand: bool = True) -> None:
-    """Put zeros in the place of parameters that have no storage; with `expand` they take no memory."""
+def _fill(modules: Iterable[nn.Module], value: float) -> None:
+    """Put ones or zeros in the place of parameters that have no storage; zeros are laid out as weights are."""
     for module in modules:
         for leaf, parameter in module._parameters.items():
             if parameter is not None and parameter.is_meta:
                 shape, dtype = parameter.shape, parameter.dtype
-                zeros = torch.zeros((), dtype=dtype).expand(shape) if expand else torch.zeros(shape, dtype=dtype)
-                module._parameters[leaf] = nn.Parameter(zeros, requires_grad=False)
+                filled = torch.ones((), dtype=dtype).expand(shape) if value else torch.zeros(shape, dtype=dtype)
+                module._parameters[leaf] = nn.Parameter(filled, requires_grad=False)
 
 
 @contextmanager
 def _filled(block: nn.Module) -> Iterator[None]:
     """Zeros in the place of a block's parameters for the length of a `with` block."""
-    _fill(block.modules(), expand=False)
+    _fill(block.modules(), 0.0)
     try:
         yield
     finally:

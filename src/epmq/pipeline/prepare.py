@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from rich.progress import Progress
 
+from epmq.calibration.head_refit import heads_follow
 from epmq.calibration.trial import BlockCalls, try_forwards
 from epmq.data.encoding import encode, load_processor, pack
 from epmq.data.examples import Examples, Fields, Pictures
@@ -67,7 +68,6 @@ def prepare(
     _check_fields(recipe, calibration or {}, evaluation or {})
     listed, recipe = recipe.experts, recipe.ordered()
     experts = open_experts(recipe.base, recipe.experts)
-    recipe = recipe.resolved(all(expert.has_head for expert in experts.experts.values()))
     if recipe.quantize.method != "none":
         _check_layers(experts, recipe)
         for note in _untouched(experts):
@@ -83,6 +83,10 @@ def prepare(
             scored[expert.name] = data.evaluation(evaluation)
         check_head(experts, expert.name, scored.get(expert.name))
     calls = try_forwards(experts, inputs) if recipe.quantize.calibrates else BlockCalls()
+    heads = all(expert.has_head for expert in experts.experts.values())
+    if heads and recipe.quantize.calibrates and recipe.quantize.guidance().refit_heads:
+        heads = heads_follow(experts, inputs)
+    recipe = recipe.resolved(heads)
     if scored:
         _check_task_classes(experts)
     if recipe.quantize.method != "none":  # a mere merge reads the weights once and finds out as early
