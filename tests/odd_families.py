@@ -36,14 +36,8 @@ def switch() -> Any:
     """A mixture whose experts are linear layers."""
     torch.manual_seed(0)
     sizes = {"vocab_size": 32, "d_model": 32, "d_kv": 8, "d_ff": 32, "num_heads": 4, "num_experts": 4}
-    sparse = {
-        "num_layers": 2,
-        "num_decoder_layers": 2,
-        "num_sparse_encoder_layers": 1,
-        "num_sparse_decoder_layers": 1,
-        "expert_capacity": 64,
-    }
-    config = transformers.SwitchTransformersConfig(**sizes, **sparse, decoder_start_token_id=0)
+    sizes |= {"num_layers": 2, "num_sparse_encoder_layers": 1, "num_decoder_layers": 2, "num_sparse_decoder_layers": 1}
+    config = transformers.SwitchTransformersConfig(**sizes, expert_capacity=64, decoder_start_token_id=0)
     return transformers.SwitchTransformersForConditionalGeneration(config).eval()
 
 

