@@ -10,9 +10,9 @@ from conftest import recipe_for
 from odd_families import image_text_batch, llava, prepared_run, switch, token_batch
 from transformers.modeling_outputs import BaseModelOutput
 
+from epmq.calibration.calls import BlockCalls
 from epmq.calibration.engine import LayerReport
 from epmq.calibration.sequential import Batch
-from epmq.calibration.trial import BlockCalls
 from epmq.models.blocks import linears
 from epmq.pipeline.prepare import PreparedRun, prepare
 from epmq.pipeline.run import calibration_batches, calibration_engine

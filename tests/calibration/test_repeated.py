@@ -9,10 +9,10 @@ from odd_families import albert, albert_config, prepared_run, saved_recipe, toke
 from transformers import AlbertForSequenceClassification
 
 import epmq
+from epmq.calibration.calls import BlockCalls
 from epmq.calibration.engine import CalibrationEngine
 from epmq.calibration.repeated import RepeatedCalibrator, calibrator_of
 from epmq.calibration.sequential import Batch, SequentialCalibrator
-from epmq.calibration.trial import BlockCalls
 from epmq.models.blocks import linears
 from epmq.pipeline.run import calibration_batches, calibration_engine, run
 

@@ -4,9 +4,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+from epmq.calibration.calls import BlockCalls
 from epmq.calibration.offload import Offloader
 from epmq.calibration.teacher import Teacher
-from epmq.calibration.trial import BlockCalls
 from epmq.merging.experts import ExpertSet, TensorReader
 from epmq.method_settings import Guidance, Quantize
 

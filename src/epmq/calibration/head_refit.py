@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from epmq.calibration.calls import StubModel, forms
 from epmq.calibration.sequential import Batch
 from epmq.calibration.teacher import MakeHead, Teacher
-from epmq.calibration.trial import HollowModel, forms
 from epmq.errors import reason
 from epmq.merging.experts import ExpertSet, guiding_head
 from epmq.models.blocks import is_padding_mask
@@ -119,7 +119,7 @@ def heads_follow(experts: ExpertSet, calibration: Mapping[str, Sequence[dict[str
 
     Why one cannot goes to the notes. `calibration` holds each task's inputs, batch by batch.
     """
-    model, follow = HollowModel(experts).model, True
+    model, follow = StubModel(experts).model, True
     for task, expert in experts.experts.items():
         head = guiding_head(expert, experts.notes, model)
         if head is None:

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from epmq.calibration.calls import BlockCalls
 from epmq.calibration.offload import Offloader
 from epmq.calibration.sequential import Batch, BlockStep, SequentialCalibrator, padding_mask
-from epmq.calibration.trial import BlockCalls
 from epmq.models.hooks import stops_before, without_cache
 
 

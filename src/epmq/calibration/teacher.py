@@ -7,10 +7,10 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
+from epmq.calibration.calls import BlockCalls
 from epmq.calibration.offload import Offloader
 from epmq.calibration.repeated import calibrator_of
 from epmq.calibration.sequential import Batch, BlockStep
-from epmq.calibration.trial import BlockCalls
 from epmq.merging.experts import ExpertReader, ExpertSet, TensorReader
 from epmq.models.heads import Head
 from epmq.models.hooks import HookPoint, watch

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from rich.progress import Progress
 
+from epmq.calibration.calls import BlockCalls, try_forwards
 from epmq.calibration.head_refit import heads_follow
-from epmq.calibration.trial import BlockCalls, try_forwards
 from epmq.data.encoding import encode, load_processor, pack
 from epmq.data.examples import Examples, Fields, Pictures
 from epmq.data.readers import fields_of, from_objects, read_data

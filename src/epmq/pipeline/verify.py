@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from epmq.calibration.calls import BlockCalls
 from epmq.calibration.repeated import calibrator_of
 from epmq.calibration.sequential import Batch
 from epmq.calibration.teacher import NO_CALLS
-from epmq.calibration.trial import BlockCalls
 from epmq.models.checkpoint import Checkpoint
 from epmq.models.hooks import first_tensor
 from epmq.models.loading import plain_tensors

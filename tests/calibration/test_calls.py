@@ -11,7 +11,7 @@ from families import FAMILIES
 from odd_families import albert, image_text_batch, llava, prepared_run, saved_recipe, switch, token_batch
 from torch import nn
 
-from epmq.calibration.trial import HollowModel, forms, try_forwards
+from epmq.calibration.calls import StubModel, forms, try_forwards
 from epmq.errors import InputError
 from epmq.merging.experts import ExpertSet
 from epmq.notes import Notes
@@ -37,7 +37,7 @@ def test_blocks_that_are_called_repeatedly_are_seen(tmp_path):
 
 
 def test_a_model_is_tried_without_memory_for_its_weights(tmp_path):
-    model = HollowModel(opened(tmp_path, FAMILIES["bert"].build)).model
+    model = StubModel(opened(tmp_path, FAMILIES["bert"].build)).model
     assert all(parameter.is_meta or not any(parameter.stride()) for parameter in model.parameters())
 
 

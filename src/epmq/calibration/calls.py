@@ -59,12 +59,12 @@ def try_forwards(experts: ExpertSet, calibration: Mapping[str, Sequence[dict[str
         InputError: the model does not take the inputs, or a stack of its blocks sees no data.
     """
     _check_apart(experts)
-    trial, tried = HollowModel(experts), dict[str, _Tried]()
+    stub, tried = StubModel(experts), dict[str, _Tried]()
     for task, batches in calibration.items():
         tried[task] = _Tried()
         with error_context(f"experts.{task}.calibration"):
             for inputs in forms(batches):
-                trial.run(inputs, tried[task])
+                stub.run(inputs, tried[task])
     _check_reached(experts, tried)
     sequences = [sequence for one in tried.values() for sequence in one.sequences]
     repeated = (name for sequence in sequences for name in sequence if sequence.count(name) > 1)
@@ -102,7 +102,7 @@ def _check_apart(experts: ExpertSet) -> None:
                     raise InputError(f"{weight} is {experts.tied[weight]}, another block's: use method: none")
 
 
-class HollowModel:
+class StubModel:
     """A model without weights that can be run all the same, on a CPU."""
 
     def __init__(self, experts: ExpertSet) -> None:
