@@ -131,7 +131,7 @@ class Recipe(Strict):
         return self.model_copy(update={"experts": experts, "merge": self.merge.model_copy(update=lists)})
 
     def resolved(self, heads: bool) -> Recipe:
-        """The same with everything filled in that depends on the checkpoints: on whether all experts have a head."""
+        """The same with everything filled in that depends on the checkpoints: on whether all heads can follow."""
         defaults = self.quantize.defaults(heads)
         missing = {name: value for name, value in defaults.items() if getattr(self.quantize, name) is None}
         return self.model_copy(update={"quantize": self.quantize.model_copy(update=missing)})

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from epmq.calibration.collect import InputCollector
+from epmq.calibration.grouping import LayerTarget
 from epmq.calibration.residual import ResidualAdd
 from epmq.quantization.hessian import Moments
 
@@ -35,8 +36,7 @@ def test_errors_in_the_stream_count_by_their_share_of_the_experts_token():
     group = SimpleNamespace(
         names=("inner",),
         modules=[block.inner],
-        calls=1,
-        residual_add=ResidualAdd("norm", torch.full((5,), 2.0), "x"),
+        target=LayerTarget(["inner"], add=ResidualAdd("norm", torch.full((5,), 2.0), "x")),
         track_largest=lambda inputs: None,
     )
     moments, teacher = Moments(5), SimpleNamespace(take=lambda index, point: [theirs])

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from conftest import recipe_for
+from odd_families import image_text_batch, llava, prepared_run, switch, token_batch
+from transformers.modeling_outputs import BaseModelOutput
 
+from epmq.calibration.calls import BlockCalls
 from epmq.calibration.engine import LayerReport
 from epmq.calibration.sequential import Batch
 from epmq.models.blocks import linears
@@ -18,7 +22,11 @@ from epmq.recipe_file import load_recipe
 
 def quantized(recipe: dict[str, Any]) -> tuple[PreparedRun, list[Batch], list[LayerReport], dict[str, Any]]:
     """Quantize a recipe's merge in memory: the live model stays, with reports and all tensors by their names."""
-    prepared = prepare(load_recipe(recipe))
+    return in_memory(prepare(load_recipe(recipe)))
+
+
+def in_memory(prepared: PreparedRun) -> tuple[PreparedRun, list[Batch], list[LayerReport], dict[str, Any]]:
+    """As `quantized`, of a run that has been checked."""
     batches, reports, tensors = calibration_batches(prepared), list[LayerReport](), dict[str, Any]()
     engine = calibration_engine(prepared, batches)
     engine.keep = True
@@ -132,3 +140,60 @@ def test_a_weak_anchor_and_a_fine_grid_bring_the_experts_stream_back(pool, featu
         real = [one["attention_mask"].bool() for one in inputs]
         off[stream] = sum(float(rows[mask].square().sum()) for rows, mask in zip(errors, real))
     assert off[True] < 0.01 * off[False]
+
+
+def tokens_seen(prepared: PreparedRun, batches: list[Batch], names: set[str]) -> dict[str, int]:
+    """How many rows of inputs reach each layer of the live model in one forward a batch."""
+    seen = dict.fromkeys(names, 0)
+
+    def note(name: str, module: Any, args: Any) -> None:
+        seen[name] += args[0].shape[:-1].numel()
+
+    model = prepared.experts.model
+    with ExitStack() as hooks:
+        for name in names:
+            hooks.enter_context(model.get_submodule(name).register_forward_pre_hook(partial(note, name)))
+        for batch in batches:
+            model(**batch.inputs)
+    return seen
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method, order", [("gptq", (0, 1, 2)), ("gptq", (2, 0, 1)), ("expert_guided", (1, 2, 0))])
+def test_layers_of_a_mixture_are_calibrated_on_whatever_tokens_reach_them(tmp_path, method, order):
+    """Some batches are of one token alone, which only some layers see, and one layer may see none."""
+    ids = [token_batch(1)["input_ids"], torch.full((2, 8), 7), torch.full((2, 8), 9)]
+    batches = [{"input_ids": ids[i], "decoder_input_ids": ids[i]} for i in order]
+    prepared = prepared_run(tmp_path, switch, {"one": batches[:2], "two": batches[2:]}, method)
+    notes = prepared.experts.notes
+    _, _, reports, _ = in_memory(prepared)
+    reported = {report.name: report.tokens for report in reports}
+    assert reported == tokens_seen(prepared, calibration_batches(prepared), set(reported))
+    idle = [name for name, tokens in reported.items() if not tokens]
+    assert all(any(name.split(".experts.")[1] in note for note in notes.departures) for name in idle)
+    assert any(note.startswith("values decide which tokens reach") for note in notes) == (method == "expert_guided")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["e_pmq", "expert_guided"])
+def test_batches_need_not_call_the_same_blocks(tmp_path, method):
+    calibration = {"one": [token_batch(1), image_text_batch(2)], "two": [token_batch(3)]}
+    prepared = prepared_run(tmp_path, llava, calibration, method)
+    _, batches, reports, _ = in_memory(prepared)
+    reported = {report.name: report.tokens for report in reports}
+    assert set(reported.values()) == {3 * 3 * 8, 3 * 5} and len(reported) == 2 * 6 + 2 * 7
+    assert reported == tokens_seen(prepared, batches, set(reported))
+    assert "model.vision_tower.encoder.layers is not calibrated on two" in " ".join(prepared.experts.notes)
+
+
+@torch.no_grad()
+def test_blocks_that_no_batch_calls_are_rounded(pool):
+    prepared = prepare(load_recipe(recipe_for(pool, quantize={"method": "gptq"})))
+    encoder, left = prepared.experts.model.encoder, "encoder.layer.1"
+    encoder.forward = lambda hidden, *args, **kwargs: BaseModelOutput(encoder.layer[0](hidden, *args, **kwargs))
+    prepared.calls = BlockCalls(("encoder.layer.0",))
+    _, _, reports, tensors = in_memory(prepared)
+    assert f"no calibration data reaches {left}: it is rounded to nearest" in prepared.experts.notes.departures
+    rounded = [report for report in reports if report.name.startswith(left)]
+    assert len(rounded) == 6 and all(report.loss is None and report.tokens == 0 for report in rounded)
+    assert set(tensors) == set(prepared.experts.names) - set(prepared.experts.outside_names())

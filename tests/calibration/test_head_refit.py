@@ -4,11 +4,12 @@ import pytest
 import torch
 from conftest import recipe_for
 from torch.nn.functional import linear
-from transformers import BertForSequenceClassification
+from transformers import BertForSequenceClassification, BertForTokenClassification
 
 import epmq
+from epmq.calibration.head_refit import CannotFollow, scored_rows
 from epmq.models.heads import Head, load_head, save_head
-from epmq.models.multitask import load_any_head
+from epmq.models.multitask import NativeHead, load_any_head
 from epmq.pipeline.prepare import prepare
 from epmq.pipeline.run import run
 from epmq.quantization.ridge import fit_ridge
@@ -103,3 +104,95 @@ def test_the_anchor_is_strong_only_where_every_head_follows(pool, tmp_path):
     shutil.copytree(pool / "experts" / "two", tmp_path / "two", ignore=lambda *_: ["head.safetensors"])
     recipe["experts"][1]["model"] = str(tmp_path / "two")
     assert anchor(recipe) == (0.03, 1)
+
+
+class Scorer(torch.nn.Module):
+    """A head on the inputs themselves: what its layer gives, changed."""
+
+    def __init__(self, change, calls=1):
+        super().__init__()
+        self.scoring, self._change, self._calls = torch.nn.Linear(4, 3), change, calls
+
+    def forward(self, hidden, **inputs):
+        for _ in range(self._calls):
+            scores = self.scoring(hidden)
+        return self._change(scores)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "change, why",
+    [
+        (lambda scores: scores.softmax(-1), "its scores are not what its last linear layer gives"),
+        (lambda scores: 2 * scores, "its scores are not what its last linear layer gives"),
+        (lambda scores: scores.mean(1), "its scores are not what its last linear layer gives"),
+        (None, "its last linear layer is called 2 times"),
+    ],
+)
+def test_heads_whose_scores_are_no_linear_map_stay_and_the_reason_is_true(change, why):
+    hidden = torch.randn(2, 5, 4)
+    head = Scorer(change) if change else Scorer(lambda scores: scores, calls=2)
+    with pytest.raises(CannotFollow, match=why):
+        scored_rows(torch.nn.Identity(), head, {"hidden": hidden})
+    head.scoring = None
+    with pytest.raises(CannotFollow, match="no linear layer of its own"):
+        scored_rows(torch.nn.Identity(), head, {"hidden": hidden})
+
+
+@torch.no_grad()
+def test_rows_are_those_of_real_tokens_or_of_the_one_that_is_scored():
+    hidden, mask = torch.randn(2, 5, 4), torch.ones(2, 5, dtype=torch.long)
+    mask[0, 3:] = 0
+    rows = scored_rows(torch.nn.Identity(), Scorer(lambda scores: scores), {"hidden": hidden, "attention_mask": mask})
+    assert torch.equal(rows.features, hidden[mask.bool()])
+    scores = torch.randn(2, 5, 3)
+    assert torch.equal(rows.of(scores), scores[mask.bool()])
+
+    last = torch.tensor([2, 4])
+    head = Scorer(lambda scores: scores[torch.arange(2), last])
+    rows = scored_rows(torch.nn.Identity(), head, {"hidden": hidden, "attention_mask": mask})
+    assert torch.equal(rows.features, hidden[torch.arange(2), last])
+    assert torch.equal(rows.of(scores[:, 0]), scores[:, 0])
+
+    choices = scored_rows(torch.nn.Identity(), Scorer(lambda scores: scores.view(1, -1)), {"hidden": hidden[:, 0]})
+    assert torch.equal(choices.features, hidden[:, 0])
+    with pytest.raises(CannotFollow, match="several tokens"):
+        hidden[1, 2] = hidden[1, 4] + torch.tensor([1.0, 0, 0, 0])
+        head.scoring.weight[:, 0] = 0
+        scored_rows(torch.nn.Identity(), head, {"hidden": hidden})
+
+
+@torch.no_grad()
+def test_token_classifiers_follow_on_all_real_tokens(pool, tmp_path):
+    recipe = recipe_for(pool, output=str(tmp_path / "out"))
+    for seed, expert in enumerate(recipe["experts"]):
+        torch.manual_seed(seed)
+        model = BertForTokenClassification.from_pretrained(expert["model"], num_labels=3)
+        expert["model"] = str(tmp_path / expert["name"])
+        model.save_pretrained(expert["model"])
+    report = run(recipe, **QUIET)
+    prepared, model = prepare(load_recipe({**recipe, "output": None}), evaluate=False), epmq.load(tmp_path / "out")
+    assert prepared.recipe.quantize.anchor_scale == 3
+    for expert in prepared.recipe.experts:
+        own, errors = BertForTokenClassification.from_pretrained(expert.model).eval(), []
+        for batch in prepared.calibration[expert.name]:
+            real = batch["attention_mask"].bool()
+            errors.append((model(expert.name, **batch) - own(**batch).logits)[real].square())
+        reported = report["heads"][expert.name]
+        assert float(torch.cat(errors).mean()) < reported["after"] < reported["before"]
+
+
+def test_heads_that_cannot_follow_are_known_before_any_compute(native, monkeypatch):
+    forward = NativeHead.forward
+    monkeypatch.setattr(NativeHead, "forward", lambda self, **inputs: forward(self, **inputs).softmax(-1))
+    prepared = prepare(load_recipe({**native, "output": None}), evaluate=False)
+    why = "its scores are not what its last linear layer gives"
+    assert [f"the head of {task} stays as it is: {why}" for task in ("one", "two")] == prepared.experts.notes.departures
+    assert prepared.recipe.quantize.anchor_scale == 1
+
+
+def test_a_head_that_cannot_be_run_stays(native, tmp_path, monkeypatch):
+    monkeypatch.setattr(NativeHead, "forward", lambda self, **inputs: inputs["no such input"])
+    report = run(native, **QUIET)
+    assert report["heads"] == {}
+    assert "the head of one stays as it is: it cannot be run ('no such input')" in report["notes"]

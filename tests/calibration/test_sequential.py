@@ -38,12 +38,6 @@ def test_layers_that_share_an_input_are_found():
     }
 
 
-def test_a_layer_without_data_is_an_error():
-    block = torch.nn.ModuleDict({"used": torch.nn.Linear(2, 2), "idle": torch.nn.Linear(2, 2)})
-    with pytest.raises(ValueError, match="idle"):
-        input_groups(block, lambda: block["used"](torch.randn(1, 2)))
-
-
 def test_a_model_without_blocks_is_refused():
     with pytest.raises(ValueError, match="no list of repeated blocks"):
         find_stacks(torch.nn.Linear(2, 2))

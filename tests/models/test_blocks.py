@@ -46,10 +46,23 @@ def test_equal_tensors_are_not_one_tensor():
     assert [group.names for group in groups] == [["one"], ["two"], ["three"]]
 
 
-def test_a_layer_that_is_never_called_is_named():
-    block = Block()
-    with pytest.raises(ValueError, match="linear layers that saw no calibration data: idle"):
-        input_groups(block, lambda: block(torch.randn(2, 4)))
+def test_calls_may_differ_from_run_to_run():
+    block, x = Block(), torch.randn(2, 4)
+    once, twice, idle = (lambda: block(x)), (lambda: block(x, calls=2)), (lambda: block.one(x))
+    assert [group.names for group in input_groups(block, once)] == [["one", "two"], ["three"]]
+    groups = {group.names[0]: group for group in input_groups(block, once, twice)}
+    assert groups["one"].calls is None and groups["one"].rows == ((2,), (2, 2))
+    assert [(group.names, group.calls) for group in input_groups(block, once, idle)] == [
+        (["one"], 1),
+        (["two"], None),
+        (["three"], None),
+    ]
+
+
+def test_lists_in_a_list_are_stacks():
+    model = nn.Module()
+    model.stages = nn.ModuleList(nn.ModuleList(nn.Linear(size, size) for _ in range(2)) for size in (4, 64))
+    assert [stack.name for stack in find_stacks(model)] == ["stages.0", "stages.1"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

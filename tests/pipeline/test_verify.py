@@ -61,7 +61,7 @@ def test_a_tensor_outside_the_blocks_is_noticed_too(pool, tmp_path, monkeypatch)
 def test_what_is_written_gives_the_same_outputs(pool, tmp_path, monkeypatch, settings, form):
     seen = []
 
-    def check(folder, inputs, output):
+    def check(folder, inputs, output, calls):
         seen.append((verify.reloaded_output(folder, inputs), output))
 
     monkeypatch.setattr("epmq.pipeline.run.check_reloaded", check)
@@ -73,6 +73,6 @@ def test_what_is_written_gives_the_same_outputs(pool, tmp_path, monkeypatch, set
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_outputs_that_are_not_finite_are_no_match(monkeypatch, tmp_path, value):
-    monkeypatch.setattr(verify, "reloaded_output", lambda folder, inputs: torch.full((2, 3), value))
+    monkeypatch.setattr(verify, "reloaded_output", lambda folder, inputs, calls: torch.full((2, 3), value))
     with pytest.raises(RuntimeError, match="read back"):
         verify.check_reloaded(tmp_path, {}, torch.ones(2, 3))

@@ -7,31 +7,19 @@ import torch
 from torch import Tensor
 
 from epmq.calibration.context import CalibrationContext
-from epmq.calibration.residual import ResidualAdd, find_residual_adds
+from epmq.calibration.grouping import LayerTarget
+from epmq.calibration.residual import ResidualAdd
 from epmq.calibration.sequential import BlockStep
 from epmq.calibration.teacher import Teacher
 from epmq.errors import error_context
 from epmq.merging.experts import TensorReader
-from epmq.models.blocks import InputGroup, as_matrix, input_groups, linears
+from epmq.models.blocks import as_matrix, linears
 from epmq.models.hooks import HookPoint, watch
 from epmq.quantization.hessian import Moments
 from epmq.quantization.objective import Objective
 
 # Tokens smaller than this share of the batch's median count as if they were as large.
 SMALLEST = 0.01
-# Layers of a block that share an input, with the sum in the residual stream that they aim at, if any.
-LayerTarget = tuple[InputGroup, ResidualAdd | None]
-
-
-def find_layer_targets(step: BlockStep, stream: bool) -> list[LayerTarget]:
-    """The block's layers by their inputs, in the order of the forward.
-
-    With `stream`, layers that write to the residual stream aim at the experts' own.
-    """
-    groups = input_groups(step.block, lambda: step.run(0))
-    alone = [group.names[0] for group in groups if len(group.names) == 1 and stream]
-    adds = find_residual_adds(step.block, alone, lambda: step.run(0)) if alone else {}
-    return [(group, adds.get(group.names[0])) for group in groups]
 
 
 class LayerGroup:
@@ -39,8 +27,7 @@ class LayerGroup:
 
     Attributes:
         names, modules, rows: the layers within the block, and their output sizes.
-        calls: how often each is called in one forward of the block.
-        residual_add: the sum in the residual stream that the layer writes to and whose value in the expert it aims at.
+        target: how they are called, and what they aim at.
         merged: their merged weights, stacked, [out, in] float32.
         objective: collected task by task; its anchor is the merged weight, or further along the task vector.
         tokens: calibration tokens seen.
@@ -48,15 +35,14 @@ class LayerGroup:
     """
 
     def __init__(self, context: CalibrationContext, step: BlockStep, target: LayerTarget) -> None:
-        group, self.residual_add = target
         layers = dict(linears(step.block))
         self._context, self._block = context, step.name
-        self.names, self.calls = group.names, group.calls
-        self.modules = [layers[name] for name in group.names]
+        self.target, self.names = target, target.names
+        self.modules = [layers[name] for name in target.names]
         weights = [module.get_parameter("weight").detach() for module in self.modules]
         self.merged = self._stack(weights).float()
         self.rows = [as_matrix(module, weight).shape[0] for module, weight in zip(self.modules, weights)]
-        self.dtype = context.experts.base.dtype(f"{step.name}.{group.names[0]}.weight") or torch.float32
+        self.dtype = context.experts.base.dtype(f"{step.name}.{target.names[0]}.weight") or torch.float32
         self.objective = Objective(self._anchor())
         self.tokens, self.largest = 0, 0.0
 
@@ -111,7 +97,7 @@ def collect(step: BlockStep, group: LayerGroup, context: CalibrationContext, poi
     is first asked.
     """
     columns, device = group.merged.shape[1], group.merged.device
-    for task, batches in groupby(enumerate(step.batches), key=lambda item: item[1].task):
+    for task, batches in groupby(step.members, key=lambda member: member[1].task):
         moments, teacher = Moments(columns, device), context.teachers.get(task)
         if teacher is not None and teacher.step is None:
             teacher.run(step.name, points)
@@ -119,8 +105,9 @@ def collect(step: BlockStep, group: LayerGroup, context: CalibrationContext, poi
         for position, batch in batches:
             collector.add_batch(position, batch.index)
             step.offload(position)
-        with error_context(f"{step.name}.{group.names[0]}, task {task}"):
-            group.add_task(task, moments, collector.aims)
+        if moments.count:
+            with error_context(f"{step.name}.{group.names[0]}, task {task}"):
+                group.add_task(task, moments, collector.aims)
 
 
 class InputCollector:
@@ -133,31 +120,31 @@ class InputCollector:
         self, step: BlockStep, group: LayerGroup, moments: Moments, teacher: Teacher | None, features: bool
     ) -> None:
         self._step, self._group, self._moments = step, group, moments
-        self.aims = teacher is not None and group.residual_add is not None
-        self._teacher = teacher if self.aims or features else None
+        self.aims = teacher is not None and group.target.add is not None
+        self._teacher = teacher if group.target.points(features) else None
         self._theirs: list[Tensor] = []  # what the expert has on the batch, in the order of calls
 
     def add_batch(self, position: int, index: int) -> None:
         """Take a batch, by its position among all and its index in its task, to the layers; add their inputs."""
-        step, layer, add = self._step, self._group.names[0], self._group.residual_add
+        step, layer, target = self._step, self._group.names[0], self._group.target
         if self._teacher is not None:
-            point = add.point if self.aims and add is not None else layer
-            self._theirs = self._teacher.take(index, point)
-        if self._group.calls > 1:  # what later calls receive depends on the earlier: run with the weights there are
+            self._theirs = self._teacher.take(index, target.add.point if self.aims and target.add else layer)
+        if not target.waits:  # what later calls receive may depend on the earlier: run with the weights there are
             with watch(step.block, layer, self._add_inputs):
                 step.run(position)
             return
         inputs = step.run_until(position, layer)
         if inputs is None:
             return
-        if self.aims and add is not None:
-            self._add_targets(inputs, step.kept_input(position, add.skip_input), add)
+        if self.aims and target.add is not None:
+            self._add_targets(inputs, step.kept_input(position, target.add.skip_input), target.add)
         else:
             self._add_inputs(inputs)
 
     def _add_inputs(self, inputs: Tensor) -> None:
         self._group.track_largest(inputs)
-        drift = self._theirs.pop(0).float() - inputs.float() if self._theirs else None
+        theirs = self._theirs.pop(0) if self._theirs else None
+        drift = None if theirs is None or theirs.shape != inputs.shape else theirs.float() - inputs.float()
         self._moments.add(inputs, self._step.padding_mask(inputs), drift=drift)
 
     @torch.no_grad()

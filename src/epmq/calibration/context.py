@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from epmq.calibration.calls import BlockCalls
 from epmq.calibration.offload import Offloader
 from epmq.calibration.teacher import Teacher
 from epmq.merging.experts import ExpertSet, TensorReader
@@ -20,6 +21,7 @@ class CalibrationContext:
     task_weights: dict[str, float]  # ω, which sum to 1
     device: torch.device  # where blocks and moments live
     offloader: Offloader = field(default_factory=Offloader)  # takes calibration activations while they wait
+    calls: BlockCalls = field(default_factory=BlockCalls)  # as `try_forwards` found them
     teachers: dict[str, Teacher] = field(default_factory=dict)  # by task; empty where no expert runs
 
     @property

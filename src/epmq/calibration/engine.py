@@ -8,10 +8,12 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from epmq.calibration.collect import LayerGroup, collect, find_layer_targets
+from epmq.calibration.collect import LayerGroup, collect
 from epmq.calibration.context import CalibrationContext
+from epmq.calibration.grouping import find_layer_targets
 from epmq.calibration.head_refit import HeadFit, HeadRefitter
-from epmq.calibration.sequential import Batch, BlockStep, SequentialCalibrator
+from epmq.calibration.repeated import calibrator_of
+from epmq.calibration.sequential import Batch, BlockStep
 from epmq.calibration.teacher import MakeHead, Teacher, equals_merge
 from epmq.errors import error_context
 from epmq.merging.experts import ExpertSet, TensorReader
@@ -58,23 +60,37 @@ def round_blocks(
     experts: ExpertSet, merged: TensorReader, settings: Quantize, finished: Sequence[Block] = ()
 ) -> Iterator[Block]:
     """Round the merged model to nearest, a block at a time, without calibration data; after those that are finished."""
-    stacks = find_stacks(experts.model)
-    blocks = [(stack.block_name(index), block) for stack in stacks for index, block in enumerate(stack.blocks)]
     yield from finished
-    for name, module in blocks[len(finished) :]:
-        block, layers = Block(name, []), dict(linears(module))
-        for tensor_name in experts.block_names(name):
-            local = tensor_name[len(name) + 1 :].removesuffix(".weight")
-            if local not in layers:
-                block.tensors[tensor_name] = merged.tensor(tensor_name)
-                continue
-            weight = as_matrix(layers[local], merged.tensor(tensor_name))
-            start = time.perf_counter()
-            search = settings.scales == "search"
-            block.layers[f"{name}.{local}"] = rtn(weight, settings.grid, search=search, scale_dtype=weight.dtype)
-            seconds = time.perf_counter() - start
-            block.reports.append(LayerReport(f"{name}.{local}", list(weight.shape), local, seconds=seconds))
-        yield block
+    for name in block_names(experts)[len(finished) :]:
+        yield round_block(experts, merged, settings, name)
+
+
+def block_names(experts: ExpertSet) -> list[str]:
+    """Names of all blocks, stack by stack."""
+    stacks = find_stacks(experts.model)
+    return [stack.block_name(index) for stack in stacks for index in range(len(stack.blocks))]
+
+
+def round_block(experts: ExpertSet, merged: TensorReader, settings: Quantize, name: str) -> Block:
+    """Round the merged block of that name to nearest."""
+    block, layers = Block(name, []), dict(linears(experts.model.get_submodule(name)))
+    for tensor_name in experts.block_names(name):
+        tensor, local = merged.tensor(tensor_name), tensor_name[len(name) + 1 :].removesuffix(".weight")
+        if local in layers:
+            round_layer(block, local, as_matrix(layers[local], tensor), settings)
+        else:
+            block.tensors[tensor_name] = tensor
+    return block
+
+
+def round_layer(block: Block, local: str, weight: Tensor, settings: Quantize) -> QuantizedTensor:
+    """Round the weight [out, in] of a layer to nearest, and put it into its block, by its name there."""
+    start, name = time.perf_counter(), f"{block.name}.{local}"
+    rounded = rtn(weight, settings.grid, search=settings.scales == "search", scale_dtype=weight.dtype)
+    block.layers[name] = rounded
+    seconds = time.perf_counter() - start
+    block.reports.append(LayerReport(name, list(weight.shape), local, seconds=seconds))
+    return rounded
 
 
 class CalibrationEngine:
@@ -114,6 +130,7 @@ class CalibrationEngine:
         self.finished, self.written, self.make_heads = finished, written, make_heads or {}
         self.output: Tensor | None = None
         self.head_fits: dict[str, HeadFit] = {}
+        self._noted = False  # whether layers that see some tokens only are in the notes
         self.observe: Callable[[str, str], None] = lambda block, phase: None
 
     def __iter__(self) -> Iterator[Block]:
@@ -125,24 +142,52 @@ class CalibrationEngine:
             refits = context.guidance.refit_heads
             refitter = HeadRefitter(experts, self.make_heads, context.teachers) if refits else None
             on_finished = refitter.on_finished if refitter else None
-            calibrator = SequentialCalibrator(
-                experts.model, self.batches, on_finished, context.offloader, self.outputs_for
+            for name in context.calls.order if context.calls.repeated else ():  # they are in memory to the end
+                materialize(experts.model, experts.block_names(name), context.merged.tensor, context.device)
+            calibrator = calibrator_of(
+                experts.model, self.batches, context.calls, on_finished, context.offloader, self.outputs_for
             )
-            aimed = False
+            aimed, number = False, 0
             self.observe("", "start")
-            for number, step in enumerate(calibrator):
-                block = self._finish_again(step, number) if number < len(self.finished) else self._quantize(step)
+            for number, step in enumerate(calibrator, start=1):
+                if number <= len(self.finished):
+                    block = self._finish_again(step, number - 1)
+                else:
+                    block = self._quantize(step)
                 aimed |= any(report.aims for report in block.reports)
                 step.finish()
-                if not self.keep:
+                self._check_missed(step)
+                if not self.keep and step.lockstep:
                     to_meta(step.block)
                 self.observe(step.name, "finish")
                 yield block
-            self.output = first_tensor(calibrator.stacks[-1].outputs[0])
+            self.output = first_tensor(calibrator.first_output)
             if refitter:
                 self.head_fits = refitter.fits()
+            if not self.keep and context.calls.repeated:
+                for name in context.calls.order:
+                    to_meta(experts.model.get_submodule(name))
+        yield from self._round_rest(number)
         if context.teachers and context.guidance.stream and not aimed:
             experts.notes.append("no layer adds to the residual stream directly: expert_stream changed no target")
+
+    def _round_rest(self, number: int) -> Iterator[Block]:
+        """Round the blocks to nearest that no batch calls; `number` blocks are done."""
+        context, experts = self.context, self.context.experts
+        for name in block_names(experts):
+            if name in (context.calls.order or [name]):
+                continue
+            experts.notes.depart(f"no calibration data reaches {name}: it is rounded to nearest")
+            if number < len(self.finished):
+                yield self.finished[number]
+            else:
+                yield round_block(experts, context.merged, context.settings, name)
+            number += 1
+
+    def _check_missed(self, step: BlockStep) -> None:
+        for layer, rows in step.missed.items():
+            note = f"{step.name}.{layer}: {rows} tokens reach it in a way that the first examples do not show"
+            self.context.experts.notes.depart(f"{note}; it is calibrated on the others alone")
 
     def _start_teachers(self) -> Iterator[Teacher]:
         """A teacher for every expert, if the settings ask what the experts themselves compute."""
@@ -151,7 +196,9 @@ class CalibrationEngine:
             if not equals_merge(context.experts, expert, context.merged):
                 batches = [batch for batch in self.batches if batch.task == task]
                 make_head = self.make_heads.get(task, lambda backbone: None)
-                teacher = Teacher(context.experts, expert, batches, make_head, context.device, context.offloader)
+                teacher = Teacher(
+                    context.experts, expert, batches, make_head, context.device, context.offloader, context.calls
+                )
                 context.teachers[task] = teacher
                 yield teacher
 
@@ -161,9 +208,10 @@ class CalibrationEngine:
         if block.name != step.name or self.written is None:
             raise RuntimeError(f"the finished block is {block.name}, not {step.name}: begin anew with --restart")
         materialize(experts.model, experts.block_names(step.name), self.written.tensor, context.device)
-        for teacher in context.teachers.values():
-            teacher.run(step.name, ())
-            teacher.end_block()
+        for task in dict.fromkeys(batch.task for _, batch in step.members):
+            if teacher := context.teachers.get(task):
+                teacher.run(step.name, ())
+                teacher.end_block()
         return block
 
     def _quantize(self, step: BlockStep) -> Block:
@@ -173,24 +221,32 @@ class CalibrationEngine:
         fitted to inputs that then change does harm.
         """
         context, experts, block = self.context, self.context.experts, Block(step.name, [])
-        materialize(experts.model, experts.block_names(step.name), context.merged.tensor, context.device)
+        if step.lockstep:  # else it is there already
+            materialize(experts.model, experts.block_names(step.name), context.merged.tensor, context.device)
         with error_context(step.name):
-            targets = find_layer_targets(step, bool(context.teachers) and context.guidance.stream)
-        adds = [add for _, add in targets if add is not None]
-        pauses = [group.names[0] for group, _ in targets if group.calls == 1]
-        step.pause_before(pauses, {add.skip_input for add in adds})
-        points = [add.point if add else group.names[0] for group, add in targets if add or context.guidance.features]
+            targets, idle = find_layer_targets(step, bool(context.teachers) and context.guidance.stream)
+        features = context.guidance.features > 0
+        step.pause_before(
+            [target.names[0] for target in targets if target.waits],
+            {target.add.skip_input for target in targets if target.add is not None},
+        )
+        points = [point for target in targets for point in target.points(features)]
         self.observe(step.name, "load")
         for target in targets:
             group = LayerGroup(context, step, target)
             collect(step, group, context, points)
             return_freed_memory()  # activations that stay lie between what is freed
             self.observe(step.name, "collect")
-            with error_context(f"{step.name}.{group.names[0]}"):
-                self._solve(step, group, block)
+            if group.tokens:
+                with error_context(f"{step.name}.{group.names[0]}"):
+                    self._solve(step, group, block)
+            else:
+                idle += group.names
             self.observe(step.name, "solve")
             step.release(group.names[0])
             del group
+        self._round(step, idle, block)
+        self._note_routed([target.names[0] for target in targets if target.routed], step.name)
         for teacher in context.teachers.values():
             teacher.end_block()
         return_freed_memory()
@@ -198,6 +254,27 @@ class CalibrationEngine:
             if name in experts.names and name.removesuffix(".weight") not in block.layers:
                 block.tensors[name] = tensor.to(experts.base.dtype(name) or tensor.dtype)
         return block
+
+    def _round(self, step: BlockStep, names: Sequence[str], block: Block) -> None:
+        """Round the layers of a block to nearest that see no data."""
+        if not names:
+            return
+        layers, context = dict(linears(step.block)), self.context
+        listed = ", ".join(names)
+        context.experts.notes.depart(f"{step.name}: no calibration data reaches {listed}: rounded to nearest")
+        for local in names:
+            module, merged = layers[local], context.merged.tensor(f"{step.name}.{local}.weight")
+            rounded = round_layer(block, local, as_matrix(module, merged).to(context.device), context.settings)
+            set_tensor(step.block, f"{local}.weight", as_matrix(module, rounded.dequantize().float()))
+
+    def _note_routed(self, names: Sequence[str], block: str) -> None:
+        """Say, once, that values decide which tokens some layers see."""
+        if names and self.context.teachers and self.context.guidance.features and not self._noted:
+            self._noted = True
+            self.context.experts.notes.append(
+                f"values decide which tokens reach {block}.{names[0]} and others like it, and an expert decides "
+                "otherwise: expert_features has no say there"
+            )
 
     def _solve(self, step: BlockStep, group: LayerGroup, block: Block) -> None:
         """Quantize the layers of one input group together, and put the result into the live block."""
@@ -217,7 +294,7 @@ class CalibrationEngine:
             merge_loss = hessian_loss(group.merged - target, hessian)
         seconds = (time.perf_counter() - start) / len(group.names)
         common = LayerReport("", [], group.names[0], strength=ridge, damping=damping, tokens=group.tokens)
-        common = replace(common, seconds=seconds, aims=group.residual_add is not None, largest=group.largest)
+        common = replace(common, seconds=seconds, aims=group.target.add is not None, largest=group.largest)
         by_layer = (torch.split(part, group.rows) for part in (loss, merge_loss, rounded))
         for local, module, quantized, losses, merge_losses, rows in zip(
             group.names, group.modules, solved.split(group.rows), *by_layer

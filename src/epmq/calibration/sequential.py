@@ -7,6 +7,7 @@ differs from block to block) is exactly what the model passes, and no architectu
 """
 
 import inspect
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -16,8 +17,10 @@ from typing import Any
 import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from epmq.calibration.offload import Offloader
+from epmq.errors import InputError
 from epmq.models.blocks import Stack, find_stacks, is_padding_mask
 from epmq.models.hooks import HookPoint, watch, without_cache
 
@@ -40,6 +43,10 @@ class BlockEntry:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     owner_arguments: dict[str, Any]  # of the part of the model that holds the stack
+
+    @property
+    def name(self) -> str:
+        return self.stack.block_name(self.index)
 
 
 @dataclass
@@ -66,34 +73,49 @@ class SequentialCalibrator:
         offloader: takes what batches hold while they wait.
         outputs_for: how many batches, from the first on, go through the last block to its end; None for all. The
             others stay before the last layers that they are taken to. Without `on_finished` only.
+        order: names of the blocks that any batch calls, in an order that agrees with every batch's forward; a batch
+            need not call all of them. Without it each batch calls all blocks of the model, in one order.
 
     `for step in SequentialCalibrator(model, batches)` yields a `BlockStep` a block, in the order of the model's
     forward. The body loads the block, tries it (`step.run`), takes the batches from layer to layer (`step.run_until`)
     while it changes the layers that lie ahead, and ends with `step.finish()`, which takes all batches to the next
     block.
+
+    Attributes:
+        first_output: what the last block that was called gave on the first batch.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         batches: Sequence[Batch],
         on_finished: Callable[[Batch], None] | None = None,
         offloader: Offloader | None = None,
         outputs_for: int | None = None,
+        order: Sequence[str] = (),
     ) -> None:
         self.outputs_for = len(batches) if outputs_for is None or on_finished is not None else outputs_for
         self.model, self.batches, self.on_finished = model, batches, on_finished
         self.offloader = offloader or Offloader()
         self.stacks = find_stacks(model)
         self.block_count = sum(len(stack.blocks) for stack in self.stacks)
+        names = [stack.block_name(index) for stack in self.stacks for index in range(len(stack.blocks))]
+        self._order, self._whole = list(order) or names, not order
+        self._ends = {
+            max((name for name in self._order if name.startswith(stack.name + ".")), key=self._order.index, default="")
+            for stack in self.stacks
+        }
+        self.first_output: Any = None
         self.position = 0  # of the batch whose forward runs
         self._owner_arguments: list[dict[str, dict[str, Any]]] = []
         self._blocks_done: list[int] = []
         self._forwards: list[greenlet] = []
+        self._passed: set[str] = set()
 
     def __iter__(self) -> "Generator[BlockStep, None, None]":
         count = len(self.batches)
         self._blocks_done, self._owner_arguments = [0] * count, [{} for _ in self.batches]
+        self._passed, self.first_output = set[str](), None
         for stack in self.stacks:
             stack.outputs = [None] * count
         with ExitStack() as undo:
@@ -107,13 +129,19 @@ class SequentialCalibrator:
             self._forwards = [greenlet(self._forward) for _ in self.batches]
             undo.callback(self._end)
             states = [self.resume(position) for position in range(count)]
-            for _ in range(self.block_count):
-                step = BlockStep(self, states)
+            while waiting := [state for state in states if isinstance(state, BlockEntry)]:
+                # Where batches wait at different blocks, the first: those of the others come by it no more.
+                name = waiting[0].name if self._whole else min((state.name for state in waiting), key=self._rank)
+                members = [
+                    at for at, state in enumerate(states) if isinstance(state, BlockEntry) and state.name == name
+                ]
+                step = BlockStep(self, name, members, states)
                 yield step
                 if not step.finished:
                     raise RuntimeError(f"{step.name}: the loop went on without finish()")
                 states = step.next_states
-                del step  # and with it the blocks' inputs
+                self._passed.add(name)
+                del step, waiting  # and with them the blocks' inputs
             self._end()
             if self.on_finished is not None:
                 self._replay_outputs()
@@ -133,14 +161,17 @@ class SequentialCalibrator:
             state: State = self._forwards[position].switch()
         if isinstance(state, BlockEntry):
             self.offloader.put([*state.args, *state.kwargs.values()])
-        if state is None and self._blocks_done[position] < self.block_count:
+        if state is None and self._whole and self._blocks_done[position] < self.block_count:
             stacks, model = ", ".join(stack.name for stack in self.stacks), type(self.model).__name__
             raise ValueError(f"the forward of {model} ended before all blocks of {stacks} were called")
         return state
 
-    def at_last_block(self) -> bool:
-        """Whether no block lies ahead of any batch but the one that it is in."""
-        return min(self._blocks_done) >= self.block_count - 1
+    def is_last(self, name: str) -> bool:
+        """Whether no batch calls any block after this one."""
+        return min(self._blocks_done) >= self.block_count - 1 if self._whole else name == self._order[-1]
+
+    def _rank(self, name: str) -> int:
+        return self._order.index(name) if name in self._order else len(self._order)
 
     def in_forward(self) -> bool:
         """Whether the code that asks is a batch's forward, not a call from outside."""
@@ -155,16 +186,22 @@ class SequentialCalibrator:
 
     def _before_block(self, stack: Stack, index: int, forward: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         if self.in_forward():
-            self.pause(BlockEntry(stack, index, args, kwargs, self._owner_arguments[self.position][stack.name]))
+            entry = BlockEntry(stack, index, args, kwargs, self._owner_arguments[self.position][stack.name])
+            if entry.name in self._passed:
+                raise InputError(f"{entry.name} is called once more than the first examples let see: use method: rtn")
+            self.pause(entry)
         return forward(*args, **kwargs)
 
     def _after_block(self, stack: Stack, index: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if not self.in_forward():
             return
+        name = stack.block_name(index)
         self._blocks_done[self.position] += 1
-        if index == len(stack.blocks) - 1:
+        if name in self._ends:
             stack.outputs[self.position] = output
-        if self._blocks_done[self.position] == self.block_count:
+        if self.position == 0:
+            self.first_output = output
+        if self.is_last(name) if not self._whole else self._blocks_done[self.position] == self.block_count:
             self.pause(None)  # what follows is not asked for
 
     def _replay_outputs(self) -> None:
@@ -179,43 +216,79 @@ class SequentialCalibrator:
         self._forwards = []
 
     def _record_arguments(self, stack: Stack) -> Any:
-        """Note what the stack's owner is called with: it is where padding masks are still what the user gave."""
-        owner = _owner(self.model, stack, self.stacks)
-        signature = inspect.signature(owner.forward)
-
-        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            bound = signature.bind(*args, **kwargs).arguments
-            self._owner_arguments[self.position][stack.name] = bound | bound.get("kwargs", {})
-
-        return owner.register_forward_pre_hook(record, with_kwargs=True)
+        return record_arguments(
+            owner_of(self.model, stack, self.stacks),
+            lambda arguments: self._owner_arguments[self.position].__setitem__(stack.name, arguments),
+        )
 
 
-def _owner(model: nn.Module, stack: Stack, stacks: Sequence[Stack]) -> nn.Module:
-    """The outermost module that holds this stack and no other: T5's decoder, CLIP's text model, a whole BERT."""
+def record_arguments(owner: nn.Module, note: Callable[[dict[str, Any]], object]) -> RemovableHandle:
+    """Note what the owner of a stack is called with: it is where padding masks are still what the user gave."""
+    signature = inspect.signature(owner.forward)
+
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        bound = signature.bind(*args, **kwargs).arguments
+        note(bound | bound.get("kwargs", {}))
+
+    return owner.register_forward_pre_hook(record, with_kwargs=True)
+
+
+def owner_of(model: nn.Module, stack: Stack, stacks: Sequence[Stack]) -> nn.Module:
+    """The outermost module that holds this stack and no other: T5's decoder, CLIP's text model, a whole BERT.
+
+    Stacks that follow each other in one list, such as Funnel's, have the module that holds the list.
+    """
     others = [other.name for other in stacks if other is not stack]
     parts = stack.name.split(".")
     for depth in range(len(parts)):
         name = ".".join(parts[:depth])
         if not any(other.startswith(name + "." if name else "") for other in others):
             return model.get_submodule(name)
-    raise ValueError(f"{stack.name} lies inside another stack")
+    holders = (model.get_submodule(".".join(parts[:depth])) for depth in reversed(range(len(parts))))
+    return next(holder for holder in holders if not isinstance(holder, nn.ModuleList))
+
+
+def padding_mask(arguments: dict[str, Any], inputs: Tensor) -> Tensor | None:
+    """Which tokens of a layer's inputs are real: booleans [batch, tokens], or None if all are.
+
+    The stack's own padding mask, or the encoder's where the inputs are the encoder's output (cross-attention).
+    Flattened inputs [batch·tokens, in] are recognised too. `arguments` are those of the part that holds the stack.
+    """
+    states = arguments.get("encoder_hidden_states")
+    crossing = isinstance(states, Tensor) and states.data_ptr() == inputs.data_ptr()
+    mask = arguments.get("encoder_attention_mask" if crossing else "attention_mask")
+    if not isinstance(mask, Tensor) or not is_padding_mask(mask):
+        return None
+    if tuple(mask.shape) == tuple(inputs.shape[:-1]) or (inputs.ndim == 2 and mask.numel() == len(inputs)):
+        mask = mask.bool()
+        return None if bool(mask.all()) else mask
+    return None
 
 
 class BlockStep:
-    """One block, by its name in the model, with all batches at its entry.
+    """One block, by its name in the model, with the batches that call it at its entry.
 
-    Batches are named by their position in the calibrator's list. `next_states` says where each waits once it has left.
+    Batches are named by their position in the calibrator's list; `members` are those that are here. `next_states` says
+    where each waits once these have left.
     """
 
-    def __init__(self, calibrator: SequentialCalibrator, states: list[Any]) -> None:
+    lockstep = True  # batches can wait before a layer
+
+    def __init__(
+        self, calibrator: SequentialCalibrator, name: str, members: list[int], states: Sequence[Any] = ()
+    ) -> None:
         self._calibrator, self._entries, self.batches = calibrator, states, calibrator.batches
-        self.stack, self.index = states[0].stack, states[0].index
-        self.name, self.block = self.stack.block_name(self.index), self.stack.blocks[self.index]
-        self.next_states: list[State] = [None] * len(states)
+        self.name, self.block = name, calibrator.model.get_submodule(name)
+        self.stack = next(stack for stack in calibrator.stacks if name.startswith(stack.name + "."))
+        self.members = [(position, calibrator.batches[position]) for position in members]
+        self.next_states: list[State] = [
+            None if position in members else state for position, state in enumerate(states)
+        ]
         self._paused: list[PausedForward | None] = [None] * len(states)
-        self._has_left = [False] * len(states)
+        self._has_left = [position not in members for position in range(len(states))]
         self._kept: list[dict[HookPoint, Tensor]] = [{} for _ in states]
         self._ahead: set[str] = set()
+        self.missed: Counter[str] = Counter()  # layer → rows of inputs that came when it was solved already
         self._undo = ExitStack()
         self.position = 0  # of the batch that runs
 
@@ -274,28 +347,16 @@ class BlockStep:
     def finish(self) -> None:
         """Take all batches to the next block; at the last one, those whose outputs are asked for to its end."""
         calibrator = self._calibrator
-        count = calibrator.outputs_for if calibrator.at_last_block() else len(self._entries)
-        for position in range(count):
-            self.leave(position)
-        self._has_left[count:] = [True] * (len(self._has_left) - count)
+        count = calibrator.outputs_for if calibrator.is_last(self.name) else len(self._entries)
+        for position, _ in self.members:
+            if position < count:
+                self.leave(position)
+            self._has_left[position] = True
         self._undo.close()
 
     def padding_mask(self, inputs: Tensor) -> Tensor | None:
-        """Which tokens of a layer's inputs are real in the batch that runs: booleans [batch, tokens], or None if all.
-
-        The stack's own padding mask, or the encoder's where the inputs are the encoder's output (cross-attention).
-        Flattened inputs [batch·tokens, in] are recognised too.
-        """
-        arguments = self._entries[self.position].owner_arguments
-        states = arguments.get("encoder_hidden_states")
-        crossing = isinstance(states, Tensor) and states.data_ptr() == inputs.data_ptr()
-        mask = arguments.get("encoder_attention_mask" if crossing else "attention_mask")
-        if not isinstance(mask, Tensor) or not is_padding_mask(mask):
-            return None
-        if tuple(mask.shape) == tuple(inputs.shape[:-1]) or (inputs.ndim == 2 and mask.numel() == len(inputs)):
-            mask = mask.bool()
-            return None if bool(mask.all()) else mask
-        return None
+        """As `padding_mask`, in the batch that runs."""
+        return padding_mask(self._entries[self.position].owner_arguments, inputs)
 
     def offload(self, position: int) -> None:
         """Say that a batch is not asked for again before its next layer."""
@@ -310,8 +371,12 @@ class BlockStep:
         return None
 
     def _before_layer(self, layer: str, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if layer in self._ahead and self._calibrator.in_forward():
+        if not self._calibrator.in_forward():
+            return
+        if layer in self._ahead:
             self._calibrator.pause(PausedForward(layer, args[0]))
+        else:
+            self.missed[layer] += args[0].shape[:-1].numel()
 
     def _keep(self, point: HookPoint, tensor: Tensor) -> None:
         if self._calibrator.in_forward():

@@ -1,14 +1,16 @@
 """The experts as teachers: each goes through its own blocks beside the merged model's, and tells what it computes."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from epmq.calibration.calls import BlockCalls
 from epmq.calibration.offload import Offloader
-from epmq.calibration.sequential import Batch, BlockStep, SequentialCalibrator
+from epmq.calibration.repeated import calibrator_of
+from epmq.calibration.sequential import Batch, BlockStep
 from epmq.merging.experts import ExpertReader, ExpertSet, TensorReader
 from epmq.models.heads import Head
 from epmq.models.hooks import HookPoint, watch
@@ -17,6 +19,8 @@ from epmq.models.multitask import MultiTaskModel, NativeHead
 
 # Puts an expert's head on a backbone; gives None where it has none that can be built.
 MakeHead = Callable[[nn.Module], Head | NativeHead | None]
+# Every block is called once.
+NO_CALLS = BlockCalls()
 
 
 class Teacher:
@@ -34,8 +38,9 @@ class Teacher:
         make_head: MakeHead,
         device: torch.device,
         offloader: Offloader | None = None,
+        calls: BlockCalls = NO_CALLS,
     ) -> None:
-        self._experts, self._expert, self._device = experts, expert, device
+        self._experts, self._expert, self._device, self._calls = experts, expert, device, calls
         self.task, self.model = expert.task, experts.meta_model()
         names = hold_used_rows(self.model, experts.outside_names(), experts.tied, expert.tensor, device)
         load_outside(self.model, names, expert.tensor, device, experts.tied)
@@ -43,9 +48,9 @@ class Teacher:
         self._head: Head | NativeHead | None = None
         self._scores: list[Tensor] = []
         self._offloader = offloader or Offloader()
-        self._steps = SequentialCalibrator(self.model, batches, self._score, offloader).__iter__()
+        self._steps = iter(calibrator_of(self.model, batches, calls, self._score, offloader))
         self.step: BlockStep | None = None
-        self._kept: list[dict[HookPoint, list[list[Tensor]]]] = []
+        self._kept: dict[int, dict[HookPoint, list[list[Tensor]]]] = {}
 
     def run(self, block: str, points: Iterable[HookPoint]) -> None:
         """Run the block that the merged model is at on all batches, and keep what passes at some points.
@@ -59,18 +64,30 @@ class Teacher:
         if step is None or step.name != block:
             at = "its end" if step is None else f"block {step.name}"
             raise RuntimeError(f"expert {self.task} is at {at}, the merged model at {block}")
-        materialize(self.model, self._experts.block_names(block), self._expert.tensor, self._device)
-        takes = Counter(points)
-        for position in range(len(self._batches)):
-            tensors: dict[HookPoint, list[Tensor]] = {point: [] for point in takes}
-            with ExitStack() as stack:
-                for point, passing in tensors.items():
-                    stack.enter_context(watch(step.block, point, passing.append))
-                step.leave(position)
-            self._offloader.put(tensor for passing in tensors.values() for tensor in passing)
-            self._kept.append({point: [passing] * takes[point] for point, passing in tensors.items()})
-        to_meta(step.block)
+        names = self._calls.order if self._calls.repeated else [block]
+        with self._loaded(names):
+            for position, _ in step.members:
+                self._keep(step, position, Counter(points))
         step.finish()
+
+    @contextmanager
+    def _loaded(self, blocks: Iterable[str]) -> Iterator[None]:
+        """The expert's weights of some blocks in memory for the length of a `with` block."""
+        for name in blocks:
+            materialize(self.model, self._experts.block_names(name), self._expert.tensor, self._device)
+        yield
+        for name in blocks:
+            to_meta(self.model.get_submodule(name))
+
+    def _keep(self, step: BlockStep, position: int, takes: Mapping[HookPoint, int]) -> None:
+        """Run a block on a batch, and keep what passes at some points, as often as it will be taken."""
+        tensors: dict[HookPoint, list[Tensor]] = {point: [] for point in takes}
+        with ExitStack() as stack:
+            for point, passing in tensors.items():
+                stack.enter_context(watch(step.block, point, passing.append))
+            step.leave(position)
+        self._offloader.put(tensor for passing in tensors.values() for tensor in passing)
+        self._kept[position] = {point: [passing] * takes[point] for point, passing in tensors.items()}
 
     def take(self, index: int, point: HookPoint) -> list[Tensor]:
         """The tensors that passed at a point, in order, on one of the expert's own batches."""
@@ -78,22 +95,23 @@ class Teacher:
 
     def end_block(self) -> None:
         """Let go of what was kept of the block."""
-        self.step, self._kept = None, []
+        self.step, self._kept = None, {}
 
     def close(self) -> None:
         """Let go of the batches that wait in the expert's forward; it runs no further."""
         self._steps.close()
 
-    def scores(self) -> Tensor:
-        """What the expert's head says to all its batches, once, after the last block: [examples, classes].
+    def scores(self) -> list[Tensor]:
+        """What the expert's head says to its batches, one by one, once, after the last block: [..., classes].
 
         Raises:
             RuntimeError: there are blocks left.
         """
-        step = next(self._steps, None)
+        with self._loaded(self._calls.order if self._calls.repeated else []):
+            step = next(self._steps, None)
         if step is not None:
             raise RuntimeError(f"expert {self.task} is at block {step.name}, not at its end")
-        return torch.cat(self._scores)
+        return self._scores
 
     def _score(self, batch: Batch) -> None:
         if batch.index == 0:

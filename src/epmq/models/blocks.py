@@ -4,7 +4,7 @@ Nothing here knows an architecture: blocks are the entries of the outermost `Mod
 and layers belong together when they receive the same tensor.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -38,16 +38,28 @@ class Stack:
 
 
 def find_stacks(model: nn.Module) -> list[Stack]:
-    """The model's stacks of repeated blocks, in order of definition; a model that has none is a ValueError."""
+    """The model's stacks of repeated blocks, in order of definition; a model that has none is a ValueError.
+
+    A list of lists, such as Funnel's, is no stack: those in it are.
+    """
     total = _linear_size(model) or 1
-    stacks: list[Stack] = []
+    stacks, outermost = list[Stack](), list[str]()
     for name, module in model.named_modules():
-        inside = any(name.startswith(stack.name + ".") for stack in stacks)
+        inside = any(name.startswith(outer + ".") for outer in outermost)
         if isinstance(module, nn.ModuleList) and not inside and _linear_size(module) >= SMALLEST_SHARE * total:
-            stacks.append(Stack(name, list(module)))
+            outermost.append(name)
+            stacks += _innermost(name, module)
     if not stacks:
         raise InputError(f"{type(model).__name__} has no list of repeated blocks with linear layers to quantize")
     return stacks
+
+
+def _innermost(name: str, blocks: nn.ModuleList) -> list[Stack]:
+    """A list of blocks as a stack; the lists in it, where it holds nothing else."""
+    lists = [block for block in blocks if isinstance(block, nn.ModuleList)]
+    if not lists or len(lists) < len(blocks):
+        return [Stack(name, list(blocks))]
+    return [stack for index, inner in enumerate(lists) for stack in _innermost(f"{name}.{index}", inner)]
 
 
 def linears(module: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -88,18 +100,36 @@ def _multiply(layer: Any, inputs: Tensor) -> Tensor:
 class InputGroup:
     """Linear layers of a block that receive the same input, by name and in order of call.
 
-    `calls` is how often each is called in one forward of the block.
+    `calls` is how often each is called in one forward of the block; None where that differs from batch to batch.
+    `rows` is how many rows of inputs each call had, batch by batch.
     """
 
     names: list[str]
-    calls: int
+    calls: int | None
+    rows: tuple[tuple[int, ...], ...] = ()
 
 
-def input_groups(block: nn.Module, run: Callable[[], object]) -> list[InputGroup]:
+def input_groups(block: nn.Module, *runs: Callable[[], object]) -> list[InputGroup]:
     """The block's linear layers, put together where they receive the same input, in order of first call.
 
-    `run` calls the block once on real data. A linear layer that it does not call is named in a ValueError.
+    Each of `runs` calls the block once on real data. A layer that none of them calls is left out.
     """
+    seen: list[dict[str, tuple[Any, ...]]] = [_inputs_of(block, run) for run in runs]
+    groups: dict[tuple[Any, ...], list[str]] = {}
+    for name in dict.fromkeys(name for inputs in seen for name in inputs):
+        groups.setdefault(tuple(inputs.get(name, ()) for inputs in seen), []).append(name)
+    return [_group(names, inputs) for inputs, names in groups.items()]
+
+
+def _group(names: list[str], inputs: Sequence[tuple[Any, ...]]) -> InputGroup:
+    """A group by its names and the inputs of each run's calls, as `_inputs_of` gives them."""
+    calls = {len(of_run) for of_run in inputs}
+    rows = tuple(tuple(int(shape[:-1].numel()) for _, shape, _, _ in of_run) for of_run in inputs)
+    return InputGroup(names, calls.pop() if len(calls) == 1 else None, rows)
+
+
+def _inputs_of(block: nn.Module, run: Callable[[], object]) -> dict[str, tuple[Any, ...]]:
+    """What each linear layer receives in a run, call by call: where the tensor lies and how it is laid out."""
     seen: dict[str, list[Tensor]] = {}
 
     def note(name: str) -> Callable[..., None]:
@@ -110,14 +140,7 @@ def input_groups(block: nn.Module, run: Callable[[], object]) -> list[InputGroup
         for name, module in linears(block):
             hooks.enter_context(module.register_forward_pre_hook(note(name)))
         run()
-    missing = [name for name, _ in linears(block) if name not in seen]
-    if missing:
-        raise InputError(f"linear layers that saw no calibration data: {', '.join(missing)}")
-    groups: dict[tuple[Any, ...], list[str]] = {}
-    for name, inputs in seen.items():
-        identity = tuple((x.data_ptr(), tuple(x.shape), x.stride(), x.dtype) for x in inputs)
-        groups.setdefault(identity, []).append(name)
-    return [InputGroup(names, len(inputs)) for inputs, names in groups.items()]
+    return {name: tuple((x.data_ptr(), x.shape, x.stride(), x.dtype) for x in inputs) for name, inputs in seen.items()}
 
 
 def _linear_size(module: nn.Module) -> int:

@@ -49,3 +49,23 @@ def without_cache(model: nn.Module) -> Iterator[None]:
     finally:
         for config in caching:
             config.use_cache = True
+
+
+class _Stop(Exception):
+    """Ends a forward."""
+
+
+def stops_before(model: nn.Module, layer: nn.Module | None, inputs: dict[str, Any]) -> None:
+    """Run a model up to a layer, or to its end where that is None or not called; what it gives is not asked for."""
+
+    def stop(module: nn.Module, args: tuple[Any, ...]) -> None:
+        raise _Stop
+
+    hook = layer.register_forward_pre_hook(stop) if layer is not None else None
+    try:
+        model(**inputs)
+    except _Stop:
+        pass
+    finally:
+        if hook is not None:
+            hook.remove()

@@ -8,7 +8,7 @@ all blocks.
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +19,7 @@ from rich.table import Table
 from torch import Tensor
 
 from epmq.calibration.collect import LayerGroup
-from epmq.calibration.engine import Block, CalibrationEngine, round_blocks
+from epmq.calibration.engine import Block, CalibrationEngine, block_names, round_blocks
 from epmq.calibration.sequential import BlockStep
 from epmq.data.encoding import split_first
 from epmq.export import FORMATS
@@ -286,7 +286,7 @@ def _calibrated(prepared: PreparedRun) -> Measured:
     """What a run with calibration data costs."""
     sizes = [_volume(batch) for batches in prepared.calibration.values() for batch in batches]
     most = max(_examples(batch) for batches in prepared.calibration.values() for batch in batches)
-    first = prepared.experts.first_blocks()
+    first = prepared.experts if prepared.calls.repeated else prepared.experts.first_blocks()
     merged = MergedWeights(first, prepared.recipe.merge, prepared.recipe.seed)
     return_freed_memory()
     start, share = memory_mb(), _entries(prepared.experts, prepared.experts.names) / _entries(first, first.names)
@@ -296,7 +296,8 @@ def _calibrated(prepared: PreparedRun) -> Measured:
     spent = sum(cost.seconds for (_, phase), cost in few.phases.items() if phase in ("collect", "finish"))
     count = min(most, max(2 * TRIED, round(TRIED * MEASURED_SECONDS / spent)))
     many = measure(count, -(-WIDE // count))
-    lengths = {stack.block_name(0): len(stack.blocks) for stack in find_stacks(prepared.experts.model)}
+    stacks = [] if prepared.calls.repeated else find_stacks(prepared.experts.model)
+    lengths = {stack.block_name(0): len(stack.blocks) for stack in stacks}
     for block, phase in few.phases:
         seconds, memory = _extrapolate((block, phase), few, many, sum(sizes), max(sizes))
         name = "solve" if phase == "solve" else "merge" if phase in ("start", "load") else "collect"
@@ -338,7 +339,9 @@ def _measure(
     calibration = {
         task: [split_first([batch], count)[0] for batch in own[:batches]] for task, own in prepared.calibration.items()
     }
-    parts = PreparedRun(prepared.recipe, first, merged, prepared.processor, calibration, {})
+    order = tuple(name for name in prepared.calls.order if name in block_names(first))
+    calls = replace(prepared.calls, order=order)
+    parts = PreparedRun(prepared.recipe, first, merged, prepared.processor, calibration, {}, calls)
     inputs = calibration_batches(parts)
     engine = calibration_engine(parts, inputs, engine_class=engine_class)
     return_freed_memory()

@@ -1,7 +1,7 @@
 """Before any compute: open everything that a recipe names and check that it fits together."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from rich.progress import Progress
 
+from epmq.calibration.calls import BlockCalls, try_forwards
+from epmq.calibration.head_refit import heads_follow
 from epmq.data.encoding import encode, pack
 from epmq.data.examples import Examples, Fields, Pictures
 from epmq.data.readers import fields_of, from_objects, read_data
@@ -44,6 +46,7 @@ class PreparedRun:
     calibration: dict[str, list[dict[str, Any]]]  # task → inputs of the model, batch by batch
     evaluation: dict[str, Examples]  # task → labelled examples
     output_processor: OutputProcessor | None = None  # what is written of processor and templates; None: the base's
+    calls: BlockCalls = field(default_factory=BlockCalls)  # how the model calls its blocks on the calibration inputs
 
     @property
     def device(self) -> torch.device:
@@ -67,7 +70,6 @@ def prepare(
     _check_fields(recipe, calibration or {}, evaluation or {})
     listed, recipe = recipe.experts, recipe.ordered()
     experts = open_experts(recipe.base, recipe.experts, recipe.tokenizer)
-    recipe = recipe.resolved(all(expert.has_head for expert in experts.experts.values()))
     if recipe.quantize.method != "none":
         _check_layers(experts, recipe)
         for note in _untouched(experts):
@@ -82,6 +84,11 @@ def prepare(
         if evaluate and (expert.evaluation is not None or expert.name in (evaluation or {})):
             scored[expert.name] = data.evaluation(evaluation)
         check_head(experts, expert.name, scored.get(expert.name))
+    calls = try_forwards(experts, inputs) if recipe.quantize.calibrates else BlockCalls()
+    heads = all(expert.has_head for expert in experts.experts.values())
+    if heads and recipe.quantize.calibrates and recipe.quantize.guidance().refit_heads:
+        heads = heads_follow(experts, inputs)
+    recipe = recipe.resolved(heads)
     if scored:
         _check_task_classes(experts)
     if recipe.quantize.method != "none":  # a mere merge reads the weights once and finds out as early
@@ -92,7 +99,7 @@ def prepare(
         experts.notes.refuse()
     scored = {expert.name: scored[expert.name] for expert in listed if expert.name in scored}
     merged = MergedWeights(experts, recipe.merge, recipe.seed)
-    return PreparedRun(recipe, experts, merged, plan.processor, inputs, scored, plan)
+    return PreparedRun(recipe, experts, merged, plan.processor, inputs, scored, plan, calls)
 
 
 def _check_fields(recipe: Recipe, calibration: Objects, evaluation: Objects) -> None:

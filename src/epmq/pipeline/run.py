@@ -169,7 +169,7 @@ def write_quantized(prepared: PreparedRun, workdir: Workdir, batches: list[Batch
             fits = engine.head_fits if engine is not None else {}
             write_rest(prepared, workdir.output, [layer["name"] for layer in layers], fits)
             if engine is not None and engine.output is not None:
-                check_reloaded(workdir.output, batches[0].inputs, engine.output)
+                check_reloaded(workdir.output, batches[0].inputs, engine.output, prepared.calls)
         except WrongOutputError:
             journal.clear()
             raise
@@ -195,6 +195,7 @@ def calibration_engine(
         {task: recipe.task_weight(task) for task in experts.experts},
         prepared.device,
         Offloader(offload_to if recipe.activations == "disk" else None),
+        prepared.calls,
     )
     make_heads = {task: partial(guiding_head, expert, experts.notes) for task, expert in experts.experts.items()}
     return engine_class(context, batches, make_heads, finished, written)

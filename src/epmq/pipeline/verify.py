@@ -5,7 +5,10 @@ from typing import Any
 
 from torch import Tensor
 
-from epmq.calibration.sequential import Batch, SequentialCalibrator
+from epmq.calibration.calls import BlockCalls
+from epmq.calibration.repeated import calibrator_of
+from epmq.calibration.sequential import Batch
+from epmq.calibration.teacher import NO_CALLS
 from epmq.models.checkpoint import Checkpoint
 from epmq.models.hooks import first_tensor
 from epmq.models.initial import fill_absent, initial_values
@@ -20,13 +23,15 @@ class WrongOutputError(RuntimeError):
     """What was written is not what was quantized: a bug, a broken disk or broken memory."""
 
 
-def check_reloaded(folder: Path, inputs: dict[str, Any], output: Tensor) -> None:
+def check_reloaded(folder: Path, inputs: dict[str, Any], output: Tensor, calls: BlockCalls = NO_CALLS) -> None:
     """Check that the checkpoint in a folder gives what the last block of the model in memory gave, [..., hidden].
+
+    `calls` is how the model calls its blocks.
 
     Raises:
         WrongOutputError: it gives something else; by how much is said.
     """
-    error = (reloaded_output(folder, inputs) - output).abs().max() / output.abs().max().clamp(min=1e-12)
+    error = (reloaded_output(folder, inputs, calls) - output).abs().max() / output.abs().max().clamp(min=1e-12)
     if not float(error) <= TOLERANCE:  # nor NaN
         raise WrongOutputError(
             f"{folder}: read back, it gives other outputs than the model in memory (off by {float(error):.2g} of the "
@@ -34,10 +39,10 @@ def check_reloaded(folder: Path, inputs: dict[str, Any], output: Tensor) -> None
         )
 
 
-def reloaded_output(folder: Path, inputs: dict[str, Any]) -> Tensor:
+def reloaded_output(folder: Path, inputs: dict[str, Any], calls: BlockCalls = NO_CALLS) -> Tensor:
     """What the last block of a checkpoint gives on a batch, [..., hidden], on the device where the batch is.
 
-    One block is in memory at a time.
+    One block is in memory at a time, unless blocks are called repeatedly.
     """
     checkpoint = Checkpoint(folder)
     device = next(value.device for value in inputs.values() if isinstance(value, Tensor))
@@ -51,11 +56,15 @@ def reloaded_output(folder: Path, inputs: dict[str, Any]) -> Tensor:
     tied = {name: leader for name, leader in tied_names(model).items() if name not in names}
     absent = [name for name in model.state_dict() if name not in names and name not in tied]
     fill_absent(model, absent, initial_values(model, absent), device)
-    calibrator = SequentialCalibrator(model, [Batch("", 0, inputs)])
+    calibrator = calibrator_of(model, [Batch("", 0, inputs)], calls)
     inside = tuple(stack.name + "." for stack in calibrator.stacks)
     load_outside(model, [name for name in names if not name.startswith(inside)], read, device, tied)
+    for name in names if calls.repeated else ():
+        if name.startswith(inside):
+            materialize(model, [name], read, device)
     for step in calibrator:
         materialize(model, [name for name in names if name.startswith(step.name + ".")], read, device)
         step.finish()
-        to_meta(step.block)
-    return first_tensor(calibrator.stacks[-1].outputs[0])
+        if step.lockstep:
+            to_meta(step.block)
+    return first_tensor(calibrator.first_output)
