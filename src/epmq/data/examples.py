@@ -23,6 +23,7 @@ class Examples:
         labels: class index of each example, int64 [n], or None where the source has none.
         targets: for `seq2seq`: n strings.
         metric: name of the function in `epmq.pipeline.evaluation` that scores them; None leaves it to their kind.
+        longest: tokens that the model has positions for, of a text and of a target; None where it takes any number.
     """
 
     kind: str
@@ -30,6 +31,7 @@ class Examples:
     labels: np.ndarray | None = None
     targets: list[str] | None = None
     metric: str | None = None
+    longest: tuple[int | None, int | None] = (None, None)
 
     def __len__(self) -> int:
         return len(self.inputs)

@@ -13,6 +13,7 @@ from epmq.merging.compatibility import open_experts
 from epmq.merging.experts import ExpertSet
 from epmq.models.blocks import use_fast_matmul
 from epmq.models.multitask import MultiTaskModel, load
+from epmq.pipeline.inputs import ModelInputs
 from epmq.pipeline.metrics import metrics_of, scorer_of
 from epmq.pipeline.prepare import ExpertData, check_head
 from epmq.recipe import Recipe
@@ -87,10 +88,9 @@ def _open(recipe: Recipe) -> tuple[ExpertSet, dict[str, Examples]]:
     if all(expert.evaluation is None for expert in recipe.experts):
         raise InputError("recipe: no expert has evaluation data")
     experts = open_experts(recipe.base, recipe.experts)
-    processor = load_processor(experts.base.path)
-    evaluation = {}
+    inputs, evaluation = ModelInputs(experts, recipe, load_processor(experts.base.path)), {}
     for expert in recipe.experts:
         if expert.evaluation is not None:
-            evaluation[expert.name] = ExpertData(experts, recipe, expert, processor).evaluation(None)
+            evaluation[expert.name] = ExpertData(experts, recipe, expert, inputs).evaluation(None)
             check_head(experts, expert.name, evaluation[expert.name])
     return experts, evaluation

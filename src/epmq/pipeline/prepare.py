@@ -1,15 +1,16 @@
 """Before any compute: open everything that a recipe names and check that it fits together."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from rich.progress import Progress
 
-from epmq.data.encoding import encode, load_processor, pack
+from epmq.data.encoding import load_processor, pack
 from epmq.data.examples import Examples, Fields, Pictures
 from epmq.data.readers import fields_of, from_objects, read_data
 from epmq.errors import InputError, error_context
@@ -22,7 +23,10 @@ from epmq.merging.relation import check_relation
 from epmq.models.blocks import as_matrix, block_linears, is_transposed
 from epmq.models.heads import HEAD_FILE, load_head
 from epmq.models.meta import vocabulary
+from epmq.models.side_files import module_notes, side_files
+from epmq.pipeline.inputs import ModelInputs
 from epmq.pipeline.metrics import metric_of
+from epmq.pipeline.verify import opened_from
 from epmq.recipe import Data, Expert, Recipe
 from epmq.runtime import select_device
 
@@ -42,6 +46,7 @@ class PreparedRun:
     processor: Any  # the base's tokenizer or image processor, or None
     calibration: dict[str, list[dict[str, Any]]]  # task → inputs of the model, batch by batch
     evaluation: dict[str, Examples]  # task → labelled examples
+    side_files: dict[str, Path] = field(default_factory=dict)  # path in the output → file of the base
 
     @property
     def device(self) -> torch.device:
@@ -72,9 +77,13 @@ def prepare(
             experts.notes.depart(note)
     experts.notes += check_relation(experts)
     processor = load_processor(experts.base.path)
+    beside = side_files(experts.base.path, processor)
+    for note in module_notes(experts.base.path, [(task, one.path) for task, one in experts.experts.items()]):
+        experts.notes.depart(note)
+    model_inputs = ModelInputs(experts, recipe, processor, opened_from(beside, experts, processor))
     inputs, scored = {}, {}
     for expert in recipe.experts:
-        data = ExpertData(experts, recipe, expert, processor)
+        data = ExpertData(experts, recipe, expert, model_inputs)
         if recipe.quantize.calibrates:
             inputs[expert.name] = data.calibration(calibration)
         if evaluate and (expert.evaluation is not None or expert.name in (evaluation or {})):
@@ -90,7 +99,7 @@ def prepare(
         experts.notes.refuse()
     scored = {expert.name: scored[expert.name] for expert in listed if expert.name in scored}
     merged = MergedWeights(experts, recipe.merge, recipe.seed)
-    return PreparedRun(recipe, experts, merged, processor, inputs, scored)
+    return PreparedRun(recipe, experts, merged, processor, inputs, scored, beside)
 
 
 def _check_fields(recipe: Recipe, calibration: Objects, evaluation: Objects) -> None:
@@ -141,7 +150,7 @@ class ExpertData:
     experts: ExpertSet
     recipe: Recipe
     expert: Expert
-    processor: Any
+    inputs: ModelInputs
 
     def calibration(self, objects: Objects | None) -> list[dict[str, Any]]:
         """Calibration inputs of the model, batch by batch; `objects` take the place of the recipe's data.
@@ -151,39 +160,42 @@ class ExpertData:
         """
         data = self.expert.calibration
         count = data.samples if data and data.samples is not None else self.recipe.samples
-        with error_context(f"experts.{self.expert.name}.calibration"):
-            return self._encoded(self._examples(data, objects, count))
+        where = f"experts.{self.expert.name}.calibration"
+        with error_context(where):
+            return self._encoded(self._examples(data, objects, count, where), where)[1]
 
     def evaluation(self, objects: Objects | None) -> Examples:
         """Labelled examples to score; arguments and errors as in `calibration`."""
         data = self.expert.evaluation
-        with error_context(f"experts.{self.expert.name}.evaluation"):
-            examples = self._examples(data, objects, data.samples if data else None)
+        where = f"experts.{self.expert.name}.evaluation"
+        with error_context(where):
+            examples = self._examples(data, objects, data.samples if data else None, where)
             tried = examples
             if isinstance(examples.inputs, Pictures):  # a large test set is read once, when it is scored
                 tried = examples.take(np.arange(min(len(examples), self.recipe.batch_size)))
-            self._encoded(tried)
-            examples = replace(examples, metric=data.metric if data else None)
+            longest = self._encoded(tried, where, scored=True)[0].longest
+            examples = replace(examples, metric=data.metric if data else None, longest=longest)
             self._check_scored(examples, data)
         return examples
 
-    def _examples(self, data: Data | None, objects: Objects | None, count: int | None) -> Examples:
+    def _examples(self, data: Data | None, objects: Objects | None, count: int | None, where: str) -> Examples:
         recipe, use = self.recipe, _text_use(self.experts, self.expert.name)
         if objects and self.expert.name in objects:
             columns = fields_of(data) if data else Fields()
             examples = from_objects(objects[self.expert.name], columns, use, "python objects")
         else:
             assert data is not None
+            self.inputs.check_files()
             examples = read_data(data, use, count, recipe.seed)
         if examples.kind == "causal" and (data is None or data.pack):
-            return pack(examples, self.processor, recipe.max_length, count, recipe.seed)
+            return pack(examples, self.inputs.processor, self.inputs.window(where), count, recipe.seed)
         return examples if examples.kind == "batches" else examples.draw(count, recipe.seed)
 
-    def _encoded(self, examples: Examples) -> list[dict[str, Any]]:
-        batches = list(encode(examples, self.processor, self.recipe.batch_size, self.recipe.max_length))
+    def _encoded(self, examples: Examples, where: str, scored: bool = False) -> tuple[Examples, list[dict[str, Any]]]:
+        examples, batches = self.inputs.encode(examples, where, scored)
         for batch in batches:
             _check_tokens(self.experts, batch)
-        return batches
+        return examples, batches
 
     def _check_scored(self, examples: Examples, data: Data | None) -> None:
         """Check that examples can be scored with what they hold, on this model."""

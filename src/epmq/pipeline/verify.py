@@ -1,5 +1,6 @@
 """Read back what was written, before it appears, and hold it against the model in memory."""
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -7,13 +8,20 @@ import torch
 from torch import Tensor
 
 from epmq.calibration.sequential import Batch, SequentialCalibrator
+from epmq.data.encoding import load_processor
+from epmq.data.same_processor import difference
+from epmq.errors import InputError
+from epmq.files import write_json
+from epmq.merging.experts import ExpertSet
 from epmq.models.checkpoint import Checkpoint
 from epmq.models.hooks import first_tensor
 from epmq.models.loading import plain_tensors
 from epmq.models.meta import build_meta_model, load_outside, materialize, rename, set_tensor, tied_names, to_meta
+from epmq.models.side_files import WEIGHTS, copy_files
 
 # Largest difference over largest value that may come of another order of sums.
 TOLERANCE = 1e-3
+LOST = "the processor is another one when opened from the files that go into the output"
 
 
 class WrongOutputError(RuntimeError):
@@ -62,3 +70,35 @@ def reloaded_output(folder: Path, inputs: dict[str, Any]) -> Tensor:
         step.finish()
         to_meta(step.block)
     return first_tensor(calibrator.stacks[-1].outputs[0])
+
+
+def opened_from(files: dict[str, Path], experts: ExpertSet, processor: Any) -> Any:
+    """The processor as it will be opened from the output: from the `side_files` of the base, and its config alone.
+
+    Raises:
+        InputError: it cannot be opened from these, or does something else than `processor`, the base's.
+    """
+    if processor is None:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        copy_files(files, Path(folder), leave_out=WEIGHTS)
+        write_json(Path(folder, "config.json"), experts.config)
+        try:
+            written = load_processor(folder)
+        except InputError as error:
+            raise InputError(f"{experts.base.path}: {LOST} ({str(error).removeprefix(folder)})") from None
+    what = difference(processor, written)
+    if what is not None:
+        raise InputError(f"{experts.base.path}: {LOST} ({what})")
+    return written
+
+
+def check_processor(folder: Path, processor: Any) -> None:
+    """Check that the processor in a folder does what `processor` does.
+
+    Raises:
+        WrongOutputError: it does something else; what is said.
+    """
+    what = difference(processor, load_processor(folder))
+    if what is not None:
+        raise WrongOutputError(f"{folder}: {LOST} ({what}); nothing was published")
