@@ -1,13 +1,15 @@
 """Whether two processors give the same inputs: that of a base, and that which its output will have."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from epmq.data.encoding import encode, image_processor_of, tokenizer_of
+from epmq.data.encoding import SETTINGS_FILES, encode, image_processor_of, load_processor, tokenizer_of
 from epmq.data.examples import Examples
+from epmq.errors import InputError
 
 # Scripts, numbers, spaces, code, rare characters: each way of cutting texts has one that it alone cuts as it does.
 TEXTS = (
@@ -27,6 +29,21 @@ def difference(one: Any, other: Any) -> str | None:
     """What two processors do not do alike, in a word; None where they do the same."""
     for what, answers in ANSWERS.items():
         if not same(_answer(answers, one), _answer(answers, other)):
+            return what
+    return None
+
+
+def differs_in_media(one: Any, folder: Path) -> str | None:
+    """As `difference` from the processor in a folder, of pictures and sounds alone; None where it has none for them."""
+    if one is None or not any((folder / name).exists() for name in SETTINGS_FILES):
+        return None
+    try:
+        other = load_processor(folder)
+    except InputError:  # it is not used
+        return None
+    for what, answers in MEDIA.items():
+        mine, theirs = _answer(answers, one), _answer(answers, other)
+        if mine is not None and theirs is not None and not same(mine, theirs):
             return what
     return None
 
@@ -84,10 +101,10 @@ def _audio(processor: Any) -> Any:
     return dict(features(wave, sampling_rate=rate, return_tensors="np"))
 
 
+MEDIA: dict[str, Callable[[Any], Any]] = {"pictures": _pixels, "sounds": _audio}
 ANSWERS: dict[str, Callable[[Any], Any]] = {
     "the class": lambda processor: type(processor).__name__,
     "texts": _tokens,
     "the settings of the tokenizer": _settings,
-    "pictures": _pixels,
-    "sounds": _audio,
+    **MEDIA,
 }

@@ -6,7 +6,7 @@ No file is listed by name: all that is not something else is taken.
 import json
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ DESCRIPTIONS = re.compile(
     re.IGNORECASE,
 )
 # A file that is larger than this is none of a tokenizer.
-LARGEST = 1 << 28
+LARGEST = 1 << 26
 
 
 def side_files(folder: Path, processor: Any = None) -> dict[str, Path]:
@@ -115,22 +115,43 @@ def copy_files(files: dict[str, Path], folder: Path, leave_out: tuple[str, ...] 
             shutil.copyfile(file, folder / name)
 
 
-def module_notes(base: Path, experts: Iterable[tuple[str, Path]]) -> Iterator[str]:
-    """Where the output has the base's module of sentence-transformers and an expert has another, or the base none."""
-    own = {module.relative_to(base).as_posix(): module for module in modules(base)}
+def add_modules(files: dict[str, Path], base: Path, experts: Mapping[str, Path]) -> Iterator[str]:
+    """Add sentence-transformers' modules that experts have and the base lacks; notes say where one is not the output's.
+
+    Args:
+        files: `side_files` of the base.
+        experts: task → folder.
+    """
+    own, theirs = _modules(base), {task: _modules(path) for task, path in experts.items()}
     for name, module in own.items():
         config = module / CONFIG
         sizes = read_json(config) if config.exists() else {}
         if {"in_features", "out_features"} <= sizes.keys() and not any(module.glob("*model*")):
             yield f"{name} of {MODULES} has no weights in {base}: the output opens in no sentence-transformers"
-    for task, path in experts:
-        theirs = {module.relative_to(path).as_posix(): module for module in modules(path)}
-        for name, module in theirs.items():
+    first = next(iter(theirs.values()), {})
+    if not own and first and all(_same(first, modules) for modules in theirs.values()):
+        path = next(iter(experts.values()))
+        names = [MODULES, *(file.name for file in path.glob("*sentence*.json"))]
+        files |= {name: path / name for name in names if name not in files}
+        for module in first.values():
+            files |= {file.relative_to(path).as_posix(): file for file in sorted(module.rglob("*")) if is_plain(file)}
+        yield f"{', '.join(first)}, which the base lacks, are those of the experts, in which they are the same"
+        return
+    for task, modules in theirs.items():
+        for name, module in modules.items():
             if name not in own:
-                if module.is_dir():
-                    yield f"expert {task} has a module {name} that the base lacks; the output has none"
-            elif _contents(module) != _contents(own[name]):
+                yield f"expert {task} has a module {name} that the base lacks; the output has none"
+            elif not _same({name: module}, {name: own[name]}):
                 yield f"expert {task} has another module {name} than the base, whose own is the output's"
+
+
+def _modules(folder: Path) -> dict[str, Path]:
+    """sentence-transformers' modules that are there, by name."""
+    return {module.name: module for module in modules(folder) if module.is_dir()}
+
+
+def _same(one: dict[str, Path], other: dict[str, Path]) -> bool:
+    return one.keys() == other.keys() and all(_contents(one[name]) == _contents(other[name]) for name in one)
 
 
 def _contents(module: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import inspect
 from dataclasses import replace
+from difflib import get_close_matches
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,15 @@ from epmq.data.examples import Examples
 from epmq.data.same_processor import encodes_alike
 from epmq.errors import InputError
 from epmq.merging.experts import ExpertSet
+from epmq.models.meta import vocabulary
 from epmq.models.probe import TEXT, InputProbe
 from epmq.recipe import Recipe
 
 Batches = list[dict[str, Any]]
+# Inputs that are made of texts and pictures in files.
+FILES_GIVE = ("input_ids", "pixel_values")
+# How much like an input's name another must be to be a slip of the pen.
+ALIKE = 0.85
 READY = "pass ready batches of it from Python"
 # What of a batch is as long as a text, or a target.
 LONG = {False: ("input_ids",), True: ("labels", "decoder_input_ids")}
@@ -42,7 +48,7 @@ class ModelInputs:
     def check_files(self) -> None:
         """Check that the model takes what can be made of files: texts and pictures."""
         main = self._experts.model.main_input_name
-        if main not in ("input_ids", "pixel_values"):
+        if main not in FILES_GIVE:
             raise InputError(f"{self._name} takes {main}, which files do not give: {READY}")
 
     def window(self, where: str) -> int | None:
@@ -73,7 +79,9 @@ class ModelInputs:
             InputError: the model does not take them, or one has no tokens.
         """
         batches = self._encoded(examples)
-        self._check_names(batches)
+        batches = self._known(batches, where)
+        for batch in batches:
+            self._check_tokens(batch)
         examples, batches = self._without_empty(examples, batches, where, scored)
         text, answer = (self._positions(examples, batches, target, scored) for target in (False, True))
         if text or answer:
@@ -93,17 +101,42 @@ class ModelInputs:
             )
         return list(encode(examples, self.processor, self._recipe.batch_size, length))
 
-    def _check_names(self, batches: Batches) -> None:
-        """Check that the model has a name for each input, and gets what it is there for."""
+    def _known(self, batches: Batches, where: str) -> Batches:
+        """The batches without what no part of the model has a name for; what the model is there for must be in them."""
         model = self._experts.model
-        parameters, main = inspect.signature(model.forward).parameters, model.main_input_name
-        is_open = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+        own, main = inspect.signature(model.forward).parameters, model.main_input_name
+        is_open = any(parameter.kind is parameter.VAR_KEYWORD for parameter in own.values())
+        parts = {type(part) for part in model.modules()} if is_open else {type(model)}  # it hands on what it is given
+        names = {name for part in parts for name in inspect.signature(part.forward).parameters}
+        unknown = {str(name): None for batch in batches for name in batch if name not in names}
+        for name in unknown:
+            meant = get_close_matches(name, own, 1, ALIKE)
+            if meant:
+                raise InputError(f"{self._name} takes no {name}; is {meant[0]} meant?")
+        if unknown:
+            self._experts.notes.append(f"{where}: {self._name} takes no {', '.join(unknown)}; left out")
+            batches = [{name: value for name, value in batch.items() if name in names} for batch in batches]
         for batch in batches:
-            unknown = [] if is_open else [str(name) for name in batch if name not in parameters]
-            if unknown:
-                raise InputError(f"{self._name} takes no {', '.join(unknown)}, only {', '.join(parameters)}")
-            if main not in batch and main in parameters and main not in ("input_ids", "pixel_values"):
-                raise InputError(f"{self._name} takes {main}, which these examples do not give: {READY}")
+            given = main in batch or any(name.endswith(("inputs_embeds", "encoder_outputs")) for name in batch)
+            if main in own and not given:
+                hint = f": {READY}" if main not in FILES_GIVE else ""
+                raise InputError(f"{self._name} takes {main}, which these examples do not give{hint}")
+        return batches
+
+    def _check_tokens(self, batch: dict[str, Any]) -> None:
+        """Check that a batch has tokens, and the model an embedding for each."""
+        rows = vocabulary(self._experts.model)
+        for name in ("input_ids", "decoder_input_ids", "labels"):
+            ids = batch.get(name)
+            if not isinstance(ids, Tensor):
+                continue
+            if name == "input_ids" and not ids.numel():
+                raise InputError("a batch of examples has no tokens at all")
+            if rows is not None and ids.numel() and int(ids.max()) >= rows:
+                raise InputError(
+                    f"token {int(ids.max())} in {name}, but {self._experts.base.path} has {rows} embeddings: the "
+                    "tokenizer is another model's"
+                )
 
     def _without_empty(
         self, examples: Examples, batches: Batches, where: str, scored: bool
@@ -132,10 +165,9 @@ class ModelInputs:
         limit = self._limit(wanted, sizes.get(count, {}), target)
         if limit is None or wanted <= limit:
             return None
-        if examples.kind in ("batches", "tokens", "image_text"):
+        if examples.kind in ("batches", "tokens"):
             if count > limit:
-                what = "texts" if examples.kind == "image_text" else "inputs"
-                raise InputError(f"{what} of {count} tokens, but {self._name} has positions for {limit}")
+                raise InputError(f"inputs of {count} tokens, but {self._name} has positions for {limit}")
             return None
         if count > limit:
             self._refuse_asked(limit)
@@ -184,5 +216,6 @@ def _lengths(batch: dict[str, Any], target: bool) -> Tensor:
     """Tokens of each text, or target, of a batch that was made of examples."""
     if target:
         return (batch["labels"] != -100).sum(1) if "labels" in batch else torch.zeros(0, dtype=torch.long)
-    mask: Tensor = batch["attention_mask"]
+    ids = batch["input_ids"]
+    mask: Tensor = batch.get("attention_mask", torch.ones_like(ids))  # a model that takes none reads padding as well
     return mask.sum(1)

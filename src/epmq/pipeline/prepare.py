@@ -13,6 +13,7 @@ from rich.progress import Progress
 from epmq.data.encoding import load_processor, pack
 from epmq.data.examples import Examples, Fields, Pictures
 from epmq.data.readers import fields_of, from_objects, read_data
+from epmq.data.same_processor import differs_in_media
 from epmq.errors import InputError, error_context
 from epmq.export import FORMATS
 from epmq.files import check_output
@@ -22,8 +23,7 @@ from epmq.merging.merged import MergedWeights
 from epmq.merging.relation import check_relation
 from epmq.models.blocks import as_matrix, block_linears, is_transposed
 from epmq.models.heads import HEAD_FILE, load_head
-from epmq.models.meta import vocabulary
-from epmq.models.side_files import module_notes, side_files
+from epmq.models.side_files import add_modules, side_files
 from epmq.pipeline.inputs import ModelInputs
 from epmq.pipeline.metrics import metric_of
 from epmq.pipeline.verify import opened_from
@@ -78,8 +78,7 @@ def prepare(
     experts.notes += check_relation(experts)
     processor = load_processor(experts.base.path)
     beside = side_files(experts.base.path, processor)
-    for note in module_notes(experts.base.path, [(task, one.path) for task, one in experts.experts.items()]):
-        experts.notes.depart(note)
+    _note_processors(experts, processor, beside)
     model_inputs = ModelInputs(experts, recipe, processor, opened_from(beside, experts, processor))
     inputs, scored = {}, {}
     for expert in recipe.experts:
@@ -100,6 +99,17 @@ def prepare(
     scored = {expert.name: scored[expert.name] for expert in listed if expert.name in scored}
     merged = MergedWeights(experts, recipe.merge, recipe.seed)
     return PreparedRun(recipe, experts, merged, processor, inputs, scored, beside)
+
+
+def _note_processors(experts: ExpertSet, processor: Any, beside: dict[str, Path]) -> None:
+    """Note where experts see or pool otherwise than the base; modules that all of them share are the output's."""
+    folders = {task: expert.path for task, expert in experts.experts.items()}
+    for note in add_modules(beside, experts.base.path, folders):
+        experts.notes.depart(note)
+    for task, folder in folders.items():
+        what = differs_in_media(processor, folder)
+        if what is not None:
+            experts.notes.depart(f"expert {task}: its processor takes {what} otherwise than the base's, which is used")
 
 
 def _check_fields(recipe: Recipe, calibration: Objects, evaluation: Objects) -> None:
@@ -192,10 +202,7 @@ class ExpertData:
         return examples if examples.kind == "batches" else examples.draw(count, recipe.seed)
 
     def _encoded(self, examples: Examples, where: str, scored: bool = False) -> tuple[Examples, list[dict[str, Any]]]:
-        examples, batches = self.inputs.encode(examples, where, scored)
-        for batch in batches:
-            _check_tokens(self.experts, batch)
-        return examples, batches
+        return self.inputs.encode(examples, where, scored)
 
     def _check_scored(self, examples: Examples, data: Data | None) -> None:
         """Check that examples can be scored with what they hold, on this model."""
@@ -215,22 +222,6 @@ def _text_use(experts: ExpertSet, task: str) -> str:
     if experts.model.config.is_encoder_decoder:
         return "seq2seq"
     return "causal" if experts.model.can_generate() else "text"
-
-
-def _check_tokens(experts: ExpertSet, batch: dict[str, Any]) -> None:
-    """Check that a batch has tokens, and the model an embedding for each."""
-    rows = vocabulary(experts.model)
-    for name in ("input_ids", "decoder_input_ids", "labels"):
-        ids = batch.get(name)
-        if not isinstance(ids, torch.Tensor):
-            continue
-        if name == "input_ids" and not ids.numel():
-            raise InputError("a batch of examples has no tokens at all")
-        if rows is not None and ids.numel() and int(ids.max()) >= rows:
-            raise InputError(
-                f"token {int(ids.max())} in {name}, but {experts.base.path} has {rows} embeddings: the tokenizer is "
-                "another model's"
-            )
 
 
 def check_head(experts: ExpertSet, task: str, evaluation: Examples | None) -> None:
