@@ -6,8 +6,18 @@ import pytest
 import torch
 from families import FAMILIES, text_model
 from merges import open_folder
-from transformers import GPTJConfig, GPTJForCausalLM, MarianConfig, MarianMTModel, OPTConfig, OPTForCausalLM
-from transformers import RobertaConfig, RobertaModel
+from transformers import (
+    AlbertConfig,
+    AlbertModel,
+    GPTJConfig,
+    GPTJForCausalLM,
+    MarianConfig,
+    MarianMTModel,
+    OPTConfig,
+    OPTForCausalLM,
+    RobertaConfig,
+    RobertaModel,
+)
 
 from epmq.models.probe import InputProbe
 
@@ -25,6 +35,11 @@ def gptj() -> Any:
     return GPTJForCausalLM(GPTJConfig(vocab_size=32, n_embd=64, n_layer=2, n_head=4, rotary_dim=8, n_positions=40))
 
 
+def albert() -> Any:
+    """Its first block alone is none of its forward's."""
+    return text_model(AlbertConfig, AlbertModel, max_position_embeddings=32, embedding_size=16, num_hidden_groups=2)
+
+
 def marian() -> Any:
     sizes = {"encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
     names = {"pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 0}
@@ -38,8 +53,7 @@ def marian() -> Any:
 def probe_of(folder: Any, model: Any) -> InputProbe:
     model.save_pretrained(folder / "base")
     model.save_pretrained(folder / "one")
-    experts = open_folder(folder, "one")
-    return InputProbe(lambda: experts.first_blocks().model)
+    return InputProbe(open_folder(folder, "one").model)
 
 
 @pytest.mark.parametrize(
@@ -51,6 +65,7 @@ def probe_of(folder: Any, model: Any) -> InputProbe:
         (gptj, 40),
         (FAMILIES["bart"].build, 32),
         (marian, 40),
+        (albert, 32),
         (FAMILIES["llama"].build, None),
         (FAMILIES["t5"].build, None),
     ],

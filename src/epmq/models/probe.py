@@ -1,10 +1,10 @@
 """Ask a model without weights which inputs it takes, before any compute: its own code runs, on zeros.
 
-The first block of each stack is there, and linear layers give zeros at once, so that a forward costs next to nothing.
+The first block of each stack is run, and linear layers give zeros at once, so that a forward costs next to nothing.
 What depends on shapes and on the numbers of tokens and positions is as it is in the model itself.
 """
 
-from collections.abc import Callable
+import copy
 from functools import cached_property, partial
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from epmq.errors import reason
-from epmq.models.blocks import linears
+from epmq.models.blocks import find_stacks, linears
 from epmq.models.hooks import without_cache
 from epmq.models.meta import set_tensor, vocabulary
 
@@ -30,16 +30,19 @@ class InputProbe:
     """Tells which inputs a model takes.
 
     Args:
-        build: makes the model on the meta device, with the first block of each stack; called when it is needed.
+        model: the model on the meta device; it stays as it is.
+        whole: all blocks are run, where later parts of the model may ask for what each of them gives.
     """
 
-    def __init__(self, build: Callable[[], Any]) -> None:
-        self._build = build
+    def __init__(self, model: Any, whole: bool = False) -> None:
+        self._source, self._whole = model, whole
 
     @cached_property
     def model(self) -> Any:
-        """The model, with zeros in the place of its weights, all of them in one place in memory."""
-        model = self._build()
+        """A copy of the model with zeros in the place of its weights, all of them in one place in memory."""
+        model = copy.deepcopy(self._source)
+        for stack in [] if self._whole else find_stacks(model):
+            del model.get_submodule(stack.name)[1:]
         for name, tensor in model.state_dict().items():
             set_tensor(model, name, torch.zeros((), dtype=tensor.dtype).expand(tensor.shape))
         for _, layer in linears(model):
@@ -49,6 +52,11 @@ class InputProbe:
         if output is not None:
             output.register_forward_pre_hook(_stop)
         return model
+
+    @cached_property
+    def of_all_blocks(self) -> "InputProbe":
+        """The same of all blocks."""
+        return InputProbe(self._source, whole=True)
 
     @torch.no_grad()
     def fault(self, inputs: dict[str, Any]) -> str | None:
@@ -73,6 +81,8 @@ class InputProbe:
         except Exception:  # a model that cannot even be built this way
             return None
         make = next((make for make in makers if self.fault(make(SHORT)) is None), None)
+        if make is None and not self._whole:
+            return self.of_all_blocks.positions(wanted, batch, target)
         if make is None or self.fault(make(wanted)) is None:
             return None
         low, high = SHORT, wanted  # the first is taken, the second is not

@@ -39,8 +39,7 @@ class ModelInputs:
     def __init__(self, experts: ExpertSet, recipe: Recipe, processor: Any, written: Any = None) -> None:
         self._experts, self._recipe, self.processor, self._written = experts, recipe, processor, written
         self._name = type(experts.model).__name__
-        self._probe = InputProbe(lambda: experts.first_blocks().model)
-        self._whole_probe = InputProbe(experts.meta_model)  # vision towers may give more than their last block does
+        self._probe = InputProbe(experts.model)
         self._taken, self._limits = {False: 0, True: 0}, dict[bool, int | None]({False: None, True: None})
         for one in (processor, written):
             fit_to_model(one, experts.model.forward)
@@ -200,7 +199,8 @@ class ModelInputs:
             return
         batch = split_first([batch], 2)[0]
         plain = all(name in TEXT or name.startswith("decoder_") for name in batch)
-        probe = self._probe if plain else self._whole_probe
+        # A vision tower may have to give more than what its last block does.
+        probe = self._probe if plain else self._probe.of_all_blocks
         fault = probe.fault(batch)
         if fault is not None and probe.takes_texts(batch):
             hint = "" if plain else "; a text names its picture by the token that the processor has for it"
