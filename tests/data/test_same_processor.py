@@ -25,12 +25,18 @@ def images(size: int) -> CLIPImageProcessorPil:
         (word_tokenizer, lambda: word_tokenizer(chat_template=CHAT_TEMPLATE), "the settings of the tokenizer"),
         (lambda: images(8), lambda: images(8), None),
         (lambda: images(8), lambda: images(6), "pictures"),
-        (lambda: CLIPProcessor(images(8), word_tokenizer()), lambda: images(8), "the class"),
+        (lambda: CLIPProcessor(images(8), word_tokenizer()), lambda: images(8), "texts"),
         (WhisperFeatureExtractor, lambda: WhisperFeatureExtractor(hop_length=80), "sounds"),
     ],
 )
 def test_a_difference_is_named(one, other, expected):
     assert difference(one(), other()) == expected
+
+
+def test_what_only_one_does_may_be_no_difference():
+    both = CLIPProcessor(images(8), word_tokenizer())
+    assert difference(both, images(8), shared=True) is None
+    assert difference(both, images(6), shared=True) == "pictures"
 
 
 def test_examples_are_compared_as_they_go_in():

@@ -154,6 +154,13 @@ def test_types_of_tokens_that_a_model_lacks_are_refused(tmp_path):
         prepared(recipe(tmp_path, None), {"input_ids": ids, "token_type_ids": torch.ones_like(ids)})
 
 
+def test_pictures_of_another_size_are_refused(tmp_path):
+    place(tmp_path, FAMILIES["vit"].build(), pictures())
+    assert prepared(recipe(tmp_path, None), {"pixel_values": torch.zeros(3, 3, 28, 28)}).calibration
+    with pytest.raises(ValueError, match=r"calibration: ViTModel cannot take these inputs \(.*32"):
+        prepared(recipe(tmp_path, None), {"pixel_values": torch.zeros(3, 3, 32, 32)})
+
+
 # --- pictures with texts, and sounds -----------------------------------------------------------------------------
 
 
@@ -191,7 +198,7 @@ def test_pictures_go_into_texts_by_the_joint_processor(tmp_path):
     report = run(recipe(tmp_path, image_rows(tmp_path, "user <image> the cat sat")), progress=False)
     tokens = {layer["name"].partition(".layers")[0]: layer["tokens"] for layer in report["layers"]}
     assert set(tokens.values()) == {2 * 5, 2 * 8}  # four patches and the class; four patches and four words
-    with pytest.raises(ValueError, match="LlavaProcessor cannot take them .* 0 <image> tokens"):
+    with pytest.raises(ValueError, match=r"LlavaProcessor cannot take them .* 0 <image> tokens"):
         prepared(recipe(tmp_path, image_rows(tmp_path, "the cat"), output=None))
 
 

@@ -1,6 +1,6 @@
 """Whether two processors give the same inputs: that of a base, and that which its output will have."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,16 @@ TEXTS = (
 COMPARED = 4
 
 
-def difference(one: Any, other: Any) -> str | None:
-    """What two processors do not do alike, in a word; None where they do the same."""
-    for what, answers in ANSWERS.items():
-        if not same(_answer(answers, one), _answer(answers, other)):
+def difference(one: Any, other: Any, shared: bool = False, kinds: Iterable[str] | None = None) -> str | None:
+    """What two processors do not do alike, in a word; None where they do the same.
+
+    Args:
+        shared: what only one of them does is no difference.
+        kinds: those of `ANSWERS` that are compared; by default all.
+    """
+    for what in ANSWERS if kinds is None else kinds:
+        mine, theirs = (_answer(ANSWERS[what], processor) for processor in (one, other))
+        if not same(mine, theirs) and not (shared and (mine is None or theirs is None)):
             return what
     return None
 
@@ -41,11 +47,7 @@ def differs_in_media(one: Any, folder: Path) -> str | None:
         other = load_processor(folder)
     except InputError:  # it is not used
         return None
-    for what, answers in MEDIA.items():
-        mine, theirs = _answer(answers, one), _answer(answers, other)
-        if mine is not None and theirs is not None and not same(mine, theirs):
-            return what
-    return None
+    return difference(one, other, shared=True, kinds=("pictures", "sounds"))
 
 
 def encodes_alike(one: Any, other: Any, examples: Examples, max_length: int | None) -> bool:
@@ -81,9 +83,10 @@ def _tokens(processor: Any) -> Any:
 
 def _settings(processor: Any) -> Any:
     tokenizer = tokenizer_of(processor)
-    names = ("model_max_length", "chat_template", "special_tokens_map", "truncation_side")
-    parts = [tokenizer, processor]
-    return [getattr(part, name, None) for part in parts for name in names]
+    if tokenizer is None:
+        return None
+    templates = [getattr(part, "chat_template", None) for part in (tokenizer, processor)]
+    return [tokenizer.model_max_length, tokenizer.special_tokens_map, tokenizer.truncation_side, templates]
 
 
 def _pixels(processor: Any) -> Any:
@@ -101,10 +104,9 @@ def _audio(processor: Any) -> Any:
     return dict(features(wave, sampling_rate=rate, return_tensors="np"))
 
 
-MEDIA: dict[str, Callable[[Any], Any]] = {"pictures": _pixels, "sounds": _audio}
 ANSWERS: dict[str, Callable[[Any], Any]] = {
-    "the class": lambda processor: type(processor).__name__,
     "texts": _tokens,
     "the settings of the tokenizer": _settings,
-    **MEDIA,
+    "pictures": _pixels,
+    "sounds": _audio,
 }

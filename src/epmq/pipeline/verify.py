@@ -87,18 +87,23 @@ def opened_from(files: dict[str, Path], experts: ExpertSet, processor: Any) -> A
             written = load_processor(folder)
         except InputError as error:
             raise InputError(f"{experts.base.path}: {LOST} ({str(error).removeprefix(folder)})") from None
-    what = difference(processor, written)
+    what = difference(processor, written, shared=is_part(experts))
     if what is not None:
         raise InputError(f"{experts.base.path}: {LOST} ({what})")
     return written
 
 
-def check_processor(folder: Path, processor: Any) -> None:
-    """Check that the processor in a folder does what `processor` does.
+def is_part(experts: ExpertSet) -> bool:
+    """Whether a part of the base is merged, such as CLIP's vision tower, that may need a part of its processor."""
+    return bool(experts.config.get("model_type") != experts.base.checkpoint.config.get("model_type"))
+
+
+def check_processor(folder: Path, experts: ExpertSet, processor: Any) -> None:
+    """Check that the processor in an output does what `processor`, that of the run, does.
 
     Raises:
         WrongOutputError: it does something else; what is said.
     """
-    what = difference(processor, load_processor(folder))
+    what = difference(processor, load_processor(folder), shared=is_part(experts))
     if what is not None:
         raise WrongOutputError(f"{folder}: {LOST} ({what}); nothing was published")
