@@ -21,6 +21,8 @@ from epmq.models.side_files import WEIGHTS, copy_files
 
 # Largest difference over largest value that may come of another order of sums.
 TOLERANCE = 1e-3
+# How the name begins of the temporary folder that a processor is opened from.
+OPENED = "epmq-processor-"
 LOST = "the processor is another one when opened from the files that go into the output"
 
 
@@ -80,7 +82,7 @@ def opened_from(files: dict[str, Path], experts: ExpertSet, processor: Any) -> A
     """
     if processor is None:
         return None
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(prefix=OPENED) as folder:
         copy_files(files, Path(folder), leave_out=WEIGHTS)
         write_json(Path(folder, "config.json"), experts.config)
         try:
