@@ -16,9 +16,18 @@ from families import FAMILIES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from transformers import BitImageProcessorPil, CLIPImageProcessorPil, CLIPProcessor
+from transformers import BitImageProcessorPil, CLIPImageProcessorPil, CLIPProcessor, WhisperFeatureExtractor
 
-from epmq.data.encoding import encode, image_processor_of, load_processor, pack, to_device, tokenizer_of, try_template
+from epmq.data.encoding import (
+    encode,
+    fit_to_model,
+    image_processor_of,
+    load_processor,
+    pack,
+    to_device,
+    tokenizer_of,
+    try_template,
+)
 from epmq.data.examples import Examples
 
 
@@ -137,6 +146,65 @@ def test_padding_is_on_the_right_whatever_the_tokenizer_says(kind):
     for name in ("attention_mask", "decoder_attention_mask"):
         mask = batch.get(name, batch["attention_mask"])
         assert (mask.diff(dim=1) <= 0).all() and mask[0].sum() < mask[1].sum()
+
+
+def test_a_tokenizer_with_neither_padding_nor_end_pads_with_what_it_has():
+    tokenizer = word_tokenizer(pad_token=None, eos_token=None, unk_token=None)
+    (batch,) = encode(Examples("text", ["the cat sat", "a"]), tokenizer)
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]] and tokenizer.pad_token is None
+
+
+def test_texts_are_cut_to_what_is_asked_for_and_to_what_there_are_positions_for():
+    examples = Examples("seq2seq", ["the cat sat on a mat"], targets=["the dog ran under a tree"], longest=(4, 3))
+    for asked, expected in ((None, (4, 3)), (6, (4, 3)), (2, (2, 2))):
+        (batch,) = encode(examples, word_tokenizer(), max_length=asked)
+        assert (batch["input_ids"].shape[1], batch["labels"].shape[1]) == expected
+    (batch,) = encode(examples, word_tokenizer(model_max_length=2))
+    assert batch["input_ids"].shape == batch["labels"].shape == (1, 2)
+
+
+def test_a_joint_processor_gives_what_its_parts_give():
+    """CLIP's, whose parts know nothing of each other."""
+    joint, inputs = CLIPProcessor(CLIPImageProcessorPil(), word_tokenizer()), list(zip(images(3), TEXTS))
+    parts = SimpleNamespace(tokenizer=joint.tokenizer, image_processor=joint.image_processor)
+    for length in (None, 3):
+        one, other = (next(encode(Examples("image_text", inputs), p, max_length=length)) for p in (joint, parts))
+        assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_processor_of_sounds_is_none_of_pictures(tmp_path):
+    WhisperFeatureExtractor(feature_size=8).save_pretrained(tmp_path)
+    assert image_processor_of(load_processor(tmp_path)) is None and tokenizer_of(load_processor(tmp_path)) is None
+    word_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "whisper"}')
+    joint = load_processor(tmp_path)
+    assert type(joint).__name__ == "WhisperProcessor" and tokenizer_of(joint).eos_token_id == 2
+
+
+def test_what_a_missing_library_keeps_closed_is_opened_in_parts(tmp_path, monkeypatch):
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise ImportError("videos need a library")
+
+    CLIPProcessor(CLIPImageProcessorPil(), word_tokenizer()).save_pretrained(tmp_path)
+    monkeypatch.setattr("transformers.AutoProcessor.from_pretrained", refuse)
+    parts = load_processor(tmp_path)
+    assert tokenizer_of(parts).eos_token_id == 2 and image_processor_of(parts).do_resize
+    with pytest.raises(ValueError, match="videos need a library"):
+        next(encode(Examples("image_text", list(zip(images(1), TEXTS))), parts))
+
+
+def test_a_tokenizer_whose_vocabulary_is_missing_is_refused(tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "XLMRobertaTokenizer"}')
+    with pytest.raises(ValueError, match="its tokenizer has no words: the file of its vocabulary is missing"):
+        load_processor(tmp_path)
+
+
+def test_inputs_that_a_model_has_no_name_for_are_not_made():
+    tokenizer = word_tokenizer(model_input_names=["input_ids", "token_type_ids", "attention_mask"])
+    fit_to_model(tokenizer, lambda input_ids, attention_mask, token_type_ids: None)
+    assert "token_type_ids" in next(encode(Examples("text", TEXTS), tokenizer))
+    fit_to_model(tokenizer, lambda input_ids, **others: None)
+    assert next(encode(Examples("text", TEXTS), tokenizer)).keys() == {"input_ids", "attention_mask"}
 
 
 # --- encoder–decoders --------------------------------------------------------------------------------------------

@@ -28,9 +28,10 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
 
+from epmq.pipeline.verify import OPENED
 from tests.kit.fuzz_pools import OUTPUT, POOLS, RECIPE, build, damaged_files
 from tests.kit.mutators import choose
 
@@ -80,6 +81,8 @@ class Watch:
     def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
         if event == "open" and arguments[2] & WRITES:
             self._check(event, arguments[:1])
+        elif event in ("os.remove", "os.rmdir") and isinstance(arguments[1], int) and arguments[1] >= 0:
+            self._check(event, (os.path.join(os.readlink(f"/proc/self/fd/{arguments[1]}"), os.fsdecode(arguments[0])),))
         elif event in CHANGES:
             self._check(event, arguments[: CHANGES[event]])
         elif event in PROCESSES or event == "pickle.find_class":
@@ -96,7 +99,8 @@ class Watch:
             if isinstance(path, int):
                 continue  # a file that is open already
             name = os.path.abspath(os.fsdecode(path))
-            if name != os.devnull and not name.startswith((f"{self.folder}/{OUTPUT}", f"{self.folder}/.{OUTPUT}")):
+            ours = (f"{self.folder}/{OUTPUT}", f"{self.folder}/.{OUTPUT}", f"{gettempdir()}/{OPENED}")
+            if name != os.devnull and not name.startswith(ours):
                 self._refuse(f"{event} {name}")
 
     def _refuse(self, what: str, note: bool = True) -> None:

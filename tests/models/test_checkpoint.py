@@ -1,15 +1,18 @@
 import json
+import re
 import shutil
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from checkpoints import CONFIG, saved, some_tensors
 from conftest import tiny_bert
 from safetensors.torch import load_file, save_file
 
 from epmq.files import write_json
-from epmq.models.checkpoint import INDEX, SINGLE, Checkpoint, resolve
+from epmq.models.checkpoint import HUB_PATTERNS, INDEX, SINGLE, Checkpoint, resolve
 
 
 @pytest.fixture
@@ -64,6 +67,17 @@ def test_a_hub_that_does_not_answer_is_a_missing_directory(monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
     with pytest.raises(FileNotFoundError, match=r"owner/name: no such directory, and the Hub .*offline"):
         resolve("owner/name")
+
+
+def test_the_files_of_every_tokenizer_of_transformers_are_fetched():
+    sources = Path(transformers.__file__).parent.glob("models/*/tokenization*.py")
+    tables = re.findall(
+        r"VOCAB_FILES_NAMES\b[^{\n]*= \{([^}]*)\}", "".join(file.read_text("utf-8") for file in sources)
+    )
+    names = {name for table in tables for name in re.findall(r': "([^"/]+)"', table)}
+    assert {"source.spm", "bpe.codes", "sentencepiece.bpe.model", "prophetnet.tokenizer"} <= names
+    assert not [name for name in names if not any(fnmatch(name, pattern) for pattern in HUB_PATTERNS)]
+    assert not any(fnmatch(name, pattern) for name in ("a.py", "b.bin", "c.pkl") for pattern in HUB_PATTERNS)
 
 
 def no_config(folder: Path) -> None:

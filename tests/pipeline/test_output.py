@@ -9,7 +9,7 @@ from checkpoints import edit_weights, weights
 from conftest import recipe_for
 from safetensors import safe_open
 
-from epmq.models.checkpoint import PROCESSOR_FILES, byte_size
+from epmq.models.checkpoint import byte_size
 from epmq.pipeline.output import weight_specs
 from epmq.pipeline.prepare import prepare
 from epmq.pipeline.run import run
@@ -23,8 +23,7 @@ def test_tokenizer_files_are_copied_as_they_are_and_nothing_else(pool, tmp_path)
     (base / "modeling_custom.py").write_text("raise SystemExit")
     output = tmp_path / "out"
     run(recipe_for(tmp_path / "pool", output=str(output), quantize={"method": "rtn"}), progress=False, evaluate=False)
-    there = {name for name in PROCESSOR_FILES if (base / name).exists()}
-    assert "chat_template.jinja" in there
+    there = {"chat_template.jinja", "tokenizer.json", "tokenizer_config.json"}
     assert all((output / name).read_bytes() == (base / name).read_bytes() for name in there)
     beside = {"config.json", "model.safetensors", "heads", "report.json", "report.html", "README.md"}
     assert {file.name for file in output.iterdir()} == there | beside

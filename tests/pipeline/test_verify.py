@@ -76,3 +76,17 @@ def test_outputs_that_are_not_finite_are_no_match(monkeypatch, tmp_path, value):
     monkeypatch.setattr(verify, "reloaded_output", lambda folder, inputs, calls: torch.full((2, 3), value))
     with pytest.raises(RuntimeError, match="read back"):
         verify.check_reloaded(tmp_path, {}, torch.ones(2, 3))
+
+
+def test_a_processor_that_would_be_another_one_in_the_output_is_refused(own_pool, tmp_path, monkeypatch):
+    """The file that holds the words is left behind, as if it were none of the tokenizer's."""
+    monkeypatch.setattr("epmq.models.side_files.WEIGHTS", ("tokenizer.json",))
+    with pytest.raises(ValueError, match=r"base: the processor is another one when opened from the files that go into"):
+        run(recipe_for(own_pool, output=str(tmp_path / "out")), progress=False)
+
+
+def test_a_processor_that_is_another_one_in_the_output_is_not_published(pool, tmp_path, monkeypatch):
+    monkeypatch.setattr("epmq.pipeline.output.copy_files", lambda files, folder: None)
+    with pytest.raises(RuntimeError, match=r"the processor is another one .* nothing was published"):
+        run(recipe_for(pool, output=str(tmp_path / "out"), quantize={"method": "none"}), progress=False)
+    assert not (tmp_path / "out").exists()

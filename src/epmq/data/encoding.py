@@ -1,7 +1,9 @@
-"""From examples to model inputs: tokenizers, image processors, chat templates, packing."""
+"""From examples to model inputs: tokenizers, processors of images, chat templates, packing."""
 
+import inspect
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from io import BytesIO
 from itertools import chain
 from pathlib import Path
@@ -12,11 +14,12 @@ import numpy as np
 import torch
 
 from epmq.data.examples import Examples
-from epmq.errors import InputError, error_context
+from epmq.errors import InputError, error_context, reason
 
-# Files of which one shows that there is an image processor, or a tokenizer.
-IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
-TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json")
+# Files of which one shows that there is a processor of images or audio, or a tokenizer.
+SETTINGS_FILES = ("preprocessor_config.json", "processor_config.json")
+TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "tekken.json", "bpe.codes")
+TEXT_ENDINGS = (".model", ".spm", ".tiktoken", ".tokenizer")
 # Tokens of a window where neither the recipe nor the tokenizer asks for fewer.
 WINDOW = 512
 # Far longer than a chat template needs for one conversation.
@@ -26,27 +29,71 @@ MOST_DIGITS = 6
 REFUSAL = "the base model's {} cannot take them"
 
 
+class PartProcessor:
+    """Tokenizer and image processor of a joint processor that cannot be opened here as a whole; `fault` says why."""
+
+    def __init__(self, tokenizer: Any, image_processor: Any, fault: str) -> None:
+        self.tokenizer, self.image_processor, self.fault = tokenizer, image_processor, fault
+
+
 def load_processor(directory: str | Path) -> Any:
-    """What lies in a model directory: a tokenizer, an image processor, both in one (CLIP), or None.
+    """What lies in a model directory: a tokenizer, a processor of images or audio, both in one (CLIP), or None.
 
-    Where transformers cannot open it, or not without code that lies there, a ValueError names the directory.
+    Where transformers cannot open it, or not without code that lies there, a ValueError names the directory; likewise
+    where the tokenizer knows no word, since its vocabulary is not there.
     """
-    from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    images, texts = (any(Path(directory, name).exists() for name in names) for names in (IMAGE_FILES, TEXT_FILES))
-    if not images and not texts:
+    names = [file.name for file in Path(directory).iterdir()] if Path(directory).is_dir() else []
+    texts = any(name in TEXT_FILES or name.endswith(TEXT_ENDINGS) for name in names)
+    settings = any(name in SETTINGS_FILES for name in names)
+    if not settings and not texts:
         return None
-    image_class: Any = AutoImageProcessor
-    processor_class: Any = AutoTokenizer if not images else AutoProcessor if texts else image_class
-    fault = "transformers cannot open the tokenizer or image processor"
+    fault = "transformers cannot open the tokenizer or the processor"
     with warnings.catch_warnings(), error_context(directory, fault):
         warnings.simplefilter("ignore")
-        # Without a value, transformers asks on standard input whether code in the directory may run.
-        processor = processor_class.from_pretrained(directory, trust_remote_code=False)
-        if images and image_processor_of(processor) is None:
-            # A vision tower alone is no processor's model: beside its tokenizer's files, transformers sees those only.
-            processor = image_class.from_pretrained(directory, trust_remote_code=False)
+        if not texts:  # transformers would make up a tokenizer without words
+            processor = _first_opened(directory)
+        elif not settings:
+            # Without a value, transformers asks on standard input whether code in the directory may run.
+            processor = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        else:
+            processor = _open_joint(directory)
+    tokenizer = tokenizer_of(processor)
+    if tokenizer is not None and len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+        raise InputError(f"{directory}: its tokenizer has no words: the file of its vocabulary is missing")
     return processor
+
+
+def _open_joint(directory: str | Path) -> Any:
+    """The processor of a directory that has a tokenizer and the settings of another part."""
+    from transformers import AutoProcessor, AutoTokenizer
+
+    try:
+        processor: Any = AutoProcessor.from_pretrained(directory, trust_remote_code=False)
+    except ImportError as error:  # a part, such as that for videos, needs a library that is not here
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        with suppress(Exception):
+            return PartProcessor(tokenizer, _first_opened(directory), reason(error))
+        return PartProcessor(tokenizer, None, reason(error))
+    if tokenizer_of(processor) is processor:
+        # A vision tower alone is no processor's model: beside its tokenizer's files, transformers sees those only.
+        return _first_opened(directory)
+    return processor
+
+
+def _first_opened(directory: str | Path) -> Any:
+    """The image processor of a directory; where it has none, its feature extractor, as for audio."""
+    from transformers import AutoFeatureExtractor, AutoImageProcessor
+
+    kinds: list[Any] = [AutoImageProcessor, AutoFeatureExtractor]
+    faults: list[Exception] = []
+    for kind in kinds:
+        try:
+            return kind.from_pretrained(directory, trust_remote_code=False)
+        except Exception as error:  # of damaged files libraries raise anything
+            faults.append(error)
+    raise faults[0]
 
 
 def tokenizer_of(processor: Any) -> Any:
@@ -66,6 +113,25 @@ def image_processor_of(processor: Any) -> Any:
     return images if hasattr(images, "image_mean") or hasattr(images, "do_resize") else None
 
 
+def fit_to_model(processor: Any, forward: Callable[..., Any]) -> None:
+    """Let a tokenizer give no inputs that a model's forward has no name for, such as types of tokens."""
+    tokenizer = tokenizer_of(processor)
+    if tokenizer is None:
+        return
+    taken = inspect.signature(forward).parameters
+    is_open = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values())
+    kept = {"input_ids", *taken, *(["attention_mask"] if is_open else [])}
+    tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name in kept]
+
+
+def text_length(tokenizer: Any, asked: int | None, positions: int | None) -> int | None:
+    """Tokens to cut a text to: what is asked for, else what the tokenizer says, but no more than there are positions.
+
+    None leaves it to the tokenizer.
+    """
+    return asked if positions is None else min(positions, asked or tokenizer.model_max_length)
+
+
 def encode(
     examples: Examples, processor: Any, batch_size: int = 32, max_length: int | None = None
 ) -> Iterator[dict[str, Any]]:
@@ -74,7 +140,8 @@ def encode(
     Args:
         examples: what to encode. Documents (`causal`) are taken one by one, each cut; see `pack` for windows.
         processor: the tokenizer, the image processor or both in one.
-        max_length: texts are cut to this many tokens; None leaves it to the tokenizer.
+        max_length: texts are cut to this many tokens, or to what `examples.longest` says where that is less; None
+            leaves it to the tokenizer.
 
     Yields:
         keyword arguments of the model's forward: `input_ids` and `attention_mask` [batch, tokens] int64,
@@ -97,7 +164,7 @@ def encode(
     for start in range(0, len(examples), batch_size):
         chunk = examples.take(np.arange(start, min(start + batch_size, len(examples))))
         with error_context(f"{examples.kind} examples", REFUSAL.format(type(processor).__name__)):
-            batch = _encode(chunk, tokenizer, images, max_length)
+            batch = _encode(chunk, processor, max_length)
         yield batch
 
 
@@ -135,28 +202,62 @@ def check_template(template: str) -> None:
             raise InputError(f"it computes with large numbers: {value}")
 
 
-def _encode(examples: Examples, tokenizer: Any, images: Any, max_length: int | None) -> dict[str, Any]:
+def _encode(examples: Examples, processor: Any, max_length: int | None) -> dict[str, Any]:
     """One batch of model inputs, of all the examples."""
     kind, inputs, batch = examples.kind, examples.inputs, dict[str, Any]()
     if kind == "tokens":
         ids = torch.from_numpy(inputs)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    cut = {"padding": True, "truncation": True, "max_length": max_length, "return_tensors": "pt"}
-    if kind == "chat":
-        chat = {"chat_template": examples.template, "tokenize": True, "return_dict": True}
-        return dict(tokenizer.apply_chat_template(list(inputs), **cut, **chat))
-    if kind.startswith("image"):
-        pictures, inputs = (inputs, None) if kind == "image" else zip(*inputs)
-        batch["pixel_values"] = images([_image(picture) for picture in pictures], return_tensors="pt")["pixel_values"]
-    if inputs is not None:
+    if kind == "image":
+        pictures = [_image(picture) for picture in inputs]
+        return {"pixel_values": image_processor_of(processor)(pictures, return_tensors="pt")["pixel_values"]}
+    tokenizer = tokenizer_of(processor)
+    text, target = (text_length(tokenizer, max_length, positions) for positions in examples.longest)
+    form = {"padding": True, "truncation": True, "return_tensors": "pt"}
+    with _padding(tokenizer):
+        if kind == "chat":
+            chat = {"chat_template": examples.template, "tokenize": True, "return_dict": True}
+            return dict(tokenizer.apply_chat_template(list(inputs), max_length=text, **form, **chat))
+        if kind == "image_text":
+            pictures = [_image(picture) for picture, _ in inputs]
+            return _encode_both(processor, pictures, [words for _, words in inputs], {**form, "max_length": text})
         # Pairs go in as lists, which is what tokenizers take for a pair.
-        batch |= tokenizer([x if isinstance(x, str) else list(x) for x in inputs], **cut)
-    if kind == "seq2seq":
-        targets = tokenizer(text_target=examples.targets, **cut)
-        mask = targets["attention_mask"]
-        batch["labels"] = targets["input_ids"].masked_fill(mask == 0, -100)
-        batch["decoder_attention_mask"] = torch.cat([torch.ones_like(mask[:, :1]), mask[:, :-1]], dim=1)
+        batch |= tokenizer([x if isinstance(x, str) else list(x) for x in inputs], max_length=text, **form)
+        if kind == "seq2seq":
+            targets = tokenizer(text_target=examples.targets, max_length=target, **form)
+            mask = targets["attention_mask"]
+            batch["labels"] = targets["input_ids"].masked_fill(mask == 0, -100)
+            batch["decoder_attention_mask"] = torch.cat([torch.ones_like(mask[:, :1]), mask[:, :-1]], dim=1)
     return batch
+
+
+def _encode_both(processor: Any, pictures: list[Any], texts: list[str], form: dict[str, Any]) -> dict[str, Any]:
+    """Pictures with their texts: by the joint processor, which knows what of one goes into the other."""
+    if isinstance(processor, PartProcessor):
+        raise InputError(processor.fault)
+    if not callable(processor):  # two that know nothing of each other
+        pixels = image_processor_of(processor)(pictures, return_tensors="pt")["pixel_values"]
+        return {**tokenizer_of(processor)(texts, **form), "pixel_values": pixels}
+    form = {name: value for name, value in form.items() if value is not None}
+    try:
+        return dict(processor(images=pictures, text=texts, **form))
+    except (ValueError, TypeError, IndexError) as error:
+        with suppress(Exception):  # some want a list of pictures for each text
+            return dict(processor(images=[[picture] for picture in pictures], text=texts, **form))
+        raise error
+
+
+@contextmanager
+def _padding(tokenizer: Any) -> Iterator[None]:
+    """Pad with any token, in a `with` block, where the tokenizer names none: padding is masked out."""
+    missing = tokenizer.pad_token_id is None
+    if missing:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.bos_token or tokenizer.convert_ids_to_tokens(0)
+    try:
+        yield
+    finally:
+        if missing:
+            tokenizer.pad_token = None
 
 
 def _image(source: Any) -> Any:

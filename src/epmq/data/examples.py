@@ -24,6 +24,7 @@ class Examples:
         targets: for `seq2seq`: n strings.
         template: the chat template of conversations; None means the tokenizer's own.
         metric: name of the function in `epmq.pipeline.evaluation` that scores them; None leaves it to their kind.
+        longest: tokens that the model has positions for, of a text and of a target; None where it takes any number.
     """
 
     kind: str
@@ -32,6 +33,7 @@ class Examples:
     targets: list[str] | None = None
     metric: str | None = None
     template: str | None = None
+    longest: tuple[int | None, int | None] = (None, None)
 
     def __len__(self) -> int:
         return len(self.inputs)

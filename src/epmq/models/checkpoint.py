@@ -16,19 +16,16 @@ from epmq.errors import InputError, MissingError, error_context, reason
 from epmq.files import read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-# Endings of the files of a model that are fetched and read: never code, and pickles only where the user names one.
-MODEL_FILES = (".json", ".safetensors", ".txt", ".model", ".jinja")
+# Endings of the files of a model that are fetched and read, which are those of all tokenizers of transformers: never
+# code, and pickles only where the user names one.
+# fmt: off
+MODEL_FILES = (
+    ".json", ".safetensors", ".txt", ".model", ".jinja", ".spm", ".codes", ".tiktoken", ".tokenizer", ".vocab", ".bpe",
+)
+# fmt: on
 HUB_PATTERNS = [f"*{ending}" for ending in MODEL_FILES]
 # Weights in pickles, which are opened only by name and only as tensors (`torch.load(weights_only=True)`).
 PICKLES = (".bin", ".bin.index.json")
-# Files beside the weights that belong to the tokenizer or the processor.
-# fmt: off
-PROCESSOR_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",
-    "vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "chat_template.jinja",
-    "preprocessor_config.json", "processor_config.json", "generation_config.json",
-)
-# fmt: on
 # Fields of a config that say how many there are of something, and more than any model has.
 COUNTS, MOST = ("layers", "n_layer", "num_labels", "depth"), 100_000
 # Dtypes by the names that safetensors gives them, in the order in which it writes their tensors.

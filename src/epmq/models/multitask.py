@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from epmq.data.encoding import encode, load_processor, to_device, tokenizer_of
+from epmq.data.encoding import encode, fit_to_model, load_processor, to_device, tokenizer_of
 from epmq.data.examples import Examples
 from epmq.errors import InputError, UnknownTaskError, error_context
 from epmq.models.checkpoint import read_config, resolve
@@ -84,6 +84,7 @@ class MultiTaskModel(nn.Module):
         super().__init__()
         self.backbone: Any = backbone
         self.processor, self._heads, self.tasks = processor, heads, list(heads)
+        fit_to_model(processor, backbone.forward)
 
     def head(self, task: str) -> Head | NativeHead:
         """The head of a task; where there is no such task, the KeyError names those there are."""

@@ -12,6 +12,7 @@ from epmq.merging.compatibility import open_experts
 from epmq.merging.experts import ExpertSet
 from epmq.models.blocks import use_fast_matmul
 from epmq.models.multitask import MultiTaskModel, load
+from epmq.pipeline.inputs import ModelInputs
 from epmq.pipeline.metrics import metrics_of, scorer_of
 from epmq.pipeline.prepare import ExpertData, check_head
 from epmq.pipeline.processor import output_processor
@@ -88,10 +89,10 @@ def _open(recipe: Recipe) -> tuple[ExpertSet, dict[str, Examples]]:
         raise InputError("recipe: no expert has evaluation data")
     experts = open_experts(recipe.base, recipe.experts, recipe.tokenizer)
     plan = output_processor(experts)
-    evaluation = {}
+    inputs, evaluation = ModelInputs(experts, recipe, plan.processor), {}
     for expert in recipe.experts:
         if expert.evaluation is not None:
-            data = ExpertData(experts, recipe, expert, plan.processor, plan.templates.get(expert.name))
+            data = ExpertData(experts, recipe, expert, inputs, plan.templates.get(expert.name))
             evaluation[expert.name] = data.evaluation(None)
             check_head(experts, expert.name, evaluation[expert.name])
     return experts, evaluation

@@ -98,9 +98,10 @@ def _written(model: MultiTaskModel, examples: Examples, **options: Any) -> Itera
     """What is greedily generated for each example, and its target; texts no shorter than the longest target."""
     tokenizer = tokenizer_of(model.processor)
     longest = max(len(ids) for ids in tokenizer(text_target=examples.targets)["input_ids"])
+    count = min(longest + 1, examples.longest[1] or longest + 1)  # no more than the model has positions for
     for inputs, targets in _batches(model, examples, **options):
         prompt = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-        tokens = model.backbone.generate(**prompt, max_new_tokens=longest + 1, do_sample=False, num_beams=1)
+        tokens = model.backbone.generate(**prompt, max_new_tokens=count, do_sample=False, num_beams=1)
         yield from zip(tokenizer.batch_decode(tokens, skip_special_tokens=True), targets)
 
 

@@ -1,6 +1,5 @@
 """What a run leaves behind: weights in the recipe's format, config, heads, processor."""
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,9 +12,10 @@ from epmq.export import FORMATS
 from epmq.files import write_json
 from epmq.merging.experts import ExpertReader
 from epmq.models.blocks import LINEAR, as_matrix, block_linears, find_stacks, is_transposed
-from epmq.models.checkpoint import PROCESSOR_FILES, TensorSpec
+from epmq.models.checkpoint import TensorSpec
 from epmq.models.heads import load_head, save_head, write_head_file
 from epmq.models.multitask import HEADS, NativeHead
+from epmq.models.side_files import copy_files
 from epmq.models.writer import CheckpointWriter
 from epmq.pipeline.prepare import PreparedRun
 from epmq.pipeline.processor import write_processor
@@ -112,7 +112,7 @@ def write_merged(run: PreparedRun, folder: Path, bar: Progress) -> int:
 
 
 def write_rest(run: PreparedRun, folder: Path, quantized: list[str], fits: Mapping[str, HeadFit]) -> None:
-    """Write all that is beside the weights: config, heads, processor.
+    """Write all that is beside the weights: config, heads, and the base's other files.
 
     Args:
         quantized: names of the quantized layers.
@@ -124,9 +124,7 @@ def write_rest(run: PreparedRun, folder: Path, quantized: list[str], fits: Mappi
         _write_head(expert, folder / HEADS / f"{expert.task}.safetensors", fits.get(expert.task))
     if not any((folder / HEADS).iterdir()):
         (folder / HEADS).rmdir()
-    for name in PROCESSOR_FILES:
-        if (run.experts.base.path / name).exists():
-            shutil.copyfile(run.experts.base.path / name, folder / name)
+    copy_files(run.side_files, folder)
     if run.output_processor is not None:
         write_processor(run.output_processor, run.experts, folder)
 

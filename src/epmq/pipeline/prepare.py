@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,10 @@ from rich.progress import Progress
 
 from epmq.calibration.calls import BlockCalls, try_forwards
 from epmq.calibration.head_refit import heads_follow
-from epmq.data.encoding import encode, pack
+from epmq.data.encoding import pack
 from epmq.data.examples import Examples, Fields, Pictures
 from epmq.data.readers import fields_of, from_objects, read_data
+from epmq.data.same_processor import differs_in_media
 from epmq.errors import InputError, error_context
 from epmq.export import FORMATS
 from epmq.files import check_output
@@ -23,9 +25,11 @@ from epmq.merging.merged import MergedWeights
 from epmq.merging.relation import check_relation
 from epmq.models.blocks import as_matrix, block_linears, is_transposed
 from epmq.models.heads import HEAD_FILE, load_head
-from epmq.models.meta import vocabulary
+from epmq.models.side_files import add_modules, side_files
+from epmq.pipeline.inputs import ModelInputs
 from epmq.pipeline.metrics import metric_of
 from epmq.pipeline.processor import OutputProcessor, output_processor
+from epmq.pipeline.verify import opened_from
 from epmq.recipe import Data, Expert, Recipe
 from epmq.runtime import select_device
 
@@ -45,6 +49,7 @@ class PreparedRun:
     processor: Any  # the output's tokenizer or image processor, or None
     calibration: dict[str, list[dict[str, Any]]]  # task → inputs of the model, batch by batch
     evaluation: dict[str, Examples]  # task → labelled examples
+    side_files: dict[str, Path] = field(default_factory=dict)  # path in the output → file of the base
     output_processor: OutputProcessor | None = None  # what is written of processor and templates; None: the base's
     calls: BlockCalls = field(default_factory=BlockCalls)  # how the model calls its blocks on the calibration inputs
 
@@ -76,9 +81,12 @@ def prepare(
             experts.notes.depart(note)
     experts.notes += check_relation(experts)
     plan = output_processor(experts)
+    beside = side_files(experts.base.path, plan.processor)
+    _note_processors(experts, plan.processor, beside)
+    model_inputs = ModelInputs(experts, recipe, plan.processor, opened_from(beside, experts, plan))
     inputs, scored = {}, {}
     for expert in recipe.experts:
-        data = ExpertData(experts, recipe, expert, plan.processor, plan.templates.get(expert.name))
+        data = ExpertData(experts, recipe, expert, model_inputs, plan.templates.get(expert.name))
         if recipe.quantize.calibrates:
             inputs[expert.name] = data.calibration(calibration)
         if evaluate and (expert.evaluation is not None or expert.name in (evaluation or {})):
@@ -99,7 +107,18 @@ def prepare(
         experts.notes.refuse()
     scored = {expert.name: scored[expert.name] for expert in listed if expert.name in scored}
     merged = MergedWeights(experts, recipe.merge, recipe.seed)
-    return PreparedRun(recipe, experts, merged, plan.processor, inputs, scored, plan, calls)
+    return PreparedRun(recipe, experts, merged, plan.processor, inputs, scored, beside, plan, calls)
+
+
+def _note_processors(experts: ExpertSet, processor: Any, beside: dict[str, Path]) -> None:
+    """Note where experts see or pool otherwise than the base; modules that all of them share are the output's."""
+    folders = {task: expert.path for task, expert in experts.experts.items()}
+    for note in add_modules(beside, experts.base.path, folders):
+        experts.notes.depart(note)
+    for task, folder in folders.items():
+        what = differs_in_media(processor, folder)
+        if what is not None:
+            experts.notes.depart(f"expert {task}: its processor takes {what} otherwise than the base's, which is used")
 
 
 def _check_fields(recipe: Recipe, calibration: Objects, evaluation: Objects) -> None:
@@ -150,7 +169,7 @@ class ExpertData:
     experts: ExpertSet
     recipe: Recipe
     expert: Expert
-    processor: Any
+    inputs: ModelInputs
     template: str | None = None  # of chats, where it is not the output's default
 
     def calibration(self, objects: Objects | None) -> list[dict[str, Any]]:
@@ -161,40 +180,40 @@ class ExpertData:
         """
         data = self.expert.calibration
         count = data.samples if data and data.samples is not None else self.recipe.samples
-        with error_context(f"experts.{self.expert.name}.calibration"):
-            return self._encoded(self._examples(data, objects, count))
+        where = f"experts.{self.expert.name}.calibration"
+        with error_context(where):
+            return self._encoded(self._examples(data, objects, count, where), where)[1]
 
     def evaluation(self, objects: Objects | None) -> Examples:
         """Labelled examples to score; arguments and errors as in `calibration`."""
         data = self.expert.evaluation
-        with error_context(f"experts.{self.expert.name}.evaluation"):
-            examples = self._examples(data, objects, data.samples if data else None)
+        where = f"experts.{self.expert.name}.evaluation"
+        with error_context(where):
+            examples = self._examples(data, objects, data.samples if data else None, where)
             tried = examples
             if isinstance(examples.inputs, Pictures):  # a large test set is read once, when it is scored
                 tried = examples.take(np.arange(min(len(examples), self.recipe.batch_size)))
-            self._encoded(tried)
-            examples = replace(examples, metric=data.metric if data else None)
+            longest = self._encoded(tried, where, scored=True)[0].longest
+            examples = replace(examples, metric=data.metric if data else None, longest=longest)
             self._check_scored(examples, data)
         return examples
 
-    def _examples(self, data: Data | None, objects: Objects | None, count: int | None) -> Examples:
+    def _examples(self, data: Data | None, objects: Objects | None, count: int | None, where: str) -> Examples:
         recipe, use = self.recipe, _text_use(self.experts, self.expert.name)
         if objects and self.expert.name in objects:
             columns = fields_of(data) if data else Fields()
             examples = from_objects(objects[self.expert.name], columns, use, "python objects")
         else:
             assert data is not None
+            self.inputs.check_files()
             examples = read_data(data, use, count, recipe.seed)
         examples = replace(examples, template=self.template)
         if examples.kind == "causal" and (data is None or data.pack):
-            return pack(examples, self.processor, recipe.max_length, count, recipe.seed)
+            return pack(examples, self.inputs.processor, self.inputs.window(where), count, recipe.seed)
         return examples if examples.kind == "batches" else examples.draw(count, recipe.seed)
 
-    def _encoded(self, examples: Examples) -> list[dict[str, Any]]:
-        batches = list(encode(examples, self.processor, self.recipe.batch_size, self.recipe.max_length))
-        for batch in batches:
-            _check_tokens(self.experts, batch)
-        return batches
+    def _encoded(self, examples: Examples, where: str, scored: bool = False) -> tuple[Examples, list[dict[str, Any]]]:
+        return self.inputs.encode(examples, where, scored)
 
     def _check_scored(self, examples: Examples, data: Data | None) -> None:
         """Check that examples can be scored with what they hold, on this model."""
@@ -214,22 +233,6 @@ def _text_use(experts: ExpertSet, task: str) -> str:
     if experts.model.config.is_encoder_decoder:
         return "seq2seq"
     return "causal" if experts.model.can_generate() else "text"
-
-
-def _check_tokens(experts: ExpertSet, batch: dict[str, Any]) -> None:
-    """Check that a batch has tokens, and the model an embedding for each."""
-    rows = vocabulary(experts.model)
-    for name in ("input_ids", "decoder_input_ids", "labels"):
-        ids = batch.get(name)
-        if not isinstance(ids, torch.Tensor):
-            continue
-        if name == "input_ids" and not ids.numel():
-            raise InputError("a batch of examples has no tokens at all")
-        if rows is not None and ids.numel() and int(ids.max()) >= rows:
-            raise InputError(
-                f"token {int(ids.max())} in {name}, but {experts.base.path} has {rows} embeddings: the tokenizer is "
-                "another model's"
-            )
 
 
 def check_head(experts: ExpertSet, task: str, evaluation: Examples | None) -> None:

@@ -30,7 +30,7 @@ from epmq.pipeline.journal import Workdir, hash_batches, remove_stale_workdir, r
 from epmq.pipeline.metrics import metrics_of
 from epmq.pipeline.output import QuantizedWeights, weight_specs, write_merged, write_rest
 from epmq.pipeline.prepare import Objects, PreparedRun, prepare
-from epmq.pipeline.verify import WrongOutputError, check_reloaded
+from epmq.pipeline.verify import WrongOutputError, check_processor, check_reloaded
 from epmq.recipe import Recipe
 from epmq.recipe_file import load_recipe
 from epmq.reporting import report as reporting
@@ -100,6 +100,7 @@ def run(
             folder = workdir.output
             with clocks.phase("merge and quantize"):
                 written = write_quantized(prepared, workdir, batches, bar)
+        check_processor(folder, prepared.experts, prepared.processor)
         report = _report(prepared, folder, written, clocks)
         if prepared.evaluation:
             with clocks.phase("evaluate"):
@@ -210,6 +211,7 @@ def inputs_of(prepared: PreparedRun, batches: list[Batch]) -> dict[str, Any]:
     experts = prepared.experts
     folders = {experts.base.path, *(expert.path for expert in experts.experts.values())}
     files = {file for folder in folders for file in model_files(folder)}
+    files |= set(prepared.side_files.values())
     files |= {expert.head_file for expert in experts.experts.values() if expert.head_file is not None}
     tasks = groupby(batches, key=lambda batch: batch.task)
     return {

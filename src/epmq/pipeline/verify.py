@@ -1,5 +1,6 @@
 """Read back what was written, before it appears, and hold it against the model in memory."""
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,24 @@ from epmq.calibration.calls import BlockCalls
 from epmq.calibration.repeated import calibrator_of
 from epmq.calibration.sequential import Batch
 from epmq.calibration.teacher import NO_CALLS
+from epmq.data.encoding import load_processor
+from epmq.data.same_processor import difference
+from epmq.errors import InputError
+from epmq.files import write_json
+from epmq.merging.experts import ExpertSet
 from epmq.models.checkpoint import Checkpoint
 from epmq.models.hooks import first_tensor
 from epmq.models.initial import fill_absent, initial_values
 from epmq.models.loading import plain_tensors
 from epmq.models.meta import build_meta_model, load_outside, materialize, rename, tied_names, to_meta
+from epmq.models.side_files import WEIGHTS, copy_files
+from epmq.pipeline.processor import OutputProcessor, write_processor
 
 # Largest difference over largest value that may come of another order of sums.
 TOLERANCE = 1e-3
+# How the name begins of the temporary folder that a processor is opened from.
+OPENED = "epmq-processor-"
+LOST = "the processor is another one when opened from the files that go into the output"
 
 
 class WrongOutputError(RuntimeError):
@@ -68,3 +79,45 @@ def reloaded_output(folder: Path, inputs: dict[str, Any], calls: BlockCalls = NO
         if step.lockstep:
             to_meta(step.block)
     return first_tensor(calibrator.first_output)
+
+
+def opened_from(files: dict[str, Path], experts: ExpertSet, plan: OutputProcessor) -> Any:
+    """The processor as it will be opened from the output: from its files beside the weights, and its config alone.
+
+    Args:
+        files: the `side_files` of the base.
+        plan: the processor of the run, and what is written of it.
+
+    Raises:
+        InputError: it cannot be opened from these, or does something else than that of the run.
+    """
+    if plan.processor is None:
+        return None
+    with tempfile.TemporaryDirectory(prefix=OPENED) as folder:
+        copy_files(files, Path(folder), leave_out=WEIGHTS)
+        write_json(Path(folder, "config.json"), experts.config)
+        write_processor(plan, experts, Path(folder))
+        try:
+            written = load_processor(folder)
+        except InputError as error:
+            raise InputError(f"{experts.base.path}: {LOST} ({str(error).removeprefix(folder)})") from None
+    what = difference(plan.processor, written, shared=is_part(experts))
+    if what is not None:
+        raise InputError(f"{experts.base.path}: {LOST} ({what})")
+    return written
+
+
+def is_part(experts: ExpertSet) -> bool:
+    """Whether a part of the base is merged, such as CLIP's vision tower, that may need a part of its processor."""
+    return bool(experts.config.get("model_type") != experts.base.checkpoint.config.get("model_type"))
+
+
+def check_processor(folder: Path, experts: ExpertSet, processor: Any) -> None:
+    """Check that the processor in an output does what `processor`, that of the run, does.
+
+    Raises:
+        WrongOutputError: it does something else; what is said.
+    """
+    what = difference(processor, load_processor(folder), shared=is_part(experts))
+    if what is not None:
+        raise WrongOutputError(f"{folder}: {LOST} ({what}); nothing was published")
