@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from epmq.data.examples import Examples
+from epmq.data.windows import join_words
 from epmq.errors import InputError, error_context
 
 # Files of which one shows that there is an image processor, or a tokenizer.
@@ -141,12 +142,21 @@ def _encode(examples: Examples, tokenizer: Any, images: Any, max_length: int | N
     if kind == "tokens":
         ids = torch.from_numpy(inputs)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    cut = {"padding": True, "truncation": True, "max_length": max_length, "return_tensors": "pt"}
+    cut = {
+        "padding": True,
+        "truncation": "only_second" if kind == "question" else True,
+        "max_length": max_length,
+        "return_tensors": "pt",
+    }
     if kind == "chat":
         return dict(tokenizer.apply_chat_template(list(inputs), tokenize=True, return_dict=True, **cut))
     if kind.startswith("image"):
         pictures, inputs = (inputs, None) if kind == "image" else zip(*inputs)
         batch["pixel_values"] = images([_image(picture) for picture in pictures], return_tensors="pt")["pixel_values"]
+    if kind == "words":
+        inputs = [join_words(words)[0] for words in inputs]
+    if kind == "choices":  # each choice with its text is an example of its own
+        inputs = [(text, choice) for text, choices in inputs for choice in choices]
     if inputs is not None:
         # Pairs go in as lists, which is what tokenizers take for a pair.
         batch |= tokenizer([x if isinstance(x, str) else list(x) for x in inputs], **cut)

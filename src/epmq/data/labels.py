@@ -42,8 +42,13 @@ class Labels:
         Raises:
             InputError: it is none; the message goes on after "field 'label' …".
         """
-        readers = {"number": self._number, "labels": self._several, "tags": self._tags, "span": _texts}
-        return readers.get(self.kind, self._index)(value)
+        if self.kind == "number":
+            return self._number(value)
+        if self.kind == "labels":
+            return self._several(value)
+        if self.kind == "tags":
+            return self._tags(value)
+        return _texts(value) if self.kind == "span" else self._index(value)
 
     def array(self, values: list[Any]) -> Any:
         """The labels of all examples: an array [n] or [n, classes] where each has as many, or a list."""

@@ -1,7 +1,8 @@
 """Before any compute: open everything that a recipe names and check that it fits together."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -11,6 +12,7 @@ from rich.progress import Progress
 
 from epmq.data.encoding import encode, load_processor, pack
 from epmq.data.examples import Examples, Fields, Pictures
+from epmq.data.labels import Labels
 from epmq.data.readers import fields_of, from_objects, read_data
 from epmq.errors import InputError, error_context
 from epmq.export import FORMATS
@@ -20,8 +22,10 @@ from epmq.merging.experts import BaseReader, ExpertReader, ExpertSet
 from epmq.merging.merged import MergedWeights
 from epmq.merging.relation import check_relation
 from epmq.models.blocks import as_matrix, block_linears, is_transposed
-from epmq.models.heads import HEAD_FILE, load_head
+from epmq.models.heads import HEAD_FILE, load_head, read_head_file
 from epmq.models.meta import vocabulary
+from epmq.models.tasks import Task
+from epmq.pipeline import tasks
 from epmq.pipeline.metrics import metric_of
 from epmq.recipe import Data, Expert, Recipe
 from epmq.runtime import select_device
@@ -149,32 +153,50 @@ class ExpertData:
         Raises:
             MissingError, InputError: expert, field and file are named.
         """
-        data = self.expert.calibration
+        data, task, model = self.expert.calibration, self.task, self.experts.model
         count = data.samples if data and data.samples is not None else self.recipe.samples
         with error_context(f"experts.{self.expert.name}.calibration"):
-            return self._encoded(self._examples(data, objects, count))
+            if getattr(self.recipe.quantize, "adapt_heads", False):
+                self._check_outputs()
+            batches = self._encoded(self._examples(data, objects, count, None))
+            return [tasks.calibration_inputs(batch, task, model) for batch in batches]
 
     def evaluation(self, objects: Objects | None) -> Examples:
         """Labelled examples to score; arguments and errors as in `calibration`."""
         data = self.expert.evaluation
         with error_context(f"experts.{self.expert.name}.evaluation"):
-            examples = self._examples(data, objects, data.samples if data else None)
+            self._check_outputs()
+            labels = self.task.labels if self.task else None
+            examples = self._examples(data, objects, data.samples if data else None, labels)
+            source = data.path or data.dataset if data else None
+            examples = tasks.as_scored(examples, self.task, data.metric if data else None, source or "python objects")
             tried = examples
             if isinstance(examples.inputs, Pictures):  # a large test set is read once, when it is scored
                 tried = examples.take(np.arange(min(len(examples), self.recipe.batch_size)))
             self._encoded(tried)
-            examples = replace(examples, metric=data.metric if data else None)
-            self._check_scored(examples, data)
+            tasks.try_windows(tried, self.processor, self.recipe.max_length)
+            self._check_scored(examples)
         return examples
 
-    def _examples(self, data: Data | None, objects: Objects | None, count: int | None) -> Examples:
-        recipe, use = self.recipe, _text_use(self.experts, self.expert.name)
+    @cached_property
+    def task(self) -> Task | None:
+        """What the expert's head answers; None if it has none."""
+        return tasks.task_of(self.experts.experts[self.expert.name])
+
+    def _check_outputs(self) -> None:
+        tasks.check_outputs(self.experts.experts[self.expert.name].head_file, self.experts.model)
+
+    def _examples(
+        self, data: Data | None, objects: Objects | None, count: int | None, labels: Labels | None
+    ) -> Examples:
+        recipe = self.recipe
+        use = self.task.use if self.task is not None else _text_use(self.experts)
         if objects and self.expert.name in objects:
             columns = fields_of(data) if data else Fields()
-            examples = from_objects(objects[self.expert.name], columns, use, "python objects")
+            examples = from_objects(objects[self.expert.name], columns, use, "python objects", labels)
         else:
             assert data is not None
-            examples = read_data(data, use, count, recipe.seed)
+            examples = read_data(data, use, count, recipe.seed, labels)
         if examples.kind == "causal" and (data is None or data.pack):
             return pack(examples, self.processor, recipe.max_length, count, recipe.seed)
         return examples if examples.kind == "batches" else examples.draw(count, recipe.seed)
@@ -183,23 +205,20 @@ class ExpertData:
         batches = list(encode(examples, self.processor, self.recipe.batch_size, self.recipe.max_length))
         for batch in batches:
             _check_tokens(self.experts, batch)
+            tasks.check_ends(batch, self.task, self.experts.model)
         return batches
 
-    def _check_scored(self, examples: Examples, data: Data | None) -> None:
+    def _check_scored(self, examples: Examples) -> None:
         """Check that examples can be scored with what they hold, on this model."""
         metric, model = metric_of(examples), self.experts.model
-        if metric == "accuracy" and examples.labels is None:
-            raise InputError(f"{data.path or data.dataset if data else 'python objects'} has no labels")
         if metric == "log_perplexity" and (not model.can_generate() or model.config.is_encoder_decoder):
             raise InputError(
                 f"{examples.kind} examples are scored by perplexity, which {type(model).__name__} does not give"
             )
 
 
-def _text_use(experts: ExpertSet, task: str) -> str:
-    """How an expert takes texts (one of `USES`): it classifies them with a head, else it writes them."""
-    if experts.experts[task].has_head:
-        return "text"
+def _text_use(experts: ExpertSet) -> str:
+    """How an expert without a head takes texts (one of `USES`): it writes them where it can."""
     if experts.model.config.is_encoder_decoder:
         return "seq2seq"
     return "causal" if experts.model.can_generate() else "text"
@@ -222,7 +241,7 @@ def _check_tokens(experts: ExpertSet, batch: dict[str, Any]) -> None:
 
 
 def check_head(experts: ExpertSet, task: str, evaluation: Examples | None) -> None:
-    """Check that an expert's head can be read, and fits the model and the evaluation data.
+    """Check that an expert's head can be read and fits the model; and that it has one, if it is scored with one.
 
     Raises:
         MissingError, InputError: expert and file are named.
@@ -234,15 +253,13 @@ def check_head(experts: ExpertSet, task: str, evaluation: Examples | None) -> No
         if metric == "accuracy" and expert.head_config is None:
             raise InputError(f"{field}: evaluation needs a head, and neither {HEAD_FILE} nor a task head is there")
         return
+    if "architecture" in read_head_file(file)[1]:
+        return  # a task class, which is built before anything is scored
     head = load_head(file)
     pooled = head.weight if head.projection is None else head.projection
     features, width = pooled.shape[1], getattr(experts.model.config, "hidden_size", None)
     if width is not None and features != width * (2 if head.pooling == "cls_mean" else 1):
         raise InputError(f"{field}: {file} takes {features} features, but the model's hidden size is {width}")
-    labels = None if evaluation is None else evaluation.labels
-    if labels is not None and not 0 <= labels.min() <= labels.max() < len(head.weight):
-        wrong = labels.min() if labels.min() < 0 else labels.max()
-        raise InputError(f"{field}.evaluation: label {wrong} but the head has {len(head.weight)} classes")
 
 
 def _check_task_classes(experts: ExpertSet) -> None:
