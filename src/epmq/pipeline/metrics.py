@@ -203,7 +203,7 @@ def choice_accuracy(model: MultiTaskModel, task: str, examples: Examples, **opti
             row for inputs, _ in _batches(model, chunk, batch_size=size, **options) for row in model(task, **inputs)
         ]
         found = best_choices(scores, chunk.inputs)
-        right += sum(one == other for one, other in zip(found, chunk.labels))
+        right += sum(int(one == other) for one, other in zip(found, chunk.labels))
         advance(len(chunk))
     return right / len(examples)
 
