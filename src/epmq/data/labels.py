@@ -115,9 +115,11 @@ class Labels:
         """Zeros and ones by class: as they are, or from names or indices of the classes."""
         values = list(value) if isinstance(value, (list, tuple, np.ndarray)) else [value]
         size = self.size or len(self.names)
-        flags = [one for one in values if not isinstance(one, str) and np.ndim(one) == 0 and one in (0, 1)]
-        if len(values) == size and len(flags) == size:
-            return [int(one) for one in values]
+        flags: list[Any] = [
+            {"0": 0, "1": 1}.get(one) if isinstance(one, str) and one not in self.names else one for one in values
+        ]
+        if len(values) == size and all(np.ndim(one) == 0 and one in (0, 1) for one in flags):
+            return [int(one) for one in flags if one is not None]
         row = [0] * size
         for one in values:
             row[self._within(self._index(one))] = 1

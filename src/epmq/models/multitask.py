@@ -64,6 +64,9 @@ class NativeHead(nn.Module):
         missing = _tie(self.model, [name for name in absent if not name.startswith(shared)], partly)
         if missing:
             raise InputError(f"head of {architecture}: no tensor for {', '.join(missing)}")
+        if self.task.kind == "span" and self.scoring is not None and self.scoring.out_features != 2:
+            found = self.scoring.out_features
+            raise InputError(f"head of {architecture}: a token has {found} scores, not one to begin and one to end at")
 
     @property
     def scoring(self) -> nn.Linear | None:

@@ -1,6 +1,5 @@
 """What a task's head and its data have to do with each other: checked before anything is computed."""
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from epmq.data.encoding import tokenizer_of
 from epmq.data.examples import Examples
 from epmq.data.labels import EXAMPLES_OF
 from epmq.data.windows import join_words, windows
-from epmq.errors import InputError
+from epmq.errors import InputError, error_context
 from epmq.merging.experts import ExpertReader
 from epmq.models.heads import POOLER, load_head, read_head_file
 from epmq.models.tasks import LABEL_INPUTS, Task, output_names, task_of_settings
@@ -32,13 +31,16 @@ def task_of(expert: ExpertReader) -> Task | None:
     Raises:
         MissingError, InputError: the head's file or config cannot be read; it is named.
     """
-    if expert.head_file is not None:
-        settings = read_head_file(expert.head_file)[1]
+    file, settings, config = expert.head_file, expert.head_config, None
+    if file is not None:
+        settings = read_head_file(file)[1]
         if "architecture" not in settings:
-            return load_head(expert.head_file).task
+            return load_head(file).task
         config = settings.get("config")
-        return task_of_settings(settings, config if isinstance(config, Mapping) else {})
-    return None if expert.head_config is None else task_of_settings(expert.head_config)
+    if settings is None:
+        return None
+    with error_context(file or expert.path, "transformers makes no config of that of its task class"):
+        return task_of_settings(settings, config)
 
 
 def calibration_inputs(batch: dict[str, Any], task: Task | None, model: Any) -> dict[str, Any]:
