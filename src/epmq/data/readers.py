@@ -118,8 +118,7 @@ def read_dataset(
     renamed = _named_classes(rows.features, fields, labels)
     if isinstance(rows.features.get(fields.image), datasets.Image) and fields.text not in rows.features:
         return _read_pictures(rows, fields, source, labels, renamed)
-    named = ((f"row {i}", {**row, **{c: names(row[c]) for c, names in renamed.items()}}) for i, row in enumerate(rows))
-    return from_rows(named, fields, use, source, labels)
+    return from_rows(((f"row {i}", _renamed(row, renamed)) for i, row in enumerate(rows)), fields, use, source, labels)
 
 
 def _named_classes(features: Any, fields: Fields, labels: Labels | None) -> dict[str, Callable[[Any], Any]]:
@@ -134,6 +133,10 @@ def _named_classes(features: Any, fields: Fields, labels: Labels | None) -> dict
         if labels is not None and names and labels.knows(names):
             renamed[str(column)] = partial(_names_of, list(names))
     return renamed
+
+
+def _renamed(row: Any, renamed: Mapping[str, Callable[[Any], Any]]) -> Any:
+    return {**row, **{column: names(row[column]) for column, names in renamed.items()}} if renamed else row
 
 
 def _names_of(names: list[str], value: Any) -> Any:
@@ -162,12 +165,15 @@ def from_objects(
 
     The labels of ready batches stay where they are. Errors are those of `from_rows`; none at all is one, too.
     """
+    renamed = _named_classes(getattr(items, "features", None) or {}, fields, labels)
     items = list(items)
     if items and all(isinstance(item, Mapping) and any(map(torch.is_tensor, item.values())) for item in items):
         return Examples("batches", [dict(item) for item in items])
     if not items:
         raise InputError(f"{source}: holds no examples")
-    return from_rows(((f"item {i}", row) for i, row in enumerate(items)), fields, use, source, labels)
+    return from_rows(
+        ((f"item {i}", _renamed(row, renamed)) for i, row in enumerate(items)), fields, use, source, labels
+    )
 
 
 def _locate_images(examples: Examples, folder: Path) -> Examples:

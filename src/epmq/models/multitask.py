@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from epmq.data.encoding import encode, load_processor, to_device, tokenizer_of
 from epmq.data.examples import Examples
 from epmq.errors import InputError, UnknownTaskError, error_context
-from epmq.models import answers
+from epmq.models import predictions
 from epmq.models.checkpoint import read_config, resolve
 from epmq.models.heads import Head, load_head, read_head_file
 from epmq.models.loading import load_model
@@ -222,9 +222,9 @@ class MultiTaskModel(nn.Module):
         named = partial(_named, self.labels(task))
         with error_context(f"task {task}"):
             if head.kind == "span":
-                return answers.spans(self, task, inputs, max_length=max_length)
+                return predictions.spans(self, task, inputs, max_length=max_length)
             if head.kind == "tags":
-                found = answers.tags(self, task, inputs, max_length=max_length)
+                found = predictions.tags(self, task, inputs, max_length=max_length)
                 return [[(word, None if one is None else named(one)) for word, one in text] for text in found]
             kind = "image" if self.backbone.main_input_name == "pixel_values" else "text"
             examples = Examples("choices" if head.kind == "choice" else kind, inputs)

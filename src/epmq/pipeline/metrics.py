@@ -16,7 +16,7 @@ from epmq.data.encoding import encode, to_device, tokenizer_of
 from epmq.data.examples import Examples
 from epmq.data.labels import IGNORED
 from epmq.errors import InputError
-from epmq.models import answers
+from epmq.models import predictions
 from epmq.models.multitask import MultiTaskModel, best_choices
 from epmq.pipeline.scoring import OUTSIDE, correlation, entity_f1, f1, rank_correlation, span_f1, span_match
 
@@ -154,7 +154,7 @@ def labels_f1(model: MultiTaskModel, task: str, examples: Examples, **options: A
 def _spans(model: MultiTaskModel, task: str, examples: Examples, score: Any, **options: Any) -> float:
     """Mean score of the answers to questions; where a question has no answer, it may be empty, as in SQuAD 2."""
     may_be_empty = not all(examples.labels)
-    found = answers.spans(model, task, examples.inputs, may_be_empty=may_be_empty, **options)
+    found = predictions.spans(model, task, examples.inputs, may_be_empty=may_be_empty, **options)
     return float(np.mean([score(text, wanted) for text, wanted in zip(found, examples.labels)]))
 
 
@@ -162,7 +162,7 @@ def _spans(model: MultiTaskModel, task: str, examples: Examples, score: Any, **o
 def _tags(model: MultiTaskModel, task: str, examples: Examples, **options: Any) -> list[tuple[list[Any], list[int]]]:
     """The class of each word of each text, found and right; words without a label are left out."""
     if examples.kind == "words":
-        texts = answers.tags(model, task, examples.inputs, **options)
+        texts = predictions.tags(model, task, examples.inputs, **options)
         found = [[label for _, label in text] for text in texts]
         pairs = list(zip(found, examples.labels))
     else:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import word_tokenizer
 
-from epmq.models import answers
+from epmq.models import predictions
 
 CONTEXT = "a dog sat on the mat under the big red tree"
 
@@ -32,7 +32,7 @@ def marked(tokenizer, first, last):
 def test_the_answer_is_found_in_whichever_window_it_is(max_length, batch_size):
     asked = model(marked(word_tokenizer(), "big", "tree"))
     pairs, done = [("the cat", CONTEXT), ("a cat", "the mat")], []
-    found = answers.spans(asked, "any", pairs, batch_size, max_length, done.append)
+    found = predictions.spans(asked, "any", pairs, batch_size, max_length, done.append)
     assert found[0] == "big red tree" and found[1] in ("the", "mat", "the mat")
     assert sum(done) == 2
 
@@ -44,9 +44,9 @@ def test_an_answer_may_be_empty_only_where_that_is_asked_for():
         return found
 
     for text, empty in (("the", False), ("", True)):
-        assert answers.spans(model(scores), "any", [("a", "the")], may_be_empty=empty) == [text]
-    assert answers.spans(model(scores), "any", [("a", "")]) == [""]
-    assert answers.spans(model(scores), "any", []) == []
+        assert predictions.spans(model(scores), "any", [("a", "the")], may_be_empty=empty) == [text]
+    assert predictions.spans(model(scores), "any", [("a", "")]) == [""]
+    assert predictions.spans(model(scores), "any", []) == []
 
 
 @pytest.mark.parametrize("max_length", [None, 6, 4])
@@ -54,16 +54,16 @@ def test_every_word_has_the_class_of_its_first_token(max_length):
     asked = model(lambda ids: torch.nn.functional.one_hot(ids % 3, 3))
     numbers = {word: word_tokenizer().convert_tokens_to_ids(word) % 3 for word in CONTEXT.split()}
     wanted = [(word, numbers[word]) for word in CONTEXT.split()]
-    assert answers.tags(asked, "any", [CONTEXT, "cat", ""], 2, max_length)[0] == wanted
-    assert answers.tags(asked, "any", [CONTEXT.split(), ["a", "\u200b \u200b", ""]], 2, max_length)[0] == wanted
+    assert predictions.tags(asked, "any", [CONTEXT, "cat", ""], 2, max_length)[0] == wanted
+    assert predictions.tags(asked, "any", [CONTEXT.split(), ["a", "\u200b \u200b", ""]], 2, max_length)[0] == wanted
 
 
 def test_words_without_a_token_have_no_class():
     asked = model(lambda ids: torch.ones(*ids.shape, 2))
-    assert answers.tags(asked, "any", [["a", "", "cat"]]) == [[("a", 0), ("", None), ("cat", 0)]]
-    assert answers.tags(asked, "any", [""]) == [[]]
+    assert predictions.tags(asked, "any", [["a", "", "cat"]]) == [[("a", 0), ("", None), ("cat", 0)]]
+    assert predictions.tags(asked, "any", [""]) == [[]]
 
 
 def test_signs_are_words_of_their_own():
     asked = model(lambda ids: torch.ones(*ids.shape, 2))
-    assert [word for word, _ in answers.tags(asked, "any", ["the cat, sat."])[0]] == ["the", "cat", ",", "sat", "."]
+    assert [word for word, _ in predictions.tags(asked, "any", ["the cat, sat."])[0]] == ["the", "cat", ",", "sat", "."]
