@@ -204,7 +204,7 @@ def evaluate(
     as_json: Annotated[bool, Option("--json", help="print JSON instead of a table")] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Score a checkpoint on the evaluation data of a recipe: accuracy, exact match or perplexity."""
+    """Score a checkpoint on the evaluation data of a recipe, each task in its own metric."""
     resolved = _recipe(recipe, set_, need_output=False)
     columns = {str(checkpoint): epmq.evaluate_checkpoint(checkpoint, resolved, progress=not quiet)}
     if experts:

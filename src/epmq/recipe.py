@@ -23,7 +23,11 @@ class Data(Strict):
     samples: int | None = Field(None, gt=0, description="how many examples to draw; all if left out")
     text: str | list[str] = Field("text", description="name of the text column, or of two for pairs")
     target: str = Field("target", description="name of the target column, for encoder–decoders")
-    label: str = Field("label", description="name of the label column (a class index)")
+    label: str | list[str] = Field(
+        "label",
+        description="name of the label column (a class index or name, a number, or a list of classes), or of a column "
+        "for each class",
+    )
     image: str = Field("image", description="name of the image column (a path beside the file, or a picture)")
     messages: str = Field("messages", description="name of the column with chat messages")
     prompt: str | None = Field(
@@ -35,7 +39,15 @@ class Data(Strict):
     answers: list[str] | None = Field(
         None, min_length=2, description="a target for each class index in the label column, in place of a target column"
     )
-    metric: Literal["accuracy", "exact_match", "spearman", "log_perplexity"] | None = Field(
+    question: str = Field("question", description="name of the column with questions, for question answering")
+    context: str = Field("context", description="name of the column with the texts that answer them")
+    references: str = Field("answers", description="name of the column with the right answers, as in SQuAD or as texts")
+    words: str = Field("tokens", description="name of the column with lists of words, for token classification")
+    tags: str = Field("tags", description="name of the column with a class for each word, by index or name")
+    choices: str | list[str] = Field(
+        "choices", description="multiple choice: name of the column with lists of texts, or of a column for each choice"
+    )
+    metric: Literal["accuracy", "f1", "exact_match", "spearman", "pearson", "mse", "log_perplexity"] | None = Field(
         None, description="how evaluation examples are scored; by default as their kind is"
     )
     pack: bool = Field(

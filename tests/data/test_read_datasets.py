@@ -13,6 +13,7 @@ from PIL import Image
 from tables import ROWS, images, lines, table
 
 from epmq.data.examples import Examples, Fields
+from epmq.data.labels import Labels
 from epmq.data.readers import fields_of, from_objects, from_rows, read_data, read_dataset, read_examples
 from epmq.recipe import Data
 
@@ -38,6 +39,27 @@ def test_a_folder_of_tables_is_a_dataset(tmp_path, ending):
         dataset(tmp_path / "mine", split="other")
     with pytest.raises(ValueError, match=r"mine/train, row 0: no text field 'sentence'"):
         dataset(tmp_path / "mine", text="sentence")
+
+
+def test_a_dataset_that_numbers_its_classes_otherwise_than_the_head_is_read_by_name(tmp_path):
+    names = datasets.ClassLabel(names=["negative", "positive"])
+    features = datasets.Features(text=datasets.Value("string"), label=names, tags=datasets.Sequence(names))
+    rows = {"text": ["a", "b"], "label": [0, 1], "tags": [[0, 1], [1]]}
+    made = datasets.Dataset.from_dict(rows, features=features)
+    (tmp_path / "mine").mkdir()
+    made.to_parquet(tmp_path / "mine" / "train.parquet")
+    asked = Labels("class", ("POSITIVE", "NEGATIVE"))
+    found = (
+        read_dataset(str(tmp_path / "mine"), None, "train", Fields(), "text", None, 0, asked),
+        from_objects(made, Fields(), "text", "here", asked),
+    )
+    assert [examples.labels.tolist() for examples in found] == [[1, 0]] * 2
+    assert from_objects(made, Fields(), "text", "here", Labels("class", ("x", "y"))).labels.tolist() == [0, 1]
+    with pytest.raises(ValueError, match="item 1: field 'label' is 'positive', but the head's classes are negative, x"):
+        from_objects(made, Fields(), "text", "here", Labels("class", ("negative", "x")))
+    tags = Labels("tags", ("positive", "negative"), 2)
+    words = from_objects(made.add_column("tokens", [["a", "b"], ["c"]]), Fields(), "words", "here", tags)
+    assert words.labels == [[1, 0], [0]]
 
 
 def test_a_draw_of_a_dataset_is_that_of_a_file(tmp_path):

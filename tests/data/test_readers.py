@@ -215,7 +215,6 @@ def test_images_lie_beside_their_table(folder, ending):
         ({"text": "a", "target": 3}, "seq2seq", "no target field 'target'"),
         ({"text": "a", "label": "²"}, "text", "field 'label' must be a class index"),
         ({"text": "a", "label": "--1"}, "text", "field 'label' must be a class index"),
-        ({"text": "a", "label": True}, "text", "field 'label' must be a class index"),
         ({"text": "a", "label": [1]}, "text", "field 'label' must be a class index"),
         ({"messages": "hi"}, "text", "field 'messages' must be a list of messages with 'role' and 'content'"),
         ({"messages": []}, "text", "field 'messages' must be a list of messages"),

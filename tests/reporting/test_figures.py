@@ -29,6 +29,25 @@ def test_there_is_a_picture_for_what_there_is_data_for():
     assert marks(by_title["Gap recovered by bits"].svg) == 1
 
 
+def test_metrics_that_fit_no_common_axis_are_not_drawn_on_one():
+    shares, mixed = ({"one": "f1", "two": other} for other in ("spearman", "log_perplexity"))
+    for metrics, drawn in ((shares, True), (mixed, False)):
+        runs = [replace(RUNS[0], metric=None, metrics=metrics, mean=None)]
+        figures, missing = draw_figures(runs, ["run"], None)
+        assert ("Score by task and method" in [figure.title for figure in figures]) is drawn
+        assert ("scores by task (metrics that fit one axis)" in missing) is not drawn
+
+
+@pytest.mark.parametrize(
+    ("metric", "unit", "shown"),
+    [("mse", "mean squared error", 0.5), ("pearson", "Pearson × 100", 50), ("f1", "F1, %", 50)],
+)
+def test_the_axis_of_a_metric(metric, unit, shown):
+    run = replace(RUNS[0], metric=metric)
+    axis = ScoreAxis([run])
+    assert axis.unit() == unit and axis.value(run, 0.5) == shown
+
+
 def test_what_is_missing_is_said():
     figures, missing = draw_figures([], [], None)
     assert figures == [] and len(missing) == 3

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,14 @@ def test_names_tell_runs_apart():
     assert labels(RUNS) == ["merged", "GPTQ, 4 bits", "expert-guided, 4 bits", "GPTQ, 2 bits"]
     assert labels([made("gptq", 0.5), made("gptq", 0.6, merge="ties")]) == ["task_arithmetic, GPTQ", "ties, GPTQ"]
     assert len(set(labels([made("gptq", 0.5), Run(**{**vars(made("gptq", 0.6)), "name": "other"})]))) == 2
+
+
+def test_tasks_of_several_metrics_are_shown_each_in_its_own():
+    mixed = replace(RUNS[0], metric=None, metrics={"one": "log_perplexity", "two": "mse"}, mean=None)
+    assert mixed.show(0.0, "one") == "1.00" and mixed.show(2.5, "two") == "2.5" and mixed.show(None) == "–"
+    shares = replace(RUNS[0], metric=None, metrics={"one": "f1", "two": "pearson"})
+    assert (shares.show(0.5, "one"), shares.show(0.5, "two"), shares.show(0.5)) == ("50.0 %", "50.0", "50.0")
+    assert reference(replace(shares, method="gptq"), [shares, mixed], "none") is shares
 
 
 def test_what_is_no_report_is_named(tmp_path):

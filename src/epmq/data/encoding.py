@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from epmq.data.examples import Examples
+from epmq.data.windows import join_words
 from epmq.errors import InputError, error_context, reason
 
 # Files of which one shows that there is a processor of images or audio, or a tokenizer.
@@ -213,7 +214,7 @@ def _encode(examples: Examples, processor: Any, max_length: int | None) -> dict[
         return {"pixel_values": image_processor_of(processor)(pictures, return_tensors="pt")["pixel_values"]}
     tokenizer = tokenizer_of(processor)
     text, target = (text_length(tokenizer, max_length, positions) for positions in examples.longest)
-    form = {"padding": True, "truncation": True, "return_tensors": "pt"}
+    form = {"padding": True, "truncation": "only_second" if kind == "question" else True, "return_tensors": "pt"}
     with _padding(tokenizer):
         if kind == "chat":
             chat = {"chat_template": examples.template, "tokenize": True, "return_dict": True}
@@ -221,6 +222,10 @@ def _encode(examples: Examples, processor: Any, max_length: int | None) -> dict[
         if kind == "image_text":
             pictures = [_image(picture) for picture, _ in inputs]
             return _encode_both(processor, pictures, [words for _, words in inputs], {**form, "max_length": text})
+        if kind == "words":
+            inputs = [join_words(words)[0] for words in inputs]
+        if kind == "choices":  # each choice with its text is an example of its own
+            inputs = [(beginning, choice) for beginning, choices in inputs for choice in choices]
         # Pairs go in as lists, which is what tokenizers take for a pair.
         batch |= tokenizer([x if isinstance(x, str) else list(x) for x in inputs], max_length=text, **form)
         if kind == "seq2seq":

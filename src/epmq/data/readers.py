@@ -2,17 +2,20 @@
 
 Tables are read row by row: `.jsonl` (one object a line), `.csv` (with a header), `.parquet`, a name or folder that
 `datasets` knows, or any iterable of dicts. What a row holds decides what it is: chat messages, an image (with a text:
-a pair for CLIP), a text with a target (for encoder–decoders), a text or a pair of texts. Two more forms hold images:
-`.npz` (arrays `images` [n, height, width, 3] uint8 and `labels` [n] integers; never unpickled) and a folder of images
-with one sub-folder a class.
+a pair for CLIP), a text with a target (for encoder–decoders), a question with its context, a list of words, a text with
+choices, a text or a pair of texts. Two more forms hold images: `.npz` (arrays `images` [n, height, width, 3] uint8 and
+`labels` [n]; never unpickled) and a folder of images with one sub-folder a class.
+
+Labels are read where they are asked for, and as what they are asked for (`epmq.data.labels.Labels`); where they are
+not, whatever they are makes no difference.
 """
 
 import csv
 import dataclasses
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,8 @@ import numpy as np
 import torch
 
 from epmq.data.examples import Examples, Fields, Pictures, draw_index
+from epmq.data.labels import Labels
+from epmq.data.rows import INDICES, from_rows, read_label
 from epmq.errors import InputError, MissingError, error_context, reason
 from epmq.recipe import Data
 
@@ -35,20 +40,24 @@ def fields_of(data: Data | None) -> Fields:
     return Fields(**columns)
 
 
-def read_data(data: Data, use: str, count: int | None, seed: int) -> Examples:
+def read_data(data: Data, use: str, count: int | None, seed: int, labels: Labels | None = INDICES) -> Examples:
     """The examples that a recipe names; arguments and errors as in `read_dataset` and `read_examples`."""
     if data.dataset is not None:
-        return read_dataset(data.dataset, data.subset, data.split or "train", fields_of(data), use, count, seed)
+        split = data.split or "train"
+        return read_dataset(data.dataset, data.subset, split, fields_of(data), use, count, seed, labels)
     assert data.path is not None
-    return read_examples(data.path, fields_of(data), use)
+    return read_examples(data.path, fields_of(data), use, labels)
 
 
-def read_examples(path: str | Path, fields: Fields | None = None, use: str = "text") -> Examples:
+def read_examples(
+    path: str | Path, fields: Fields | None = None, use: str = "text", labels: Labels | None = INDICES
+) -> Examples:
     """Read one split from a file or a folder of images.
 
     Args:
         path: a `.jsonl`, `.csv`, `.parquet` or `.npz` file, or a folder of images.
         use: one of `USES`: what the model makes of texts.
+        labels: what the labels are; None leaves them unread.
 
     Raises:
         FileNotFoundError: there is nothing at `path`.
@@ -58,11 +67,11 @@ def read_examples(path: str | Path, fields: Fields | None = None, use: str = "te
     if not path.exists():
         raise MissingError(f"{path}: no such data file or folder")
     if path.is_dir():
-        examples = _read_image_folder(path)
+        examples = _read_image_folder(path, labels)
     elif path.suffix == ".npz":
-        examples = _read_npz(path)
+        examples = _read_npz(path, labels)
     elif path.suffix in TABLES:
-        examples = from_rows(TABLES[path.suffix](path), fields or Fields(), use, str(path))
+        examples = from_rows(TABLES[path.suffix](path), fields or Fields(), use, str(path), labels)
         if examples.kind in ("image", "image_text"):
             examples = _locate_images(examples, path.parent)
     else:
@@ -73,9 +82,16 @@ def read_examples(path: str | Path, fields: Fields | None = None, use: str = "te
 
 
 def read_dataset(
-    name: str, subset: str | None, split: str, fields: Fields, use: str, count: int | None, seed: int
+    name: str,
+    subset: str | None,
+    split: str,
+    fields: Fields,
+    use: str,
+    count: int | None,
+    seed: int,
+    labels: Labels | None = INDICES,
 ) -> Examples:
-    """Read a split with the `datasets` library (extra `data`); `fields` and `use` as in `read_examples`.
+    """Read a split with the `datasets` library (extra `data`); `fields`, `use` and `labels` as in `read_examples`.
 
     Args:
         name: a Hub id or a local folder.
@@ -99,131 +115,65 @@ def read_dataset(
         rows = rows.select(draw_index(len(rows), count if use != "causal" else 20 * count, seed))
     if len(rows) == 0:
         raise InputError(f"{source}: holds no examples")
+    renamed = _named_classes(rows.features, fields, labels)
     if isinstance(rows.features.get(fields.image), datasets.Image) and fields.text not in rows.features:
-        return _read_pictures(rows, fields, source)
-    return from_rows(((f"row {i}", row) for i, row in enumerate(rows)), fields, use, source)
+        return _read_pictures(rows, fields, source, labels, renamed)
+    return from_rows(((f"row {i}", _renamed(row, renamed)) for i, row in enumerate(rows)), fields, use, source, labels)
 
 
-def _read_pictures(rows: Any, fields: Fields, source: str) -> Examples:
-    """The pictures of a dataset and their classes; a column of booleans is one of two classes."""
-    if fields.label not in rows.features:
-        return Examples("image", Pictures(rows, fields.image))
-    classes = list(rows.select_columns(fields.label)[fields.label])
-    if getattr(rows.features[fields.label], "dtype", None) == "bool":
-        classes = [int(value) for value in classes]
-    labels = [_label(value, fields.label, f"{source}, row {i}") for i, value in enumerate(classes)]
-    return Examples("image", Pictures(rows, fields.image), np.asarray(labels, dtype=np.int64))
+def _named_classes(features: Any, fields: Fields, labels: Labels | None) -> dict[str, Callable[[Any], Any]]:
+    """Column → what makes names of its class indices, where the head knows classes of such names.
+
+    A data set may number its classes otherwise than the head that is scored on it.
+    """
+    renamed: dict[str, Callable[[Any], Any]] = {}
+    for column in (fields.label, fields.tags) if labels is not None else ():
+        feature = features.get(column) if isinstance(column, str) else None
+        names = getattr(getattr(feature, "feature", feature), "names", None)
+        if labels is not None and names and labels.knows(names):
+            renamed[str(column)] = partial(_names_of, list(names))
+    return renamed
 
 
-def from_objects(items: Iterable[Any], fields: Fields, use: str, source: str) -> Examples:
+def _renamed(row: Any, renamed: Mapping[str, Callable[[Any], Any]]) -> Any:
+    return {**row, **{column: names(row[column]) for column, names in renamed.items()}} if renamed else row
+
+
+def _names_of(names: list[str], value: Any) -> Any:
+    """Names in the place of class indices; anything else, such as the −1 of a class that is not told, as it is."""
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return [_names_of(names, one) for one in value]
+    known = isinstance(value, (int, np.integer)) and 0 <= value < len(names)
+    return names[int(value)] if known else value
+
+
+def _read_pictures(rows: Any, fields: Fields, source: str, labels: Labels | None, renamed: Any) -> Examples:
+    """The pictures of a dataset and their classes."""
+    pictures, column = Pictures(rows, fields.image), fields.label
+    if labels is None or not isinstance(column, str) or column not in rows.features:
+        return Examples("image", pictures)
+    values = list(rows.select_columns(column)[column])
+    names = renamed.get(column, lambda value: value)
+    read = [read_label({column: names(value)}, column, f"{source}, row {i}", labels) for i, value in enumerate(values)]
+    return Examples("image", pictures, labels.array(read))
+
+
+def from_objects(
+    items: Iterable[Any], fields: Fields, use: str, source: str, labels: Labels | None = INDICES
+) -> Examples:
     """Examples from Python objects: rows as dicts, or ready batches (dicts with tensors), as from a data loader.
 
-    Errors are those of `from_rows`; none at all is one, too.
+    The labels of ready batches stay where they are. Errors are those of `from_rows`; none at all is one, too.
     """
+    renamed = _named_classes(getattr(items, "features", None) or {}, fields, labels)
     items = list(items)
     if items and all(isinstance(item, Mapping) and any(map(torch.is_tensor, item.values())) for item in items):
         return Examples("batches", [dict(item) for item in items])
     if not items:
         raise InputError(f"{source}: holds no examples")
-    return from_rows(((f"item {i}", row) for i, row in enumerate(items)), fields, use, source)
-
-
-def from_rows(rows: Iterable[tuple[str, Any]], fields: Fields, use: str, source: str) -> Examples:
-    """Examples from rows, each with what to call it in an error, such as `line 3`; `source` goes in front of that.
-
-    Raises:
-        ValueError: a row lacks a field, or holds something else in it; it is named.
-    """
-    kind, inputs, targets, labels = "", list[Any](), list[str](), list[int]()
-    for where, row in rows:
-        where = f"{source}, {where}"
-        if not isinstance(row, Mapping):
-            raise InputError(f"{where}: no text field {fields.text!r} (not an object with named fields)")
-        if fields.messages in row:
-            kind = kind or "chat"
-        elif fields.image in row:
-            kind = kind or ("image_text" if fields.text in row else "image")
-        kind = kind or use
-        inputs.append(_input(row, kind, fields, where))
-        if kind == "seq2seq":
-            targets.append(_target(row, fields, where))
-        if fields.label in row and kind in ("text", "image"):
-            labels.append(_label(row[fields.label], fields.label, where))
-    if labels and len(labels) != len(inputs):
-        raise InputError(f"{source}: only {len(labels)} of {len(inputs)} lines have the field {fields.label!r}")
-    classes = np.asarray(labels, dtype=np.int64) if labels else None
-    return Examples(kind or "text", inputs, classes, targets if kind == "seq2seq" else None)
-
-
-def _input(row: Mapping[str, Any], kind: str, fields: Fields, where: str) -> Any:
-    if kind == "chat":
-        return _messages(row.get(fields.messages), fields.messages, where)
-    if kind in ("image", "image_text"):
-        image = row.get(fields.image)
-        if image is None:
-            raise InputError(f"{where}: no image field {fields.image!r}")
-        return image if kind == "image" else (image, _string(row, str(fields.text), where, "text"))
-    if fields.prompt is not None:
-        return _filled(fields.prompt, row, where)
-    if isinstance(fields.text, str):
-        return _string(row, fields.text, where, "text")
-    first, second = fields.text
-    return _string(row, first, where, "text"), _string(row, second, where, "text")
-
-
-def _target(row: Mapping[str, Any], fields: Fields, where: str) -> str:
-    if fields.answer is not None:
-        return _filled(fields.answer, row, where)
-    if fields.answers is None:
-        return _string(row, fields.target, where, "target")
-    label = _label(row.get(fields.label), fields.label, where)
-    if not 0 <= label < len(fields.answers):
-        raise InputError(f"{where}: field {fields.label!r} is {label}, but there are {len(fields.answers)} answers")
-    return fields.answers[label]
-
-
-def _filled(template: str, row: Mapping[str, Any], where: str) -> str:
-    """A template with a row's columns in it."""
-    try:
-        return _whole(template.format_map(row), template, where)
-    except KeyError as error:
-        raise InputError(f"{where}: no field {error.args[0]!r}, which {template!r} asks for") from None
-    except (ValueError, IndexError, TypeError, AttributeError) as error:
-        raise InputError(f"{where}: {template!r} cannot be filled in ({reason(error)})") from None
-
-
-def _string(row: Mapping[str, Any], field: str, where: str, what: str) -> str:
-    value = row.get(field)
-    if not isinstance(value, str):
-        raise InputError(f"{where}: no {what} field {field!r}")
-    return _whole(value, field, where)
-
-
-def _whole(value: str, field: str, where: str) -> str:
-    """A text that can be encoded: JSON may hold one half of a character of two."""
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(f"{where}: field {field!r} has half a character ({error.reason})") from None
-    return value
-
-
-def _label(value: Any, field: str, where: str) -> int:
-    if isinstance(value, str):  # csv knows nothing else
-        with suppress(ValueError):
-            value = int(value)
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise InputError(f"{where}: field {field!r} must be a class index (an integer)")
-    if not -(2**63) <= value < 2**63:
-        raise InputError(f"{where}: field {field!r} is {value:.3g}, which is no class index")
-    return int(value)
-
-
-def _messages(value: Any, field: str, where: str) -> list[dict[str, str]]:
-    good = isinstance(value, (list, tuple, np.ndarray)) and len(value) > 0
-    if not good or not all(isinstance(m, Mapping) and {"role", "content"} <= m.keys() for m in value):
-        raise InputError(f"{where}: field {field!r} must be a list of messages with 'role' and 'content'")
-    return [{key: _whole(str(m[key]), field, where) for key in ("role", "content")} for m in value]
+    return from_rows(
+        ((f"item {i}", _renamed(row, renamed)) for i, row in enumerate(items)), fields, use, source, labels
+    )
 
 
 def _locate_images(examples: Examples, folder: Path) -> Examples:
@@ -282,26 +232,34 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
 TABLES = {".jsonl": _jsonl_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
 
 
-def _read_npz(path: Path) -> Examples:
+def _read_npz(path: Path, labels: Labels | None) -> Examples:
+    names = ("images",) if labels is None else ("images", "labels")
     with error_context(path, "not a plain .npz file"), np.load(path, allow_pickle=False) as file:
-        arrays = {name: np.asarray(file[name]) for name in ("images", "labels") if name in file}
-    images = arrays.get("images")
+        arrays = {name: np.asarray(file[name]) for name in names if name in file}
+    images, values = arrays.get("images"), arrays.get("labels")
     if images is None or images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
         raise InputError(f"{path}: needs an array 'images', uint8 [n, height, width, 3]")
     if len(images) and not images[0].size:
         raise InputError(f"{path}: 'images' of shape {list(images.shape)} have no pixels")
-    labels = arrays.get("labels")
-    if labels is not None and labels.shape != images.shape[:1]:
-        raise InputError(f"{path}: {len(images)} images but labels of shape {list(labels.shape)}")
-    if labels is not None and labels.dtype.kind not in "iu":
-        raise InputError(f"{path}: labels of dtype {labels.dtype}, but they must be integers")
-    return Examples("image", images, None if labels is None else labels.astype(np.int64))
+    if labels is None or values is None:
+        return Examples("image", images)
+    dimensions = 2 if labels.kind == "labels" or (labels.kind == "number" and (labels.size or 1) > 1) else 1
+    if values.shape[:1] != images.shape[:1] or values.ndim != dimensions:
+        raise InputError(f"{path}: {len(images)} images but labels of shape {list(values.shape)}")
+    if labels.kind != "number" and values.dtype.kind not in ("iubU" if labels.names else "iub"):
+        raise InputError(f"{path}: labels of dtype {values.dtype}, but they must be integers")
+    read = [read_label({"labels": value}, "labels", f"{path}, {i}", labels) for i, value in enumerate(values.tolist())]
+    return Examples("image", images, labels.array(read))
 
 
-def _read_image_folder(path: Path) -> Examples:
+def _read_image_folder(path: Path, labels: Labels | None) -> Examples:
+    """Images by folder; folders are named as the head's classes are, or stand in their order."""
     classes = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
     folders = [path / name for name in classes] or [path]
     pairs = [(file, k) for k, folder in enumerate(folders) for file in sorted(folder.rglob("*"))]
     pairs = [(file, k) for file, k in pairs if file.suffix.lower() in IMAGE_ENDINGS]
-    labels = np.asarray([k for _, k in pairs], dtype=np.int64) if classes else None
-    return Examples("image", [file for file, _ in pairs], labels)
+    numbers = list(range(len(classes)))
+    if labels is not None and labels.kind == "class" and labels.knows(classes):
+        numbers = [read_label({"folder": name}, "folder", f"{path / name}", labels) for name in classes]
+    found = np.asarray([numbers[k] for _, k in pairs], dtype=np.int64) if classes and labels is not None else None
+    return Examples("image", [file for file, _ in pairs], found)

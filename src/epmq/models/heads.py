@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from epmq.errors import InputError, error_context, reason
+from epmq.models.tasks import Task
 
 HEAD_FILE = "head.safetensors"
 POOLINGS = ("cls", "mean", "cls_mean")
@@ -63,6 +64,12 @@ class Head:
     normalize: bool = True
     labels: list[str] = field(default_factory=list)
     projection: Tensor | None = None
+
+    @property
+    def task(self) -> Task:
+        """What it answers: a class, or a number where it has but one row."""
+        rows = len(self.weight)
+        return Task("class" if rows > 1 else "number", "a head of its own", tuple(self.labels), rows)
 
     def read(self, outputs: Any, mask: Tensor | None) -> Tensor:
         """Features, as `features` gives them, from a backbone's outputs: `pooler` takes its pooled output."""

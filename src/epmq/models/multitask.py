@@ -1,5 +1,8 @@
 """One backbone, many tasks: load a checkpoint that epmq wrote and ask it any of its tasks."""
 
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +12,12 @@ from torch import Tensor, nn
 from epmq.data.encoding import encode, fit_to_model, load_processor, to_device, tokenizer_of
 from epmq.data.examples import Examples
 from epmq.errors import InputError, UnknownTaskError, error_context
+from epmq.models import predictions
 from epmq.models.checkpoint import read_config, resolve
 from epmq.models.heads import Head, load_head, read_head_file
 from epmq.models.loading import load_model
-from epmq.models.meta import empty_model, named_class, no_larger, rename, set_tensor
+from epmq.models.meta import empty_model, named_class, no_larger, rename, set_tensor, tied_names
+from epmq.models.tasks import input_names, task_of_class
 
 HEADS = "heads"
 
@@ -22,6 +27,7 @@ class NativeHead(nn.Module):
 
     Attributes:
         model: the task class.
+        task: what it answers.
         stored: name of a tensor of the head in that class → its name on disk.
         own: tensors that take the place of the backbone's for the length of a call, such as a pooler.
     """
@@ -42,20 +48,25 @@ class NativeHead(nn.Module):
         with error_context(f"the config of {architecture}", "transformers cannot build it"):
             bounds = no_larger("it", len(parameters) + len(tensors), entries)
             self.model: Any = empty_model(task_class, transformers.AutoConfig.for_model(**config), bounds)
-        prefix = self.model.base_model_prefix
-        setattr(self.model, prefix, getattr(backbone, prefix, backbone))
+        self.task = task_of_class(architecture, self.model.config)
+        self._takes = _inputs_of(self.model)
+        shared = tuple(f"{part}." for part in put_around(self.model, backbone))
         self.own: dict[str, Tensor] = {}
         self.stored = rename(self.model, tensors)[0]
         for name, stored in self.stored.items():
             tensor = tensors[stored].to(sample.device, sample.dtype if tensors[stored].is_floating_point() else None)
-            if name.startswith(f"{prefix}."):  # such as a pooler: the backbone's is every task's
+            if name.startswith(shared):  # such as a pooler: the backbone's is every task's
                 self.own[name] = tensor
             else:
                 set_tensor(self.model, name, tensor)
-        absent = (name for name, parameter in self.model.named_parameters() if parameter.is_meta)
-        missing = [name for name in absent if not name.startswith(f"{prefix}.")]
+        absent = [name for name, parameter in self.model.named_parameters() if parameter.is_meta]
+        partly = len({parameter.is_meta for parameter in parameters}) > 1
+        missing = _tie(self.model, [name for name in absent if not name.startswith(shared)], partly)
         if missing:
             raise InputError(f"head of {architecture}: no tensor for {', '.join(missing)}")
+        if self.task.kind == "span" and self.scoring is not None and self.scoring.out_features != 2:
+            found = self.scoring.out_features
+            raise InputError(f"head of {architecture}: a token has {found} scores, not one to begin and one to end at")
 
     @property
     def scoring(self) -> nn.Linear | None:
@@ -72,9 +83,94 @@ class NativeHead(nn.Module):
         return {**tensors, **{name: tensor.to(tensors[name]) for name, tensor in changed.items()}}
 
     def forward(self, **inputs: Any) -> Tensor:
-        """Logits of the task class."""
-        logits: Tensor = torch.func.functional_call(self.model, self.own, (), inputs).logits
-        return logits
+        """What the task class says.
+
+        Returns:
+            its logits, such as [batch, classes], or [batch, tokens, classes] of a token classifier; of a question
+            answerer the scores of each token as the first and as the last one, [batch, tokens, 2]; of classes with
+            other outputs the first of them.
+        """
+        inputs = {name: value for name, value in inputs.items() if name in self._takes}
+        if self.task.kind == "choice":  # a text that stands alone is the one choice of its example
+            inputs = {name: one[:, None] if one.ndim == 2 else one for name, one in inputs.items()}
+        with padding_told(self.model.config, inputs):
+            outputs = torch.func.functional_call(self.model, self.own, (), inputs)
+        return main_output(outputs, self.task.title)
+
+
+def put_around(model: Any, backbone: nn.Module) -> list[str]:
+    """Put a backbone into a task class; the names of the parts of the class that are the backbone's now.
+
+    That is its base model, or the parts that both have: an encoder–decoder may be the base of a class with the encoder
+    alone, or have no base model at all.
+    """
+    prefix = model.base_model_prefix
+    inner, shared = getattr(model, prefix, model), getattr(backbone, prefix, backbone)
+    named = dict(backbone.named_children())
+    alike = [name for name, part in inner.named_children() if type(named.get(name)) is type(part)]
+    whole = inner is not model and (shared is not backbone or type(shared) is type(inner))
+    if whole or not alike or not (inner is model or len(alike) == len(list(inner.children()))):
+        setattr(model, prefix, shared)
+        return [prefix]
+    for name in alike:
+        setattr(inner, name, named[name])
+    return alike if inner is model else [f"{prefix}.{name}" for name in alike]
+
+
+def _tie(model: Any, names: Iterable[str], partly: bool) -> list[str]:
+    """Let tensors of a head that are not stored share those that they are tied to; the names of all others.
+
+    Raises:
+        InputError: one is tied to an embedding, and the backbone is held `partly`: as calibration holds it, with no
+            more rows of an embedding than are used.
+    """
+    tied, missing = tied_names(model), list[str]()
+    for name in names:
+        if name not in tied:
+            missing.append(name)
+            continue
+        leader = model.get_parameter(tied[name])
+        owner = model.get_submodule(tied[name].rpartition(".")[0])
+        if partly and isinstance(owner, nn.Embedding):
+            raise InputError(f"{name} is tied to the embedding, of which calibration holds a part")
+        set_tensor(model, name, leader.data)
+    return missing
+
+
+def _inputs_of(model: Any) -> set[str]:
+    """The inputs that a task class takes, of its own or for its base model."""
+    named, others = input_names(model)
+    inner = getattr(model, model.base_model_prefix, None)
+    return named | (input_names(inner)[0] if others and inner is not None else set())
+
+
+@contextmanager
+def padding_told(config: Any, inputs: dict[str, Any]) -> Iterator[None]:
+    """Let a class that scores the last token that is no padding know, in a `with` block, which token is.
+
+    Decoders often come without a padding token, or with another one than their tokenizer pads with.
+    """
+    config = config.get_text_config()
+    ids, mask, own = inputs.get("input_ids"), inputs.get("attention_mask"), getattr(config, "pad_token_id", None)
+    padding = [] if ids is None or mask is None or mask.shape != ids.shape else ids[mask == 0].tolist()[:1]
+    if padding or own is None:
+        config.pad_token_id = padding[0] if padding else -1
+    try:
+        yield
+    finally:
+        config.pad_token_id = own
+
+
+def main_output(outputs: Any, title: str) -> Tensor:
+    """What a task class says, as a tensor; an InputError names a class that gives none."""
+    start, end = getattr(outputs, "start_logits", None), getattr(outputs, "end_logits", None)
+    if start is not None and end is not None:
+        return torch.stack([start, end], dim=-1)
+    values = [getattr(outputs, "logits", None), *(outputs.to_tuple() if hasattr(outputs, "to_tuple") else outputs)]
+    found = next((value for value in values if isinstance(value, Tensor) and value.ndim), None)
+    if found is None:
+        raise InputError(f"{title} gives no tensor of scores")
+    return found
 
 
 class MultiTaskModel(nn.Module):
@@ -101,21 +197,46 @@ class MultiTaskModel(nn.Module):
         return logits
 
     def labels(self, task: str) -> list[str]:
-        """Names of a task's classes, in the order of the scores; empty if they were not recorded."""
-        head = self.head(task)
-        if isinstance(head, Head):
-            return head.labels
-        names = head.model.config.id2label or {}
-        return [names[index] for index in sorted(names)]
+        """Names of a task's classes, in the order of the scores; empty if there are none or they were not recorded."""
+        return list(self.head(task).task.names)
 
     @torch.no_grad()
-    def answer(self, task: str, inputs: Any, max_length: int | None = None) -> list[str | int]:
-        """The best class of each input (texts, or images as paths or uint8 arrays), by name where names are known."""
-        kind = "image" if self.backbone.main_input_name == "pixel_values" else "text"
-        names, classes = self.labels(task), list[int]()
-        for batch in encode(Examples(kind, list(inputs)), self.processor, 32, max_length):
-            classes += self(task, **to_device(batch, self.device)).argmax(-1).tolist()
-        return [names[index] if names else index for index in classes]
+    def answer(self, task: str, inputs: Any, max_length: int | None = None) -> list[Any]:
+        """The task's answer to each input; classes by name where names are known, otherwise by number.
+
+        Args:
+            inputs: texts, pairs of texts, or images as paths or uint8 arrays; of a question answerer, pairs of question
+                and context; of a token classifier, texts or lists of words; of multiple choice, pairs of a text and a
+                list of choices.
+            max_length: tokens a text is cut to, or that its windows have where the answer is a part of it.
+
+        Returns:
+            the best class; a number, or a list of them, of a regression; a list of classes where several may be right;
+            a part of the context; a list of pairs of word and class; the best choice.
+
+        Raises:
+            ValueError: the head is none of these, or the tokenizer cannot take the inputs.
+        """
+        head, inputs = self.head(task).task, list(inputs)
+        if head.kind is None or self.backbone.main_input_name not in ("input_ids", "pixel_values"):
+            raise InputError(f"{head.title} has no answers: call model({task!r}, …) with inputs of the model")
+        named = partial(_named, self.labels(task))
+        with error_context(f"task {task}"):
+            if head.kind == "span":
+                return predictions.spans(self, task, inputs, max_length=max_length)
+            if head.kind == "tags":
+                found = predictions.tags(self, task, inputs, max_length=max_length)
+                return [[(word, None if one is None else named(one)) for word, one in text] for text in found]
+            kind = "image" if self.backbone.main_input_name == "pixel_values" else "text"
+            examples = Examples("choices" if head.kind == "choice" else kind, inputs)
+            scores = [
+                row
+                for batch in encode(examples, self.processor, 32, max_length)
+                for row in self(task, **to_device(batch, self.device)).float().cpu()
+            ]
+            if head.kind == "choice":
+                return [inputs[i][1][best] for i, best in enumerate(best_choices(scores, inputs))]
+            return [_answer(head.kind, row, named) for row in scores]
 
     @torch.no_grad()
     def generate(self, texts: list[str], max_new_tokens: int = 64, **settings: Any) -> list[str]:
@@ -140,6 +261,25 @@ class MultiTaskModel(nn.Module):
     @property
     def device(self) -> torch.device:
         return torch.device(next(self.backbone.parameters()).device)
+
+
+def _named(names: list[str], index: int) -> str | int:
+    return names[index] if names else index
+
+
+def _answer(kind: str, scores: Tensor, named: Callable[[int], str | int]) -> Any:
+    """The answer that the scores of one example give."""
+    if kind == "number":
+        return float(scores) if scores.numel() == 1 else scores.tolist()
+    if kind == "labels":
+        return [named(index) for index in (scores > 0).nonzero().flatten().tolist()]
+    return named(int(scores.argmax(-1)))
+
+
+def best_choices(scores: Iterable[Tensor], inputs: Sequence[Any]) -> list[int]:
+    """The best choice of each example, from the scores of all choices one after the other."""
+    left = iter(scores)
+    return [int(torch.cat([next(left).flatten() for _ in choices]).argmax()) for _, choices in inputs]
 
 
 def load(

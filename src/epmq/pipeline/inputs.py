@@ -1,6 +1,7 @@
 """Examples as inputs that the model takes: cut to its positions, by its names, and tried on it before any compute."""
 
 import inspect
+from collections.abc import Callable
 from dataclasses import replace
 from difflib import get_close_matches
 from typing import Any
@@ -19,6 +20,9 @@ from epmq.models.probe import TEXT, InputProbe
 from epmq.recipe import Recipe
 
 Batches = list[dict[str, Any]]
+Convert = Callable[[dict[str, Any]], dict[str, Any]]
+# Examples that are scored in windows, of which no token is lost.
+IN_WINDOWS = ("question", "words")
 # Inputs that are made of texts and pictures in files.
 FILES_GIVE = ("input_ids", "pixel_values")
 # How much like an input's name another must be to be a slip of the pen.
@@ -67,27 +71,32 @@ class ModelInputs:
         self._experts.notes.append(f"{where}: windows of {limit} tokens, for which {self._name} has positions")
         return limit
 
-    def encode(self, examples: Examples, where: str, scored: bool = False) -> tuple[Examples, Batches]:
+    def encode(
+        self, examples: Examples, where: str, scored: bool = False, model_takes: Convert = lambda batch: batch
+    ) -> tuple[Examples, Batches]:
         """Inputs of the model, batch by batch, and the examples with what they are cut to.
 
         Args:
             where: the field that they come from, for notes.
             scored: they are to be scored: none may be left out, and targets are generated.
+            model_takes: makes inputs of the shared model of those of a task's class.
 
         Raises:
             InputError: the model does not take them, or one has no tokens.
         """
-        batches = self._encoded(examples)
-        batches = self._known(batches, where)
+        batches = self._known([model_takes(batch) for batch in self._encoded(examples)], where)
         for batch in batches:
             self._check_tokens(batch)
-        examples, batches = self._without_empty(examples, batches, where, scored)
+        kept = self._without_empty(examples, batches, where, scored)
+        if len(kept) < len(examples):
+            examples, batches = kept, [model_takes(batch) for batch in self._encoded(kept)]
         text, answer = (self._positions(examples, batches, target, scored) for target in (False, True))
         if text or answer:
-            self._note_cut(batches, where, text, target=False)
+            if not (scored and examples.kind in IN_WINDOWS):
+                self._note_cut(batches, where, text, target=False)
             self._note_cut(batches, where, answer, target=True)
             examples = replace(examples, longest=(text, answer))
-            batches = self._encoded(examples)
+            batches = self._known([model_takes(batch) for batch in self._encoded(examples)], where)
         self._try(batches)
         return examples, batches
 
@@ -137,24 +146,22 @@ class ModelInputs:
                     "tokenizer is another model's"
                 )
 
-    def _without_empty(
-        self, examples: Examples, batches: Batches, where: str, scored: bool
-    ) -> tuple[Examples, Batches]:
+    def _without_empty(self, examples: Examples, batches: Batches, where: str, scored: bool) -> Examples:
         """Leave out texts without any token, which no model was made for; those to be scored may have none."""
         masks = [batch.get("attention_mask") for batch in batches]
-        if examples.kind in ("batches", "tokens", "image") or not all(isinstance(mask, Tensor) for mask in masks):
-            return examples, batches
+        alone = examples.kind not in ("batches", "tokens", "image", "choices")  # a row of a mask is an example
+        if not alone or not all(isinstance(mask, Tensor) for mask in masks):
+            return examples
         counts = np.concatenate([mask.sum(1).numpy() for mask in masks if mask is not None])
         empty = np.flatnonzero(counts == 0)
         if not len(empty) or len(empty) == len(counts):
-            return examples, batches
+            return examples
         if scored and examples.kind in ("causal", "chat"):  # they add nothing to a perplexity
-            return examples, batches
+            return examples
         if scored:
             raise InputError(f"example {empty[0] + 1} has no tokens: take it out")
         self._experts.notes.append(f"{where}: {len(empty)} of {len(counts)} texts have no tokens and are left out")
-        examples = examples.take(np.flatnonzero(counts))
-        return examples, self._encoded(examples)
+        return examples.take(np.flatnonzero(counts))
 
     def _positions(self, examples: Examples, batches: Batches, target: bool, scored: bool) -> int | None:
         """How many tokens the texts, or targets, of examples are to be cut to; None where all fit."""

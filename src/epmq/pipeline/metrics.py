@@ -5,16 +5,20 @@ Every metric takes a model, a task (which of its heads) and examples, and by key
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
-from epmq.data.encoding import encode, to_device, tokenizer_of
+from epmq.data.encoding import encode, text_length, to_device, tokenizer_of
 from epmq.data.examples import Examples
+from epmq.data.labels import IGNORED
 from epmq.errors import InputError
-from epmq.models.multitask import MultiTaskModel
+from epmq.models import predictions
+from epmq.models.multitask import MultiTaskModel, best_choices
+from epmq.pipeline.scoring import OUTSIDE, correlation, entity_f1, f1, rank_correlation, span_f1, span_match
 
 
 def _batches(
@@ -26,12 +30,12 @@ def _batches(
 ) -> Iterator[tuple[dict[str, Any], Any]]:
     """Inputs on the model's device with their targets, else labels [batch], if any; by length, batch by batch."""
     examples, start = examples.by_length(), 0
-    answers = examples.labels if examples.targets is None else examples.targets
+    right = examples.labels if examples.targets is None else examples.targets
     for batch in encode(examples, model.processor, batch_size, max_length):
         size = len(next(iter(batch.values())))
-        yield to_device(batch, model.device), None if answers is None else answers[start : start + size]
+        yield to_device(batch, model.device), None if right is None else right[start : start + size]
         start += size
-        advance(size)
+        advance(1 if examples.kind == "batches" else size)
 
 
 @torch.no_grad()
@@ -50,7 +54,7 @@ def accuracy(model: MultiTaskModel, task: str, examples: Examples, **options: An
         if len(wrong):
             raise InputError(f"task {task}: label {wrong[0]} but the head has {scores.shape[1]} classes")
         right += int((scores.argmax(-1).cpu().numpy() == labels).sum())
-    return right / len(examples)
+    return right / len(examples.labels)
 
 
 @torch.no_grad()
@@ -113,46 +117,155 @@ def _number(text: str) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:
-    """Spearman's ρ: the correlation of the ranks, equal values sharing the mean of theirs; 0 where all are equal."""
-    ranks = []
-    for values in (one, other):
-        _, index, counts = np.unique(np.asarray(values, dtype=float), return_inverse=True, return_counts=True)
-        rank = (np.cumsum(counts) - (counts - 1) / 2)[index]
-        ranks.append(rank - rank.mean())
-    size = float(np.sqrt((ranks[0] ** 2).sum() * (ranks[1] ** 2).sum()))
-    return float((ranks[0] * ranks[1]).sum()) / size if size else 0.0
+@torch.no_grad()
+def _numbers(model: MultiTaskModel, task: str, examples: Examples, **options: Any) -> list[tuple[Any, Any]]:
+    """What a regression head says and what is right, [n] of each: a pair for every number that it gives."""
+    found, wanted = [], []
+    for inputs, labels in _batches(model, examples, **options):
+        found.append(model(task, **inputs).float().cpu().numpy())
+        wanted.append(np.asarray(labels).reshape(len(labels), -1))
+    return list(zip(np.concatenate(found).T, np.concatenate(wanted).T))
 
 
-# How each kind of examples may be scored; the first is what is taken where nothing else is asked for.
-METRICS: dict[str, tuple[Callable[..., float], ...]] = {
-    "text": (accuracy,),
-    "image": (accuracy,),
-    "seq2seq": (exact_match, spearman),
-    **dict.fromkeys(("tokens", "causal", "chat"), (log_perplexity,)),
+def pearson(model: MultiTaskModel, task: str, examples: Examples, **options: Any) -> float:
+    """Pearson's r between a regression head's numbers and the labels, −1 to 1; the mean of several numbers' own."""
+    return float(np.mean([correlation(*pair) for pair in _numbers(model, task, examples, **options)]))
+
+
+def mse(model: MultiTaskModel, task: str, examples: Examples, **options: Any) -> float:
+    """Mean squared error of a regression head's numbers."""
+    return float(np.mean([np.mean((one - other) ** 2) for one, other in _numbers(model, task, examples, **options)]))
+
+
+def ranks(model: MultiTaskModel, task: str, examples: Examples, **options: Any) -> float:
+    """Spearman's ρ between a regression head's numbers and the labels, −1 to 1; as in `pearson`."""
+    return float(np.mean([rank_correlation(*pair) for pair in _numbers(model, task, examples, **options)]))
+
+
+@torch.no_grad()
+def labels_f1(model: MultiTaskModel, task: str, examples: Examples, **options: Any) -> float:
+    """F1 of the classes of all examples together (micro), where each may have several; one is given from 0.5 on."""
+    right = found = wanted = 0
+    for inputs, labels in _batches(model, examples, **options):
+        given = (model(task, **inputs) > 0).cpu().numpy()
+        right, found, wanted = right + int((given & (labels == 1)).sum()), found + given.sum(), wanted + labels.sum()
+    return float(f1(right, found, wanted))
+
+
+def _in_positions(model: MultiTaskModel, examples: Examples, options: dict[str, Any]) -> dict[str, Any]:
+    """Options with windows that are no longer than the model has positions for."""
+    asked = options.get("max_length")
+    return {**options, "max_length": text_length(tokenizer_of(model.processor), asked, examples.longest[0])}
+
+
+def _spans(model: MultiTaskModel, task: str, examples: Examples, score: Any, **options: Any) -> float:
+    """Mean score of the answers to questions; where a question has no answer, it may be empty, as in SQuAD 2."""
+    may_be_empty, options = not all(examples.labels), _in_positions(model, examples, options)
+    found = predictions.spans(model, task, examples.inputs, may_be_empty=may_be_empty, **options)
+    return float(np.mean([score(text, wanted) for text, wanted in zip(found, examples.labels)]))
+
+
+@torch.no_grad()
+def _tags(model: MultiTaskModel, task: str, examples: Examples, **options: Any) -> list[tuple[list[Any], list[int]]]:
+    """The class of each word of each text, found and right; words without a label are left out."""
+    if examples.kind == "words":
+        texts = predictions.tags(model, task, examples.inputs, **_in_positions(model, examples, options))
+        found = [[label for _, label in text] for text in texts]
+        pairs = list(zip(found, examples.labels))
+    else:
+        scored = _batches(model, examples, **options)
+        pairs = [
+            (row, wanted)
+            for inputs, labels in scored
+            for row, wanted in zip(model(task, **inputs).argmax(-1).tolist(), labels)
+        ]
+    kept = [[(one, right) for one, right in zip(*pair) if right != IGNORED] for pair in pairs]
+    return [([one for one, _ in text], [right for _, right in text]) for text in kept]
+
+
+def tag_accuracy(model: MultiTaskModel, task: str, examples: Examples, **options: Any) -> float:
+    """Share of words whose class is right."""
+    found = [bool(one == right) for pair in _tags(model, task, examples, **options) for one, right in zip(*pair)]
+    return sum(found) / max(len(found), 1)
+
+
+def tag_f1(model: MultiTaskModel, task: str, examples: Examples, **options: Any) -> float:
+    """F1 of the entities that tags such as B-PER and I-PER stand for."""
+    names = model.labels(task)
+    pairs = _tags(model, task, examples, **options)
+    texts = [[[OUTSIDE if one is None else names[one] for one in tags] for tags in pair] for pair in pairs]
+    return entity_f1([found for found, _ in texts], [wanted for _, wanted in texts])
+
+
+@torch.no_grad()
+def choice_accuracy(model: MultiTaskModel, task: str, examples: Examples, **options: Any) -> float:
+    """Share of examples whose best-scored choice is the right one."""
+    if examples.kind == "batches":
+        return accuracy(model, task, examples, **options)
+    right = 0
+    size, advance = options.pop("batch_size", 32), options.pop("advance", lambda count: None)
+    for start in range(0, len(examples), size):
+        chunk = examples.take(np.arange(start, min(start + size, len(examples))))
+        scores = [
+            row for inputs, _ in _batches(model, chunk, batch_size=size, **options) for row in model(task, **inputs)
+        ]
+        found = best_choices(scores, chunk.inputs)
+        right += sum(int(one == other) for one, other in zip(found, chunk.labels))
+        advance(len(chunk))
+    return right / len(examples)
+
+
+Scorer = Callable[..., float]
+# How each kind of examples may be scored, by name; the first is what is taken where nothing else is asked for.
+METRICS: dict[str, dict[str, Scorer]] = {
+    "text": {"accuracy": accuracy},
+    "image": {"accuracy": accuracy},
+    "seq2seq": {"exact_match": exact_match, "spearman": spearman},
+    **{kind: {"log_perplexity": log_perplexity} for kind in ("tokens", "causal", "chat")},
+}
+# … and where a head is scored on them, by what it answers.
+HEAD_METRICS: dict[str, dict[str, Scorer]] = {
+    "class": {"accuracy": accuracy},
+    "number": {"spearman": ranks, "pearson": pearson, "mse": mse},
+    "labels": {"f1": labels_f1},
+    "tags": {"f1": tag_f1, "accuracy": tag_accuracy},
+    "span": {"f1": partial(_spans, score=span_f1), "exact_match": partial(_spans, score=span_match)},
+    "choice": {"accuracy": choice_accuracy},
+}
+# What they are called.
+ANSWERS = {
+    "number": "numbers",
+    "labels": "several classes",
+    "tags": "classes of words",
+    "span": "answers to questions",
+    "choice": "choices",
 }
 
 
-def scorer_of(examples: Examples) -> Callable[..., float]:
+def scorer_of(examples: Examples) -> Scorer:
     """The metric that examples are scored by.
 
     Raises:
         ValueError: there is none for their kind, or not the one that is asked for.
     """
-    if examples.kind not in METRICS:
+    return _named_scorer(examples)[1]
+
+
+def _named_scorer(examples: Examples) -> tuple[str, Scorer]:
+    head = HEAD_METRICS.get(examples.labelled or "")
+    metrics = head or METRICS.get(examples.kind)
+    if metrics is None:
         raise InputError(f"{examples.kind} examples cannot be scored; only calibrated on")
-    metrics = {metric.__name__: metric for metric in METRICS[examples.kind]}
-    scorer = metrics.get(examples.metric or next(iter(metrics)))
-    if scorer is None:
-        raise InputError(
-            f"metric: {examples.kind} examples are scored by {', '.join(metrics)}, not by {examples.metric}"
-        )
-    return scorer
+    name = examples.metric or next(iter(metrics))
+    if name not in metrics:
+        scored = ANSWERS.get(examples.labelled or "", f"{examples.kind} examples")
+        raise InputError(f"metric: {scored} are scored by {', '.join(metrics)}, not by {examples.metric}")
+    return name, metrics[name]
 
 
 def metric_of(examples: Examples) -> str:
     """Name of the metric that examples are scored by; errors as in `scorer_of`."""
-    return scorer_of(examples).__name__
+    return _named_scorer(examples)[0]
 
 
 def metrics_of(evaluation: Mapping[str, Examples]) -> dict[str, str]:

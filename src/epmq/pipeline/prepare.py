@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from epmq.calibration.calls import BlockCalls, try_forwards
 from epmq.calibration.head_refit import heads_follow
 from epmq.data.encoding import pack
 from epmq.data.examples import Examples, Fields, Pictures
+from epmq.data.labels import Labels
 from epmq.data.readers import fields_of, from_objects, read_data
 from epmq.data.same_processor import differs_in_media
 from epmq.errors import InputError, error_context
@@ -24,9 +26,11 @@ from epmq.merging.experts import BaseReader, ExpertReader, ExpertSet
 from epmq.merging.merged import MergedWeights
 from epmq.merging.relation import check_relation
 from epmq.models.blocks import as_matrix, block_linears, is_transposed
-from epmq.models.heads import HEAD_FILE, load_head
+from epmq.models.heads import HEAD_FILE, load_head, read_head_file
 from epmq.models.side_files import add_modules, side_files
-from epmq.pipeline.inputs import ModelInputs
+from epmq.models.tasks import Task
+from epmq.pipeline import tasks
+from epmq.pipeline.inputs import Batches, ModelInputs
 from epmq.pipeline.metrics import metric_of
 from epmq.pipeline.processor import OutputProcessor, output_processor
 from epmq.pipeline.verify import opened_from
@@ -182,6 +186,8 @@ class ExpertData:
         count = data.samples if data and data.samples is not None else self.recipe.samples
         where = f"experts.{self.expert.name}.calibration"
         with error_context(where):
+            if getattr(self.recipe.quantize, "adapt_heads", False):
+                self._check_outputs()
             return self._encoded(self._examples(data, objects, count, where), where)[1]
 
     def evaluation(self, objects: Objects | None) -> Examples:
@@ -189,54 +195,69 @@ class ExpertData:
         data = self.expert.evaluation
         where = f"experts.{self.expert.name}.evaluation"
         with error_context(where):
-            examples = self._examples(data, objects, data.samples if data else None, where)
+            self._check_outputs()
+            labels = self.task.labels if self.task else None
+            examples = self._examples(data, objects, data.samples if data else None, where, labels)
+            source = data.path or data.dataset if data else None
+            examples = tasks.as_scored(examples, self.task, data.metric if data else None, source or "python objects")
             tried = examples
             if isinstance(examples.inputs, Pictures):  # a large test set is read once, when it is scored
                 tried = examples.take(np.arange(min(len(examples), self.recipe.batch_size)))
-            longest = self._encoded(tried, where, scored=True)[0].longest
-            examples = replace(examples, metric=data.metric if data else None, longest=longest)
-            self._check_scored(examples, data)
+            examples = replace(examples, longest=self._encoded(tried, where, scored=True)[0].longest)
+            tasks.try_windows(tried, self.inputs.processor, self.recipe.max_length, examples.longest[0])
+            self._check_scored(examples)
         return examples
 
-    def _examples(self, data: Data | None, objects: Objects | None, count: int | None, where: str) -> Examples:
-        recipe, use = self.recipe, _text_use(self.experts, self.expert.name)
+    @cached_property
+    def task(self) -> Task | None:
+        """What the expert's head answers; None if it has none."""
+        return tasks.task_of(self.experts.experts[self.expert.name])
+
+    def _check_outputs(self) -> None:
+        tasks.check_outputs(self.experts.experts[self.expert.name].head_file, self.experts.model)
+
+    def _examples(
+        self, data: Data | None, objects: Objects | None, count: int | None, where: str, labels: Labels | None = None
+    ) -> Examples:
+        recipe = self.recipe
+        use = self.task.use if self.task is not None else _text_use(self.experts)
         if objects and self.expert.name in objects:
             columns = fields_of(data) if data else Fields()
-            examples = from_objects(objects[self.expert.name], columns, use, "python objects")
+            examples = from_objects(objects[self.expert.name], columns, use, "python objects", labels)
         else:
             assert data is not None
             self.inputs.check_files()
-            examples = read_data(data, use, count, recipe.seed)
+            examples = read_data(data, use, count, recipe.seed, labels)
         examples = replace(examples, template=self.template)
         if examples.kind == "causal" and (data is None or data.pack):
             return pack(examples, self.inputs.processor, self.inputs.window(where), count, recipe.seed)
         return examples if examples.kind == "batches" else examples.draw(count, recipe.seed)
 
-    def _encoded(self, examples: Examples, where: str, scored: bool = False) -> tuple[Examples, list[dict[str, Any]]]:
-        return self.inputs.encode(examples, where, scored)
+    def _encoded(self, examples: Examples, where: str, scored: bool = False) -> tuple[Examples, Batches]:
+        model_takes = partial(tasks.calibration_inputs, task=self.task, model=self.experts.model)
+        examples, batches = self.inputs.encode(examples, where, scored, model_takes)
+        for batch in batches:
+            tasks.check_ends(batch, self.task, self.experts.model)
+        return examples, batches
 
-    def _check_scored(self, examples: Examples, data: Data | None) -> None:
+    def _check_scored(self, examples: Examples) -> None:
         """Check that examples can be scored with what they hold, on this model."""
         metric, model = metric_of(examples), self.experts.model
-        if metric == "accuracy" and examples.labels is None:
-            raise InputError(f"{data.path or data.dataset if data else 'python objects'} has no labels")
         if metric == "log_perplexity" and (not model.can_generate() or model.config.is_encoder_decoder):
             raise InputError(
                 f"{examples.kind} examples are scored by perplexity, which {type(model).__name__} does not give"
             )
 
 
-def _text_use(experts: ExpertSet, task: str) -> str:
-    """How an expert takes texts (one of `USES`): it classifies them with a head, else it writes them."""
-    if experts.experts[task].has_head:
-        return "text"
+def _text_use(experts: ExpertSet) -> str:
+    """How an expert without a head takes texts (one of `USES`): it writes them where it can."""
     if experts.model.config.is_encoder_decoder:
         return "seq2seq"
     return "causal" if experts.model.can_generate() else "text"
 
 
 def check_head(experts: ExpertSet, task: str, evaluation: Examples | None) -> None:
-    """Check that an expert's head can be read, and fits the model and the evaluation data.
+    """Check that an expert's head can be read and fits the model; and that it has one, if it is scored with one.
 
     Raises:
         MissingError, InputError: expert and file are named.
@@ -248,15 +269,13 @@ def check_head(experts: ExpertSet, task: str, evaluation: Examples | None) -> No
         if metric == "accuracy" and expert.head_config is None:
             raise InputError(f"{field}: evaluation needs a head, and neither {HEAD_FILE} nor a task head is there")
         return
+    if "architecture" in read_head_file(file)[1]:
+        return  # a task class, which is built before anything is scored
     head = load_head(file)
     pooled = head.weight if head.projection is None else head.projection
     features, width = pooled.shape[1], getattr(experts.model.config, "hidden_size", None)
     if width is not None and features != width * (2 if head.pooling == "cls_mean" else 1):
         raise InputError(f"{field}: {file} takes {features} features, but the model's hidden size is {width}")
-    labels = None if evaluation is None else evaluation.labels
-    if labels is not None and not 0 <= labels.min() <= labels.max() < len(head.weight):
-        wrong = labels.min() if labels.min() < 0 else labels.max()
-        raise InputError(f"{field}.evaluation: label {wrong} but the head has {len(head.weight)} classes")
 
 
 def _check_task_classes(experts: ExpertSet) -> None:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from epmq.reporting import charts
 from epmq.reporting.report import block_losses
 from epmq.reporting.runs import Run, Scores, common_score_title, gap, labels
+from epmq.reporting.scores import CORRELATIONS, SHARES
 
 # Each method's colour and mark in every chart (see `epmq.reporting.charts`).
 STYLES = {"merged": 6, "RTN": 4, "GPTQ": 0, "E-PMQ": 3, "expert-guided": 1, "experts": 2}
@@ -36,17 +37,20 @@ class ScoreAxis:
     def __init__(self, runs: Sequence[Run]) -> None:
         self.title = common_score_title(runs)
         self.log = self.title == "perplexity"
-        self._digits = ".4g" if any(run.metric == "log_perplexity" for run in runs) else ".1f"
+        metrics = {run.metric for run in runs}
+        self._digits = ".4g" if metrics & {"log_perplexity", "mse"} else ".1f"
+        self._unit = "" if "mse" in metrics else " × 100" if metrics & set(CORRELATIONS) else ", %"
 
     def unit(self, prefix: str = "") -> str:
-        return self.title if self.log else f"{prefix}{self.title}, %"
+        return self.title if self.log else f"{prefix}{self.title}{self._unit}"
 
     def show(self, value: float) -> str:
         return f"{value:{self._digits}}".removesuffix(".0")
 
     @staticmethod
-    def value(run: Run, score: float) -> float:
-        return math.exp(score) if run.metric == "log_perplexity" else 100 * score
+    def value(run: Run, score: float, task: str | None = None) -> float:
+        metric = run.metric_of(task)
+        return math.exp(score) if metric == "log_perplexity" else score if metric == "mse" else 100 * score
 
 
 def draw_figures(runs: Sequence[Run], names: Sequence[str], experts: Scores | None) -> tuple[list[Figure], list[str]]:
@@ -55,8 +59,11 @@ def draw_figures(runs: Sequence[Run], names: Sequence[str], experts: Scores | No
     scored = [(name, run) for name, run in zip(names, runs) if run.scores]
     sized = [run for _, run in scored if run.bytes and run.mean is not None]
     axis = ScoreAxis([run for _, run in scored])
-    if scored:
-        figures.append(_tasks(scored, experts, axis))
+    mixed = {run.metric_of(task) for _, run in scored if run.metrics for task in run.scores}
+    if mixed <= set(SHARES):
+        figures += [_tasks(scored, experts, axis)] if scored else []
+    else:
+        missing.append("scores by task (metrics that fit one axis)")
     if gaps := _gaps(runs, experts):
         svg = charts.lines(gaps, "bits", "gap recovered, %", "{:.0f}".format, STYLES)
         figures.append(Figure(svg, "Gap recovered by bits", "0 is GPTQ on the same grid, 100 the experts."))
@@ -83,10 +90,10 @@ def _tasks(scored: Named, experts: Scores | None, axis: ScoreAxis) -> Figure:
     rows: dict[str, dict[str, float]] = defaultdict(dict)
     for name, run in scored:
         for task, score in run.scores.items():
-            rows[task][name] = axis.value(run, score)
+            rows[task][name] = axis.value(run, score, task)
     for task, row in rows.items():
         if experts is not None and task in experts.scores:
-            row["experts"] = axis.value(scored[0][1], experts.scores[task])
+            row["experts"] = axis.value(scored[0][1], experts.scores[task], task)
     # Each run in its method's style, where there is one of each method.
     styles = {name: STYLES.get(run.title, 7) for name, run in scored} | {"experts": STYLES["experts"]}
     distinct = len(set(styles.values())) == len(styles)

@@ -116,6 +116,8 @@ def _change(run: Run, mean: float | None) -> str:
         return "–"
     if run.metric == "log_perplexity":
         return _signed(100 * math.expm1(run.mean - mean), 1, " %", "+")
+    if run.metric == "mse":
+        return _signed(run.mean - mean, 4, "", "+")
     return _signed(100 * (run.mean - mean), 1, "", "+")
 
 
@@ -137,9 +139,13 @@ def _remarks(runs: Sequence[Run], experts: Scores | None) -> Iterator[str]:
 def _tasks(runs: Sequence[Run], names: Sequence[str], experts: Scores | None) -> Table:
     """One row a run that was scored, one column a task."""
     tasks = list(dict.fromkeys(task for run in runs for task in run.scores))
-    rows = [[name, *(run.show(run.scores.get(task)) for task in tasks)] for name, run in zip(names, runs) if run.scores]
+    rows = [
+        [name, *(run.show(run.scores.get(task), task) for task in tasks)]
+        for name, run in zip(names, runs)
+        if run.scores
+    ]
     if rows and experts is not None:
-        rows.append(["experts", *(runs[0].show(experts.scores.get(task)) for task in tasks)])
+        rows.append(["experts", *(runs[0].show(experts.scores.get(task), task) for task in tasks)])
     return Table(["model", *tasks], rows)
 
 

@@ -24,6 +24,7 @@ class Run:
         method: of quantization; "none" for a merge in full precision.
         bits, group_size, symmetric: the grid; None in full precision.
         metric: its name, or None if nothing was scored or tasks differ in it.
+        metrics: by task, where tasks differ.
         scores, mean: by task, and over the tasks; None where there is no mean.
         bytes: of all weights.
         report: the whole report, or {} for a row of a results file.
@@ -40,6 +41,7 @@ class Run:
     mean: float | None
     bytes: int | None
     report: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def from_report(cls, report: dict[str, Any]) -> "Run":
@@ -59,6 +61,7 @@ class Run:
             mean=report.get("mean_score"),
             bytes=report["bytes"],
             report=report,
+            metrics=metric if isinstance(metric, dict) else {},
         )
 
     @classmethod
@@ -85,9 +88,17 @@ class Run:
         groups = "a row" if self.group_size == -1 else f"g{self.group_size}"
         return f"{self.bits} bits, {groups}" + ("" if self.symmetric else ", asymmetric")
 
-    def show(self, score: float | None) -> str:
-        """A score as text; a dash where there is none."""
-        return "–" if score is None else show_score(self.metric or "accuracy", score)
+    def metric_of(self, task: str | None) -> str:
+        """The metric of a task, or that of the mean."""
+        return self.metrics.get(task or "", self.metric or "accuracy")
+
+    def show(self, score: float | None, task: str | None = None) -> str:
+        """The score of a task, or of the mean, as text; a dash where there is none."""
+        if score is None:
+            return "–"
+        if self.metrics and task is None:
+            return f"{100 * score:.1f}"  # of several metrics, all of them shares
+        return show_score(self.metric_of(task), score)
 
 
 @dataclass(frozen=True)
@@ -157,7 +168,8 @@ def common_score_title(runs: Sequence[Run]) -> str:
 def reference(run: Run, runs: Sequence[Run], method: str) -> Run | None:
     """GPTQ of the same merge on the same grid, or with "none" the same merge in full precision."""
     for other in runs:
-        same = other.merge == run.merge and other.method == method and other.metric == run.metric
+        scored = (other.metric, other.metrics) == (run.metric, run.metrics)
+        same = other.merge == run.merge and other.method == method and scored
         if same and (method == "none" or other.grid == run.grid) and other.scores.keys() == run.scores.keys():
             return other
     return None

@@ -5,8 +5,18 @@ from collections.abc import Mapping
 from typing import Any
 
 # Metrics of which 1 is the best: tasks that are scored by them have a mean, whichever it is in each.
-SHARES = ("accuracy", "exact_match", "spearman")
-_TITLES = {"accuracy": "accuracy", "exact_match": "exact match", "log_perplexity": "perplexity"}
+SHARES = ("accuracy", "f1", "exact_match", "spearman", "pearson")
+# … of which those are correlations, and no share of anything.
+CORRELATIONS = ("spearman", "pearson")
+_TITLES = {
+    "accuracy": "accuracy",
+    "f1": "F1",
+    "exact_match": "exact match",
+    "spearman": "Spearman",
+    "pearson": "Pearson",
+    "mse": "mean squared error",
+    "log_perplexity": "perplexity",
+}
 
 
 def score_report(metrics: Mapping[str, str], scores: Mapping[str, float]) -> dict[str, Any]:
@@ -34,14 +44,18 @@ def show_score(metric: str, value: float) -> str:
     """A score for people: shares in percent, log-perplexities as perplexities, a correlation times 100."""
     if metric == "log_perplexity":
         return f"{math.exp(value):.2f}"
-    return f"{100 * value:.1f}" if metric == "spearman" else f"{100 * value:.1f} %"
+    if metric == "mse":
+        return f"{value:.4g}"
+    return f"{100 * value:.1f}" if metric in CORRELATIONS else f"{100 * value:.1f} %"
 
 
 def shown_scores(report: Mapping[str, Any]) -> dict[str, str]:
     """The scores of a report as text, by task, and their `mean`, if there is one (of perplexities the geometric)."""
     scores, metric, mean = report.get("scores") or {}, report.get("metric"), report.get("mean_score")
     if isinstance(metric, dict):
-        texts = {task: f"{show_score(metric[task], score)} {metric[task]}" for task, score in scores.items()}
+        texts = {
+            task: f"{show_score(metric[task], score)} {score_title(metric[task])}" for task, score in scores.items()
+        }
         return texts if mean is None else {**texts, "mean": f"{100 * mean:.1f}"}
     return {task: show_score(str(metric), score) for task, score in {**scores, "mean": mean}.items()} if scores else {}
 
