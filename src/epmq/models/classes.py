@@ -97,7 +97,7 @@ def missing(model: Any, names: Iterable[str]) -> list[str]:
 
 
 def fitting_classes(checkpoint: Checkpoint, config: Any) -> list[Any]:
-    """The classes that pass over no weight of a checkpoint, miss the fewest and read the most; generators first."""
+    """The classes that read all weights of a checkpoint and miss the fewest of their own; generators come first."""
     names = _weights(checkpoint)
     fitting = list[tuple[tuple[int, int], Any]]()
     for one in related_classes(config):
