@@ -2,11 +2,13 @@
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
 from epmq.errors import InputError, error_context
+from epmq.merging.configs import check_configs
 from epmq.merging.experts import ExpertReader, ExpertSet
 from epmq.models.adapter import Adapter
 from epmq.models.blocks import find_stacks
@@ -17,13 +19,13 @@ from epmq.recipe import Expert
 LOG = logging.getLogger("epmq")
 
 
-def open_experts(base: str, experts: Sequence[Expert]) -> ExpertSet:
-    """Open a base (a directory or Hub id) and its experts, and check that they fit.
+def open_experts(base: str, experts: Sequence[Expert], changes: Mapping[str, Any] | None = None) -> ExpertSet:
+    """Open a base (a directory or Hub id) and its experts, and check that they fit; `changes` as in `Recipe.config`.
 
     Raises:
         MissingError, InputError: a checkpoint is missing, or does not fit; the tensor and both shapes are named.
     """
-    opened = ExpertSet(base, experts)
+    opened = ExpertSet(base, experts, changes)
     _check_base(opened)
     for expert in opened.experts.values():
         if expert.adapter is not None:
@@ -31,6 +33,7 @@ def open_experts(base: str, experts: Sequence[Expert]) -> ExpertSet:
         else:
             _check_checkpoint(opened, expert)
         _check_tied(opened, expert)
+    check_configs(opened)
     _note_unknown_heads(opened)
     _warn_of_pickles(opened)
     return opened

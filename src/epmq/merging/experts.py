@@ -1,7 +1,7 @@
 """Base and experts as readers of tensors, one at a time, by the names that the tensors have in the shared model."""
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,6 +14,7 @@ from epmq.models import meta
 from epmq.models.adapter import Adapter, is_adapter, task_head_config
 from epmq.models.blocks import LINEAR, find_stacks, is_transposed
 from epmq.models.checkpoint import Checkpoint, TensorSpec, architecture_of, resolve
+from epmq.models.config import changed
 from epmq.models.heads import HEAD_FILE, Head
 from epmq.models.multitask import NativeHead, load_any_head
 from epmq.notes import Notes
@@ -138,17 +139,22 @@ class ExpertSet:
         tied: tensors that share another one's storage in the base: name → the name it follows.
         absent: tensors of the model outside its blocks that the base lacks, such as a pooler; they are zero.
         notes: fallbacks taken; they go into the report.
+        changes: fields of that config that have another value than in its file, by name.
+        shares_part: only a part of the base is merged.
     """
 
-    def __init__(self, source: str, experts: Sequence[Expert]) -> None:
+    def __init__(self, source: str, experts: Sequence[Expert], changes: Mapping[str, Any] | None = None) -> None:
         self.source, self.notes = source, Notes()
         checkpoint = Checkpoint(source)
         paths = {expert.name: resolve(expert.model) for expert in experts}
         opened = {task: Adapter(path) if is_adapter(path) else Checkpoint(path) for task, path in paths.items()}
         full = [expert for expert in opened.values() if not isinstance(expert, Adapter)]
         self._shared, self._first_only = meta.shared_checkpoint(checkpoint, full), False
-        self.config = self._shared.config
-        self.model = meta.build_meta_model(self._shared)
+        self.model, self.changes = meta.build_meta_model(self._shared), changes or {}
+        if self.changes:
+            self._shared.config = changed(self._shared.config, type(self.model.config), self.changes)
+            self.model = meta.build_meta_model(self._shared)
+        self.config, self.shares_part = self._shared.config, self._shared is not checkpoint
         self.tied = meta.tied_names(self.model)
         self.base = BaseReader(checkpoint, self.rename(checkpoint)[0], self.tied)
         self._untie()

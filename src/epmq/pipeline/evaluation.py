@@ -86,7 +86,7 @@ def _open(recipe: Recipe) -> tuple[ExpertSet, dict[str, Examples]]:
     """The experts, and the evaluation data of those that have any, in the recipe's order."""
     if all(expert.evaluation is None for expert in recipe.experts):
         raise InputError("recipe: no expert has evaluation data")
-    experts = open_experts(recipe.base, recipe.experts)
+    experts = open_experts(recipe.base, recipe.experts, recipe.config)
     processor = load_processor(experts.base.path)
     evaluation = {}
     for expert in recipe.experts:

@@ -64,7 +64,7 @@ def prepare(
     """
     _check_fields(recipe, calibration or {}, evaluation or {})
     listed, recipe = recipe.experts, recipe.ordered()
-    experts = open_experts(recipe.base, recipe.experts)
+    experts = open_experts(recipe.base, recipe.experts, recipe.config)
     recipe = recipe.resolved(all(expert.has_head for expert in experts.experts.values()))
     if recipe.quantize.method != "none":
         _check_layers(experts, recipe)
