@@ -11,6 +11,7 @@ from epmq.errors import InputError, error_context
 from epmq.merging.configs import check_configs
 from epmq.merging.experts import ExpertReader, ExpertSet
 from epmq.models.adapter import Adapter
+from epmq.models.adapter_head import task_of
 from epmq.models.blocks import find_stacks
 from epmq.models.checkpoint import architecture_of
 from epmq.models.meta import has_task_head, named_class
@@ -30,6 +31,7 @@ def open_experts(base: str, experts: Sequence[Expert], changes: Mapping[str, Any
     for expert in opened.experts.values():
         if expert.adapter is not None:
             _check_adapter(opened, expert, expert.adapter)
+            _note_adapter_head(opened, expert, expert.adapter)
         else:
             _check_checkpoint(opened, expert)
         _check_tied(opened, expert)
@@ -88,7 +90,7 @@ def _check_adapter(experts: ExpertSet, expert: ExpertReader, adapter: Adapter) -
     if not stored:
         raise InputError(f"expert {task}: the adapter changes no tensor of the base ({adapter.path})")
     for name in [*expert.extra, *(stored[name] for name in experts.absent if name in stored)]:
-        if adapter.changes(name):
+        if adapter.changes(name) and name not in experts.base.checkpoint:
             raise InputError(f"expert {task}: the adapter changes {name!r}, which the base lacks ({adapter.path})")
     for name in experts.names:
         if name in stored and adapter.replaces(stored[name]):
@@ -96,6 +98,18 @@ def _check_adapter(experts: ExpertSet, expert: ExpertReader, adapter: Adapter) -
         if name in stored and adapter.changes(stored[name]):
             shape = adapter.change_shape(stored[name])
             _check_shape(experts, expert, name, shape[::-1] if expert.is_transposed(name) else shape)
+
+
+def _note_adapter_head(experts: ExpertSet, expert: ExpertReader, adapter: Adapter) -> None:
+    """Note where an adapter names a task and brings no head for it."""
+    task, head = task_of(adapter), expert.adapter_head
+    if task is None or expert.head_file is not None or expert.own_head_names:
+        return
+    place = "it has none" if head is None else f"the base's takes its place ({', '.join(head.from_base)})"
+    experts.notes.depart(
+        f"expert {expert.task}: the adapter names {task} but brings no head: {place}; name it in modules_to_save when "
+        "training"
+    )
 
 
 def _check_shape(experts: ExpertSet, expert: ExpertReader, name: str, shape: tuple[int, ...]) -> None:

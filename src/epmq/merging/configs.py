@@ -110,14 +110,14 @@ class _Comparison:
         one, other = (fields[name].value if name in fields else None for fields in (self._ours, theirs))
         field = self._ours.get(name) or theirs[name]
         old_name = field.name == ROPE and name.endswith(".type")  # of rope_type, which is there as well
-        return one != other and field.name not in _SILENT and not old_name
+        return one != other and field.name not in _SILENT and not old_name and not _belongs_below(field)
 
     def _matters(self, name: str, theirs: Fields) -> bool:
         """Whether a field that differs changes what is computed."""
         pair = [fields[name] for fields in (self._ours, theirs) if name in fields]
         field, leaf = pair[0], name.rpartition(".")[2]
         owners = [vars(one.owner) for one in pair]
-        if field.name in _HARMLESS or _TRAINING.search(leaf) or self._belongs_below(field):
+        if field.name in _HARMLESS or _TRAINING.search(leaf):
             return False
         if "drop" in leaf and not any(isinstance(one.value, bool) for one in pair):  # a rate, not a switch
             return False
@@ -128,11 +128,6 @@ class _Comparison:
         if field.name == "sliding_window" and all(owner.get("layer_types") for owner in owners):
             return any("sliding" in kind for owner in owners for kind in owner["layer_types"])
         return self._reads.reads(field)
-
-    def _belongs_below(self, field: ConfigField) -> bool:
-        """Whether a field was left in a config from the time when its sub-config's fields stood there as well."""
-        below = [value for value in vars(field.owner).values() if is_config(value)]
-        return not _is_taken(field) and any(hasattr(one, field.name) for one in below)
 
     def _message(self, who: str, names: list[str], theirs: Fields, file: Path) -> str:
         """What differs, first what the class takes as a field and not as what follows from one."""
@@ -159,6 +154,12 @@ class _Comparison:
 def _is_taken(field: ConfigField) -> bool:
     """Whether the config's class takes the field, so that it does not just follow from another."""
     return field.name in signature(type(field.owner)).parameters
+
+
+def _belongs_below(field: ConfigField) -> bool:
+    """Whether a field was left in a config from the time when its sub-config's fields stood there as well."""
+    below = [value for value in vars(field.owner).values() if is_config(value)]
+    return not _is_taken(field) and any(hasattr(one, field.name) for one in below)
 
 
 def _rope_types(parameters: dict[str, Any]) -> list[Any]:

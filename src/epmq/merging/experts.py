@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from epmq.errors import error_context
 from epmq.models import meta
-from epmq.models.adapter import Adapter, is_adapter, task_head_config
+from epmq.models.adapter import Adapter, is_adapter
+from epmq.models.adapter_head import AdapterHead, adapter_head
 from epmq.models.blocks import LINEAR, find_stacks, is_transposed
 from epmq.models.checkpoint import Checkpoint, TensorSpec, architecture_of, resolve
 from epmq.models.config import changed
@@ -96,10 +97,23 @@ class ExpertReader:
         names = self.stored if names is None else [name for name in names if name in self.stored]
         self.checkpoint.check_finite([self.stored[name] for name in names])
 
+    @property
+    def own_head_names(self) -> list[str]:
+        """Names on disk of tensors that the base does not have, such as the expert's own task head's."""
+        return self.extra + [stored for name, stored in self.stored.items() if name in self._absent]
+
     def head_tensors(self) -> dict[str, Tensor]:
-        """Tensors that the base does not have, such as the expert's own task head, with the names on disk."""
-        names = self.extra + [stored for name, stored in self.stored.items() if name in self._absent]
-        return {name: self.checkpoint.tensor(name) for name in names}
+        """Tensors that the base does not have, with the names on disk; of an adapter, the head's."""
+        if self.adapter is not None:
+            return {} if self.adapter_head is None else self.adapter_head.tensors
+        return {name: self.checkpoint.tensor(name) for name in self.own_head_names}
+
+    @cached_property
+    def adapter_head(self) -> AdapterHead | None:
+        """The task head of an adapter; one that fits no task class is an InputError."""
+        if self.adapter is None:
+            return None
+        return adapter_head(self.adapter, self._base.checkpoint, self.own_head_names, self._absent)
 
     @cached_property
     def head_config(self) -> dict[str, Any] | None:
@@ -107,10 +121,10 @@ class ExpertReader:
 
         An adapter that brings a head that fits no task class is an InputError.
         """
+        if self.adapter is not None:
+            return None if self.adapter_head is None else self.adapter_head.config
         if not self.extra:
             return None
-        if self.adapter is not None:
-            return task_head_config(self.adapter, self._base.checkpoint.config, self.head_tensors(), self._absent)
         architecture = architecture_of(self.checkpoint.config)
         return self.checkpoint.config if meta.has_task_head(architecture) and meta.named_class(architecture) else None
 

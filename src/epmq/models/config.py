@@ -98,7 +98,7 @@ class ConfigReads:
     def reads(self, field: ConfigField) -> bool:
         """Whether a field is read: by one of its names, or by a property of the config that is made of it."""
         aliases = {alias for alias, name in field.owner.attribute_map.items() if name == field.name}
-        return self._reads(aliases | {field.name} | _properties_of(type(field.owner), field.name))
+        return self._reads(aliases | {field.name} | _properties_of(field.owner.__class__, field.name))
 
     def _reads(self, names: Iterable[str]) -> bool:
         return any(visitor.everything or visitor.names & set(names) for visitor in self._visitors)
@@ -149,7 +149,7 @@ class _Reads(ast.NodeVisitor):
 
 
 @cache
-def _properties_of(config_class: type, field: str) -> set[str]:
+def _properties_of(config_class: Any, field: str) -> set[str]:
     """Properties of a config class of its own that are made of a field."""
     from transformers import PreTrainedConfig
 
