@@ -101,9 +101,11 @@ def _check_adapter(experts: ExpertSet, expert: ExpertReader, adapter: Adapter) -
 
 
 def _note_adapter_head(experts: ExpertSet, expert: ExpertReader, adapter: Adapter) -> None:
-    """Note where an adapter names a task and brings no head for it."""
-    task, head = task_of(adapter), expert.adapter_head
-    if task is None or expert.head_file is not None or expert.own_head_names:
+    """Note where an adapter names a task and brings no head for it, or changes a head that is left out."""
+    task, head, own = task_of(adapter), expert.adapter_head, expert.own_head_names
+    if own and head is None:
+        experts.notes.depart(f"expert {expert.task}: {', '.join(own)} is in another head of the base: left out")
+    if task is None or own or expert.head_file is not None:
         return
     place = "it has none" if head is None else f"the base's takes its place ({', '.join(head.from_base)})"
     experts.notes.depart(

@@ -36,9 +36,7 @@ class AdapterHead:
 def task_of(adapter: Adapter) -> str | None:
     """The task that an adapter names and that needs a head: the name of a task in PEFT, or of a class."""
     task, trained = str(adapter.config.get("task_type")), _trained_class(adapter)
-    if task in _TASKS:
-        return task
-    return trained if has_task_head(trained) and named_class(trained) else None
+    return task if task in _TASKS else trained if _task_class(trained) else None
 
 
 def _trained_class(adapter: Adapter) -> str | None:
@@ -47,8 +45,16 @@ def _trained_class(adapter: Adapter) -> str | None:
     return trained if isinstance(trained, str) else None
 
 
+def _task_class(name: str | None) -> Any:
+    """The class of that name, if it has a task head; None for a head of tokens, which shares the embeddings."""
+    named = named_class(name) if has_task_head(name) else None
+    return None if named is None or named._tied_weights_keys else named
+
+
 def adapter_head(adapter: Adapter, base: Checkpoint, own: Sequence[str], absent: Sequence[str]) -> AdapterHead | None:
     """The task head of an adapter; None where it names no task, or neither it nor the base has a head for it.
+
+    What the adapter changes of another head of the base, such as a masked language model's, is no task head.
 
     An adapter does not say how many labels it has: every size is tried that its tensors offer.
 
@@ -66,8 +72,13 @@ def adapter_head(adapter: Adapter, base: Checkpoint, own: Sequence[str], absent:
         config = transformers.AutoConfig.for_model(**base.config)
     classes = list(_head_classes(adapter, base, config, brings=bool(own)))
     names = ", ".join(own)
-    if not classes and own:
-        raise InputError(f"{adapter.path}: {names} is not in the base, and no task class is named for it")
+    if not classes:
+        if all(name in base for name in own):
+            return None
+        raise InputError(
+            f"{adapter.path}: {names} is not in the base, and no task class is named for it (task_type, such as SEQ_CLS, "
+            "in adapter_config.json)"
+        )
     lacking = None
     for head_class in classes:
         for labels in _label_counts(adapter, own, config.num_labels or 2):
@@ -95,11 +106,9 @@ def _head_classes(adapter: Adapter, base: Checkpoint, config: Any, brings: bool)
     table = getattr(transformers, _TASKS.get(str(adapter.config.get("task_type")), ""), {})
     if type(config) in table:
         yield table[type(config)]
-    names = [_trained_class(adapter), architecture_of(base.config) if brings else None]
-    for name in names:
-        named = named_class(name)
-        if named is not None and has_task_head(name):
-            yield named
+    for name in (_trained_class(adapter), architecture_of(base.config) if brings else None):
+        if _task_class(name) is not None:
+            yield _task_class(name)
 
 
 def _label_counts(adapter: Adapter, own: Sequence[str], default: int) -> list[int]:
@@ -121,8 +130,7 @@ class _HeadParts:
             self._model = head_class._from_config(config)
         self._labels = dict(config.id2label)
         self._shapes = {name: tuple(tensor.shape) for name, tensor in self._model.state_dict().items()}
-        self._adapted, unknown = rename(self._model, adapter.names)
-        self._unknown = set(unknown)
+        self._adapted = rename(self._model, adapter.names)[0]
         self._stored = {
             name: stored
             for name, stored in rename(self._model, base.names)[0].items()
@@ -149,7 +157,14 @@ class _HeadParts:
     def missing(self, absent: Sequence[str]) -> list[str]:
         """Parts that neither the adapter nor the base has."""
         replaced = {name for name, stored in self._adapted.items() if self._adapter.replaces(stored)}
-        return sorted(name for name in self._parts(absent) if name not in replaced | self._stored.keys())
+        kept = {name for name in self._stored if not self._was_trained(name)}
+        return sorted(name for name in self._parts(absent) if name not in replaced | kept)
+
+    def _was_trained(self, name: str) -> bool:
+        """Whether a tensor is in `modules_to_save`, so that the base's is another one; found by its end, as PEFT does."""
+        parts, saved = name.split("."), self._adapter.config.get("modules_to_save")
+        modules = [".".join(parts[:end]) for end in range(1, len(parts))]
+        return any(module.endswith(str(one)) for module in modules for one in saved or ())
 
     def read(self, own: Sequence[str], absent: Sequence[str]) -> AdapterHead:
         """The head, read."""
