@@ -23,7 +23,7 @@ from epmq.models.config import (
 # What a fine-tune may have otherwise without a word: bookkeeping, what concerns its own head, what the tensors tell.
 # fmt: off
 _SILENT = {
-    "architectures", "dtype", "finetuning_task", "id2label", "label2id", "num_labels", "problem_type",
+    "dtype", "finetuning_task", "id2label", "label2id", "num_labels", "problem_type",
     "tie_word_embeddings", "torch_dtype", "transformers_version", "vocab_size",
 }
 # What changes no result: how it is computed, and what is returned beside it.

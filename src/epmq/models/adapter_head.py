@@ -76,8 +76,8 @@ def adapter_head(adapter: Adapter, base: Checkpoint, own: Sequence[str], absent:
         if all(name in base for name in own):
             return None
         raise InputError(
-            f"{adapter.path}: {names} is not in the base, and no task class is named for it (task_type, such as SEQ_CLS, "
-            "in adapter_config.json)"
+            f"{adapter.path}: {names} is not in the base, and no task class is named for it "
+            f"(task_type in {adapter.CONFIG}, such as SEQ_CLS)"
         )
     lacking = None
     for head_class in classes:
@@ -94,7 +94,7 @@ def adapter_head(adapter: Adapter, base: Checkpoint, own: Sequence[str], absent:
     if lacking is not None:
         raise InputError(
             f"{adapter.path}: of the head of {lacking[0]}, {', '.join(lacking[1])} is neither in the base nor in the "
-            "adapter; name it in modules_to_save when training"
+            "adapter, as training left it; name it in modules_to_save when training"
         )
     raise InputError(f"{adapter.path}: its head ({names}) does not fit {classes[0].__name__}")
 
@@ -112,7 +112,7 @@ def _head_classes(adapter: Adapter, base: Checkpoint, config: Any, brings: bool)
 
 
 def _label_counts(adapter: Adapter, own: Sequence[str], default: int) -> list[int]:
-    """Numbers of labels that the adapter's tensors allow for: their first dimensions; first the config's own."""
+    """Numbers of labels to try: the config's own, and the first dimensions of the adapter's tensors."""
     shapes = [adapter.shape(name) if adapter.replaces(name) else adapter.change_shape(name) for name in own]
     counts = sorted({shape[0] for shape in shapes if shape} | {default})
     return counts if own else [default]
@@ -161,7 +161,7 @@ class _HeadParts:
         return sorted(name for name in self._parts(absent) if name not in replaced | kept)
 
     def _was_trained(self, name: str) -> bool:
-        """Whether a tensor is in `modules_to_save`, so that the base's is another one; found by its end, as PEFT does."""
+        """Whether a tensor is in `modules_to_save`, by the end of a name as in PEFT: the base has another."""
         parts, saved = name.split("."), self._adapter.config.get("modules_to_save")
         modules = [".".join(parts[:end]) for end in range(1, len(parts))]
         return any(module.endswith(str(one)) for module in modules for one in saved or ())

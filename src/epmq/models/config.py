@@ -20,6 +20,8 @@ _SHARED_CODE = ("transformers.modeling_rope_utils", "transformers.masking_utils"
 ROPE = "rope_parameters"
 # Where rope's settings were before transformers 5.
 _OLD_ROPE = ("rope_scaling", "rope_theta", "partial_rotary_factor")
+# What says of what kind a model is; no field of it.
+_KIND = ("model_type", "architectures", "auto_map", "quantization_config")
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ def config_fields(config: Any, prefix: str = "") -> dict[str, ConfigField]:
     """All fields of a config by name; those of sub-configs and of dicts have dotted names."""
     fields = dict[str, ConfigField]()
     for name, value in vars(config).items():
-        if name.startswith("_"):
+        if name.startswith("_") or name in _KIND:
             continue
         if is_config(value):
             fields[f"{prefix}{name}.model_type"] = ConfigField(config, name, value.model_type)
@@ -214,7 +216,7 @@ def _find(config: Any, name: str) -> str:
     leaf = getattr(owner, "attribute_map", {}).get(leaf, leaf)
     known = vars(owner) if is_config(owner) else owner if isinstance(owner, dict) else {}
     in_rope = ROPE in path and isinstance(owner, dict) and leaf in RopeParameters.__annotations__
-    if in_rope or (leaf in known and not leaf.startswith("_")):
+    if in_rope or (leaf in known and not leaf.startswith("_") and leaf not in _KIND):
         return ".".join([*path, leaf])
     if leaf in _OLD_ROPE and leaf in (known.get(ROPE) or {}):
         return ".".join([*path, ROPE, leaf])
