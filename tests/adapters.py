@@ -16,14 +16,14 @@ from epmq.recipe import Expert
 WEIGHTS = "adapter_model.safetensors"
 
 
-def adapt(model: Any, folder: Path, moved: bool = True, **fields: Any) -> Any:
-    """A PEFT model whose adapter is written to `folder`, with every trained weight moved off its start."""
+def adapt(model: Any, folder: Path, moved: bool = True, size: float = 0.1, **fields: Any) -> Any:
+    """A PEFT model whose adapter is written to `folder`, with every trained weight moved off its start by `size`."""
     model = get_peft_model(model, LoraConfig(**{"r": 4, **fields}))
     if moved:
         generator = torch.Generator().manual_seed(3)
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+                parameter.data += size * torch.randn(parameter.shape, generator=generator)
     model.save_pretrained(folder)
     return model.eval()
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -32,6 +34,25 @@ def edit_weights(folder: Path, **changes: Callable[[torch.Tensor], torch.Tensor]
         if change is not None:
             tensors[name] = change(old)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+GONE = object()
+
+
+def edit_config(folder: Path, **fields: Any) -> None:
+    """Set fields of a config.json, or drop them (`GONE`); `__` stands for a dot, into a dict."""
+    path = folder / "config.json"
+    content = json.loads(path.read_text())
+    for key, value in fields.items():
+        *parents, name = key.split("__")
+        part = content
+        for parent in parents:
+            part = part[parent]
+        if value is GONE:
+            part.pop(name, None)
+        else:
+            part[name] = value
+    path.write_text(json.dumps(content))
 
 
 def with_nan(tensor: torch.Tensor) -> torch.Tensor:
@@ -65,10 +86,3 @@ def saved(folder: Path, tensors: dict[str, torch.Tensor], several: bool = False)
         save_file(tensors, folder / SINGLE)
     write_json(folder / "config.json", CONFIG)
     return folder
-
-
-def edit_config(folder: Path, **fields: object) -> None:
-    """Change fields of a checkpoint's config, or take them out (None)."""
-    path = folder / "config.json"
-    config = {**read_json(path), **fields}
-    write_json(path, {name: value for name, value in config.items() if value is not None or name not in fields})

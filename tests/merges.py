@@ -25,12 +25,12 @@ def recipe_of(folder: Path, *experts: str, **fields: Any) -> dict[str, Any]:
 def open_recipe(content: dict[str, Any]) -> ExpertSet:
     """Base and experts of a recipe."""
     recipe = load_recipe(content)
-    return open_experts(recipe.base, recipe.experts)
+    return open_experts(recipe.base, recipe.experts, recipe.config)
 
 
-def open_folder(folder: Path, *experts: str) -> ExpertSet:
+def open_folder(folder: Path, *experts: str, **fields: Any) -> ExpertSet:
     """`base` and `experts` of a folder."""
-    return open_recipe(recipe_of(folder, *experts))
+    return open_recipe(recipe_of(folder, *experts, **fields))
 
 
 def batches() -> dict[str, Any]:

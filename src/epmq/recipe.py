@@ -89,6 +89,11 @@ class Recipe(Strict):
     experts: list[Expert] = Field(min_length=1)
     merge: Merge = TaskArithmetic()
     quantize: Quantize = ExpertGuided()
+    config: dict[str, Any] = Field(
+        {},
+        description="fields of the merged model's config.json, by name, where base and experts differ; {} takes the "
+        "base's, and a difference that changes what is computed is an error",
+    )
     format: Literal["pack-quantized", "dequantized"] = Field(
         "pack-quantized", description="pack-quantized (compressed-tensors) or dequantized (plain safetensors)"
     )

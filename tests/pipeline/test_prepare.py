@@ -83,7 +83,7 @@ def test_a_head_that_cannot_be_built_is_found_before_compute(copied, tmp_path):
     recipe = recipe_for(copied)
     recipe["experts"][0]["model"] = str(expert)
     prepare(load_recipe(recipe))
-    edit(expert / "config.json", num_attention_heads=7)
+    edit(expert / "config.json", classifier_dropout=7.0)
     with pytest.raises(ValueError, match=r"expert one: the config of BertForSequenceClassification"):
         prepare(load_recipe(recipe))
 

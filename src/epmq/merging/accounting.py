@@ -53,12 +53,6 @@ def account_for_expert(experts: ExpertSet, expert: ExpertReader) -> None:
     expert.left_out += left
 
 
-def account_for_adapter(expert: ExpertReader) -> None:
-    """What an adapter brings beside the base's tensors must be a task class's head; else an InputError names it."""
-    if expert.extra and expert.head_config is None:
-        raise InputError(f"expert {expert.task}: {listed(expert.extra)} is not in the base ({expert.path})")
-
-
 def note_ties(experts: ExpertSet) -> None:
     """Say where base and experts disagree on what is one tensor: it is two in the output.
 

@@ -1,15 +1,18 @@
 """Whether base and experts fit together, tensor by tensor; told from headers, before any compute."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
 from epmq.errors import InputError, error_context
-from epmq.merging.accounting import account_for_adapter, account_for_base, account_for_expert, note_ties
+from epmq.merging.accounting import account_for_base, account_for_expert, note_ties
+from epmq.merging.configs import check_configs
 from epmq.merging.experts import TABLES, ExpertReader, ExpertSet
 from epmq.merging.vocabulary import agree_on_tokens
 from epmq.models.adapter import Adapter
+from epmq.models.adapter_head import task_of
 from epmq.models.blocks import find_stacks
 from epmq.models.checkpoint import architecture_of
 from epmq.models.meta import is_generator, vocabulary
@@ -18,22 +21,27 @@ from epmq.recipe import Expert
 LOG = logging.getLogger("epmq")
 
 
-def open_experts(base: str, experts: Sequence[Expert], tokenizer: str = "auto") -> ExpertSet:
-    """Open a base (a directory or Hub id) and its experts, and check that they fit; `tokenizer` as in the recipe.
+def open_experts(
+    base: str, experts: Sequence[Expert], tokenizer: str = "auto", changes: Mapping[str, Any] | None = None
+) -> ExpertSet:
+    """Open a base (a directory or Hub id) and its experts, and check that they fit.
+
+    `tokenizer` and `changes` are the recipe's `tokenizer` and `config`.
 
     Raises:
         MissingError, InputError: a checkpoint is missing, or does not fit; the tensor and both shapes are named.
     """
-    opened = ExpertSet(base, experts)
+    opened = ExpertSet(base, experts, changes)
     account_for_base(opened)
     _check_base(opened)
     agree_on_tokens(opened, tokenizer)
     for expert in opened.experts.values():
         if expert.adapter is not None:
             _check_adapter(opened, expert, expert.adapter)
-            account_for_adapter(expert)
+            _note_adapter_head(opened, expert, expert.adapter)
         else:
             _check_checkpoint(opened, expert)
+    check_configs(opened)
     note_ties(opened)
     _warn_of_pickles(opened)
     return opened
@@ -92,7 +100,7 @@ def _check_adapter(experts: ExpertSet, expert: ExpertReader, adapter: Adapter) -
     if not stored:
         raise InputError(f"expert {task}: the adapter changes no tensor of the base ({adapter.path})")
     for name in [*expert.extra, *(stored[name] for name in experts.absent if name in stored)]:
-        if adapter.changes(name):
+        if adapter.changes(name) and name not in experts.base.checkpoint:
             raise InputError(f"expert {task}: the adapter changes {name!r}, which the base lacks ({adapter.path})")
     for name in experts.names:
         if name in stored and adapter.replaces(stored[name]):
@@ -100,6 +108,20 @@ def _check_adapter(experts: ExpertSet, expert: ExpertReader, adapter: Adapter) -
         if name in stored and adapter.changes(stored[name]):
             shape = adapter.change_shape(stored[name])
             _check_shape(experts, expert, name, shape[::-1] if expert.is_transposed(name) else shape)
+
+
+def _note_adapter_head(experts: ExpertSet, expert: ExpertReader, adapter: Adapter) -> None:
+    """Note where an adapter names a task and brings no head for it, or changes a head that is left out."""
+    task, head, own = task_of(adapter), expert.adapter_head, expert.own_head_names
+    if own and head is None:
+        experts.notes.depart(f"expert {expert.task}: {', '.join(own)} is in another head of the base: left out")
+    if task is None or own or expert.head_file is not None:
+        return
+    place = "it has none" if head is None else f"the base's takes its place ({', '.join(head.from_base)})"
+    experts.notes.depart(
+        f"expert {expert.task}: the adapter names {task} but brings no head: {place}; name it in modules_to_save when "
+        "training"
+    )
 
 
 def _check_shape(experts: ExpertSet, expert: ExpertReader, name: str, shape: tuple[int, ...]) -> None:

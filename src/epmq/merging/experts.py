@@ -1,7 +1,7 @@
 """Base and experts as readers of tensors, one at a time, by the names that the tensors have in the shared model."""
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,9 +13,11 @@ from epmq.errors import error_context
 from epmq.merging.ties import asked_fields, follow_ties, is_one, own_ties
 from epmq.merging.token_rows import TokenRows, Vocabulary
 from epmq.models import classes, meta
-from epmq.models.adapter import Adapter, is_adapter, task_head_config
+from epmq.models.adapter import Adapter, is_adapter
+from epmq.models.adapter_head import AdapterHead, adapter_head
 from epmq.models.blocks import LINEAR, find_stacks, is_transposed
 from epmq.models.checkpoint import DTYPE_NAMES, DTYPES, FLOATS, Checkpoint, TensorSpec, architecture_of, resolve
+from epmq.models.config import changed
 from epmq.models.heads import HEAD_FILE, Head
 from epmq.models.initial import fill_absent, initial_values
 from epmq.models.multitask import NativeHead, load_any_head
@@ -155,13 +157,27 @@ class ExpertReader:
         names = self.stored if names is None else [name for name in names if name in self.stored]
         self.checkpoint.check_finite(dict.fromkeys(self.stored[name] for name in names))
 
-    def head_tensors(self) -> dict[str, Tensor]:
-        """Tensors that the base does not have, such as the expert's own task head, with the names on disk."""
+    @property
+    def own_head_names(self) -> list[str]:
+        """Names on disk of tensors that the base does not have, such as the expert's own task head's."""
         names = [name for name in self.extra if name not in self.left_out]
-        names += [stored for name, stored in self.stored.items() if name in self._set.absent]
-        tensors = {name: self.checkpoint.tensor(name) for name in names}
-        tensors |= {name: self.checkpoint.tensor(stored).clone() for name, stored in self._head_ties.items()}
+        return names + [stored for name, stored in self.stored.items() if name in self._set.absent]
+
+    def head_tensors(self) -> dict[str, Tensor]:
+        """Tensors that the base does not have, with the names on disk; of an adapter, the head's."""
+        if self.adapter is None:
+            tensors = {name: self.checkpoint.tensor(name) for name in self.own_head_names}
+            tensors |= {name: self.checkpoint.tensor(stored).clone() for name, stored in self._head_ties.items()}
+        else:
+            tensors = {} if self.adapter_head is None else self.adapter_head.tensors
         return tensors if self.tokens is None else self.tokens.of_head(tensors)
+
+    @cached_property
+    def adapter_head(self) -> AdapterHead | None:
+        """The task head of an adapter; one that fits no task class is an InputError."""
+        if self.adapter is None:
+            return None
+        return adapter_head(self.adapter, self._base.checkpoint, self.own_head_names, self._set.absent)
 
     @cached_property
     def _head_ties(self) -> dict[str, str]:
@@ -169,7 +185,7 @@ class ExpertReader:
 
         Name in that class → name on disk of what it is tied to. On the merged model it would be tied to another tensor.
         """
-        config = self.head_config if self.adapter is None else None
+        config = self.head_config
         if config is None:
             return {}
         own = classes.outline(
@@ -186,11 +202,10 @@ class ExpertReader:
 
         An adapter that brings a head that fits no task class is an InputError.
         """
+        if self.adapter is not None:
+            return None if self.adapter_head is None else self._renumbered(self.adapter_head.config)
         if not self.extra:
             return None
-        if self.adapter is not None:
-            config = self._base.checkpoint.config
-            return self._renumbered(task_head_config(self.adapter, config, self.head_tensors(), self._set.absent))
         architecture = architecture_of(self.checkpoint.config)
         known = meta.has_task_head(architecture) and meta.named_class(architecture)
         return self._renumbered(self.checkpoint.config) if known else None
@@ -235,10 +250,12 @@ class ExpertSet:
         written: names → names on disk in what is written.
         notes: fallbacks taken; they go into the report.
         vocabulary: the tokens of the merged model.
+        changes: fields of that config that have another value than in its file, by name.
+        shares_part: only a part of the base is merged.
     """
 
-    def __init__(self, source: str, experts: Sequence[Expert]) -> None:
-        self.source, self.notes, self.vocabulary = source, Notes(), Vocabulary()
+    def __init__(self, source: str, experts: Sequence[Expert], changes: Mapping[str, Any] | None = None) -> None:
+        self.source, self.notes, self.vocabulary, self.changes = source, Notes(), Vocabulary(), changes or {}
         checkpoint = Checkpoint(source)
         paths = {expert.name: resolve(expert.model) for expert in experts}
         opened = {task: Adapter(path) if is_adapter(path) else Checkpoint(path) for task, path in paths.items()}
@@ -247,8 +264,11 @@ class ExpertSet:
         self._shared, self._first_only = meta.shared_checkpoint(checkpoint, list(full.values())), False
         self._class = classes.shared_class(self._shared, list(full.values()))
         self._token_count: int | None = None
-        self.config = self._shared.config
         self.model = meta.build_meta_model(self._shared, self._class)
+        if self.changes:
+            self._shared.config = changed(self._shared.config, type(self.model.config), self.changes)
+            self.model = meta.build_meta_model(self._shared, self._class)
+        self.config, self.shares_part = self._shared.config, self._shared is not checkpoint
         self.base = BaseReader(checkpoint, self)
         self.experts = {expert.name: ExpertReader(expert, opened[expert.name], self) for expert in experts}
         state = list(self.model.state_dict())

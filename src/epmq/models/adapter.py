@@ -4,13 +4,11 @@ import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from epmq.errors import InputError, error_context
 from epmq.models.checkpoint import Checkpoint, TensorSpec
-from epmq.models.meta import named_class
 
 CONFIG = "adapter_config.json"
 # Fields of a LoRA config that need nothing done here, whatever they hold: training, bookkeeping, or read below.
@@ -27,11 +25,6 @@ _HARMLESS = {
 LARGEST_ALPHA = 1e6
 # Initial values that change the base's own weights: the adapter alone does not say what the expert is.
 _MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-_HEADS = {
-    "SEQ_CLS": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
-    "TOKEN_CLS": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING",
-    "QUESTION_ANS": "MODEL_FOR_QUESTION_ANSWERING_MAPPING",
-}
 
 
 def is_adapter(path: str | Path) -> bool:
@@ -143,51 +136,14 @@ class Adapter(Checkpoint):
 
 
 def _parse(name: str) -> tuple[str, str | None]:
-    """Which tensor of the base a tensor of an adapter belongs to, and as what: `A`, `B`, `full` or nothing known."""
-    name = name.removeprefix("base_model.model.").replace(".modules_to_save.", ".").replace(".base_layer.", ".")
-    factor = re.fullmatch(r"(.+)\.lora_(?:embedding_)?([AB])(?:\.weight)?", name)
+    """Which tensor of the base a tensor of an adapter belongs to, and as what: `A`, `B`, `full` or nothing known.
+
+    A state dict that was saved without PEFT has the adapter's name, `default`, in its names.
+    """
+    name = re.sub(r"\.modules_to_save(\.default)?\.", ".", name.removeprefix("base_model.model."))
+    name = name.replace(".base_layer.", ".")
+    factor = re.fullmatch(r"(.+)\.lora_(?:embedding_)?([AB])(?:\.default)?(?:\.weight)?", name)
     if factor:
         # An embedding's factors are A [r, vocabulary] and B [features, r]: their product is its weight's transpose.
         return f"{factor[1]}.weight", factor[2]
     return name, None if ".lora_" in name else "full"
-
-
-def task_head_config(
-    adapter: Adapter, base_config: dict[str, Any], tensors: dict[str, Tensor], absent: list[str]
-) -> dict[str, Any]:
-    """The config of the task class whose head an adapter brings in `modules_to_save`.
-
-    An adapter does not say how many labels it has: every size is tried that `tensors` offer, which are what the adapter
-    brings and the base does not have. `absent` are tensors of the shared model that the base does not have.
-
-    Raises:
-        ValueError: the adapter names no task class, no number of labels fits, or a part of the head is missing.
-    """
-    import transformers
-    from accelerate import init_empty_weights
-
-    with error_context(adapter.path, "its base's config cannot be made into one with a head"):
-        config = transformers.AutoConfig.for_model(**base_config)
-    table = getattr(transformers, _HEADS.get(str(adapter.config.get("task_type")), ""), {})
-    # Without a task type, PEFT writes down the class that was trained.
-    trained = (adapter.config.get("auto_mapping") or {}).get("base_model_class")
-    head_class: Any = table[type(config)] if type(config) in table else named_class(trained)
-    if head_class is None:
-        raise InputError(f"{adapter.path}: {', '.join(tensors)} is not in the base, and no task class is named for it")
-    for labels in sorted({len(tensor) for tensor in tensors.values() if tensor.ndim}):
-        config.num_labels = labels
-        with error_context(adapter.path, "its base's config gives no model with a head"), init_empty_weights():
-            state = head_class._from_config(config).state_dict()
-        if all(name in state and state[name].shape == tensor.shape for name, tensor in tensors.items()):
-            prefix = f"{head_class.base_model_prefix}."
-            known = {name for name in state if name.startswith(prefix) and name.removeprefix(prefix) not in absent}
-            missing = state.keys() - known - tensors.keys()
-            if missing:
-                raise InputError(
-                    f"{adapter.path}: of the head of {head_class.__name__}, {', '.join(sorted(missing))} is neither in "
-                    "the base nor in the adapter; name it in modules_to_save when training"
-                )
-            names = {str(i): f"LABEL_{i}" for i in range(labels)}
-            ids = {name: int(i) for i, name in names.items()}
-            return {**base_config, "architectures": [head_class.__name__], "id2label": names, "label2id": ids}
-    raise InputError(f"{adapter.path}: its head ({', '.join(tensors)}) does not fit {head_class.__name__}")

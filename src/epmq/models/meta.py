@@ -12,6 +12,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from epmq.errors import InputError, error_context
 from epmq.models.checkpoint import Checkpoint, architecture_of
+from epmq.models.config import transformers_config
 
 # Classes whose weights are all shared between experts: their own architecture is merged. Everything else that is not
 # a plain `…Model` has a task head; its backbone is merged and the head is kept apart.
@@ -86,7 +87,7 @@ def build_meta_model(checkpoint: Checkpoint, model_class: Any = None, tokens: in
     if checkpoint.config.get("quantization_config"):
         raise InputError(f"{config_file}: the model is quantized already; give the one it was quantized from")
     with error_context(config_file, "transformers cannot open this model"):
-        config = transformers.AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
+        config = transformers_config(checkpoint)
         if tokens is not None:
             config.get_text_config().vocab_size = tokens
         architecture = architecture_of(checkpoint.config)

@@ -87,7 +87,7 @@ def _open(recipe: Recipe) -> tuple[ExpertSet, dict[str, Examples]]:
     """The experts, and the evaluation data of those that have any, in the recipe's order."""
     if all(expert.evaluation is None for expert in recipe.experts):
         raise InputError("recipe: no expert has evaluation data")
-    experts = open_experts(recipe.base, recipe.experts, recipe.tokenizer)
+    experts = open_experts(recipe.base, recipe.experts, recipe.tokenizer, recipe.config)
     plan = output_processor(experts)
     inputs, evaluation = ModelInputs(experts, recipe, plan.processor), {}
     for expert in recipe.experts:

@@ -78,7 +78,7 @@ def prepare(
     """
     _check_fields(recipe, calibration or {}, evaluation or {})
     listed, recipe = recipe.experts, recipe.ordered()
-    experts = open_experts(recipe.base, recipe.experts, recipe.tokenizer)
+    experts = open_experts(recipe.base, recipe.experts, recipe.tokenizer, recipe.config)
     if recipe.quantize.method != "none":
         _check_layers(experts, recipe)
         for note in _untouched(experts):

@@ -101,15 +101,10 @@ def opened_from(files: dict[str, Path], experts: ExpertSet, plan: OutputProcesso
             written = load_processor(folder)
         except InputError as error:
             raise InputError(f"{experts.base.path}: {LOST} ({str(error).removeprefix(folder)})") from None
-    what = difference(plan.processor, written, shared=is_part(experts))
+    what = difference(plan.processor, written, shared=experts.shares_part)
     if what is not None:
         raise InputError(f"{experts.base.path}: {LOST} ({what})")
     return written
-
-
-def is_part(experts: ExpertSet) -> bool:
-    """Whether a part of the base is merged, such as CLIP's vision tower, that may need a part of its processor."""
-    return bool(experts.config.get("model_type") != experts.base.checkpoint.config.get("model_type"))
 
 
 def check_processor(folder: Path, experts: ExpertSet, processor: Any) -> None:
@@ -118,6 +113,6 @@ def check_processor(folder: Path, experts: ExpertSet, processor: Any) -> None:
     Raises:
         WrongOutputError: it does something else; what is said.
     """
-    what = difference(processor, load_processor(folder), shared=is_part(experts))
+    what = difference(processor, load_processor(folder), shared=experts.shares_part)
     if what is not None:
         raise WrongOutputError(f"{folder}: {LOST} ({what}); nothing was published")

@@ -187,7 +187,7 @@ def _write_stub(folder: Path, shape: Shape) -> None:
 def _prepared_run(table: Table, recipe: Recipe) -> PreparedRun:
     """A row's recipe, open: no data has been read, and each task has batches of random inputs in its place."""
     recipe = recipe.ordered()
-    experts = open_experts(recipe.base, recipe.experts, recipe.tokenizer)
+    experts = open_experts(recipe.base, recipe.experts, recipe.tokenizer, recipe.config)
     recipe = recipe.resolved(all(task.classes is not None for task in table.tasks.values()))
     calibration = {}
     if recipe.quantize.calibrates:

@@ -135,7 +135,7 @@ def _models(table: Table, row: Row, recipe: Recipe) -> Iterator[tuple[nn.Module,
         use_fast_matmul(model.backbone)  # as base and experts are
         yield model.backbone, tokenizer_of(model.processor), list(table.tasks)
         return
-    experts = open_experts(recipe.base, recipe.experts, recipe.tokenizer)
+    experts = open_experts(recipe.base, recipe.experts, recipe.tokenizer, recipe.config)
     tokenizer = tokenizer_of(output_processor(experts).processor)
     if row.method == "base":
         yield experts.whole_model(experts.base, device), tokenizer, list(table.tasks)
