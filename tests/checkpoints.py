@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from epmq.files import read_json, write_json
+from epmq.files import write_json
 from epmq.models.checkpoint import INDEX, SINGLE
 
 

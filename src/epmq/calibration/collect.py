@@ -12,7 +12,7 @@ from epmq.calibration.residual import ResidualAdd
 from epmq.calibration.sequential import BlockStep
 from epmq.calibration.teacher import Teacher
 from epmq.errors import error_context
-from epmq.merging.experts import TensorReader
+from epmq.merging.readers import TensorReader
 from epmq.models.blocks import as_matrix, linears
 from epmq.models.hooks import HookPoint, watch
 from epmq.quantization.hessian import Moments

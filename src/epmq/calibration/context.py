@@ -7,7 +7,8 @@ import torch
 from epmq.calibration.calls import BlockCalls
 from epmq.calibration.offload import Offloader
 from epmq.calibration.teacher import Teacher
-from epmq.merging.experts import ExpertSet, TensorReader
+from epmq.merging.experts import ExpertSet
+from epmq.merging.readers import TensorReader
 from epmq.method_settings import Guidance, Quantize
 
 

@@ -16,7 +16,8 @@ from epmq.calibration.repeated import calibrator_of
 from epmq.calibration.sequential import Batch, BlockStep
 from epmq.calibration.teacher import MakeHead, Teacher, equals_merge
 from epmq.errors import error_context
-from epmq.merging.experts import ExpertSet, TensorReader
+from epmq.merging.experts import ExpertSet
+from epmq.merging.readers import TensorReader
 from epmq.method_settings import Quantize
 from epmq.models.blocks import as_matrix, find_stacks, linears
 from epmq.models.hooks import first_tensor

@@ -18,7 +18,8 @@ from epmq.calibration.calls import StubModel, forms
 from epmq.calibration.sequential import Batch
 from epmq.calibration.teacher import MakeHead, Teacher
 from epmq.errors import reason
-from epmq.merging.experts import ExpertSet, guiding_head
+from epmq.merging.experts import ExpertSet
+from epmq.merging.readers import guiding_head
 from epmq.models.blocks import is_padding_mask
 from epmq.models.heads import Head
 from epmq.models.multitask import NativeHead

@@ -11,7 +11,8 @@ from epmq.calibration.calls import BlockCalls
 from epmq.calibration.offload import Offloader
 from epmq.calibration.repeated import calibrator_of
 from epmq.calibration.sequential import Batch, BlockStep
-from epmq.merging.experts import ExpertReader, ExpertSet, TensorReader
+from epmq.merging.experts import ExpertSet
+from epmq.merging.readers import ExpertReader, TensorReader
 from epmq.models.heads import Head
 from epmq.models.hooks import HookPoint, watch
 from epmq.models.meta import hold_used_rows, load_outside, materialize, to_meta

@@ -3,7 +3,8 @@
 from collections.abc import Iterable, Sequence
 
 from epmq.errors import InputError
-from epmq.merging.experts import BaseReader, ExpertReader, ExpertSet
+from epmq.merging.experts import ExpertSet
+from epmq.merging.readers import BaseReader, ExpertReader
 from epmq.merging.ties import asked_fields, is_one
 from epmq.models import classes
 from epmq.models.checkpoint import Checkpoint, architecture_of

@@ -9,7 +9,8 @@ import torch
 from epmq.errors import InputError, error_context
 from epmq.merging.accounting import account_for_base, account_for_expert, note_ties
 from epmq.merging.configs import check_configs
-from epmq.merging.experts import TABLES, ExpertReader, ExpertSet
+from epmq.merging.experts import TABLES, ExpertSet
+from epmq.merging.readers import ExpertReader
 from epmq.merging.vocabulary import agree_on_tokens
 from epmq.models.adapter import Adapter
 from epmq.models.adapter_head import task_of

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from epmq.merging import methods
-from epmq.merging.experts import ExpertReader, ExpertSet
+from epmq.merging.experts import ExpertSet
+from epmq.merging.readers import ExpertReader
 from epmq.merging.trim import Pair, magnitude_threshold
 from epmq.method_settings import Merge, Ties
 from epmq.models.checkpoint import is_finite

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from epmq.errors import InputError
-from epmq.merging.experts import BaseReader, ExpertReader, ExpertSet
+from epmq.merging.experts import ExpertSet
+from epmq.merging.readers import BaseReader, ExpertReader
 from epmq.models.blocks import block_linears
 from epmq.models.heads import load_head
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from epmq.data.tokens import Tokens, has_tokenizer, join, open_tokenizer, read_tokens, same_tokenizer, special_tokens
 from epmq.errors import InputError, error_context
-from epmq.merging.experts import ExpertReader, ExpertSet
+from epmq.merging.experts import ExpertSet
+from epmq.merging.readers import ExpertReader
 from epmq.merging.token_rows import TokenRows, Vocabulary, read_rows
 from epmq.models import meta
 

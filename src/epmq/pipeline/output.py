@@ -10,7 +10,7 @@ from epmq.calibration.engine import Block
 from epmq.calibration.head_refit import HeadFit, with_weights
 from epmq.export import FORMATS
 from epmq.files import write_json
-from epmq.merging.experts import ExpertReader
+from epmq.merging.readers import ExpertReader
 from epmq.models.blocks import LINEAR, as_matrix, block_linears, find_stacks, is_transposed
 from epmq.models.checkpoint import TensorSpec
 from epmq.models.heads import load_head, save_head, write_head_file

@@ -22,8 +22,9 @@ from epmq.errors import InputError, error_context
 from epmq.export import FORMATS
 from epmq.files import check_output
 from epmq.merging.compatibility import open_experts
-from epmq.merging.experts import BaseReader, ExpertReader, ExpertSet
+from epmq.merging.experts import ExpertSet
 from epmq.merging.merged import MergedWeights
+from epmq.merging.readers import BaseReader, ExpertReader
 from epmq.merging.relation import check_relation
 from epmq.models.blocks import as_matrix, block_linears, is_transposed
 from epmq.models.heads import HEAD_FILE, load_head, read_head_file

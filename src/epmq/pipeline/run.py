@@ -18,7 +18,7 @@ from epmq.calibration.sequential import Batch
 from epmq.data.encoding import split_first, to_device
 from epmq.errors import InputError
 from epmq.files import hash_file, read_json, whole_directory, write_json
-from epmq.merging.experts import TensorReader, guiding_head
+from epmq.merging.readers import TensorReader, guiding_head
 from epmq.method_settings import Unquantized
 from epmq.models.blocks import find_stacks
 from epmq.models.checkpoint import model_files

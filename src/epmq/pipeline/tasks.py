@@ -11,7 +11,7 @@ from epmq.data.examples import Examples
 from epmq.data.labels import EXAMPLES_OF
 from epmq.data.windows import join_words, windows
 from epmq.errors import InputError, error_context
-from epmq.merging.experts import ExpertReader
+from epmq.merging.readers import ExpertReader
 from epmq.models.heads import POOLER, load_head, read_head_file
 from epmq.models.tasks import LABEL_INPUTS, Task, output_names, task_of_settings
 from epmq.pipeline.scoring import are_entities
