@@ -1,8 +1,8 @@
 """Every tensor of base and experts is merged, kept in a head, or named: in a note on what is left out, or an error."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-from epmq.errors import InputError
+from epmq.errors import InputError, error_context
 from epmq.merging.experts import ExpertSet
 from epmq.merging.readers import BaseReader, ExpertReader
 from epmq.merging.ties import asked_fields, is_one
@@ -48,7 +48,7 @@ def account_for_expert(experts: ExpertSet, expert: ExpertReader) -> None:
         notes.depart(f"{who}: {expert.head_file.name} takes the place of its own {listed(left)}")
     else:
         if expert.head_config is not None:
-            left = _unread_by([named_class(architecture)], expert.checkpoint, left)
+            left = _unread_by(named_class(architecture), expert.checkpoint, left, who)
         if left:
             notes.depart(f"{who}: left out, since the merged model has none: {listed(left)}")
     expert.left_out += left
@@ -105,9 +105,7 @@ def _left_over(experts: ExpertSet, reader: BaseReader | ExpertReader, who: str) 
     if stray:
         more = f" (and {len(stray) - 1} more)" if len(stray) > 1 else ""
         raise InputError(f"{who}: tensor {stray[0]!r}{more} has no counterpart in the base ({checkpoint.path})")
-    own = named_class(architecture_of(checkpoint.config))
-    related = classes.related_classes(classes.config_of(checkpoint), own) if left else []
-    unknown = _unread_by([own, *related], checkpoint, left)
+    unknown = _read_by_none(checkpoint, left, who) if left else []
     odd = [name for name in unknown if name in weights]
     if odd and not _is_unknown_task(checkpoint):
         more = f" (and {len(odd) - 1} more)" if len(odd) > 1 else ""
@@ -134,10 +132,16 @@ def _is_inside(experts: ExpertSet, name: str) -> bool:
     return name.removeprefix(f"{model.base_model_prefix}.").partition(".")[0] in parts
 
 
-def _unread_by(candidates: Iterable[type], checkpoint: Checkpoint, names: list[str]) -> list[str]:
-    """Those of some names on disk that none of the classes reads."""
-    config = classes.config_of(checkpoint)
-    for one in dict.fromkeys(candidates):
-        if names and one is not None:
-            names = classes.unread_by(one, config, checkpoint, names)
+def _read_by_none(checkpoint: Checkpoint, names: list[str], who: str) -> list[str]:
+    """Those of some names on disk that no class of transformers reads; a checkpoint's own class must be buildable."""
+    own, config = named_class(architecture_of(checkpoint.config)), classes.config_of(checkpoint)
+    if own is not None:
+        names = _unread_by(own, checkpoint, names, who)
+    for one in classes.related_classes(config, own):
+        names = classes.unread_by(one, config, checkpoint, names) if names else names
     return names
+
+
+def _unread_by(own: type, checkpoint: Checkpoint, names: list[str], who: str) -> list[str]:
+    with error_context(f"{who}: the config of {own.__name__}", "transformers cannot build it"):
+        return classes.unread(classes.outline(own, classes.config_of(checkpoint), checkpoint), names)

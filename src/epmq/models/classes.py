@@ -11,9 +11,6 @@ from epmq.errors import InputError, error_context
 from epmq.models.checkpoint import FLOATS, Checkpoint, architecture_of
 from epmq.models.meta import has_task_head, is_generator, named_class, no_larger, rename
 
-# What from_pretrained may raise for a class that does not fit a config.
-_UNFIT = (ValueError, TypeError, AttributeError, KeyError, RuntimeError, ImportError, NotImplementedError)
-
 
 def config_of(checkpoint: Checkpoint) -> Any:
     """A checkpoint's config as transformers reads it, with the defaults of its class; an InputError names the file."""
@@ -67,7 +64,7 @@ def unread_by(model_class: Any, config: Any, checkpoint: Checkpoint, names: list
     """As `unread`, by a class of which there is no model yet; one that does not fit the config reads nothing."""
     try:
         return unread(outline(model_class, config, checkpoint), names)
-    except _UNFIT:
+    except Exception:  # what a class may raise on a config that it was not made for
         return names
 
 
@@ -105,7 +102,7 @@ def fitting_classes(checkpoint: Checkpoint, config: Any) -> list[Any]:
             model = outline(one, config, checkpoint)
             if not _masks_instead(one, config) and not unread(model, names) and _has_shapes(model, checkpoint):
                 fitting.append(((len(missing(model, names)), -len(rename(model, names)[0])), one))
-        except _UNFIT:
+        except Exception:  # as in `unread_by`
             continue
     best = [one for rank, one in fitting if rank == min(rank for rank, _ in fitting)]
     return sorted(best, key=lambda one: not is_generator(one.__name__))
