@@ -25,7 +25,7 @@ def recipe_of(folder: Path, *experts: str, **fields: Any) -> dict[str, Any]:
 def open_recipe(content: dict[str, Any]) -> ExpertSet:
     """Base and experts of a recipe."""
     recipe = load_recipe(content)
-    return open_experts(recipe.base, recipe.experts, recipe.config)
+    return open_experts(recipe.base, recipe.experts, recipe.tokenizer, recipe.config)
 
 
 def open_folder(folder: Path, *experts: str, **fields: Any) -> ExpertSet:

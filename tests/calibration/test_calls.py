@@ -52,9 +52,9 @@ def test_a_stack_without_data_is_refused_by_name(tmp_path):
 
 
 def test_inputs_that_the_model_does_not_take_are_refused_before_any_compute(tmp_path):
-    with pytest.raises(InputError, match=r"experts\.two\.calibration: AlbertModel does not take these inputs, pixels"):
+    with pytest.raises(InputError, match=r"experts\.two\.calibration: AlbertModel takes input_ids, which"):
         prepared_run(tmp_path, albert, {"one": [token_batch(1)], "two": [{"pixels": torch.ones(1, 2)}]}, "gptq")
-    with pytest.raises(InputError, match=r"experts\.one\.calibration: AlbertModel does not take these inputs"):
+    with pytest.raises(InputError, match=r"experts\.one\.calibration: inputs of 40 tokens, but AlbertModel"):
         prepared_run(
             tmp_path, albert, {"one": [token_batch(1), token_batch(1, length=40)], "two": [token_batch(2)]}, "gptq"
         )

@@ -61,8 +61,8 @@ def unlike_the_expert(architecture: Architecture, folder: Path) -> list[str]:
     model_class = getattr(transformers, architecture.model)
     out, info = model_class.from_pretrained(folder / "out", output_loading_info=True)
     kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
-    parts = [f"{kind}: {key}" for kind in kinds for key in info[kind]]
-    expert = model_class.from_pretrained(folder / "expert")
+    expert, own = model_class.from_pretrained(folder / "expert", output_loading_info=True)
+    parts = [f"{kind}: {key}" for kind in kinds for key in set(info[kind]) - set(own[kind])]
     apart = gaps(out.eval(), expert.eval(), architecture.batches())
     return parts + [f"{name} off by {value:.2g}" for name, value in apart.items() if value > TOLERANCE]
 

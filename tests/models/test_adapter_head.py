@@ -227,7 +227,8 @@ def test_a_masked_language_models_head_is_no_tasks(tmp_path, targets, left_out):
     adapt(model, tmp_path / "lora", target_modules=targets)
     opened = open_adapters(tmp_path / "base", tmp_path / "lora")
     notes = ["expert t0: cls.predictions.transform.dense.weight is in another head of the base: left out"]
-    assert opened.notes.departures[1:] == notes[:left_out] and not opened.experts["t0"].has_head
+    found = [note for note in opened.notes.departures if note.startswith("expert")]
+    assert found == notes[:left_out] and not opened.experts["t0"].has_head
 
 
 def test_names_of_a_state_dict_that_peft_did_not_write(pool, tmp_path):
@@ -259,7 +260,7 @@ def test_the_names_of_as_many_labels_are_the_bases(tmp_path):
 def test_a_change_to_what_the_base_lacks_is_refused(tmp_path):
     BertForMaskedLM(tiny_bert().config).save_pretrained(tmp_path / "base")
     adapt(tiny_bert(), tmp_path / "lora", target_modules=["pooler.dense"])
-    with pytest.raises(ValueError, match=r"changes 'pooler\.dense\.weight', which the base lacks"):
+    with pytest.raises(ValueError, match=r"pooler\.dense\.weight is not in the base"):
         open_adapters(tmp_path / "base", tmp_path / "lora")
 
 

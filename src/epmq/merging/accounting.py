@@ -21,7 +21,9 @@ def account_for_base(experts: ExpertSet) -> None:
         InputError: no class of transformers reads a tensor of the base; it is named.
     """
     base, notes = experts.base, experts.notes
-    left = _left_over(experts, base, "the base")
+    heads = [expert.adapter_head for expert in experts.experts.values()]
+    used = {name for head in heads if head is not None for name in head.read}
+    left = [name for name in _left_over(experts, base, "the base") if name not in used]
     if left:
         notes.depart(f"in the base, left out: {listed(left)}")
     taken = [name for name in base.stand_ins if name not in experts.initial]
@@ -83,7 +85,7 @@ def _check_computed(experts: ExpertSet, expert: ExpertReader) -> None:
     fields = asked_fields(experts.model)
     ours, theirs = experts.model.config, classes.config_of(expert.checkpoint) if fields else None
     for field in fields:
-        if getattr(ours, field, None) != getattr(theirs, field, None):
+        if field not in experts.changes and getattr(ours, field, None) != getattr(theirs, field, None):
             raise InputError(
                 f"expert {expert.task}: {field} is {getattr(theirs, field, None)}, but {getattr(ours, field, None)} in "
                 f"the base, and {type(experts.model).__name__} computes otherwise by it ({expert.path})"

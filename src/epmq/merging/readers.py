@@ -191,7 +191,9 @@ class ExpertReader:
         stored, ties = meta.rename(own, self.checkpoint.names)[0], meta.tied_names(own)
         held, inside = set(stored), f"{own.base_model_prefix}."
         follow_ties(stored, ties)
-        return {name: stored[name] for name in ties if name in stored.keys() - held and not name.startswith(inside)}
+        shared, lacking = self._model.state_dict(), stored.keys() - held
+        heads = (name for name in ties if name not in shared and not name.startswith(inside))
+        return {name: stored[name] for name in heads if name in lacking}
 
     @cached_property
     def head_config(self) -> dict[str, Any] | None:

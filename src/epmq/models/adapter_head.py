@@ -26,11 +26,13 @@ class AdapterHead:
         config: names the task class and its labels.
         tensors: name in the adapter, or in the task class for what the adapter does not have → tensor.
         from_base: names of those that are the base's as they are.
+        read: names in the base's file of all that comes from there, or starts there.
     """
 
     config: dict[str, Any]
     tensors: dict[str, Tensor]
     from_base: list[str]
+    read: list[str]
 
 
 def task_of(adapter: Adapter) -> str | None:
@@ -179,9 +181,9 @@ class _HeadParts:
         ordered = {name: tensors.pop(name) for name in own if name in tensors} | tensors
         ids = {name: index for index, name in self._labels.items()}
         labels = {"id2label": {str(index): name for index, name in self._labels.items()}, "label2id": ids}
-        return AdapterHead(
-            {**self._config, "architectures": [type(self._model).__name__], **labels}, ordered, from_base
-        )
+        config = {**self._config, "architectures": [type(self._model).__name__], **labels}
+        read = [self._stored[name] for name in self._parts(absent) if name in self._stored]
+        return AdapterHead(config, ordered, from_base, read)
 
     def _tensor(self, name: str, stored: str) -> Tensor:
         adapter = self._adapter

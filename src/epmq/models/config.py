@@ -8,11 +8,14 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import nn
 
 from epmq.errors import InputError, error_context
+from epmq.files import write_json
 from epmq.models.checkpoint import Checkpoint
 
 # Modules of transformers that read configs for all models.
@@ -50,7 +53,9 @@ def transformers_config(checkpoint: Checkpoint) -> Any:
 
 def read_as(config_class: Any, content: dict[str, Any]) -> Any:
     """The same of the content of a `config.json`, which stays as it is, and of a known class."""
-    return config_class.from_dict(copy.deepcopy(content))
+    with TemporaryDirectory() as folder:  # only from a file does transformers read what JSON has no number for
+        write_json(Path(folder, "config.json"), content)
+        return config_class.from_pretrained(folder)
 
 
 def config_fields(config: Any, prefix: str = "") -> dict[str, ConfigField]:
