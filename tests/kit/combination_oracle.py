@@ -89,7 +89,8 @@ def by_hand(files: Files) -> Any:
     """The merge: base + scaling · Σ (expert − base), in the shared class; untied where a side is.
 
     Its `missing` are the tensors that the base has not. What an expert has not is the base's, and so is the output
-    layer where the expert's class has none, whatever its config says of ties.
+    layer where the expert's class has none, whatever its config says of ties; where the base ties it, it is the
+    expert's embedding.
     """
     shared, combination = getattr(transformers, files.architecture.model), files.combination
     base, info = shared.from_pretrained(files.folder / "base", output_loading_info=True, dtype=torch.float32)
@@ -99,7 +100,7 @@ def by_hand(files: Files) -> Any:
         {
             name: tensor
             for name, tensor in one.state_dict().items()
-            if name not in one.missing and (whole or name.rpartition(".")[0] not in outputs)
+            if name not in one.missing and (whole or _is_tied(base) or name.rpartition(".")[0] not in outputs)
         }
         for one, whole in sides
     ]
@@ -109,8 +110,8 @@ def by_hand(files: Files) -> Any:
         moves = [one.float() - tensor for one in own] if tensor.is_floating_point() else []
         merged[name] = tensor + combination.scaling * sum(moves) if moves else tensor
     ties = {_is_tied(one) for one in (base, *(one for one, whole in sides if whole))}
-    if len(ties) > 1:
-        base = shared.from_pretrained(files.folder / "base", tie_word_embeddings=False, dtype=torch.float32)
+    if len(ties) > 1:  # that of a side that holds them apart: a config alone does not untie all classes
+        base = copy.deepcopy(next(one for one in (base, *(one for one, whole in sides if whole)) if not _is_tied(one)))
     done = set[int]()
     with torch.no_grad():
         for name, tensor in base.state_dict().items():
@@ -122,7 +123,9 @@ def by_hand(files: Files) -> Any:
 
 
 def _is_tied(model: Any) -> bool:
-    return bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
+    """Whether a model's output layer is its embedding; what a config says is not always what a file holds."""
+    output = model.get_output_embeddings()
+    return output is not None and output.weight.data_ptr() == model.get_input_embeddings().weight.data_ptr()
 
 
 def open_output(files: Files, report: dict[str, Any], out: Path) -> Any:
@@ -201,6 +204,11 @@ def with_head(files: Files, name: str, written: Any) -> Any:
     """The expert's own class with the output's weights in the place of its backbone's."""
     model = copy.deepcopy(files.models[name])
     model = model.merge_and_unload() if files.is_adapter(name) else model
+    if files.combination.fault == "half":
+        model = model.to(next(iter(load_file(files.folder / name / "model.safetensors").values())).dtype).float()
+    output = model.get_output_embeddings()
+    if output is not None:  # the head's own, which does not become another with the backbone
+        output.weight = torch.nn.Parameter(output.weight.detach().clone())
     backbone = getattr(model, model.base_model_prefix, model)
     source = getattr(written, written.base_model_prefix, written)
     start = transformers.AutoModel.from_pretrained(files.folder / "base", output_loading_info=True)[1]
@@ -244,7 +252,11 @@ def heads_apart(files: Files, report: dict[str, Any], out: Path, written: Any) -
         # One that follows the model gives the scores of the one expert that there is.
         bound = EXACT * 5 if not follows else max(near(files), NEAR * 2) if len(files.names) == 1 else 1e30
         for batch in files.probes[name]:
-            apart = gap(loaded(name, **batch).float(), stacked(read(reference, batch)))
+            try:
+                wanted = stacked(read(reference, batch))
+            except (ValueError, AssertionError):
+                break  # the class does not take such a batch: no padding token, or no separators of a question
+            apart = gap(loaded(name, **batch).float(), wanted)
             if apart > bound:
                 problems.append(f"scores of {name} ({head}) off by {apart:.2g}")
                 break
@@ -269,6 +281,8 @@ def scores_apart(files: Files, report: dict[str, Any], out: Path) -> list[str]:
         if not data["path"].endswith(".jsonl"):
             continue
         rows = [json.loads(line) for line in Path(data["path"]).read_text().splitlines()]
+        if not all("text" in row or {"a", "b"} <= row.keys() for row in rows):
+            continue  # scored word by word, or in windows
         loaded = loaded or epmq.load(out)
         if name not in loaded.tasks:
             continue  # a head that is missing is told elsewhere

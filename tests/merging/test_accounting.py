@@ -155,3 +155,11 @@ def test_what_a_class_starts_with_stands_for_what_the_base_lacks(tmp_path, train
 
 def test_long_lists_are_cut():
     assert listed(["a"]) == "a" and listed(list("abcdef")) == "a, b, c, d and 2 more"
+
+
+def test_a_head_that_an_experts_file_lacks_is_noted(tmp_path):
+    tiny_bert().save_pretrained(tmp_path / "base")
+    BertForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=3).save_pretrained(tmp_path / "one")
+    set_weights(tmp_path / "one", classifier__weight=None, classifier__bias=None)
+    (note,) = [note for note in open_folder(tmp_path, "one").notes.departures if note.startswith("expert")]
+    assert "BertForSequenceClassification has a head, but there is none in its file" in note

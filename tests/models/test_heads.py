@@ -159,3 +159,9 @@ def test_settings_are_good_or_an_error_names_the_file(tmp_path_factory, values):
 def test_a_head_that_cannot_be_written_is_named(tmp_path):
     with pytest.raises(OSError, match=r"nowhere/head\.safetensors: cannot be written"):
         save_head(Head(torch.ones(2, 3), torch.ones(2)), tmp_path / "nowhere" / "head.safetensors")
+
+
+def test_the_places_of_a_map_are_tokens():
+    maps = torch.randn(2, 5, 3, 4)
+    torch.testing.assert_close(pool(maps, None, "mean"), maps.mean((2, 3)))
+    torch.testing.assert_close(pool(maps, None, "cls"), maps[:, :, 0, 0])

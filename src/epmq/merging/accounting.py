@@ -41,9 +41,11 @@ def account_for_expert(experts: ExpertSet, expert: ExpertReader) -> None:
     """As `account_for_base`, of an expert that is a whole checkpoint; its task's head is kept, and is not left out."""
     who, notes = f"expert {expert.task}", experts.notes
     left = _left_over(experts, expert, who)
-    if not left:
-        return
     architecture = architecture_of(expert.checkpoint.config)
+    if not left:
+        if has_task_head(architecture) and expert.head_file is None and not expert.own_head_names:
+            notes.depart(f"{who}: {architecture} has a head, but there is none in its file ({expert.path})")
+        return
     if _is_unknown_task(expert.checkpoint):
         notes.depart(f"{who}: transformers has no class {architecture}, its head is left out")
     elif expert.head_file is not None:

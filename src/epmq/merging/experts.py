@@ -50,7 +50,7 @@ class ExpertSet:
 
     def __init__(self, source: str, experts: Sequence[Expert], changes: Mapping[str, Any] | None = None) -> None:
         self.source, self.notes, self.vocabulary, self.changes = source, Notes(), Vocabulary(), changes or {}
-        checkpoint = Checkpoint(source)
+        checkpoint = self._base = Checkpoint(source)
         paths = {expert.name: resolve(expert.model) for expert in experts}
         opened = {task: Adapter(path) if is_adapter(path) else Checkpoint(path) for task, path in paths.items()}
         full = {task: expert for task, expert in opened.items() if not isinstance(expert, Adapter)}
@@ -88,6 +88,9 @@ class ExpertSet:
         with error_context(str(checkpoint.path)):
             stored, extra = meta.rename(self.model, checkpoint.names)
         ties = {} if isinstance(checkpoint, Adapter) else own_ties(self.model, checkpoint)
+        if checkpoint is not self._base and not meta.is_generator(architecture_of(checkpoint.config) or ""):
+            # What has no output layer follows the base, whose config may tie what its file holds apart.
+            ties = {name: leader for name, leader in ties.items() if is_one(self.base, name, leader)}
         follow_ties(stored, ties)
         return stored, extra, ties
 

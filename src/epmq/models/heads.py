@@ -28,11 +28,14 @@ def pool(hidden: Tensor, mask: Tensor | None, pooling: str) -> Tensor:
     """One feature row a sample: [batch, features], or [batch, 2·features] for `cls_mean`.
 
     Args:
-        hidden: last hidden state, [batch, tokens, features].
+        hidden: last hidden state, [batch, tokens, features], or maps [batch, features, height, width], whose places are
+            taken as tokens, row by row.
         mask: 1 for a real token and 0 for padding, [batch, tokens]; None means that all are real.
         pooling: `cls` takes the first token, `mean` averages the real tokens, `cls_mean` puts the first
             token beside the mean of the others (as `Dinov2ForImageClassification` does).
     """
+    if hidden.ndim == 4:
+        hidden = hidden.flatten(2).mT
     if pooling == "cls":
         return hidden[:, 0]
     if mask is None:

@@ -28,7 +28,8 @@ def has_task_head(architecture: str | None) -> bool:
 
 def is_generator(architecture: str) -> bool:
     """Whether a class of that name generates text: its output layer belongs to what base and experts share."""
-    return architecture.endswith(_WHOLE)
+    named = named_class(architecture)  # such as MarianMTModel, whose name does not say it
+    return architecture.endswith(_WHOLE) or (named is not None and bool(named.can_generate()))
 
 
 def named_class(architecture: Any) -> Any:
