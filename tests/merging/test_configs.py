@@ -116,7 +116,7 @@ ALIKE: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("llama", {**OLD_ROPE, "rope_scaling": {"type": "linear", "factor": 2.0}}, {"rope_parameters": LINEAR}),
     ("llama", {"head_dim": GONE, "attention_bias": GONE, "mlp_bias": GONE}, {}),
     ("llama", {"torch_dtype": "bfloat16", "dtype": GONE, "transformers_version": "4.30.0", "_name_or_path": "x"}, {}),
-    ("llama", {"id2label": {"0": "a", "1": "b", "2": "c"}, "architectures": ["LlamaForSequenceClassification"]}, {}),
+    ("llama", {"id2label": {"0": "a", "1": "b", "2": "c"}}, {}),
     ("modernbert", {**OLD_ROPE, "global_rope_theta": 160000.0, "local_rope_theta": 1e4}, {}),
     ("qwen2", {"sliding_window": 4096, "use_sliding_window": False}, {"sliding_window": None}),
     ("bert", {"vocab_size": 32, "finetuning_task": "sst2", "problem_type": "regression"}, {}),
