@@ -212,15 +212,15 @@ def _graph(job: Job, weight: torch.Tensor) -> dict[str, Any]:
         block = _Block(256, weight, GRID)
         for buffer in (block.weight, block.compensated, block.scale, block.feedback):
             buffer.copy_(torch.rand_like(buffer))
-        calls = min(job.seconds(block._call, 5))
+        calls = min(job.seconds(block.run, 5))
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            block._call()
+            block.run()
         torch.cuda.current_stream().wait_stream(stream)
         start = job.sync()
         with torch.cuda.graph(graph):
-            block._call()
+            block.run()
         record = job.sync() - start
         replay = min(job.seconds(graph.replay, 5))
     return {"columns": 256, "calls": round(calls, 6), "record": round(record, 6), "replay": round(replay, 6)}

@@ -120,8 +120,6 @@ class _Block:
             self.bounds = self.bounds.repeat(1, columns, 1)
         self.operations: list[Callable[[], Any]] = []
         self._plan(0, columns)
-        self._runs = 0
-        self._recorded: torch.cuda.CUDAGraph | None = None
 
     def _plan(self, start: int, end: int) -> None:
         """Columns from the last to the first, halved recursively: nearly all work is in matrix products."""
@@ -151,21 +149,6 @@ class _Block:
             ]
 
     def run(self) -> None:
-        """Fix the columns that are in the buffers.
-
-        On a GPU the calls take four times as long as the work (`benchmarks/results/device.json`). So they are recorded
-        when they come a second time; the first time has set up the libraries, which a recording cannot.
-        """
-        self._runs += 1
-        if self._runs == 2 and self.weight.is_cuda:
-            self._recorded = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._recorded):
-                self._call()
-        if self._recorded is not None:
-            self._recorded.replay()
-        else:
-            self._call()
-
-    def _call(self) -> None:
+        """Fix the columns that are in the buffers."""
         for operation in self.operations:
             operation()
