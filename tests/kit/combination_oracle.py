@@ -100,26 +100,32 @@ def by_hand(files: Files) -> Any:
         {
             name: tensor
             for name, tensor in one.state_dict().items()
-            if name not in one.missing and (whole or _is_tied(base) or name.rpartition(".")[0] not in outputs)
+            if name not in one.missing and (whole or name.rpartition(".")[0] not in outputs)
         }
         for one, whole in sides
     ]
+    for state, (one, whole) in zip(states, sides):
+        if not whole and _is_tied(base):  # what it has made of the embedding, it has made of the output layer
+            state |= {f"{name}.weight": one.get_input_embeddings().weight for name in outputs}
     start, merged = base.state_dict(), dict[str, Tensor]()
     for name, tensor in start.items():
         own = [state[name] for state in states if name in state and state[name].shape == tensor.shape]
         moves = [one.float() - tensor for one in own] if tensor.is_floating_point() else []
         merged[name] = tensor + combination.scaling * sum(moves) if moves else tensor
     ties = {_is_tied(one) for one in (base, *(one for one, whole in sides if whole))}
-    if len(ties) > 1:  # that of a side that holds them apart: a config alone does not untie all classes
-        base = copy.deepcopy(next(one for one in (base, *(one for one, whole in sides if whole)) if not _is_tied(one)))
-    done = set[int]()
+    hold_apart(base)  # what one side ties may be two on another
     with torch.no_grad():
         for name, tensor in base.state_dict().items():
-            if tensor.data_ptr() not in done or not tensor.numel():
-                tensor.copy_(merged[name])
-            done.add(tensor.data_ptr())
+            tensor.copy_(merged[name])
     base.missing, base.mixed = set(info["missing_keys"]), len(ties) > 1
     return base.eval()
+
+
+def hold_apart(model: Any) -> None:
+    """Let no two parameters of a model share their storage."""
+    for module in model.modules():
+        for leaf, parameter in module._parameters.items():
+            module._parameters[leaf] = None if parameter is None else torch.nn.Parameter(parameter.detach().clone())
 
 
 def _is_tied(model: Any) -> bool:
@@ -205,10 +211,9 @@ def with_head(files: Files, name: str, written: Any) -> Any:
     model = copy.deepcopy(files.models[name])
     model = model.merge_and_unload() if files.is_adapter(name) else model
     if files.combination.fault == "half":
-        model = model.to(next(iter(load_file(files.folder / name / "model.safetensors").values())).dtype).float()
-    output = model.get_output_embeddings()
-    if output is not None:  # the head's own, which does not become another with the backbone
-        output.weight = torch.nn.Parameter(output.weight.detach().clone())
+        stored = load_file(next(iter(sorted((files.folder / name).glob("*.safetensors")))))
+        model = model.to(next(iter(stored.values())).dtype).float()
+    hold_apart(model)  # what the class ties, the output may hold apart; and the head's own stays as it is
     backbone = getattr(model, model.base_model_prefix, model)
     source = getattr(written, written.base_model_prefix, written)
     start = transformers.AutoModel.from_pretrained(files.folder / "base", output_loading_info=True)[1]
@@ -278,7 +283,7 @@ def scores_apart(files: Files, report: dict[str, Any], out: Path) -> list[str]:
         metric = metrics.get(name) if isinstance(metrics, dict) else metrics
         if data is None or metric not in ("accuracy", "spearman", "pearson") or files.architecture.kind == "seq2seq":
             continue
-        if not data["path"].endswith(".jsonl"):
+        if not data["path"].endswith(".jsonl") or files.combination.data == "long":  # which is cut by other rules here
             continue
         rows = [json.loads(line) for line in Path(data["path"]).read_text().splitlines()]
         if not all("text" in row or {"a", "b"} <= row.keys() for row in rows):

@@ -166,8 +166,8 @@ def test_a_pooler_that_the_base_lacks_is_each_experts_own(tmp_path):
         opened.notes
         == opened.notes.departures
         == [
-            f"in the base, left out: {', '.join(head)}, cls.predictions.transform.dense.bias and 1 more",
             "not in the base, left out: pooler.dense.weight, pooler.dense.bias",
+            f"in the base, left out: {', '.join(head)}, cls.predictions.transform.dense.bias and 1 more",
         ]
     )
     # By hand: every expert's classifier and pooler on the merged encoder.

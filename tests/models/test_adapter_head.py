@@ -260,7 +260,7 @@ def test_the_names_of_as_many_labels_are_the_bases(tmp_path):
 def test_a_change_to_what_the_base_lacks_is_refused(tmp_path):
     BertForMaskedLM(tiny_bert().config).save_pretrained(tmp_path / "base")
     adapt(tiny_bert(), tmp_path / "lora", target_modules=["pooler.dense"])
-    with pytest.raises(ValueError, match=r"pooler\.dense\.weight is not in the base"):
+    with pytest.raises(ValueError, match=r"changes 'pooler\.dense\.weight', which the base lacks"):
         open_adapters(tmp_path / "base", tmp_path / "lora")
 
 
@@ -283,3 +283,15 @@ def test_the_written_checkpoint_needs_no_adapter(pool, tmp_path):
     shutil.rmtree(tmp_path / "lora")
     assert not list((tmp_path / "out").glob("adapter*"))
     assert epmq.load(tmp_path / "out").answer("two", TEXTS)
+
+
+def test_a_head_on_parts_of_a_writer_holds_nothing_of_them(tmp_path):
+    """T5's task classes have the writer's parts by the same names: the shared model's, not the base's, are read."""
+    config = transformers.T5Config(
+        vocab_size=32, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0, num_labels=2
+    )
+    transformers.T5ForConditionalGeneration(config).save_pretrained(tmp_path / "base")
+    model = transformers.T5ForQuestionAnswering.from_pretrained(tmp_path / "base")
+    adapt(model, tmp_path / "lora", target_modules=["q"], modules_to_save=["qa_outputs"], task_type="QUESTION_ANS")
+    found = open_adapters(tmp_path / "base", tmp_path / "lora").experts["t0"].head_tensors()
+    assert sorted(name.rpartition(".")[0] for name in found) == ["qa_outputs", "qa_outputs"]

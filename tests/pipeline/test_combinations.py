@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.kit.combination_faults import Happened, edit_weights
 from tests.kit.combination_files import write_files
@@ -69,7 +68,6 @@ def test_the_judge_notices_another_score_and_a_lost_head(tmp_path):
 
 def test_the_judge_asks_for_a_note_on_what_is_wrong(tmp_path):
     files = write_files(PLAIN, tmp_path)
-    edit_weights(tmp_path / "e0", lambda tensors: tensors | {"stray.weight": torch.ones(2, 2)})
     report, _ = run_files(files)
     told = {**report, "notes": ["expert e0: stray.weight is left out"]}
     happened = Happened("a stray tensor", "tell", ("stray",))

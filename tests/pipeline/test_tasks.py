@@ -14,11 +14,14 @@ from families import FAMILIES
 from task_experts import KINDS, TAGS, build, fine_tuned, recipe_of, rows, tokenizer
 
 import epmq
+from epmq.errors import InputError
 from epmq.models.heads import HEAD_FILE, Head, save_head
+from epmq.models.tasks import task_of_class
 from epmq.pipeline.evaluation import evaluate_experts
 from epmq.pipeline.prepare import prepare
 from epmq.pipeline.run import run
 from epmq.pipeline.scoring import entity_f1, rank_correlation, span_f1
+from epmq.pipeline.tasks import check_ends
 from epmq.recipe_file import load_recipe
 
 SCORED = ["choice", "class", "labels", "number", "span", "tags"]
@@ -331,3 +334,12 @@ def test_a_head_that_epmq_wrote_is_an_experts_head_again(folder, tmp_path):
     recipe = scored(folder, "class")
     recipe["experts"][0]["head"] = str(tmp_path / "out" / "heads" / "class.safetensors")
     assert evaluate_experts(recipe, **QUIET) == evaluate_experts(scored(folder, "class"), **QUIET)
+
+
+def test_a_class_that_reads_the_last_token_must_not_find_padding_there():
+    config = transformers.XLNetConfig(vocab_size=32, d_model=32, n_layer=1, n_head=2, d_inner=32, num_labels=2)
+    model, task = transformers.XLNetModel(config), task_of_class("XLNetForSequenceClassification", config)
+    ids = torch.ones(2, 3, dtype=torch.long)
+    check_ends({"input_ids": ids, "attention_mask": torch.tensor([[0, 1, 1], [1, 1, 1]])}, task, model)
+    with pytest.raises(InputError, match="batch_size: 1"):
+        check_ends({"input_ids": ids, "attention_mask": torch.tensor([[1, 1, 0], [1, 1, 1]])}, task, model)

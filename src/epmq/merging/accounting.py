@@ -14,18 +14,14 @@ from epmq.models.meta import has_task_head, named_class
 LISTED = 4
 
 
-def account_for_base(experts: ExpertSet) -> None:
-    """Note what of the base is not merged, and what it lacks.
+def account_for_base(experts: ExpertSet) -> list[str]:
+    """Note what the base lacks; the names on disk of what it has and is not merged.
 
     Raises:
         InputError: no class of transformers reads a tensor of the base; it is named.
     """
     base, notes = experts.base, experts.notes
-    heads = [expert.adapter_head for expert in experts.experts.values()]
-    used = {name for head in heads if head is not None for name in head.read}
-    left = [name for name in _left_over(experts, base, "the base") if name not in used]
-    if left:
-        notes.depart(f"in the base, left out: {listed(left)}")
+    left = _left_over(experts, base, "the base")
     taken = [name for name in base.stand_ins if name not in experts.initial]
     if taken:
         notes.depart(f"not in the base, the mean of the experts' takes its place: {listed(taken)}")
@@ -35,6 +31,16 @@ def account_for_base(experts: ExpertSet) -> None:
     absent = [name for name in experts.absent if name not in experts.computed]
     if absent:
         notes.depart(f"not in the base, left out: {', '.join(absent)}")
+    return left
+
+
+def note_left_out(experts: ExpertSet, left: Sequence[str]) -> None:
+    """Note what of the base, as `account_for_base` gives it, is in no adapter's head either."""
+    heads = [expert.adapter_head for expert in experts.experts.values()]
+    used = {name for head in heads if head is not None for name in head.read}
+    names = [name for name in left if name not in used]
+    if names:
+        experts.notes.depart(f"in the base, left out: {listed(names)}")
 
 
 def account_for_expert(experts: ExpertSet, expert: ExpertReader) -> None:
@@ -43,7 +49,7 @@ def account_for_expert(experts: ExpertSet, expert: ExpertReader) -> None:
     left = _left_over(experts, expert, who)
     architecture = architecture_of(expert.checkpoint.config)
     if not left:
-        if has_task_head(architecture) and expert.head_file is None and not expert.own_head_names:
+        if has_task_head(architecture) and expert.head_file is None and expert.head_config is None:
             notes.depart(f"{who}: {architecture} has a head, but there is none in its file ({expert.path})")
         return
     if _is_unknown_task(expert.checkpoint):

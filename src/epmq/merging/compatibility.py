@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from epmq.errors import InputError, error_context
-from epmq.merging.accounting import account_for_base, account_for_expert, note_ties
+from epmq.merging.accounting import account_for_base, account_for_expert, note_left_out, note_ties
 from epmq.merging.configs import check_configs
 from epmq.merging.experts import TABLES, ExpertSet
 from epmq.merging.readers import ExpertReader
@@ -33,7 +33,7 @@ def open_experts(
         MissingError, InputError: a checkpoint is missing, or does not fit; the tensor and both shapes are named.
     """
     opened = ExpertSet(base, experts, changes)
-    account_for_base(opened)
+    left = account_for_base(opened)
     _check_base(opened)
     agree_on_tokens(opened, tokenizer)
     for expert in opened.experts.values():
@@ -42,6 +42,7 @@ def open_experts(
             _note_adapter_head(opened, expert, expert.adapter)
         else:
             _check_checkpoint(opened, expert)
+    note_left_out(opened, left)
     check_configs(opened)
     note_ties(opened)
     _warn_of_pickles(opened)

@@ -174,7 +174,8 @@ class ExpertReader:
         """The task head of an adapter; one that fits no task class is an InputError."""
         if self.adapter is None:
             return None
-        return adapter_head(self.adapter, self._base.checkpoint, self.own_head_names, self._set.absent)
+        shared = self._model.state_dict().keys() - set(self._set.absent)
+        return adapter_head(self.adapter, self._base.checkpoint, self.own_head_names, shared)
 
     @cached_property
     def _head_ties(self) -> dict[str, str]:
@@ -218,6 +219,10 @@ class ExpertReader:
             return config
         config = vocabulary.renumbered(self.task, config)
         return config if vocabulary.pad is None else {**config, "pad_token_id": vocabulary.pad}
+
+    def leave_out_head(self) -> None:
+        """Go on as if the expert had no head of its own."""
+        self.__dict__["head_config"] = None  # in the place of what was found
 
     @property
     def has_head(self) -> bool:

@@ -1,6 +1,6 @@
 """The task head of a LoRA adapter: what it brings, and what the base's file has of it, as PEFT puts them together."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,7 +53,7 @@ def _task_class(name: str | None) -> Any:
     return None if named is None or named._tied_weights_keys else named
 
 
-def adapter_head(adapter: Adapter, base: Checkpoint, own: Sequence[str], absent: Sequence[str]) -> AdapterHead | None:
+def adapter_head(adapter: Adapter, base: Checkpoint, own: Sequence[str], shared: Collection[str]) -> AdapterHead | None:
     """The task head of an adapter; None where it names no task, or neither it nor the base has a head for it.
 
     What the adapter changes of another head of the base, such as a masked language model's, is no task head.
@@ -63,7 +63,7 @@ def adapter_head(adapter: Adapter, base: Checkpoint, own: Sequence[str], absent:
     Args:
         base: the checkpoint whose tensors complete the head.
         own: the adapter's names of tensors that the shared model does not have, or the base does not.
-        absent: tensors of the shared model that the base does not have.
+        shared: tensors of the shared model that the base has, by their names there.
 
     Raises:
         ValueError: the adapter brings a part of a head, and no task class is named, or fits, or a part is missing.
@@ -87,9 +87,9 @@ def adapter_head(adapter: Adapter, base: Checkpoint, own: Sequence[str], absent:
             head = _HeadParts(adapter, base, head_class, config, labels)
             if not head.fits(own):
                 continue
-            missing = head.missing(absent)
+            missing = head.missing(shared)
             if not missing:
-                return head.read(own, absent)
+                return head.read(own, shared)
             lacking = lacking or (head_class.__name__, missing)
     if not own:
         return None
@@ -150,17 +150,18 @@ class _HeadParts:
             return False
         return not adapter.changes(stored) or adapter.change_shape(stored) in (shape, shape[::-1])
 
-    def _parts(self, absent: Sequence[str]) -> list[str]:
+    def _parts(self, shared: Collection[str]) -> list[str]:
         """The head's own tensors: those that the shared model does not have, or the base lacks there."""
-        prefix = f"{self._model.base_model_prefix}."
-        shared = {name for name in self._shapes if name.startswith(prefix) and name.removeprefix(prefix) not in absent}
-        return [name for name in self._shapes if name not in shared | tied_names(self._model).keys()]
+        prefix, tied = f"{self._model.base_model_prefix}.", tied_names(self._model)
+        # The shared model may be the base model of this class, or have the same parts by the same names, as T5's.
+        own = (name for name in self._shapes if name not in shared and name.removeprefix(prefix) not in shared)
+        return [name for name in own if name not in tied]
 
-    def missing(self, absent: Sequence[str]) -> list[str]:
+    def missing(self, shared: Collection[str]) -> list[str]:
         """Parts that neither the adapter nor the base has."""
         replaced = {name for name, stored in self._adapted.items() if self._adapter.replaces(stored)}
         kept = {name for name in self._stored if not self._was_trained(name)}
-        return sorted(name for name in self._parts(absent) if name not in replaced | kept)
+        return sorted(name for name in self._parts(shared) if name not in replaced | kept)
 
     def _was_trained(self, name: str) -> bool:
         """Whether a tensor is in `modules_to_save`, by the end of a name as in PEFT: the base has another."""
@@ -168,10 +169,10 @@ class _HeadParts:
         modules = [".".join(parts[:end]) for end in range(1, len(parts))]
         return any(module.endswith(str(one)) for module in modules for one in saved or ())
 
-    def read(self, own: Sequence[str], absent: Sequence[str]) -> AdapterHead:
+    def read(self, own: Sequence[str], shared: Collection[str]) -> AdapterHead:
         """The head, read."""
         tensors, from_base = dict[str, Tensor](), []
-        for name in self._parts(absent):
+        for name in self._parts(shared):
             stored = self._adapted.get(name)
             if stored is None:
                 tensors[name] = self._base.tensor(self._stored[name])
@@ -182,7 +183,7 @@ class _HeadParts:
         ids = {name: index for index, name in self._labels.items()}
         labels = {"id2label": {str(index): name for index, name in self._labels.items()}, "label2id": ids}
         config = {**self._config, "architectures": [type(self._model).__name__], **labels}
-        read = [self._stored[name] for name in self._parts(absent) if name in self._stored]
+        read = [self._stored[name] for name in self._parts(shared) if name in self._stored]
         return AdapterHead(config, ordered, from_base, read)
 
     def _tensor(self, name: str, stored: str) -> Tensor:

@@ -102,8 +102,7 @@ def prepare(
     if heads and recipe.quantize.calibrates and recipe.quantize.guidance().refit_heads:
         heads = heads_follow(experts, inputs)
     recipe = recipe.resolved(heads)
-    if scored:
-        _check_task_classes(experts)
+    _check_task_classes(experts, scored)
     if recipe.quantize.method != "none":  # a mere merge reads the weights once and finds out as early
         readers: list[BaseReader | ExpertReader] = [experts.base, *experts.experts.values()]
         for reader in readers if bar is None else bar.track(readers, description="check weights"):
@@ -279,11 +278,14 @@ def check_head(experts: ExpertSet, task: str, evaluation: Examples | None) -> No
         raise InputError(f"{field}: {file} takes {features} features, but the model's hidden size is {width}")
 
 
-def _check_task_classes(experts: ExpertSet) -> None:
-    """Check that heads of task classes can be built: evaluation, at the end, loads all of them."""
-    for expert in experts.experts.values():
+def _check_task_classes(experts: ExpertSet, scored: Mapping[str, Examples]) -> None:
+    """Check that heads of task classes can be built, or leave them out: the output opens with all that it has."""
+    for task, expert in experts.experts.items():
         if expert.head_file is None:
             try:
                 expert.head(experts.model)
             except ValueError as error:
-                raise InputError(f"expert {expert.task}: {error} ({expert.path})") from None
+                if task in scored:
+                    raise InputError(f"expert {task}: {error} ({expert.path})") from None
+                expert.leave_out_head()
+                experts.notes.depart(f"expert {task}: {error}; its head is left out ({expert.path})")

@@ -71,8 +71,15 @@ def calibration_inputs(batch: dict[str, Any], task: Task | None, model: Any) -> 
 
 
 def check_ends(batch: dict[str, Any], task: Task | None, model: Any) -> None:
-    """Check that a class that scores the end-of-text token finds it as often in each text of a batch."""
-    ids, config = batch.get("input_ids"), model.config
+    """Check that a class that scores the end of a text finds it in each text of a batch.
+
+    That is the end-of-text token, as often in each; or the last token (a `summary_type` of `last`, as XLNet's), which
+    must not be padding.
+    """
+    ids, config, mask = batch.get("input_ids"), model.config, batch.get("attention_mask")
+    padded = isinstance(mask, torch.Tensor) and mask.ndim == 2 and not mask[:, -1].all()
+    if task is not None and padded and getattr(config, "summary_type", None) == "last":
+        raise InputError(f"{task.title} scores a text at its last token, which must not be padding: batch_size: 1")
     at_end = task is not None and task.title.endswith("ForSequenceClassification") and config.is_encoder_decoder
     if task is None or not at_end or not isinstance(ids, torch.Tensor) or not len(ids):
         return
