@@ -75,7 +75,8 @@ def test_a_run_with_activations_on_disk_gives_the_same_files(pool, tmp_path, mon
     assert load_file(tmp_path / "disk" / files[0])
 
 
-def test_activations_on_disk_are_refused_on_an_accelerator(pool, tmp_path):
-    recipe = recipe_for(pool, activations="disk", device="meta", output=str(tmp_path / "out"))
+def test_activations_on_disk_are_refused_on_an_accelerator(pool, tmp_path, monkeypatch):
+    monkeypatch.setattr("epmq.pipeline.prepare.select_device", lambda name: torch.device("cuda"))
+    recipe = recipe_for(pool, activations="disk", output=str(tmp_path / "out"))
     with pytest.raises(ValueError, match="activations: disk works on a CPU only"):
         run(recipe, progress=False)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from families import FAMILIES, clip, gpt2
-from transformers import CLIPConfig, GPT2Config, LlamaConfig, LlamaForCausalLM
+from transformers import CLIPConfig, GPT2Config, LlamaConfig, LlamaForCausalLM, Mamba2Config
 
 from epmq.models.config import ConfigReads, changed, config_fields, read_as
 
@@ -106,3 +106,8 @@ def test_what_is_no_field_or_no_value_is_refused(changes, message):
 def test_without_changes_the_content_is_the_same():
     content = LlamaForCausalLM(LlamaConfig(**llama())).config.to_dict()
     assert changed(content, LlamaConfig, {}) is content
+
+
+def test_numbers_that_json_does_not_have_are_read():
+    config = read_as(Mamba2Config, {"time_step_limit": [0.0, {"__float__": "Infinity"}]})
+    assert tuple(config.time_step_limit) == (0.0, float("inf"))

@@ -8,14 +8,11 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import nn
 
 from epmq.errors import InputError, error_context
-from epmq.files import write_json
 from epmq.models.checkpoint import Checkpoint
 
 # Modules of transformers that read configs for all models.
@@ -53,9 +50,15 @@ def transformers_config(checkpoint: Checkpoint) -> Any:
 
 def read_as(config_class: Any, content: dict[str, Any]) -> Any:
     """The same of the content of a `config.json`, which stays as it is, and of a known class."""
-    with TemporaryDirectory() as folder:  # only from a file does transformers read what JSON has no number for
-        write_json(Path(folder, "config.json"), content)
-        return config_class.from_pretrained(folder)
+    return config_class.from_dict(_numbers(content))
+
+
+def _numbers(value: Any) -> Any:
+    """A copy of a JSON value with the numbers that JSON does not have, as transformers writes them into files."""
+    if isinstance(value, dict):
+        special = value.get("__float__")
+        return float(special) if isinstance(special, str) else {name: _numbers(part) for name, part in value.items()}
+    return [_numbers(part) for part in value] if isinstance(value, list) else value
 
 
 def config_fields(config: Any, prefix: str = "") -> dict[str, ConfigField]:
