@@ -58,4 +58,6 @@ def _counted(name: str, counts: dict[str, Any]) -> list[str]:
         title = f"one expert alone, {counts['architectures']} architectures, tied and untied"
         return [title, f"{counts['cases']}", became]
     became = f"{counts['right']} right, {counts['noted']} with a note, {counts['refused'] + counts['declined']} refused"
-    return ["combinations of models and data", f"{counts['drawn']}", f"{became}; wrong {len(counts['failed'])}"]
+    wrong = len(counts["failed"]) - counts["broken"]  # whose files the campaign itself could not make
+    became = f"{became}, {counts['broken']} could not be made; wrong {wrong}"
+    return ["combinations of models and data", f"{counts['drawn']}", became]
