@@ -19,6 +19,7 @@ def test_portions_add_up_and_a_number_that_was_tried_again_counts_once(tmp_path)
 def test_the_table_has_a_line_for_each_campaign_that_counts():
     counts = totals([Result({"number": 0}, "right"), Result({"number": 1}, "crash", "why")], seed=0)
     assert [failure["why"] for failure in counts["failed"]] == ["why"]
-    assert _counted("combinations", counts)[1:] == ["2", "1 right, 0 with a note, 0 refused, 0 could not be made; wrong 1"]
+    became = "1 right, 0 with a note, 0 refused, 0 could not be made; wrong 1"
+    assert _counted("combinations", counts)[1:] == ["2", became]
     identities = {"architectures": 80, "cases": 251, "right": 250, "refused": 1, "wrong": 0}
     assert _counted("identities", identities)[1:] == ["251", "250 the expert itself, 1 refused; wrong 0"]
