@@ -25,7 +25,7 @@ from tests.kit.combinations import BAD, GOOD, Result, campaign, outcomes, quiet
 def totals(log: list[Result], seed: int) -> dict[str, Any]:
     """Counts by outcome, and the combination of each failure."""
     counts = Counter(result.outcome for result in log)
-    failed = [asdict(result) for result in log if result.outcome in BAD]
+    failed = [{**asdict(result), "trace": ""} for result in log if result.outcome in BAD]  # with --only it is shown
     return {
         "drawn": len(log),
         **{outcome: counts[outcome] for outcome in (*GOOD, *BAD)},
