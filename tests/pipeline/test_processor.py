@@ -62,7 +62,7 @@ def test_other_templates_are_saved_by_the_names_of_tasks(tmp_path, base):
     for task in ("one", "two"):
         expected = ids(AutoTokenizer.from_pretrained(tmp_path / task))
         found = prepared.calibration[task][0]["input_ids"][0].tolist()
-        assert prepared.processor.convert_ids_to_tokens(found) == expected == ids(written, task)
+        assert prepared.plan.processor.convert_ids_to_tokens(found) == expected == ids(written, task)
     assert ids(written) == (ids(ours) if base else ids(written, "one"))
 
 

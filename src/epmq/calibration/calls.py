@@ -145,7 +145,7 @@ class StubModel:
         """What the block of that name gives, by its shapes."""
         self._tried.sequences[-1].append(name)
         try:
-            return _as_noise(self._shadows[name](*_on_meta(args), **_on_meta(kwargs)))
+            return _as_noise(self._shadows[name](*on_meta(args), **on_meta(kwargs)))
         except Exception:  # which of its layers it calls depends on values
             self._tried.unknown.add(name)
         block = self._modules[name]
@@ -177,11 +177,12 @@ def _run_base(experts: ExpertSet, inputs: dict[str, Any]) -> list[str]:
             stops_before(model, model.get_output_embeddings(), inputs)
     except Exception as error:
         given = ", ".join(inputs)
-        raise InputError(f"{type(model).__name__} does not take these inputs, {given} ({reason(error)})") from None
+        raise InputError(f"{type(model).__name__} cannot take these inputs ({reason(error)}): {given}") from None
     return calls
 
 
-def _on_meta(values: Any) -> Any:
+def on_meta(values: Any) -> Any:
+    """The same nested values, with tensors of which only the shape is left."""
     return tree_map(lambda value: value.to("meta") if isinstance(value, Tensor) else value, values)
 
 

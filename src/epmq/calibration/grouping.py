@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
+from epmq.calibration.calls import on_meta
 from epmq.calibration.residual import ResidualAdd, find_residual_adds
 from epmq.calibration.sequential import BlockStep
 from epmq.models.blocks import InputGroup, input_groups, linears
@@ -96,13 +96,9 @@ def _depends_on_values(block: nn.Module, runs: Sequence[_Run]) -> bool:
     """Whether shapes alone do not tell what the block does with its arguments, in the first run that calls it."""
     run = next((run for run in runs if run.arguments != ((), {})), runs[0])
     state = {**dict(block.named_parameters()), **dict(block.named_buffers())}
-    args, kwargs = tree_map(_on_meta, run.arguments)
+    args, kwargs = on_meta(run.arguments)
     try:
-        torch.func.functional_call(block, {name: _on_meta(tensor) for name, tensor in state.items()}, args, kwargs)
+        torch.func.functional_call(block, on_meta(state), args, kwargs)
     except Exception:
         return True
     return False
-
-
-def _on_meta(value: Any) -> Any:
-    return value.to("meta") if isinstance(value, Tensor) else value

@@ -50,7 +50,7 @@ class ExpertSet:
 
     def __init__(self, source: str, experts: Sequence[Expert], changes: Mapping[str, Any] | None = None) -> None:
         self.source, self.notes, self.vocabulary, self.changes = source, Notes(), Vocabulary(), changes or {}
-        checkpoint = self._base = Checkpoint(source)
+        checkpoint = Checkpoint(source)
         paths = {expert.name: resolve(expert.model) for expert in experts}
         opened = {task: Adapter(path) if is_adapter(path) else Checkpoint(path) for task, path in paths.items()}
         full = {task: expert for task, expert in opened.items() if not isinstance(expert, Adapter)}
@@ -83,14 +83,19 @@ class ExpertSet:
             if note is not None:
                 self.notes.append(f"{who}: {note}")
 
-    def read(self, checkpoint: Checkpoint) -> tuple[dict[str, str], list[str], dict[str, str]]:
-        """How a checkpoint is read, by its own config: as `BaseReader`'s `stored`, `extra` and `ties`."""
+    def read(
+        self, checkpoint: Checkpoint, base: BaseReader | None = None
+    ) -> tuple[dict[str, str], list[str], dict[str, str]]:
+        """How a checkpoint is read, by its own config: as `BaseReader`'s `stored`, `extra` and `ties`.
+
+        `base` is that of an expert.
+        """
         with error_context(str(checkpoint.path)):
             stored, extra = meta.rename(self.model, checkpoint.names)
         ties = {} if isinstance(checkpoint, Adapter) else own_ties(self.model, checkpoint)
-        if checkpoint is not self._base and not meta.is_generator(architecture_of(checkpoint.config) or ""):
+        if base is not None and not meta.is_generator(architecture_of(checkpoint.config) or ""):
             # What has no output layer follows the base, whose config may tie what its file holds apart.
-            ties = {name: leader for name, leader in ties.items() if is_one(self.base, name, leader)}
+            ties = {name: leader for name, leader in ties.items() if is_one(base, name, leader)}
         follow_ties(stored, ties)
         return stored, extra, ties
 

@@ -111,7 +111,7 @@ class ExpertReader:
     def __init__(self, expert: Expert, checkpoint: Checkpoint, experts: ExpertSet) -> None:
         self.task, self.checkpoint, self.path = expert.name, checkpoint, checkpoint.path
         self.adapter = checkpoint if isinstance(checkpoint, Adapter) else None
-        self.stored, self.extra, self.ties = experts.read(checkpoint)
+        self.stored, self.extra, self.ties = experts.read(checkpoint, experts.base)
         self.left_out: list[str] = []
         self._base, self._model, self._set = experts.base, experts.model, experts
         beside = self.path / HEAD_FILE

@@ -9,23 +9,14 @@ import torch
 
 from epmq.errors import InputError, error_context
 from epmq.models.checkpoint import FLOATS, Checkpoint, architecture_of
-from epmq.models.meta import has_task_head, is_generator, named_class, no_larger, rename
+from epmq.models.config import transformers_config
+from epmq.models.meta import backbone_class, has_task_head, is_generator, named_class, no_larger, rename
 
 
 def config_of(checkpoint: Checkpoint) -> Any:
-    """A checkpoint's config as transformers reads it, with the defaults of its class; an InputError names the file."""
-    import transformers
-
+    """As `transformers_config`; an InputError names the file."""
     with error_context(checkpoint.path / checkpoint.CONFIG, "transformers cannot open this model"):
-        return transformers.AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
-
-
-def backbone_class(config: Any) -> Any:
-    """The plain `…Model` of a config; None where transformers has none."""
-    import transformers
-
-    found: Any = transformers.MODEL_MAPPING.get(type(config), None)
-    return found[0] if isinstance(found, tuple) else found
+        return transformers_config(checkpoint)
 
 
 def outline(model_class: Any, config: Any, checkpoint: Checkpoint) -> Any:

@@ -172,14 +172,6 @@ def _properties_of(config_class: Any, field: str) -> set[str]:
 # --- changes ------------------------------------------------------------------------------------------------------
 
 
-def flat(changes: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested and dotted names alike → dotted names."""
-    result = dict[str, Any]()
-    for name, value in changes.items():
-        result |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
-    return result
-
-
 def changed(content: dict[str, Any], config_class: Any, changes: Mapping[str, Any]) -> dict[str, Any]:
     """The content of a `config.json` with other values in some fields; `changes` go by the names of `config_fields`.
 

@@ -40,6 +40,14 @@ def named_class(architecture: Any) -> Any:
     return named if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel) else None
 
 
+def backbone_class(config: Any) -> Any:
+    """The plain `…Model` of a config of transformers; None where there is none."""
+    import transformers
+
+    found: Any = transformers.MODEL_MAPPING.get(type(config), None)
+    return found[0] if isinstance(found, tuple) else found
+
+
 @contextmanager
 def no_larger(source: str | Path, tensors: int, entries: int) -> Iterator[None]:
     """Refuse to build, in a `with` block, a model far larger than so many `tensors` of at most so many `entries`.
@@ -80,8 +88,6 @@ def build_meta_model(checkpoint: Checkpoint, model_class: Any = None, tokens: in
     vocabulary, where that is not the config's. A ValueError says that transformers does not know the model type without
     remote code, or that the model is quantized already.
     """
-    import transformers
-
     from epmq.models.blocks import use_fast_matmul  # imports transformers, which looking into a checkpoint does without
 
     config_file = checkpoint.path / checkpoint.CONFIG
@@ -93,7 +99,9 @@ def build_meta_model(checkpoint: Checkpoint, model_class: Any = None, tokens: in
             config.get_text_config().vocab_size = tokens
         architecture = architecture_of(checkpoint.config)
         whole = None if has_task_head(architecture) else named_class(architecture)
-        model_class = model_class or whole or transformers.MODEL_MAPPING[type(config)]
+        model_class = model_class or whole or backbone_class(config)
+        if model_class is None:
+            raise InputError(f"there is no plain model of {type(config).__name__}")
         bounds = no_larger(config_file, len(checkpoint.names), checkpoint.bits)
         model = empty_model(model_class, config, bounds, dtype=torch.float32)
     use_fast_matmul(model)

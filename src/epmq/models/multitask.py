@@ -16,7 +16,7 @@ from epmq.models import predictions
 from epmq.models.checkpoint import read_config, resolve
 from epmq.models.heads import Head, load_head, read_head_file
 from epmq.models.loading import load_model
-from epmq.models.meta import empty_model, named_class, no_larger, rename, set_tensor, tied_names
+from epmq.models.meta import empty_model, named_class, no_larger, rename, set_tensor
 from epmq.models.tasks import input_names, task_of_class
 
 HEADS = "heads"
@@ -59,9 +59,8 @@ class NativeHead(nn.Module):
                 self.own[name] = tensor
             else:
                 set_tensor(self.model, name, tensor)
-        absent = [name for name, parameter in self.model.named_parameters() if parameter.is_meta]
-        partly = len({parameter.is_meta for parameter in parameters}) > 1
-        missing = _tie(self.model, [name for name in absent if not name.startswith(shared)], partly)
+        absent = (name for name, parameter in self.model.named_parameters() if parameter.is_meta)
+        missing = [name for name in absent if not name.startswith(shared)]
         if missing:
             raise InputError(f"head of {architecture}: no tensor for {', '.join(missing)}")
         if self.task.kind == "span" and self.scoring is not None and self.scoring.out_features != 2:
@@ -115,26 +114,6 @@ def put_around(model: Any, backbone: nn.Module) -> list[str]:
     for name in alike:
         setattr(inner, name, named[name])
     return alike if inner is model else [f"{prefix}.{name}" for name in alike]
-
-
-def _tie(model: Any, names: Iterable[str], partly: bool) -> list[str]:
-    """Let tensors of a head that are not stored share those that they are tied to; the names of all others.
-
-    Raises:
-        InputError: one is tied to an embedding, and the backbone is held `partly`: as calibration holds it, with no
-            more rows of an embedding than are used.
-    """
-    tied, missing = tied_names(model), list[str]()
-    for name in names:
-        if name not in tied:
-            missing.append(name)
-            continue
-        leader = model.get_parameter(tied[name])
-        owner = model.get_submodule(tied[name].rpartition(".")[0])
-        if partly and isinstance(owner, nn.Embedding):
-            raise InputError(f"{name} is tied to the embedding, of which calibration holds a part")
-        set_tensor(model, name, leader.data)
-    return missing
 
 
 def _inputs_of(model: Any) -> set[str]:

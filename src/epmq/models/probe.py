@@ -13,17 +13,13 @@ from torch import Tensor, nn
 
 from epmq.errors import reason
 from epmq.models.blocks import find_stacks, linears
-from epmq.models.hooks import without_cache
+from epmq.models.hooks import stops_before, without_cache
 from epmq.models.meta import set_tensor, vocabulary
 
 # Tokens of a text that every model takes.
 SHORT = 2
 # Inputs that are made anew for another number of tokens; all others stay.
 TEXT = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "labels")
-
-
-class _EnoughError(Exception):
-    """The forward has come to the output layer, which is not asked for."""
 
 
 class InputProbe:
@@ -48,9 +44,6 @@ class InputProbe:
         for _, layer in linears(model):
             features = layer.get_parameter("weight").shape[0 if isinstance(layer, nn.Linear) else 1]
             layer.forward = partial(_zeros, features)
-        output = model.get_output_embeddings()
-        if output is not None:
-            output.register_forward_pre_hook(_stop)
         return model
 
     @cached_property
@@ -63,9 +56,7 @@ class InputProbe:
         """Why the model cannot take inputs, as its code says it; None if it can."""
         try:
             with without_cache(self.model):
-                self.model(**inputs)
-        except _EnoughError:
-            pass
+                stops_before(self.model, self.model.get_output_embeddings(), inputs)
         except Exception as error:  # whatever a model's code raises
             # Zeros that share their place in memory are what some products of many matrices do not take.
             return None if "stride" in str(error) else reason(error)
@@ -120,7 +111,3 @@ def _is_other(name: str, value: Any) -> bool:
 
 def _zeros(features: int, inputs: Tensor) -> Tensor:
     return inputs.new_zeros(*inputs.shape[:-1], features)
-
-
-def _stop(module: nn.Module, args: tuple[Any, ...]) -> None:
-    raise _EnoughError

@@ -341,7 +341,7 @@ def _measure(
     }
     order = tuple(name for name in prepared.calls.order if name in block_names(first))
     calls = replace(prepared.calls, order=order)
-    parts = PreparedRun(prepared.recipe, first, merged, prepared.processor, calibration, {}, calls=calls)
+    parts = replace(prepared, experts=first, merged=merged, calibration=calibration, calls=calls)
     inputs = calibration_batches(parts)
     engine = calibration_engine(parts, inputs, engine_class=engine_class)
     return_freed_memory()

@@ -52,7 +52,7 @@ def evaluate_checkpoint(
         UnknownTaskError: the checkpoint has no head for a task.
     """
     recipe = load_recipe(recipe)
-    _, evaluation = _open(recipe)
+    _, evaluation, _ = _open(recipe)
     with progress_bars(progress) as bar:
         scores = evaluate_model(load(path, select_device(recipe.device)), evaluation, recipe, bar)
     return score_report(metrics_of(evaluation), scores)
@@ -71,20 +71,20 @@ def evaluate_experts(
         as `evaluate_checkpoint`.
     """
     recipe = load_recipe(recipe)
-    experts, evaluation = _open(recipe)
+    experts, evaluation, processor = _open(recipe)
     scores: dict[str, float] = {}
     with progress_bars(progress) as bar:
         for task, examples in evaluation.items():
             expert = experts.experts[task]
             backbone = experts.whole_model(experts.base if base else expert, select_device(recipe.device))
             head = expert.head(backbone)
-            model = MultiTaskModel(backbone, {} if head is None else {task: head}, output_processor(experts).processor)
+            model = MultiTaskModel(backbone, {} if head is None else {task: head}, processor)
             scores |= evaluate_model(model, {task: examples}, recipe, bar)
     return score_report(metrics_of(evaluation), scores)
 
 
-def _open(recipe: Recipe) -> tuple[ExpertSet, dict[str, Examples]]:
-    """The experts, and the evaluation data of those that have any, in the recipe's order."""
+def _open(recipe: Recipe) -> tuple[ExpertSet, dict[str, Examples], Any]:
+    """The experts, the evaluation data of those that have any, in the recipe's order, and the processor of all."""
     if all(expert.evaluation is None for expert in recipe.experts):
         raise InputError("recipe: no expert has evaluation data")
     experts = open_experts(recipe.base, recipe.experts, recipe.tokenizer, recipe.config)
@@ -95,4 +95,4 @@ def _open(recipe: Recipe) -> tuple[ExpertSet, dict[str, Examples]]:
             data = ExpertData(experts, recipe, expert, inputs, plan.templates.get(expert.name))
             evaluation[expert.name] = data.evaluation(None)
             check_head(experts, expert.name, evaluation[expert.name])
-    return experts, evaluation
+    return experts, evaluation, plan.processor

@@ -97,7 +97,8 @@ class ModelInputs:
             self._note_cut(batches, where, answer, target=True)
             examples = replace(examples, longest=(text, answer))
             batches = self._known([model_takes(batch) for batch in self._encoded(examples)], where)
-        self._try(batches)
+        if scored:  # calibration inputs are tried block by block (`epmq.calibration.calls`)
+            self._try(batches)
         return examples, batches
 
     def _encoded(self, examples: Examples) -> Batches:

@@ -125,8 +125,7 @@ def write_rest(run: PreparedRun, folder: Path, quantized: list[str], fits: Mappi
     if not any((folder / HEADS).iterdir()):
         (folder / HEADS).rmdir()
     copy_files(run.side_files, folder)
-    if run.output_processor is not None:
-        write_processor(run.output_processor, run.experts, folder)
+    write_processor(run.plan, run.experts, folder)
 
 
 def _write_config(run: PreparedRun, folder: Path, quantized: list[str]) -> None:

@@ -51,11 +51,10 @@ class PreparedRun:
     recipe: Recipe  # with everything filled in that depends on the checkpoints, experts by name
     experts: ExpertSet
     merged: MergedWeights
-    processor: Any  # the output's tokenizer or image processor, or None
     calibration: dict[str, list[dict[str, Any]]]  # task → inputs of the model, batch by batch
     evaluation: dict[str, Examples]  # task → labelled examples
     side_files: dict[str, Path] = field(default_factory=dict)  # path in the output → file of the base
-    output_processor: OutputProcessor | None = None  # what is written of processor and templates; None: the base's
+    plan: OutputProcessor = field(default_factory=OutputProcessor)  # the output's processor and chat templates
     calls: BlockCalls = field(default_factory=BlockCalls)  # how the model calls its blocks on the calibration inputs
 
     @property
@@ -111,7 +110,7 @@ def prepare(
         experts.notes.refuse()
     scored = {expert.name: scored[expert.name] for expert in listed if expert.name in scored}
     merged = MergedWeights(experts, recipe.merge, recipe.seed)
-    return PreparedRun(recipe, experts, merged, plan.processor, inputs, scored, beside, plan, calls)
+    return PreparedRun(recipe, experts, merged, inputs, scored, beside, plan, calls)
 
 
 def _note_processors(experts: ExpertSet, processor: Any, beside: dict[str, Path]) -> None:

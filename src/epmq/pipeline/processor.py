@@ -33,7 +33,7 @@ class OutputProcessor:
         generation: content of the output's `generation_config.json`; None where it is the base's.
     """
 
-    processor: Any
+    processor: Any = None
     templates: dict[str, str] = field(default_factory=dict)
     named: dict[str, str] = field(default_factory=dict)
     generation: dict[str, Any] | None = None

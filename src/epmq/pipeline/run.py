@@ -100,7 +100,7 @@ def run(
             folder = workdir.output
             with clocks.phase("merge and quantize"):
                 written = write_quantized(prepared, workdir, batches, bar)
-        check_processor(folder, prepared.experts, prepared.processor)
+        check_processor(folder, prepared.experts, prepared.plan.processor)
         report = _report(prepared, folder, written, clocks)
         if prepared.evaluation:
             with clocks.phase("evaluate"):

@@ -193,7 +193,7 @@ def _prepared_run(table: Table, recipe: Recipe) -> PreparedRun:
     if recipe.quantize.calibrates:
         batches = _random_batches(table.shapes["base"], experts.model.config, recipe.samples, recipe.batch_size)
         calibration = {expert.name: batches for expert in recipe.experts}
-    return PreparedRun(recipe, experts, MergedWeights(experts, recipe.merge, recipe.seed), None, calibration, {})
+    return PreparedRun(recipe, experts, MergedWeights(experts, recipe.merge, recipe.seed), calibration, {})
 
 
 def _random_batches(shape: Shape, config: Any, samples: int, batch_size: int) -> list[dict[str, torch.Tensor]]:
