@@ -9,18 +9,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, TypeAdapter, field_validator, model_validator
 
 from epmq.errors import InputError
-from epmq.quantization.grid import BITS, GROUP_SIZES, Grid
+from epmq.storage_settings import PLAIN, StorageSettings, Strict
 
 Scaling = float | list[float]
-
-
-class Strict(BaseModel):
-    """Plain data: unknown fields, infinite numbers and later changes are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class MergeSettings(Strict):
@@ -106,32 +100,16 @@ class Guidance:
         return bool(self.features or self.stream or self.refit_heads)
 
 
-class QuantizeSettings(Strict):
+class QuantizeSettings(StorageSettings):
     """What all quantizers have in common."""
 
     calibrates: ClassVar[bool] = False  # whether it looks at calibration data
     guided: ClassVar[bool] = False  # whether the experts set the targets
 
-    method: str
-    bits: int = Field(4, description="2, 3, 4 or 8")
-    group_size: int = Field(-1, description="weights that share a scale: -1 (a row), 32, 64 or 128")
-    symmetric: bool = Field(True, description="without a zero point")
     act_order: bool = Field(True, description="take columns by falling Hessian diagonal (static groups)")
     scales: Literal["search", "minmax"] = Field(
         "search", description="least squared error among shrunken ranges, or the plain range of the weights"
     )
-
-    @field_validator("bits", "group_size")
-    @classmethod
-    def _known(cls, value: int, info: Any) -> int:
-        known = BITS if info.field_name == "bits" else GROUP_SIZES
-        if value not in known:
-            raise InputError(f"{value} is not one of {', '.join(map(str, known))}")
-        return value
-
-    @property
-    def grid(self) -> Grid:
-        return Grid(self.bits, self.group_size, self.symmetric)
 
     def guidance(self) -> Guidance:
         """What calibration does; of no use where nothing is calibrated."""
@@ -152,6 +130,12 @@ class RoundToNearest(QuantizeSettings):
     """Each weight to the nearest level; no calibration data."""
 
     method: Literal["rtn"] = "rtn"
+
+    @model_validator(mode="after")
+    def _rounds(self) -> RoundToNearest:
+        if self.bits == PLAIN:
+            raise InputError(f"bits: {PLAIN} rounds nothing: use method: none")
+        return self
 
 
 class Gptq(QuantizeSettings):

@@ -8,7 +8,8 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from epmq.errors import InputError
-from epmq.method_settings import ExpertGuided, Guided, Merge, Quantize, Strict, TaskArithmetic, settings_classes
+from epmq.method_settings import ExpertGuided, Guided, Merge, Quantize, TaskArithmetic, settings_classes
+from epmq.storage_settings import Strict
 
 
 class Data(Strict):

@@ -5,8 +5,8 @@ from typing import Any, TypeVar
 
 from epmq.errors import MissingError
 from epmq.files import read_yaml
-from epmq.method_settings import Strict
 from epmq.recipe import Recipe, parse_recipe
+from epmq.storage_settings import Strict
 
 Model = TypeVar("Model", bound=Strict)
 

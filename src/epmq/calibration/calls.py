@@ -32,11 +32,13 @@ IDLE = 0.5
 class BlockCalls:
     """How a model calls its blocks: their names in the order of their first calls, and those it calls repeatedly.
 
-    By default all of its blocks, in one order, once each.
+    By default all of its blocks, in one order, once each. `late` are the modules with weights outside of them that are
+    called after the last of them only, in the order of their calls, without the output layer.
     """
 
     order: tuple[str, ...] = ()
     repeated: tuple[str, ...] = ()
+    late: tuple[str, ...] = ()
 
 
 @dataclass
@@ -46,6 +48,20 @@ class _Tried:
     sequences: list[list[str]] = field(default_factory=list)
     layers: set[str] = field(default_factory=set)
     unknown: set[str] = field(default_factory=set)  # blocks whose calls depend on values, such as a mixture's
+    early: set[str] = field(default_factory=set)  # modules outside the blocks that a block is called after
+    late: dict[str, None] = field(default_factory=dict)  # … that none is called after
+    since: dict[str, None] = field(default_factory=dict)  # those called since the last block, in the forward that runs
+
+    def call(self, block: str) -> None:
+        """Note that a block is called."""
+        self.sequences[-1].append(block)
+        self.early.update(self.since)
+        self.since.clear()
+
+    def end(self) -> None:
+        """Note that a forward has ended."""
+        self.late.update(self.since)
+        self.since.clear()
 
 
 def try_forwards(experts: ExpertSet, calibration: Mapping[str, Sequence[dict[str, Any]]]) -> BlockCalls:
@@ -68,7 +84,9 @@ def try_forwards(experts: ExpertSet, calibration: Mapping[str, Sequence[dict[str
     _check_reached(experts, tried)
     sequences = [sequence for one in tried.values() for sequence in one.sequences]
     repeated = (name for sequence in sequences for name in sequence if sequence.count(name) > 1)
-    return BlockCalls(_common_order(sequences), tuple(dict.fromkeys(repeated)))
+    early = {name for one in tried.values() for name in one.early}
+    late = dict.fromkeys(name for one in tried.values() for name in one.late if name not in early)
+    return BlockCalls(_common_order(sequences), tuple(dict.fromkeys(repeated)), tuple(late))
 
 
 def forms(batches: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -120,7 +138,11 @@ class StubModel:
                 layer.register_forward_pre_hook(partial(self._note, f"{name}.{local}"))
             block.forward = partial(self._call, name)
         inside = {id(module) for block in self._modules.values() for module in block.modules()}
-        _fill((module for module in self.model.modules() if id(module) not in inside), 1.0)
+        self.outside = {name: one for name, one in self.model.named_modules() if id(one) not in inside}
+        _fill(self.outside.values(), 1.0)
+        for name, module in self.outside.items():
+            if module._parameters:
+                module.register_forward_pre_hook(partial(self._note_outside, name))
 
     @torch.no_grad()
     def run(self, inputs: dict[str, Any], tried: _Tried) -> None:
@@ -134,16 +156,21 @@ class StubModel:
             try:
                 tried.sequences.append([])
                 stops_before(self.model, self.model.get_output_embeddings(), inputs)
+                tried.end()
             except Exception:  # it may be the weights' fault
+                tried.since.clear()
                 tried.sequences[-1] = _run_base(self._experts, inputs)
                 tried.unknown.update(tried.sequences[-1])
+
+    def _note_outside(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self._tried.since[name] = None
 
     def _note(self, layer: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         self._tried.layers.add(layer)
 
     def _call(self, name: str, /, *args: Any, **kwargs: Any) -> Any:
         """What the block of that name gives, by its shapes."""
-        self._tried.sequences[-1].append(name)
+        self._tried.call(name)
         try:
             return _as_noise(self._shadows[name](*on_meta(args), **on_meta(kwargs)))
         except Exception:  # which of its layers it calls depends on values

@@ -2,21 +2,25 @@
 
 from collections.abc import Iterable
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from epmq.calibration.context import CalibrationContext
 from epmq.calibration.grouping import LayerTarget
+from epmq.calibration.outside import OutsideStep
 from epmq.calibration.residual import ResidualAdd
 from epmq.calibration.sequential import BlockStep
 from epmq.calibration.teacher import Teacher
 from epmq.errors import error_context
 from epmq.merging.readers import TensorReader
-from epmq.models.blocks import as_matrix, linears
+from epmq.models.blocks import as_matrix
 from epmq.models.hooks import HookPoint, watch
+from epmq.models.storage import join
 from epmq.quantization.hessian import Moments
 from epmq.quantization.objective import Objective
+from epmq.quantization.stacked import Part
 
 # Tokens smaller than this share of the batch's median count as if they were as large.
 SMALLEST = 0.01
@@ -26,7 +30,10 @@ class LayerGroup:
     """The layers of a block that share an input, stacked, with what is collected for them.
 
     Attributes:
-        names, modules, rows: the layers within the block, and their output sizes.
+        names, layers, modules, rows: the layers, by their names within the block and in the model, and their output
+            sizes.
+        features: α, the share of the expert's own inputs in the targets.
+        parts: their rows, with the grids that they are to lie on.
         target: how they are called, and what they aim at.
         merged: their merged weights, stacked, [out, in] float32.
         objective: collected task by task; its anchor is the merged weight, or further along the task vector.
@@ -34,15 +41,18 @@ class LayerGroup:
         largest: the largest input there was, where the weights are stored in float16, which may not hold it.
     """
 
-    def __init__(self, context: CalibrationContext, step: BlockStep, target: LayerTarget) -> None:
-        layers = dict(linears(step.block))
+    def __init__(self, context: CalibrationContext, step: BlockStep | OutsideStep, target: LayerTarget) -> None:
         self._context, self._block = context, step.name
         self.target, self.names = target, target.names
-        self.modules = [layers[name] for name in target.names]
+        self.layers = [join(step.name, name) for name in target.names]
+        self.features = context.features(self.layers)
+        self.modules = [step.block.get_submodule(name) for name in target.names]
         weights = [module.get_parameter("weight").detach() for module in self.modules]
         self.merged = self._stack(weights).float()
         self.rows = [as_matrix(module, weight).shape[0] for module, weight in zip(self.modules, weights)]
-        self.dtype = context.experts.base.dtype(f"{step.name}.{target.names[0]}.weight") or torch.float32
+        self.dtype = context.experts.base.dtype(f"{self.layers[0]}.weight") or torch.float32
+        storage = [context.layout.of[f"{layer}.weight"] for layer in self.layers]
+        self.parts = [Part(rows, one.grid, one.dtype or self.dtype) for rows, one in zip(self.rows, storage)]
         self.objective = Objective(self._anchor())
         self.tokens, self.largest = 0, 0.0
 
@@ -57,7 +67,7 @@ class LayerGroup:
         return torch.cat([as_matrix(module, weight) for module, weight in zip(self.modules, weights)])
 
     def _weights(self, reader: TensorReader) -> Tensor:
-        return self._stack(reader.tensor(f"{self._block}.{name}.weight") for name in self.names)
+        return self._stack(reader.tensor(f"{layer}.weight") for layer in self.layers)
 
     def track_largest(self, inputs: Tensor) -> None:
         """Keep the largest input; asked only of float16, as it costs a pass and a wait for the device."""
@@ -75,22 +85,24 @@ class LayerGroup:
         else:
             expert = context.experts.experts[task]
             weights, bias_delta = self._weights(expert).to(self.merged.device), self._bias_delta(expert)
-            self.objective.add_task(moments, weight, weights, bias_delta, context.guidance.features)
+            self.objective.add_task(moments, weight, weights, bias_delta, self.features)
 
     def _bias_delta(self, expert: TensorReader) -> Tensor:
         """An expert's biases less those the layers keep, stacked: [out] float32; zero for layers without one."""
         deltas = []
-        for name, module, rows in zip(self.names, self.modules, self.rows):
+        for layer, module, rows in zip(self.layers, self.modules, self.rows):
             bias = module.bias
             if isinstance(bias, Tensor):
-                theirs = expert.tensor(f"{self._block}.{name}.bias").to(bias.device)
+                theirs = expert.tensor(f"{layer}.bias").to(bias.device)
                 deltas.append(theirs.float() - bias.detach().float())
             else:
                 deltas.append(torch.zeros(rows, device=self.merged.device))
         return torch.cat(deltas)
 
 
-def collect(step: BlockStep, group: LayerGroup, context: CalibrationContext, points: Iterable[HookPoint]) -> None:
+def collect(
+    step: BlockStep | OutsideStep, group: LayerGroup, context: CalibrationContext, points: Iterable[HookPoint]
+) -> None:
     """Collect the objective of layers that share an input, one task at a time: one task's moments exist at a time.
 
     At `points` the experts' own values are taken for all layers of the block; an expert runs through the block when it
@@ -101,12 +113,12 @@ def collect(step: BlockStep, group: LayerGroup, context: CalibrationContext, poi
         moments, teacher = Moments(columns, device), context.teachers.get(task)
         if teacher is not None and teacher.step is None:
             teacher.run(step.name, points)
-        collector = InputCollector(step, group, moments, teacher, context.guidance.features > 0)
+        collector = InputCollector(step, group, moments, teacher)
         for position, batch in batches:
             collector.add_batch(position, batch.index)
             step.offload(position)
         if moments.count:
-            with error_context(f"{step.name}.{group.names[0]}, task {task}"):
+            with error_context(f"{group.layers[0]}, task {task}"):
                 group.add_task(task, moments, collector.aims)
 
 
@@ -117,11 +129,12 @@ class InputCollector:
     """
 
     def __init__(
-        self, step: BlockStep, group: LayerGroup, moments: Moments, teacher: Teacher | None, features: bool
+        self, step: BlockStep | OutsideStep, group: LayerGroup, moments: Moments, teacher: Teacher | None
     ) -> None:
-        self._step, self._group, self._moments = step, group, moments
+        self._step: Any = step  # one that waits, where the target does
+        self._group, self._moments = group, moments
         self.aims = teacher is not None and group.target.add is not None
-        self._teacher = teacher if group.target.points(features) else None
+        self._teacher = teacher if group.target.points(group.features > 0) else None
         self._theirs: list[Tensor] = []  # what the expert has on the batch, in the order of calls
 
     def add_batch(self, position: int, index: int) -> None:

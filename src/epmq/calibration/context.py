@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from epmq.calibration.calls import BlockCalls
 from epmq.calibration.offload import Offloader
@@ -10,6 +11,7 @@ from epmq.calibration.teacher import Teacher
 from epmq.merging.experts import ExpertSet
 from epmq.merging.readers import TensorReader
 from epmq.method_settings import Guidance, Quantize
+from epmq.models.storage import Layout
 
 
 @dataclass
@@ -19,6 +21,7 @@ class CalibrationContext:
     experts: ExpertSet
     merged: TensorReader
     settings: Quantize
+    layout: Layout
     task_weights: dict[str, float]  # ω, which sum to 1
     device: torch.device  # where blocks and moments live
     offloader: Offloader = field(default_factory=Offloader)  # takes calibration activations while they wait
@@ -28,3 +31,12 @@ class CalibrationContext:
     @property
     def guidance(self) -> Guidance:
         return self.settings.guidance()
+
+    def tensor(self, name: str) -> Tensor:
+        """A merged tensor; one that is not quantized in the dtype in which it is stored."""
+        return self.layout.cast(name, self.merged.tensor(name))
+
+    def features(self, layers: list[str]) -> float:
+        """α, the share of the experts' own inputs in the targets; an output layer's are the experts' scores."""
+        guidance = self.guidance
+        return 1.0 if guidance.runs_experts and layers == [self.layout.output_layer] else guidance.features

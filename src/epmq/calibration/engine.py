@@ -3,30 +3,32 @@
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from epmq.calibration.collect import LayerGroup, collect
 from epmq.calibration.context import CalibrationContext
-from epmq.calibration.grouping import find_layer_targets
+from epmq.calibration.grouping import LayerTarget, find_targets
 from epmq.calibration.head_refit import HeadFit, HeadRefitter
+from epmq.calibration.outside import OutsideStep
 from epmq.calibration.repeated import calibrator_of
 from epmq.calibration.sequential import Batch, BlockStep
 from epmq.calibration.teacher import MakeHead, Teacher, equals_merge
 from epmq.errors import error_context
 from epmq.merging.experts import ExpertSet
 from epmq.merging.readers import TensorReader
-from epmq.method_settings import Quantize
 from epmq.models.blocks import as_matrix, find_stacks, linears
-from epmq.models.hooks import first_tensor
+from epmq.models.hooks import HookPoint, first_tensor
 from epmq.models.meta import load_outside, materialize, set_tensor, to_meta
-from epmq.quantization.gptq import gptq
-from epmq.quantization.grid import QuantizedTensor
+from epmq.models.storage import Layout, join
+from epmq.quantization.grid import Grid, QuantizedTensor
 from epmq.quantization.hessian import hessian_loss
-from epmq.quantization.rtn import rtn, rtn_fallback
+from epmq.quantization.stacked import solve
 from epmq.runtime import return_freed_memory
+from epmq.storage_settings import PLAIN
 
 
 @dataclass
@@ -36,6 +38,9 @@ class LayerReport:
     name: str  # in the model
     shape: list[int]  # [out, in]
     group: str  # name of the first layer that shares its input
+    bits: int = PLAIN  # 16 where it is not rounded
+    group_size: int = -1
+    symmetric: bool = True
     loss: float | None = None  # tr((Q − W*) H (Q − W*)ᵀ)
     merge_loss: float | None = None  # tr((W_m − W*) H (W_m − W*)ᵀ), what the merged weight is off the target
     strength: float | None = None  # λ̄ over the mean Gram diagonal that was used; None where no expert has a say
@@ -49,7 +54,10 @@ class LayerReport:
 
 @dataclass
 class Block:
-    """A finished block. Where an earlier run has finished it, its weights are in the output and not here."""
+    """A finished block, or the layers after the last one, whose name is "".
+
+    Where an earlier run has finished it, its weights are in the output and not here.
+    """
 
     name: str
     reports: list[LayerReport]
@@ -58,12 +66,12 @@ class Block:
 
 
 def round_blocks(
-    experts: ExpertSet, merged: TensorReader, settings: Quantize, finished: Sequence[Block] = ()
+    experts: ExpertSet, merged: TensorReader, layout: Layout, finished: Sequence[Block] = ()
 ) -> Iterator[Block]:
     """Round the merged model to nearest, a block at a time, without calibration data; after those that are finished."""
     yield from finished
     for name in block_names(experts)[len(finished) :]:
-        yield round_block(experts, merged, settings, name)
+        yield round_block(experts, merged, layout, name)
 
 
 def block_names(experts: ExpertSet) -> list[str]:
@@ -72,26 +80,31 @@ def block_names(experts: ExpertSet) -> list[str]:
     return [stack.block_name(index) for stack in stacks for index in range(len(stack.blocks))]
 
 
-def round_block(experts: ExpertSet, merged: TensorReader, settings: Quantize, name: str) -> Block:
+def round_block(experts: ExpertSet, merged: TensorReader, layout: Layout, name: str) -> Block:
     """Round the merged block of that name to nearest."""
     block, layers = Block(name, []), dict(linears(experts.model.get_submodule(name)))
     for tensor_name in experts.block_names(name):
         tensor, local = merged.tensor(tensor_name), tensor_name[len(name) + 1 :].removesuffix(".weight")
-        if local in layers:
-            round_layer(block, local, as_matrix(layers[local], tensor), settings)
+        if local in layers and layout.of[tensor_name].grid is not None:
+            round_layer(block, local, as_matrix(layers[local], tensor), layout)
         else:
-            block.tensors[tensor_name] = tensor
+            block.tensors[tensor_name] = layout.cast(tensor_name, tensor)
     return block
 
 
-def round_layer(block: Block, local: str, weight: Tensor, settings: Quantize) -> QuantizedTensor:
+def round_layer(block: Block, local: str, weight: Tensor, layout: Layout) -> QuantizedTensor:
     """Round the weight [out, in] of a layer to nearest, and put it into its block, by its name there."""
-    start, name = time.perf_counter(), f"{block.name}.{local}"
-    rounded = rtn(weight, settings.grid, search=settings.scales == "search", scale_dtype=weight.dtype)
-    block.layers[name] = rounded
+    start, name = time.perf_counter(), join(block.name, local)
+    rounded = block.layers[name] = layout.round(f"{name}.weight", [weight])
     seconds = time.perf_counter() - start
-    block.reports.append(LayerReport(name, list(weight.shape), local, seconds=seconds))
+    block.reports.append(report_of(name, weight, rounded.grid, group=local, seconds=seconds))
     return rounded
+
+
+def report_of(name: str, weight: Tensor, grid: Grid | None, **fields: Any) -> LayerReport:
+    """The report of a layer by its name, its weight [out, in] and its grid."""
+    grid_fields = {} if grid is None else asdict(grid)
+    return LayerReport(name, list(weight.shape), **{**grid_fields, **fields})
 
 
 class CalibrationEngine:
@@ -117,6 +130,7 @@ class CalibrationEngine:
     """
 
     outputs_for: int | None = 1  # batches that go through the last block to its end: of the others nobody asks that
+    after_blocks = True  # whether the layers after the last block are solved, too
 
     def __init__(
         self,
@@ -136,7 +150,7 @@ class CalibrationEngine:
 
     def __iter__(self) -> Iterator[Block]:
         context, experts = self.context, self.context.experts
-        load_outside(experts.model, experts.outside_names(), context.merged.tensor, context.device, experts.tied)
+        load_outside(experts.model, experts.outside_names(), self._outside, context.device, experts.tied)
         with ExitStack() as stack:  # what waits in an expert's forward would never be freed
             for teacher in self._start_teachers():
                 stack.callback(teacher.close)
@@ -144,9 +158,10 @@ class CalibrationEngine:
             refitter = HeadRefitter(experts, self.make_heads, context.teachers) if refits else None
             on_finished = refitter.on_finished if refitter else None
             for name in context.calls.order if context.calls.repeated else ():  # they are in memory to the end
-                materialize(experts.model, experts.block_names(name), context.merged.tensor, context.device)
+                materialize(experts.model, experts.block_names(name), context.tensor, context.device)
+            late = context.layout.late if self.after_blocks else ()
             calibrator = calibrator_of(
-                experts.model, self.batches, context.calls, on_finished, context.offloader, self.outputs_for
+                experts.model, self.batches, context.calls, on_finished, context.offloader, self.outputs_for, late
             )
             aimed, number = False, 0
             self.observe("", "start")
@@ -172,6 +187,13 @@ class CalibrationEngine:
         if context.teachers and context.guidance.stream and not aimed:
             experts.notes.append("no layer adds to the residual stream directly: expert_stream changed no target")
 
+    def _outside(self, name: str) -> Tensor:
+        """A tensor outside the blocks as the output has it; a layer that is still to be solved as it is merged."""
+        context = self.context
+        if self.written is not None and name.removesuffix(".weight") not in context.layout.late:
+            return self.written.tensor(name)
+        return context.layout.as_stored(name, context.merged.tensor)
+
     def _round_rest(self, number: int) -> Iterator[Block]:
         """Round the blocks to nearest that no batch calls; `number` blocks are done."""
         context, experts = self.context, self.context.experts
@@ -182,10 +204,10 @@ class CalibrationEngine:
             if number < len(self.finished):
                 yield self.finished[number]
             else:
-                yield round_block(experts, context.merged, context.settings, name)
+                yield round_block(experts, context.merged, context.layout, name)
             number += 1
 
-    def _check_missed(self, step: BlockStep) -> None:
+    def _check_missed(self, step: BlockStep | OutsideStep) -> None:
         for layer, rows in step.missed.items():
             note = f"{step.name}.{layer}: {rows} tokens reach it in a way that the first examples do not show"
             self.context.experts.notes.depart(f"{note}; it is calibrated on the others alone")
@@ -197,41 +219,49 @@ class CalibrationEngine:
             if not equals_merge(context.experts, expert, context.merged):
                 batches = [batch for batch in self.batches if batch.task == task]
                 make_head = self.make_heads.get(task, lambda backbone: None)
+                late = context.layout.late if self.after_blocks else ()
                 teacher = Teacher(
-                    context.experts, expert, batches, make_head, context.device, context.offloader, context.calls
+                    context.experts, expert, batches, make_head, context.device, context.offloader, context.calls, late
                 )
                 context.teachers[task] = teacher
                 yield teacher
 
-    def _finish_again(self, step: BlockStep, number: int) -> Block:
+    def _finish_again(self, step: BlockStep | OutsideStep, number: int) -> Block:
         """Put a block that an earlier run has finished into the live model, and take the experts past it."""
         block, context, experts = self.finished[number], self.context, self.context.experts
         if block.name != step.name or self.written is None:
             raise RuntimeError(f"the finished block is {block.name}, not {step.name}: begin anew with --restart")
-        materialize(experts.model, experts.block_names(step.name), self.written.tensor, context.device)
+        materialize(experts.model, self._names(step), self.written.tensor, context.device)
         for task in dict.fromkeys(batch.task for _, batch in step.members):
             if teacher := context.teachers.get(task):
                 teacher.run(step.name, ())
                 teacher.end_block()
         return block
 
-    def _quantize(self, step: BlockStep) -> Block:
+    def _names(self, step: BlockStep | OutsideStep) -> list[str]:
+        """Names of the tensors that a step decides on."""
+        if isinstance(step, OutsideStep):
+            return [f"{layer}.weight" for layer in step.layers]
+        return self.context.experts.block_names(step.name)
+
+    def _quantize(self, step: BlockStep | OutsideStep) -> Block:
         """Collect and solve the layers of a block, and put them into it, in the order of the forward.
 
         Each sees the inputs that the quantized layers before it give, and so mends what they left: a weight that is
         fitted to inputs that then change does harm.
         """
-        context, experts, block = self.context, self.context.experts, Block(step.name, [])
+        context, block = self.context, Block(step.name, [])
         if step.lockstep:  # else it is there already
-            materialize(experts.model, experts.block_names(step.name), context.merged.tensor, context.device)
-        with error_context(step.name):
-            targets, idle = find_layer_targets(step, bool(context.teachers) and context.guidance.stream)
-        features = context.guidance.features > 0
-        step.pause_before(
-            [target.names[0] for target in targets if target.waits],
-            {target.add.skip_input for target in targets if target.add is not None},
-        )
-        points = [point for target in targets for point in target.points(features)]
+            materialize(context.experts.model, self._names(step), context.tensor, context.device)
+        with error_context(step.name or "the layers after the last block"):
+            stream = bool(context.teachers) and context.guidance.stream
+            targets, idle = find_targets(step, stream, context.layout.solves)
+        if isinstance(step, BlockStep):
+            step.pause_before(
+                [target.names[0] for target in targets if target.waits],
+                {target.add.skip_input for target in targets if target.add is not None},
+            )
+        points = [point for target in targets for point in self._points(step, target)]
         self.observe(step.name, "load")
         for target in targets:
             group = LayerGroup(context, step, target)
@@ -239,7 +269,7 @@ class CalibrationEngine:
             return_freed_memory()  # activations that stay lie between what is freed
             self.observe(step.name, "collect")
             if group.tokens:
-                with error_context(f"{step.name}.{group.names[0]}"):
+                with error_context(group.layers[0]):
                     self._solve(step, group, block)
             else:
                 idle += group.names
@@ -251,21 +281,31 @@ class CalibrationEngine:
         for teacher in context.teachers.values():
             teacher.end_block()
         return_freed_memory()
-        for name, tensor in step.block.state_dict(prefix=f"{step.name}.").items():
-            if name in experts.names and name.removesuffix(".weight") not in block.layers:
-                block.tensors[name] = tensor.to(experts.base.dtype(name) or tensor.dtype)
+        self._take_rest(step, block)
         return block
 
-    def _round(self, step: BlockStep, names: Sequence[str], block: Block) -> None:
+    def _points(self, step: BlockStep | OutsideStep, target: LayerTarget) -> list[HookPoint]:
+        """Where the experts' own values are asked for, for layers that share an input."""
+        return target.points(self.context.features([join(step.name, name) for name in target.names]) > 0)
+
+    def _take_rest(self, step: BlockStep | OutsideStep, block: Block) -> None:
+        """Put what is not quantized of a block into its result, in the dtype in which it is stored."""
+        layout, state = self.context.layout, step.block.state_dict(prefix=step.name and f"{step.name}.")
+        for name in self._names(step):
+            if name.removesuffix(".weight") not in block.layers:
+                block.tensors[name] = state[name].to(layout.of[name].dtype or state[name].dtype)
+
+    def _round(self, step: BlockStep | OutsideStep, names: Sequence[str], block: Block) -> None:
         """Round the layers of a block to nearest that see no data."""
+        context = self.context
+        names = [name for name in names if context.layout.grid(join(step.name, name)) is not None]
         if not names:
             return
-        layers, context = dict(linears(step.block)), self.context
-        listed = ", ".join(names)
-        context.experts.notes.depart(f"{step.name}: no calibration data reaches {listed}: rounded to nearest")
+        listed, where = ", ".join(names), f"{step.name}: " if step.name else ""
+        context.experts.notes.depart(f"{where}no calibration data reaches {listed}: rounded to nearest")
         for local in names:
-            module, merged = layers[local], context.merged.tensor(f"{step.name}.{local}.weight")
-            rounded = round_layer(block, local, as_matrix(module, merged).to(context.device), context.settings)
+            module, merged = step.block.get_submodule(local), context.merged.tensor(f"{join(step.name, local)}.weight")
+            rounded = round_layer(block, local, as_matrix(module, merged).to(context.device), context.layout)
             set_tensor(step.block, f"{local}.weight", as_matrix(module, rounded.dequantize().float()))
 
     def _note_routed(self, names: Sequence[str], block: str) -> None:
@@ -277,7 +317,7 @@ class CalibrationEngine:
                 "otherwise: expert_features has no say there"
             )
 
-    def _solve(self, step: BlockStep, group: LayerGroup, block: Block) -> None:
+    def _solve(self, step: BlockStep | OutsideStep, group: LayerGroup, block: Block) -> None:
         """Quantize the layers of one input group together, and put the result into the live block."""
         settings, guidance, objective = self.context.settings, self.context.guidance, group.objective
         start = time.perf_counter()
@@ -285,10 +325,8 @@ class CalibrationEngine:
         if guidance.ridge is not None:
             target, ridge = objective.target(guidance.ridge, settings.act_order)
         factor, damping = objective.factor(guidance.damping or ridge or 0.0, settings.act_order)
-        search = settings.scales == "search"
-        solved, loss = gptq(target, factor, settings.grid, search=search, scale_dtype=group.dtype)
         hessian = objective.damped(damping)
-        solved, loss, rounded = rtn_fallback(solved, loss, target, hessian)
+        solved = solve(target, factor, hessian, group.parts, self.context.layout.search)
         if group.merged is objective.anchor:
             merge_loss = objective.anchor_loss(target, ridge or 0.0, damping)
         else:
@@ -296,16 +334,11 @@ class CalibrationEngine:
         seconds = (time.perf_counter() - start) / len(group.names)
         common = LayerReport("", [], group.names[0], strength=ridge, damping=damping, tokens=group.tokens)
         common = replace(common, seconds=seconds, aims=group.target.add is not None, largest=group.largest)
-        by_layer = (torch.split(part, group.rows) for part in (loss, merge_loss, rounded))
-        for local, module, quantized, losses, merge_losses, rows in zip(
-            group.names, group.modules, solved.split(group.rows), *by_layer
-        ):
-            name, shape = f"{step.name}.{local}", list(quantized.codes.shape)
-            dtype = (
-                self.context.experts.base.dtype(f"{name}.weight") or group.dtype
-            )  # layers of a group may differ in it
-            quantized.scale = quantized.scale.to(dtype)
-            set_tensor(step.block, f"{local}.weight", as_matrix(module, quantized.dequantize().float()))
-            block.layers[name] = quantized
-            report = replace(common, name=name, shape=shape, loss=float(losses.sum()), rounded=int(rows.sum()))
-            block.reports.append(replace(report, merge_loss=float(merge_losses.sum())))
+        merge_losses = torch.split(merge_loss, group.rows)
+        for layer, local, module, one, losses in zip(group.layers, group.names, group.modules, solved, merge_losses):
+            set_tensor(step.block, f"{local}.weight", as_matrix(module, one.weight.float()))
+            grid = {}
+            if one.codes is not None:
+                block.layers[layer], grid = one.codes, asdict(one.codes.grid)
+            report = replace(common, name=layer, shape=list(one.weight.shape), loss=one.loss, rounded=one.rounded)
+            block.reports.append(replace(report, merge_loss=float(losses.sum()), **grid))

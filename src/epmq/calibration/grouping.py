@@ -1,17 +1,20 @@
 """How the layers of a block are called: which share an input, on which tokens, and what they aim at."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from epmq.calibration.calls import on_meta
+from epmq.calibration.outside import OutsideStep
 from epmq.calibration.residual import ResidualAdd, find_residual_adds
 from epmq.calibration.sequential import BlockStep
 from epmq.models.blocks import InputGroup, input_groups, linears
 from epmq.models.hooks import HookPoint
+from epmq.models.storage import join
 
 
 @dataclass(frozen=True)
@@ -37,11 +40,37 @@ class LayerTarget:
         return [self.names[0]] if features and not self.routed else []
 
 
-def find_layer_targets(step: BlockStep, stream: bool) -> tuple[list[LayerTarget], list[str]]:
-    """The block's layers by their inputs, in the order of the forward, and those that no batch comes by.
+def find_targets(
+    step: BlockStep | OutsideStep, stream: bool, solves: Callable[[str], bool] = lambda layer: True
+) -> tuple[list[LayerTarget], list[str]]:
+    """The layers of a step by their inputs, in the order of the forward, and those that no batch comes by.
 
-    With `stream`, layers that write to the residual stream aim at the experts' own.
+    Args:
+        stream: layers that write to the residual stream aim at the experts' own.
+        solves: whether the layer of that name in the model is one to be solved; others are left out.
     """
+    found, idle = _outside_targets(step) if isinstance(step, OutsideStep) else _block_targets(step, stream)
+    targets = []
+    for target in found:
+        names = [name for name in target.names if solves(join(step.name, name))]
+        targets += [replace(target, names=names)] if names else []
+    return targets, [name for name in idle if solves(join(step.name, name))]
+
+
+def _outside_targets(step: OutsideStep) -> tuple[list[LayerTarget], list[str]]:
+    """As `find_targets`, of layers after the last block."""
+    runs = [partial(step.run, position) for position, _ in step.members]
+    groups = input_groups(step.block, *runs[:1])
+    if set(step.layers).difference(*(group.names for group in groups)):  # other batches may come by
+        groups = input_groups(step.block, *runs)
+    named = [[name for name in group.names if name in step.layers] for group in groups]
+    return [LayerTarget(names, waits=False) for names in named if names], [
+        name for name in step.layers if not any(name in names for names in named)
+    ]
+
+
+def _block_targets(step: BlockStep, stream: bool) -> tuple[list[LayerTarget], list[str]]:
+    """As `find_targets`, of a block."""
     runs = [_Run(step, position) for position, _ in step.members[:1]]
     groups = input_groups(step.block, *runs)
     idle = {name for name, _ in linears(step.block)}.difference(*(group.names for group in groups))

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from epmq.calibration.calls import StubModel, forms
+from epmq.calibration.masks import real_tokens
 from epmq.calibration.sequential import Batch
 from epmq.calibration.teacher import MakeHead, Teacher
 from epmq.errors import reason
 from epmq.merging.experts import ExpertSet
 from epmq.merging.readers import guiding_head
-from epmq.models.blocks import is_padding_mask
 from epmq.models.heads import Head
 from epmq.models.multitask import NativeHead
 from epmq.quantization.ridge import RidgeFit, fit_ridge
@@ -163,19 +163,11 @@ def scored_rows(backbone: nn.Module, head: Head | NativeHead, inputs: dict[str, 
         raise CannotFollow(f"its last linear layer is called {len(calls)} times")
     received, given = calls[0]
     if torch.equal(given.flatten(), scores.flatten()):
-        kept = _real_tokens(inputs, given.shape[:-1])
+        kept = real_tokens(inputs, given.shape[:-1])
+        kept = None if kept is None else kept.flatten()
         features = received.flatten(0, -2)
         return ScoredRows(features if kept is None else features[kept], scores.shape, kept)
     return ScoredRows(_gathered(received, given, scores), scores.shape)
-
-
-def _real_tokens(inputs: dict[str, Any], shape: torch.Size) -> Tensor | None:
-    """Which rows of outputs [batch, tokens, classes] are those of real tokens: [rows] booleans; None if all are."""
-    for name in ("attention_mask", "decoder_attention_mask"):
-        mask = inputs.get(name)
-        if isinstance(mask, Tensor) and is_padding_mask(mask) and mask.shape == shape:
-            return mask.flatten().bool()
-    return None
 
 
 def _gathered(received: Tensor, given: Tensor, scores: Tensor) -> Tensor:

@@ -9,13 +9,14 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from epmq.calibration.calls import BlockCalls
+from epmq.calibration.masks import padding_mask
 from epmq.calibration.offload import Offloader
-from epmq.calibration.sequential import Batch, BlockStep, SequentialCalibrator, padding_mask
-from epmq.models.hooks import stops_before, without_cache
+from epmq.calibration.outside import OutsideStep
+from epmq.calibration.sequential import Batch, BlockStep, SequentialCalibrator
+from epmq.models.hooks import without_cache
 
 
 def calibrator_of(
@@ -25,10 +26,11 @@ def calibrator_of(
     on_finished: Callable[[Batch], None] | None = None,
     offloader: Offloader | None = None,
     outputs_for: int | None = None,
+    outside: Sequence[str] = (),
 ) -> SequentialCalibrator:
     """What goes through the blocks of a model that calls them so; arguments as in `SequentialCalibrator`."""
     kind = RepeatedCalibrator if calls.repeated else SequentialCalibrator
-    return kind(model, batches, on_finished, offloader, outputs_for, order=calls.order)
+    return kind(model, batches, on_finished, offloader, outputs_for, calls.order, outside)
 
 
 class RepeatedCalibrator(SequentialCalibrator):
@@ -39,7 +41,7 @@ class RepeatedCalibrator(SequentialCalibrator):
         """Stack → those of its owner, in the forward that ran last."""
         return self._owner_arguments[self.position]
 
-    def __iter__(self) -> "Generator[BlockStep, None, None]":
+    def __iter__(self) -> "Generator[BlockStep | OutsideStep, None, None]":
         self._owner_arguments = [{} for _ in self.batches]
         with ExitStack() as undo:
             undo.enter_context(without_cache(self.model))
@@ -48,15 +50,11 @@ class RepeatedCalibrator(SequentialCalibrator):
             for name in self._order:
                 yield RepeatedStep(self, name)
             self._take_output()
-            for position, batch in enumerate(self.batches if self.on_finished is not None else ()):
-                self.position = position
-                self.on_finished(batch)  # type: ignore[misc]
+            yield from self._after_blocks()
 
-    @torch.no_grad()
     def run(self, position: int) -> None:
         """Run the model on a batch, up to its output layer."""
-        self.position, model = position, self.model
-        stops_before(model, model.get_output_embeddings(), self.batches[position].inputs)
+        self.run_outside(position)
 
     def _take_output(self) -> None:
         def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:

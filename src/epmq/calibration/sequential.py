@@ -19,10 +19,12 @@ from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from epmq.calibration.masks import padding_mask
 from epmq.calibration.offload import Offloader
+from epmq.calibration.outside import OutsideStep
 from epmq.errors import InputError
-from epmq.models.blocks import Stack, find_stacks, is_padding_mask
-from epmq.models.hooks import HookPoint, watch, without_cache
+from epmq.models.blocks import Stack, find_stacks, linears
+from epmq.models.hooks import HookPoint, stops_before, watch, without_cache
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ class SequentialCalibrator:
             others stay before the last layers that they are taken to. Without `on_finished` only.
         order: names of the blocks that any batch calls, in an order that agrees with every batch's forward; a batch
             need not call all of them. Without it each batch calls all blocks of the model, in one order.
+        outside: names of linear layers that are called after the last block; they are the last step.
 
     `for step in SequentialCalibrator(model, batches)` yields a `BlockStep` a block, in the order of the model's
     forward. The body loads the block, tries it (`step.run`), takes the batches from layer to layer (`step.run_until`)
@@ -93,8 +96,11 @@ class SequentialCalibrator:
         offloader: Offloader | None = None,
         outputs_for: int | None = None,
         order: Sequence[str] = (),
+        outside: Sequence[str] = (),
     ) -> None:
-        self.outputs_for = len(batches) if outputs_for is None or on_finished is not None else outputs_for
+        self.outside = outside
+        to_the_end = outputs_for is None or on_finished is not None or bool(outside)
+        self.outputs_for = len(batches) if to_the_end or outputs_for is None else outputs_for
         self.model, self.batches, self.on_finished = model, batches, on_finished
         self.offloader = offloader or Offloader()
         self.stacks = find_stacks(model)
@@ -112,7 +118,7 @@ class SequentialCalibrator:
         self._forwards: list[greenlet] = []
         self._passed: set[str] = set()
 
-    def __iter__(self) -> "Generator[BlockStep, None, None]":
+    def __iter__(self) -> "Generator[BlockStep | OutsideStep, None, None]":
         count = len(self.batches)
         self._blocks_done, self._owner_arguments = [0] * count, [{} for _ in self.batches]
         self._passed, self.first_output = set[str](), None
@@ -143,11 +149,23 @@ class SequentialCalibrator:
                 self._passed.add(name)
                 del step, waiting  # and with them the blocks' inputs
             self._end()
-            if self.on_finished is not None:
+            if self.on_finished is not None or self.outside:
                 self._replay_outputs()
-                for position, batch in enumerate(self.batches):
-                    self.position = position
-                    self.on_finished(batch)
+                yield from self._after_blocks()
+
+    def _after_blocks(self) -> "Generator[BlockStep | OutsideStep, None, None]":
+        """What follows on the last block: a step of the layers outside, and `on_finished`."""
+        if self.outside:
+            yield OutsideStep(self, self.outside)
+        for position, batch in enumerate(self.batches if self.on_finished is not None else ()):
+            self.position = position
+            self.on_finished(batch)  # type: ignore[misc]
+
+    @torch.no_grad()
+    def run_outside(self, position: int) -> None:
+        """Run the model on a batch, up to its output layer, when all blocks are finished."""
+        self.position, model = position, self.model
+        stops_before(model, model.get_output_embeddings(), self.batches[position].inputs)
 
     def resume(self, position: int) -> State:
         """Let the forward of a batch go on until it waits again; None when it has left the last block.
@@ -248,23 +266,6 @@ def owner_of(model: nn.Module, stack: Stack, stacks: Sequence[Stack]) -> nn.Modu
     return next(holder for holder in holders if not isinstance(holder, nn.ModuleList))
 
 
-def padding_mask(arguments: dict[str, Any], inputs: Tensor) -> Tensor | None:
-    """Which tokens of a layer's inputs are real: booleans [batch, tokens], or None if all are.
-
-    The stack's own padding mask, or the encoder's where the inputs are the encoder's output (cross-attention).
-    Flattened inputs [batch·tokens, in] are recognised too. `arguments` are those of the part that holds the stack.
-    """
-    states = arguments.get("encoder_hidden_states")
-    crossing = isinstance(states, Tensor) and states.data_ptr() == inputs.data_ptr()
-    mask = arguments.get("encoder_attention_mask" if crossing else "attention_mask")
-    if not isinstance(mask, Tensor) or not is_padding_mask(mask):
-        return None
-    if tuple(mask.shape) == tuple(inputs.shape[:-1]) or (inputs.ndim == 2 and mask.numel() == len(inputs)):
-        mask = mask.bool()
-        return None if bool(mask.all()) else mask
-    return None
-
-
 class BlockStep:
     """One block, by its name in the model, with the batches that call it at its entry.
 
@@ -291,6 +292,11 @@ class BlockStep:
         self.missed: Counter[str] = Counter()  # layer → rows of inputs that came when it was solved already
         self._undo = ExitStack()
         self.position = 0  # of the batch that runs
+
+    @property
+    def layers(self) -> list[str]:
+        """Names of the block's linear layers."""
+        return [name for name, _ in linears(self.block)]
 
     @property
     def finished(self) -> bool:

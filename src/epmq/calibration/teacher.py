@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from epmq.calibration.calls import BlockCalls
 from epmq.calibration.offload import Offloader
+from epmq.calibration.outside import OutsideStep
 from epmq.calibration.repeated import calibrator_of
 from epmq.calibration.sequential import Batch, BlockStep
 from epmq.merging.experts import ExpertSet
@@ -28,7 +29,8 @@ class Teacher:
     """An expert on its own calibration batches, in lock-step with the merged model.
 
     Only the tensors outside its blocks stay in memory. It runs through each block once, with the block's weights in
-    memory for just that long, and keeps what it was asked to. Batches and head are those of its task.
+    memory for just that long, and keeps what it was asked to. Batches and head are those of its task; the layers
+    `outside` are its last step, as in `SequentialCalibrator`.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class Teacher:
         device: torch.device,
         offloader: Offloader | None = None,
         calls: BlockCalls = NO_CALLS,
+        outside: Sequence[str] = (),
     ) -> None:
         self._experts, self._expert, self._device, self._calls = experts, expert, device, calls
         self.task, self.model = expert.task, experts.meta_model()
@@ -49,8 +52,8 @@ class Teacher:
         self._head: Head | NativeHead | None = None
         self._scores: list[Tensor] = []
         self._offloader = offloader or Offloader()
-        self._steps = iter(calibrator_of(self.model, batches, calls, self._score, offloader))
-        self.step: BlockStep | None = None
+        self._steps = iter(calibrator_of(self.model, batches, calls, self._score, offloader, outside=outside))
+        self.step: BlockStep | OutsideStep | None = None
         self._kept: dict[int, dict[HookPoint, list[list[Tensor]]]] = {}
 
     def run(self, block: str, points: Iterable[HookPoint]) -> None:
@@ -65,7 +68,7 @@ class Teacher:
         if step is None or step.name != block:
             at = "its end" if step is None else f"block {step.name}"
             raise RuntimeError(f"expert {self.task} is at {at}, the merged model at {block}")
-        names = self._calls.order if self._calls.repeated else [block]
+        names: Sequence[str] = self._calls.order if self._calls.repeated else [block] if block else []
         with self._loaded(names):
             for position, _ in step.members:
                 self._keep(step, position, Counter(points))
@@ -80,7 +83,7 @@ class Teacher:
         for name in blocks:
             to_meta(self.model.get_submodule(name))
 
-    def _keep(self, step: BlockStep, position: int, takes: Mapping[HookPoint, int]) -> None:
+    def _keep(self, step: BlockStep | OutsideStep, position: int, takes: Mapping[HookPoint, int]) -> None:
         """Run a block on a batch, and keep what passes at some points, as often as it will be taken."""
         tensors: dict[HookPoint, list[Tensor]] = {point: [] for point in takes}
         with ExitStack() as stack:

@@ -3,7 +3,7 @@
 To add a format, write a module with the functions of `Format` and give it a line in `FORMATS`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, cast
 
 from torch import Tensor
@@ -23,8 +23,8 @@ class Format(Protocol):
     ) -> dict[str, TensorSpec]:
         """Name → dtype and shape of the tensors that stand for a weight.
 
-        The layer goes by its name on disk, `shape` is [out, in], and `dtype` is that of the weight on disk, as
-        safetensors calls it; scales have it too.
+        The layer goes by its name on disk, `shape` is [out, in], and `dtype` is that of the scales, as safetensors
+        calls it.
         """
 
     def tensors(self, layer: str, weight: QuantizedTensor, transposed: bool) -> dict[str, Tensor]:
@@ -33,8 +33,11 @@ class Format(Protocol):
     def weight(self, layer: str, read: Callable[[str], Tensor], grid: Grid, transposed: bool) -> Tensor:
         """The plain weight [out, in] back from the tensors, as `QuantizedTensor.dequantize` gives it."""
 
-    def config(self, grid: Grid, ignore: list[str]) -> dict[str, Any] | None:
-        """The `quantization_config` of `config.json`, if it needs one; `ignore` names linear layers not quantized."""
+    def config(self, grids: Mapping[str, Grid], ignore: list[str]) -> dict[str, Any] | None:
+        """The `quantization_config` of `config.json`, if it needs one.
+
+        `grids` are those of layers and tables, by their names; `ignore` names linear layers that are not quantized.
+        """
 
 
 FORMATS: dict[str, Format] = {"pack-quantized": cast(Format, packed), "dequantized": cast(Format, dequantized)}

@@ -1,6 +1,6 @@
 """Plain safetensors with dequantized weights: for anything that reads a Hugging Face directory."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -28,6 +28,6 @@ def weight(layer: str, read: Callable[[str], Tensor], grid: Grid, transposed: bo
     return plain.T if transposed else plain
 
 
-def config(grid: Grid, ignore: list[str]) -> dict[str, Any] | None:
+def config(grids: Mapping[str, Grid], ignore: list[str]) -> dict[str, Any] | None:
     """Nothing: the checkpoint is an ordinary one."""
     return None

@@ -1,6 +1,6 @@
 """compressed-tensors `pack-quantized`: what vLLM and transformers read."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,6 +10,13 @@ from epmq.models.checkpoint import TensorSpec
 from epmq.quantization.grid import Grid, QuantizedTensor
 
 HOLDS_TRANSPOSED = False
+# Entries that are packed at once.
+CHUNK = 1 << 22
+
+
+def _chunks(matrix: Tensor) -> tuple[Tensor, ...]:
+    """Some rows at a time: packing takes many times the memory of what it packs."""
+    return torch.split(matrix, max(1, CHUNK // max(1, matrix.shape[1])))
 
 
 def specs(layer: str, shape: tuple[int, int], grid: Grid, dtype: str, transposed: bool) -> dict[str, TensorSpec]:
@@ -35,7 +42,7 @@ def tensors(layer: str, weight: QuantizedTensor, transposed: bool) -> dict[str, 
 
     bits = weight.grid.bits
     packed = {
-        f"{layer}.weight_packed": pack_to_int32(weight.codes, bits),
+        f"{layer}.weight_packed": torch.cat([pack_to_int32(part, bits) for part in _chunks(weight.codes)]),
         f"{layer}.weight_scale": weight.scale,
         f"{layer}.weight_shape": torch.tensor(weight.codes.shape),
     }
@@ -49,18 +56,46 @@ def weight(layer: str, read: Callable[[str], Tensor], grid: Grid, transposed: bo
     from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 
     scale, shape = read(f"{layer}.weight_scale"), torch.Size(read(f"{layer}.weight_shape").tolist())
-    codes = unpack_from_int32(read(f"{layer}.weight_packed"), grid.bits, shape)
+    words = _chunks(read(f"{layer}.weight_packed"))
+    codes = torch.cat([unpack_from_int32(part, grid.bits, torch.Size([len(part), shape[1]])) for part in words])
     zero = torch.zeros(scale.shape, dtype=torch.int8)
     if not grid.symmetric:
         zero = unpack_from_int32(read(f"{layer}.weight_zero_point"), grid.bits, scale.shape, packed_dim=0)
     return QuantizedTensor(codes, scale, zero, grid).dequantize()
 
 
-def config(grid: Grid, ignore: list[str]) -> dict[str, Any] | None:
-    """The `quantization_config` of compressed-tensors; see `epmq.export.Format`."""
+def config(grids: Mapping[str, Grid], ignore: list[str]) -> dict[str, Any] | None:
+    """The `quantization_config` of compressed-tensors; see `epmq.export.Format`.
+
+    The grid that most layers have is that of all linear layers; those on another one, tables among them, are named.
+    """
     from compressed_tensors.quantization import QuantizationConfig
 
-    weights = {
+    by_grid: dict[Grid, list[str]] = {}
+    for name, grid in grids.items():
+        by_grid.setdefault(grid, []).append(name)
+    ordered = sorted(by_grid.items(), key=lambda item: -len(item[1]))
+    groups = [(["Linear"] if not number else names, grid) for number, (grid, names) in enumerate(ordered)]
+    fields = {
+        "config_groups": {
+            f"group_{number}": {"targets": targets, "weights": _weights(grid)}
+            for number, (targets, grid) in enumerate(groups)
+        },
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "ignore": ignore,
+    }
+    content: dict[str, Any] = QuantizationConfig.model_validate(fields).model_dump(mode="json")
+    content["quant_method"] = "compressed-tensors"
+    if len(groups) == 1 and not groups[0][1].symmetric:
+        # transformers 5.23 reads packed zero points only if it may unpack on load, which it does with the first grid
+        # for all layers; others do not know the field.
+        content["dequantize"] = True
+    return content
+
+
+def _weights(grid: Grid) -> dict[str, Any]:
+    return {
         "num_bits": grid.bits,
         "type": "int",
         "symmetric": grid.symmetric,
@@ -68,15 +103,3 @@ def config(grid: Grid, ignore: list[str]) -> dict[str, Any] | None:
         "group_size": None if grid.group_size == -1 else grid.group_size,
         "dynamic": False,
     }
-    fields = {
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
-        "format": "pack-quantized",
-        "quantization_status": "compressed",
-        "ignore": ignore,
-    }
-    content: dict[str, Any] = QuantizationConfig.model_validate(fields).model_dump(mode="json")
-    content["quant_method"] = "compressed-tensors"
-    if not grid.symmetric:
-        # transformers 5.23 reads packed zero points only if it may unpack on load; others do not know the field.
-        content["dequantize"] = True
-    return content

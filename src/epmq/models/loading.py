@@ -76,9 +76,16 @@ def unpacked_weight(checkpoint: Checkpoint, layer: str, quantization: dict[str, 
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationScheme
 
-    (group,) = quantization["config_groups"].values()
+    group = group_of(layer, quantization)
     compressor = BaseCompressor.get_value_from_registry("pack-quantized")
     leaves = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
     packed = {leaf: checkpoint.tensor(f"{layer}.{leaf}") for leaf in leaves if f"{layer}.{leaf}" in checkpoint}
     weight: Tensor = compressor.decompress(packed, QuantizationScheme.model_validate(group))["weight"]
     return weight
+
+
+def group_of(layer: str, quantization: dict[str, Any]) -> dict[str, Any]:
+    """The config group of a layer by its name on disk: the one that names it, else the one of all linear layers."""
+    groups: list[dict[str, Any]] = list(quantization["config_groups"].values())
+    named = [group for group in groups if layer in group["targets"]]
+    return (named or groups)[0]

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from epmq.calibration.collect import LayerGroup
 from epmq.calibration.engine import Block, CalibrationEngine, block_names, round_blocks
+from epmq.calibration.outside import OutsideStep
 from epmq.calibration.sequential import BlockStep
 from epmq.data.encoding import split_first
 from epmq.export import FORMATS
@@ -188,7 +189,7 @@ def _merged(prepared: PreparedRun) -> Measured:
     seconds["merge"] += merging * whole / _entries(first, inside)
     if settings.method == "rtn":
         tensors = SimpleNamespace(tensor={name: merged.tensor(name) for name in inside}.__getitem__)
-        seconds["round"] = _timed(lambda: list(round_blocks(first, tensors, settings)), device) * blocks
+        seconds["round"] = _timed(lambda: list(round_blocks(first, tensors, prepared.layout)), device) * blocks
     return Measured(seconds, max(peak_memory_mb() - start, 0.0))
 
 
@@ -260,7 +261,7 @@ class _MeasuredEngine(CalibrationEngine):
 class _CollectingEngine(_MeasuredEngine):
     """Leaves the merged weights as they are: what solving takes does not depend on the examples."""
 
-    def _solve(self, step: BlockStep, group: LayerGroup, block: Block) -> None:
+    def _solve(self, step: BlockStep | OutsideStep, group: LayerGroup, block: Block) -> None:
         pass
 
 
@@ -357,12 +358,12 @@ def _measure(
 
 def _pack(prepared: PreparedRun, block: Block, sample: Sample) -> None:
     """Add the seconds in which a block is packed, and unpacked."""
-    output_format, grid = FORMATS[prepared.recipe.format], prepared.recipe.quantize.grid
+    output_format = FORMATS[prepared.recipe.format]
     transposed = {name: is_transposed(layer) for name, layer in block_linears(prepared.experts.model)}
     for name, weight in block.layers.items():
         start = clock(prepared.device)
-        tensors = output_format.tensors(name, weight, transposed[name])
+        tensors = output_format.tensors(name, weight, transposed.get(name, False))
         packed = clock(prepared.device)
-        output_format.weight(name, tensors.__getitem__, grid, transposed[name]).float()
+        output_format.weight(name, tensors.__getitem__, weight.grid, transposed.get(name, False)).float()
         sample.write += packed - start
         sample.read += clock(prepared.device) - packed

@@ -1,18 +1,19 @@
 """What a run leaves behind: weights in the recipe's format, config, heads, processor."""
 
-from collections.abc import Mapping
+import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from rich.progress import Progress
 from torch import Tensor
 
-from epmq.calibration.engine import Block
+from epmq.calibration.engine import Block, LayerReport, report_of
 from epmq.calibration.head_refit import HeadFit, with_weights
 from epmq.export import FORMATS
 from epmq.files import write_json
 from epmq.merging.readers import ExpertReader
-from epmq.models.blocks import LINEAR, as_matrix, block_linears, find_stacks, is_transposed
-from epmq.models.checkpoint import TensorSpec
+from epmq.models.blocks import LINEAR, as_matrix, find_stacks, is_transposed
+from epmq.models.checkpoint import DTYPE_NAMES, TensorSpec, is_finite
 from epmq.models.heads import load_head, save_head, write_head_file
 from epmq.models.multitask import HEADS, NativeHead
 from epmq.models.side_files import copy_files
@@ -29,23 +30,49 @@ class QuantizedWeights:
     """
 
     def __init__(self, run: PreparedRun, writer: CheckpointWriter) -> None:
-        self._run, self._format, self._grid = run, FORMATS[run.recipe.format], run.recipe.quantize.grid
+        self._run, self._format, self._layout = run, FORMATS[run.recipe.format], run.layout
         self._stored, self._writer = run.experts.written, writer
-        self._transposed = {name: is_transposed(layer) for name, layer in block_linears(run.experts.model)}
 
     def _layer(self, name: str) -> str:
         """A layer's name on disk."""
         return self._stored[f"{name}.weight"].removesuffix(".weight")
 
-    def write_outside(self) -> None:
-        """Merge and write the tensors that lie in no block."""
+    def _is_transposed(self, name: str) -> bool:
+        return is_transposed(self._run.experts.model.get_submodule(name))
+
+    def write_outside(self) -> list[LayerReport]:
+        """Merge and write the tensors that lie in no block, but for layers that are solved after the last one.
+
+        Returns:
+            a report for each that is rounded to nearest, such as a table.
+        """
+        layout, merged, reports = self._layout, self._run.merged, list[LayerReport]()
         for name in self._run.experts.outside_names():
-            self._writer.write(self._stored[name], self._run.merged.parts(name))
+            layer = name.removesuffix(".weight")
+            if name not in layout.of or layer in layout.late:
+                continue
+            if layout.of[name].grid is None:
+                self._writer.write(self._stored[name], (layout.cast(name, part) for part in merged.parts(name)))
+                continue
+            block, start = Block("", []), time.perf_counter()
+            weight = block.layers[layer] = layout.round(name, self._matrix_parts(name))
+            self.write_block(block)
+            self.check_block(block)
+            reports.append(
+                report_of(layer, weight.codes, weight.grid, group=layer, seconds=time.perf_counter() - start)
+            )
+        return reports
+
+    def _matrix_parts(self, name: str) -> Iterable[Tensor]:
+        """A merged weight [out, in], some rows at a time where it is stored so."""
+        if self._is_transposed(name.removesuffix(".weight")):
+            return [self._run.merged.tensor(name).T]
+        return self._run.merged.parts(name)
 
     def write_block(self, block: Block) -> None:
         """Write a finished block; when this returns it is on the disk."""
         for name, weight in block.layers.items():
-            for stored, tensor in self._format.tensors(self._layer(name), weight, self._transposed[name]).items():
+            for stored, tensor in self._format.tensors(self._layer(name), weight, self._is_transposed(name)).items():
                 self._writer.write(stored, tensor)
         for name, tensor in block.tensors.items():
             self._writer.write(self._stored[name], tensor)
@@ -59,7 +86,7 @@ class QuantizedWeights:
         """
         for name, weight in block.layers.items():
             plain = weight.dequantize()
-            if not plain.isfinite().all():
+            if not is_finite(plain):
                 raise WrongOutputError(f"{name}: weights are not finite when quantized; nothing was published")
             if not self._plain(name).equal(plain):
                 raise WrongOutputError(
@@ -67,38 +94,46 @@ class QuantizedWeights:
                 )
 
     def _plain(self, name: str) -> Tensor:
-        """The weight [out, in] of a layer that has been written."""
-        return self._format.weight(self._layer(name), self._writer.tensor, self._grid, self._transposed[name])
+        """The weight [out, in] of a quantized layer that has been written."""
+        grid = self._layout.grid(name)
+        assert grid is not None
+        return self._format.weight(self._layer(name), self._writer.tensor, grid, self._is_transposed(name))
 
     def tensor(self, name: str) -> Tensor:
         """A tensor that has been written, by its name in the model and as the model stores it."""
         layer = name.removesuffix(".weight")
-        if layer not in self._transposed:
+        if self._layout.of[name].grid is None:
             return self._writer.tensor(self._stored[name])
         return as_matrix(self._run.experts.model.get_submodule(layer), self._plain(layer))
 
 
 def weight_specs(run: PreparedRun) -> dict[str, TensorSpec]:
     """Stored name → dtype and shape of every tensor that a run writes, in the order in which they are written."""
-    experts, recipe = run.experts, run.recipe
-    base = experts.base
-    if recipe.quantize.method == "none":
-        return {experts.written[name]: base.spec(name) for name in experts.names}
-    specs = {experts.written[name]: base.spec(name) for name in experts.outside_names()}
-    layers, output_format = dict(block_linears(experts.model)), FORMATS[recipe.format]
+    experts, layout = run.experts, run.layout
+    if run.recipe.quantize.method == "none":
+        return {experts.written[name]: experts.base.spec(name) for name in experts.names}
+    specs = dict[str, TensorSpec]()
+    for name in experts.outside_names():
+        specs |= _specs(run, name) if name in layout.of else {}
     for stack in find_stacks(experts.model):
         for index in range(len(stack.blocks)):
-            plain = {}
-            for name in experts.block_names(stack.block_name(index)):
-                stored, spec, layer = experts.written[name], base.spec(name), layers.get(name.removesuffix(".weight"))
-                if layer is None:
-                    plain[stored] = spec
-                    continue
-                rows, columns = as_matrix(layer, layer.get_parameter("weight")).shape
-                layer_name, grid = stored.removesuffix(".weight"), recipe.quantize.grid
-                specs |= output_format.specs(layer_name, (rows, columns), grid, spec[0], is_transposed(layer))
-            specs |= plain
+            names = experts.block_names(stack.block_name(index))
+            for name in sorted(names, key=lambda name: layout.of[name].grid is None):
+                specs |= _specs(run, name)
     return specs
+
+
+def _specs(run: PreparedRun, name: str) -> dict[str, TensorSpec]:
+    """Stored name → dtype and shape of what is written of one tensor of the model."""
+    stored, (dtype, shape), storage = run.experts.written[name], run.experts.base.spec(name), run.layout.of[name]
+    if storage.dtype is not None:
+        dtype = DTYPE_NAMES[storage.dtype]
+    if storage.grid is None:
+        return {stored: (dtype, shape)}
+    transposed = is_transposed(run.experts.model.get_submodule(name.removesuffix(".weight")))
+    rows, columns = shape[::-1] if transposed else shape
+    layer = stored.removesuffix(".weight")
+    return FORMATS[run.recipe.format].specs(layer, (rows, columns), storage.grid, dtype, transposed)
 
 
 def write_merged(run: PreparedRun, folder: Path, bar: Progress) -> int:
@@ -111,14 +146,12 @@ def write_merged(run: PreparedRun, folder: Path, bar: Progress) -> int:
         return writer.total
 
 
-def write_rest(run: PreparedRun, folder: Path, quantized: list[str], fits: Mapping[str, HeadFit]) -> None:
+def write_rest(run: PreparedRun, folder: Path, fits: Mapping[str, HeadFit]) -> None:
     """Write all that is beside the weights: config, heads, and the base's other files.
 
-    Args:
-        quantized: names of the quantized layers.
-        fits: task → what became of its head, where it follows the model.
+    `fits` says, by task, what became of its head, where it follows the model.
     """
-    _write_config(run, folder, quantized)
+    _write_config(run, folder)
     (folder / HEADS).mkdir(exist_ok=True)
     for expert in run.experts.experts.values():
         _write_head(expert, folder / HEADS / f"{expert.task}.safetensors", fits.get(expert.task))
@@ -128,17 +161,18 @@ def write_rest(run: PreparedRun, folder: Path, quantized: list[str], fits: Mappi
     write_processor(run.plan, run.experts, folder)
 
 
-def _write_config(run: PreparedRun, folder: Path, quantized: list[str]) -> None:
-    model = run.experts.model
+def _write_config(run: PreparedRun, folder: Path) -> None:
+    model, grids = run.experts.model, run.layout.quantized()
     model.config.save_pretrained(folder)
     config = {**run.experts.config, "architectures": [type(model).__name__]}
     if run.experts.is_untied:
         config["tie_word_embeddings"] = False
     config.pop("quantization_config", None)
-    if quantized:
-        linears = [name for name, module in model.named_modules() if isinstance(module, LINEAR)]
-        ignored = [name for name in linears if name not in quantized]
-        settings = FORMATS[run.recipe.format].config(run.recipe.quantize.grid, ignored)
+    if grids:
+        ignored = [name for name, module in model.named_modules() if isinstance(module, LINEAR) and name not in grids]
+        # transformers looks a layer up by its name in the model; whoever reads the file alone, by the one in there
+        stored = {run.experts.written[f"{name}.weight"].removesuffix(".weight"): grid for name, grid in grids.items()}
+        settings = FORMATS[run.recipe.format].config({**grids, **stored}, ignored)
         if settings is not None:
             config["quantization_config"] = settings
     write_json(folder / "config.json", config)

@@ -13,25 +13,27 @@ from rich.progress import Progress
 
 from epmq.calibration.calls import BlockCalls, try_forwards
 from epmq.calibration.head_refit import heads_follow
+from epmq.calibration.outside import unread_modules
 from epmq.data.encoding import pack
 from epmq.data.examples import Examples, Fields, Pictures
 from epmq.data.labels import Labels
 from epmq.data.readers import fields_of, from_objects, read_data
 from epmq.data.same_processor import differs_in_media
 from epmq.errors import InputError, error_context
-from epmq.export import FORMATS
 from epmq.files import check_output
 from epmq.merging.compatibility import open_experts
 from epmq.merging.experts import ExpertSet
 from epmq.merging.merged import MergedWeights
 from epmq.merging.readers import BaseReader, ExpertReader
 from epmq.merging.relation import check_relation
-from epmq.models.blocks import as_matrix, block_linears, is_transposed
+from epmq.models.blocks import block_linears
 from epmq.models.heads import HEAD_FILE, load_head, read_head_file
 from epmq.models.side_files import add_modules, side_files
+from epmq.models.storage import Layout
 from epmq.models.tasks import Task
 from epmq.pipeline import tasks
 from epmq.pipeline.inputs import Batches, ModelInputs
+from epmq.pipeline.layout import LayoutPlanner, check_format, fit_dtypes
 from epmq.pipeline.metrics import metric_of
 from epmq.pipeline.processor import OutputProcessor, output_processor
 from epmq.pipeline.verify import opened_from
@@ -56,6 +58,7 @@ class PreparedRun:
     side_files: dict[str, Path] = field(default_factory=dict)  # path in the output → file of the base
     plan: OutputProcessor = field(default_factory=OutputProcessor)  # the output's processor and chat templates
     calls: BlockCalls = field(default_factory=BlockCalls)  # how the model calls its blocks on the calibration inputs
+    layout: Layout = field(default_factory=Layout)  # how every tensor is stored; empty where nothing is quantized
 
     @property
     def device(self) -> torch.device:
@@ -79,7 +82,8 @@ def prepare(
     _check_fields(recipe, calibration or {}, evaluation or {})
     listed, recipe = recipe.experts, recipe.ordered()
     experts = open_experts(recipe.base, recipe.experts, recipe.tokenizer, recipe.config)
-    if recipe.quantize.method != "none":
+    quantizes = recipe.quantize.method != "none"
+    if quantizes:
         _check_layers(experts, recipe)
         for note in _untouched(experts):
             experts.notes.depart(note)
@@ -102,7 +106,7 @@ def prepare(
         heads = heads_follow(experts, inputs)
     recipe = recipe.resolved(heads)
     _check_task_classes(experts, scored)
-    if recipe.quantize.method != "none":  # a mere merge reads the weights once and finds out as early
+    if quantizes:  # a mere merge reads the weights once and finds out as early
         readers: list[BaseReader | ExpertReader] = [experts.base, *experts.experts.values()]
         for reader in readers if bar is None else bar.track(readers, description="check weights"):
             reader.check_finite()
@@ -110,7 +114,21 @@ def prepare(
         experts.notes.refuse()
     scored = {expert.name: scored[expert.name] for expert in listed if expert.name in scored}
     merged = MergedWeights(experts, recipe.merge, recipe.seed)
-    return PreparedRun(recipe, experts, merged, inputs, scored, beside, plan, calls)
+    layout = _layout(experts, recipe, merged, calls, inputs) if quantizes else Layout()
+    return PreparedRun(recipe, experts, merged, inputs, scored, beside, plan, calls, layout)
+
+
+def _layout(
+    experts: ExpertSet, recipe: Recipe, merged: MergedWeights, calls: BlockCalls, inputs: Mapping[str, Any]
+) -> Layout:
+    """How every tensor is stored, from what the calibration inputs reach."""
+    settings = recipe.quantize
+    unread = unread_modules(experts, inputs, calls.late) if settings.calibrates else []
+    planner = LayoutPlanner(experts, settings, calls.late, unread)
+    layout = planner.layout(settings.calibrates, settings.scales == "search")
+    if layout.dropped:
+        experts.notes.append(f"no head reads {', '.join(layout.dropped)}: left out")
+    return fit_dtypes(layout, experts, merged, settings.rest)
 
 
 def _note_processors(experts: ExpertSet, processor: Any, beside: dict[str, Path]) -> None:
@@ -140,14 +158,14 @@ def _check_fields(recipe: Recipe, calibration: Objects, evaluation: Objects) -> 
 
 
 def _check_layers(experts: ExpertSet, recipe: Recipe) -> None:
-    """Check that grid and format can hold every layer that would be quantized."""
-    grid, holds_transposed = recipe.quantize.grid, FORMATS[recipe.format].HOLDS_TRANSPOSED
-    for name, layer in block_linears(experts.model):
-        with error_context(f"quantize.group_size: {name}"):
-            grid.width(as_matrix(layer, layer.get_parameter("weight")).shape[1])
-    for name, layer in block_linears(experts.model):
-        if is_transposed(layer) and not holds_transposed:
-            raise InputError(f"format: {recipe.format} cannot hold {name}, a {type(layer).__name__}: use dequantized")
+    """Check that settings, grids and format fit every tensor that would be quantized."""
+    settings = recipe.quantize
+    if settings.drop_unused and not settings.calibrates:
+        raise InputError(
+            f"quantize.drop_unused: what heads read is seen on calibration data, and {settings.method} has none"
+        )
+    layout = LayoutPlanner(experts, settings).layout(settings.calibrates, search=True)
+    check_format(layout, experts, recipe.format)
 
 
 def _untouched(experts: ExpertSet) -> list[str]:

@@ -26,7 +26,7 @@ from epmq.models.loading import why_not_direct
 from epmq.models.multitask import load
 from epmq.models.writer import CheckpointWriter
 from epmq.pipeline.evaluation import evaluate_model
-from epmq.pipeline.journal import Workdir, hash_batches, remove_stale_workdir, resumable
+from epmq.pipeline.journal import Journal, Workdir, hash_batches, remove_stale_workdir, resumable
 from epmq.pipeline.metrics import metrics_of
 from epmq.pipeline.output import QuantizedWeights, weight_specs, write_merged, write_rest
 from epmq.pipeline.prepare import Objects, PreparedRun, prepare
@@ -41,6 +41,8 @@ from epmq.runtime import gc_frozen, hardware, now, peak_memory_mb, progress_bars
 
 # Examples on which the layers of each block are sorted by what they read and where they write.
 TRIED = 2
+# The name under which the journal notes the tensors outside the blocks.
+OUTSIDE = "outside"
 
 
 def run(
@@ -92,7 +94,7 @@ def run(
             folder = stack.enter_context(whole_directory(recipe.output))
             with clocks.phase("merge and quantize"):
                 written = Written(write_merged(prepared, folder, bar))
-                write_rest(prepared, folder, [], {})
+                write_rest(prepared, folder, {})
         else:
             with clocks.phase("open"):
                 batches = calibration_batches(prepared)
@@ -142,33 +144,22 @@ def write_quantized(prepared: PreparedRun, workdir: Workdir, batches: list[Batch
     Raises:
         RuntimeError: what was written is not what was quantized; nothing of it is kept.
     """
-    recipe, notes, journal = prepared.recipe, prepared.experts.notes, workdir.journal
-    blocks, earlier = sum(len(stack.blocks) for stack in find_stacks(prepared.experts.model)), len(journal)
+    recipe, journal = prepared.recipe, workdir.journal
     with CheckpointWriter(workdir.output, weight_specs(prepared)) as writer:
         weights = QuantizedWeights(prepared, writer)
-        finished = [Block(name, [LayerReport(**report) for report in reports]) for name, reports in journal]
+        if not len(journal):
+            journal.append(OUTSIDE, [asdict(report) for report in weights.write_outside()])
+        (_, outside), *done = journal
+        finished = [Block(name, [LayerReport(**report) for report in reports]) for name, reports in done]
         engine = None
-        solved: Iterable[Block] = round_blocks(prepared.experts, prepared.merged, recipe.quantize, finished)
+        solved: Iterable[Block] = round_blocks(prepared.experts, prepared.merged, prepared.layout, finished)
         if recipe.quantize.calibrates:
             solved = engine = calibration_engine(prepared, batches, finished, weights, workdir.output)
-        if not finished:
-            weights.write_outside()
-        layers: list[dict[str, Any]] = []
-        title = f"{recipe.merge.method} + {recipe.quantize.method}"
         try:
-            for number, block in enumerate(bar.track(solved, total=blocks, description=title)):
-                reports = [asdict(report) for report in block.reports]
-                layers += reports
-                if number >= earlier:
-                    weights.write_block(block)
-                    if not recipe.quantize.calibrates:
-                        weights.check_block(block)
-                    journal.append(block.name, reports)
-            if earlier:
-                notes.append(f"{earlier} of {blocks} blocks were finished by a run that was stopped")
+            layers = outside + _write_blocks(prepared, weights, solved, journal, bar)
             writer.finish()
             fits = engine.head_fits if engine is not None else {}
-            write_rest(prepared, workdir.output, [layer["name"] for layer in layers], fits)
+            write_rest(prepared, workdir.output, fits)
             if engine is not None and engine.output is not None:
                 check_reloaded(workdir.output, batches[0].inputs, engine.output, prepared.calls)
         except WrongOutputError:
@@ -177,6 +168,27 @@ def write_quantized(prepared: PreparedRun, workdir: Workdir, batches: list[Batch
     ridges = {task: head.fit for task, head in fits.items()}
     heads = {task: {"strength": fit.ridge, "before": fit.before, "after": fit.after} for task, fit in ridges.items()}
     return Written(writer.total, layers, heads)
+
+
+def _write_blocks(
+    prepared: PreparedRun, weights: QuantizedWeights, solved: Iterable[Block], journal: Journal, bar: Progress
+) -> list[dict[str, Any]]:
+    """Write one finished block after the other, and note it; returns the reports of their layers."""
+    recipe, notes, earlier = prepared.recipe, prepared.experts.notes, len(journal) - 1
+    blocks, layers = sum(len(stack.blocks) for stack in find_stacks(prepared.experts.model)), list[dict[str, Any]]()
+    blocks += bool(prepared.layout.late)
+    title = f"{recipe.merge.method} + {recipe.quantize.method}"
+    for number, block in enumerate(bar.track(solved, total=blocks, description=title)):
+        reports = [asdict(report) for report in block.reports]
+        layers += reports
+        if number >= earlier:
+            weights.write_block(block)
+            if not recipe.quantize.calibrates:
+                weights.check_block(block)
+            journal.append(block.name, reports)
+    if earlier:
+        notes.append(f"{earlier} of {blocks} blocks were finished by a run that was stopped")
+    return layers
 
 
 def calibration_engine(
@@ -193,6 +205,7 @@ def calibration_engine(
         experts,
         prepared.merged,
         recipe.quantize,
+        prepared.layout,
         {task: recipe.task_weight(task) for task in experts.experts},
         prepared.device,
         Offloader(offload_to if recipe.activations == "disk" else None),
@@ -249,8 +262,8 @@ def _write_report(folder: Path, report: dict[str, Any]) -> None:
 
 def _unopened(recipe: Recipe, folder: Path) -> list[str]:
     """A note if transformers alone cannot read what was written."""
-    packed = recipe.quantize.method != "none" and recipe.format == "pack-quantized"
-    fault = why_not_direct(folder, read_json(folder / "config.json")) if packed else None
+    config = read_json(folder / "config.json")
+    fault = why_not_direct(folder, config) if "quantization_config" in config else None
     if fault is None:
         return []
     return [f"AutoModel.from_pretrained cannot open this packed model ({fault}): use epmq.load, or format: dequantized"]

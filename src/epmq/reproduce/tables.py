@@ -16,10 +16,11 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from epmq.errors import InputError, MissingError
 from epmq.files import read_yaml
-from epmq.method_settings import Merge, Quantize, Strict, quantize_settings
+from epmq.method_settings import Merge, Quantize, quantize_settings
 from epmq.models.checkpoint import INDEX, SINGLE, resolve
 from epmq.recipe import Data, Expert, Recipe, Sections, explain
 from epmq.reproduce.zeroshot import check_template
+from epmq.storage_settings import Strict
 
 # Methods of rows in full precision.
 FULL_PRECISION = ("base", "experts", "none")

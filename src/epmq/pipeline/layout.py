@@ -1,0 +1,222 @@
+"""From settings to storage: which tensors lie on which grid, and in which dtype all others are written."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import nn
+
+from epmq.errors import InputError, error_context
+from epmq.export import FORMATS
+from epmq.merging.experts import ExpertSet
+from epmq.merging.merged import MergedWeights
+from epmq.models.blocks import LINEAR, block_linears, find_stacks, is_transposed
+from epmq.models.meta import vocabulary
+from epmq.models.storage import Layout, Storage
+from epmq.quantization.grid import Grid
+from epmq.storage_settings import PLAIN, Override, StorageSettings
+
+# Names of layers that an error about a pattern lists.
+LISTED = 3
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What a weight is to a quantizer: the settings that it would have without overrides, and their field."""
+
+    grid: Grid | None
+    field: str
+    in_block: bool = False
+
+
+class LayoutPlanner:
+    """Decides how every tensor of a model is stored.
+
+    Args:
+        experts: base and experts, opened.
+        settings: of the quantizer.
+        late: modules after the last block that calibration data reaches, in the order of their calls.
+        unread: those of them that no head reads.
+    """
+
+    def __init__(
+        self, experts: ExpertSet, settings: StorageSettings, late: Sequence[str] = (), unread: Sequence[str] = ()
+    ) -> None:
+        self._experts, self._settings, self._late, self._unread = experts, settings, late, unread
+        self._blocks = dict(block_linears(experts.model))
+        self._modules = dict(experts.model.named_modules())
+        self._aliases: dict[str, list[str]] = {name: [name] for name in experts.names}
+        for name, leader in experts.tied.items():
+            self._aliases.setdefault(leader, [leader]).append(name)
+
+    def layout(self, calibrates: bool, search: bool) -> Layout:
+        """The layout; `calibrates` says whether there is data, `search` whether scales are searched.
+
+        Raises:
+            InputError: a pattern matches nothing, tied tensors have two settings, or a group does not divide a
+                tensor's columns; the field is named.
+        """
+        parts = {layer: part for layer in self._layers if (part := self._part(layer)) is not None}
+        chosen = self._overridden(parts)
+        of = {name: self._rest(name) for name in self._experts.names}
+        dropped = tuple(name for name in of if self._settings.drop_unused and name.rpartition(".")[0] in self._unread)
+        late = [layer for layer in (*self._late, *self._output) if layer in parts and layer not in self._unread]
+        late = [layer for layer in late if calibrates and not self._kept(chosen[layer], parts[layer])]
+        for layer, part in parts.items():
+            grid, override = self._grid(layer, part, chosen[layer])
+            solved = (part.in_block or layer in late) and not (override is not None and override.skip)
+            of[f"{layer}.weight"] = Storage(self._dtype(layer, grid), grid, solved)
+        output = next((layer for layer in self._output if layer in late), None)
+        of = {name: storage for name, storage in of.items() if name not in dropped}
+        return Layout(of, tuple(late), output, dropped, search)
+
+    @cached_property
+    def _layers(self) -> list[str]:
+        """All modules with a matrix that may be quantized, by the name of the tensor that leads."""
+        return [name.removesuffix(".weight") for name in self._experts.names if name.endswith(".weight")]
+
+    @cached_property
+    def _output(self) -> list[str]:
+        """The output layer of a language model, where it is a tensor of its own."""
+        names = [name for name in self._experts.output_layer() if name in self._experts.names]
+        return [name.removesuffix(".weight") for name in names if name.endswith(".weight")]
+
+    def _part(self, layer: str) -> _Part | None:
+        """What a module's weight is to the quantizer; None if it is none that is quantized."""
+        settings = self._settings
+        if layer in self._blocks:
+            return _Part(settings.grid, "group_size", in_block=True)
+        aliases = [alias.removesuffix(".weight") for alias in self._aliases[f"{layer}.weight"]]
+        modules = [self._modules.get(alias) for alias in aliases]
+        if any(isinstance(one, nn.Embedding) and self._counts_tokens(one) for one in modules):
+            return self._table(aliases)
+        if layer in self._output:
+            return _Part(settings.part_grid(settings.output_layer), "output_layer")
+        if isinstance(modules[0], LINEAR) and not self._in_block(layer):
+            grid, columns = settings.grid, self._shape(layer)[1]
+            if grid is not None and grid.group_size != -1 and columns % grid.group_size:
+                grid = replace(grid, group_size=-1)
+            return _Part(grid, "group_size")
+        return None
+
+    def _table(self, aliases: Sequence[str]) -> _Part:
+        """A table of tokens, which may be the output layer as well."""
+        settings, output = self._settings, {name.removesuffix(".weight") for name in self._experts.output_layer()}
+        tied, table, own = output & set(aliases), settings.embeddings, settings.output_layer
+        if not tied or own is None:
+            return _Part(settings.part_grid(table), "embeddings")
+        if table is not None and settings.part_grid(table) != settings.part_grid(own):
+            name = min(tied)
+            raise InputError(f"quantize.output_layer: {name} is tied to {aliases[0]}: one tensor has one setting")
+        return _Part(settings.part_grid(own), "output_layer")
+
+    def _counts_tokens(self, table: nn.Embedding) -> bool:
+        return table.num_embeddings == vocabulary(self._experts.model)
+
+    def _in_block(self, layer: str) -> bool:
+        return layer.startswith(tuple(f"{stack.name}." for stack in find_stacks(self._experts.model)))
+
+    def _shape(self, layer: str) -> tuple[int, int]:
+        """[out, in] of a layer's or a table's weight."""
+        shape, module = self._experts.base.shape(f"{layer}.weight"), self._modules[layer]
+        rows, columns = shape[::-1] if is_transposed(module) else shape
+        return rows, columns
+
+    # --- overrides ---------------------------------------------------------------------------------------------
+
+    def _overridden(self, parts: Mapping[str, _Part]) -> dict[str, int | None]:
+        """The number of the override that each layer has, if any.
+
+        Raises:
+            InputError: an override matches no layer, or two names of one tensor have two of them.
+        """
+        chosen, matched = dict[str, int | None](), set[int]()
+        for layer in parts:
+            names = [alias.removesuffix(".weight") for alias in self._aliases[f"{layer}.weight"]]
+            found = {name: [i for i, one in enumerate(self._settings.overrides) if one.matches(name)] for name in names}
+            matched.update(i for numbers in found.values() for i in numbers)
+            first = {numbers[0] for numbers in found.values() if numbers}
+            if len({self._settings.overrides[i].model_copy(update={"layers": ""}) for i in first}) > 1:
+                raise InputError(f"quantize.overrides: {' and '.join(names)} are one tensor: give them one setting")
+            chosen[layer] = min(first, default=None)
+        for number, override in enumerate(self._settings.overrides):
+            if number not in matched:
+                listed = ", ".join(list(parts)[:LISTED])
+                raise InputError(
+                    f"quantize.overrides.{number}.layers: {override.layers!r} matches no layer, of which there are "
+                    f"{len(parts)}, such as {listed}; a regular expression begins with re:"
+                )
+        return chosen
+
+    def _kept(self, number: int | None, part: _Part) -> bool:
+        """Whether a layer outside the blocks stays as it is merged."""
+        override = None if number is None else self._settings.overrides[number]
+        if override is not None:
+            return override.skip
+        return part.grid is None and part.field == "output_layer"
+
+    def _grid(self, layer: str, part: _Part, number: int | None) -> tuple[Grid | None, Override | None]:
+        """The grid of a layer, which its columns are checked against, and the override that it comes from."""
+        override = None if number is None else self._settings.overrides[number]
+        grid, field = part.grid, f"quantize.{part.field}"
+        if override is not None:
+            grid, field = override.grid(part.grid or self._settings.grid), f"quantize.overrides.{number}"
+        if grid is not None:
+            with error_context(f"{field}: {layer}"):
+                grid.width(self._shape(layer)[1])
+        return grid, override
+
+    # --- dtypes --------------------------------------------------------------------------------------------------
+
+    def _dtype(self, layer: str, grid: Grid | None) -> torch.dtype | None:
+        """The dtype of a matrix: of its scales, or of what is kept."""
+        stored = self._experts.base.dtype(f"{layer}.weight")
+        return stored if grid is None else _dtype_of(self._settings.scale_dtype, stored)
+
+    def _rest(self, name: str) -> Storage:
+        """How a tensor is stored that is not quantized; buffers are no weights, and stay as they are."""
+        stored, module = self._experts.base.dtype(name), self._modules[name.rpartition(".")[0]]
+        if name.rpartition(".")[2] in module._buffers or self._settings.bits == PLAIN:
+            return Storage(stored)
+        return Storage(_dtype_of(self._settings.rest, stored))
+
+
+def _dtype_of(setting: str, stored: torch.dtype | None) -> torch.dtype | None:
+    """The dtype that a setting gives what is stored in another one; None for what is no float."""
+    if stored is None or setting == "as-stored":
+        return stored
+    if setting == "auto":
+        return torch.float16 if stored in (torch.float32, torch.float64) else stored
+    dtype: torch.dtype = getattr(torch, setting)
+    return dtype
+
+
+def fit_dtypes(layout: Layout, experts: ExpertSet, merged: MergedWeights, setting: str) -> Layout:
+    """The layout with all that float16 cannot hold in its own dtype.
+
+    Raises:
+        InputError: a tensor is too large for the dtype that the recipe asks for by name; it is named.
+    """
+    of = dict(layout.of)
+    for name, storage in layout.of.items():
+        stored = experts.base.dtype(name)
+        if storage.dtype != torch.float16 or stored == torch.float16 or storage.grid is not None or stored is None:
+            continue
+        largest = max((float(part.abs().max()) for part in merged.parts(name) if part.numel()), default=0.0)
+        if largest > torch.finfo(torch.float16).max:
+            if setting != "auto":
+                raise InputError(f"quantize.rest: {name} reaches {largest:.3g}, more than {setting} holds")
+            of[name] = replace(storage, dtype=stored)
+            experts.notes.append(f"{name} reaches {largest:.3g}, more than float16 holds: it is stored as it was")
+    return replace(layout, of=of)
+
+
+def check_format(layout: Layout, experts: ExpertSet, output_format: str) -> None:
+    """Check that a format can hold every tensor that is quantized; an InputError names one that it cannot."""
+    if FORMATS[output_format].HOLDS_TRANSPOSED:
+        return
+    for name in layout.quantized():
+        layer = experts.model.get_submodule(name)
+        if is_transposed(layer):
+            raise InputError(f"format: {output_format} cannot hold {name}, a {type(layer).__name__}: use dequantized")

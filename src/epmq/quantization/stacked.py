@@ -1,0 +1,84 @@
+"""Layers that share an input, and so a Hessian: their targets are solved together, each on its own grid."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from epmq.quantization.factor import Factor
+from epmq.quantization.gptq import gptq
+from epmq.quantization.grid import Grid, QuantizedTensor
+from epmq.quantization.hessian import hessian_loss
+from epmq.quantization.rtn import rtn_fallback
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of stacked layers: its rows, its grid (None leaves the target unrounded), and the dtype of the scales or,
+    without a grid, of the weight.
+    """
+
+    rows: int
+    grid: Grid | None
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Solved:
+    """What became of a layer.
+
+    Attributes:
+        weight: [out, in] as it is read back, in the dtype of the part.
+        codes: None without a grid.
+        loss: tr((Q − W*) H (Q − W*)ᵀ).
+        rounded: rows that are rounded to nearest after all, see `rtn_fallback`.
+    """
+
+    weight: Tensor
+    codes: QuantizedTensor | None
+    loss: float
+    rounded: int = 0
+
+
+def solve(target: Tensor, factor: Factor, hessian: Tensor, parts: Sequence[Part], search: bool) -> list[Solved]:
+    """Choose codes for stacked layers, and hold them against rounding to nearest.
+
+    Rows know nothing of each other: those on one grid are solved together.
+
+    Args:
+        target: W* [out, in] float32 of all layers.
+        factor, hessian: H [in, in] float32 and its factor.
+        parts: the layers, in the order in which they are stacked.
+        search: search the scales, see `gptq`.
+
+    Raises:
+        ValueError: scales or losses are not finite.
+    """
+    split = torch.split(target, [part.rows for part in parts])
+    solved: dict[int, Solved] = {}
+    for key in dict.fromkeys((part.grid, part.dtype) for part in parts):
+        members = [number for number, part in enumerate(parts) if (part.grid, part.dtype) == key]
+        rows = target if len(members) == len(parts) else torch.cat([split[number] for number in members])
+        sizes = [parts[number].rows for number in members]
+        solved |= zip(members, _on_one_grid(rows, factor, hessian, key[0], key[1], search, sizes))
+    return [solved[number] for number in range(len(parts))]
+
+
+def _on_one_grid(
+    target: Tensor,
+    factor: Factor,
+    hessian: Tensor,
+    grid: Grid | None,
+    dtype: torch.dtype,
+    search: bool,
+    sizes: list[int],
+) -> list[Solved]:
+    if grid is None:
+        weight = target.to(dtype)
+        losses = torch.split(hessian_loss(weight.float() - target, hessian), sizes)
+        return [Solved(one, None, float(loss.sum())) for one, loss in zip(torch.split(weight, sizes), losses)]
+    codes, loss = gptq(target, factor, grid, search=search, scale_dtype=dtype)
+    codes, loss, rounded = rtn_fallback(codes, loss, target, hessian)
+    split = zip(codes.split(sizes), torch.split(loss, sizes), torch.split(rounded, sizes))
+    return [Solved(one.dequantize(), one, float(own.sum()), int(exchanged.sum())) for one, own, exchanged in split]

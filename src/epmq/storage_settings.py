@@ -1,0 +1,194 @@
+"""How the parts of a quantized model are stored: tables of tokens, output layer, single layers, and the rest."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+from epmq.errors import InputError
+from epmq.quantization.grid import BITS, GROUP_SIZES, Grid
+
+# The bits of a weight that is not rounded.
+PLAIN = 16
+REGEX = "re:"
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30}
+Dtype = Literal["auto", "float16", "bfloat16", "float32", "as-stored"]
+
+
+class Strict(BaseModel):
+    """Plain data: unknown fields, infinite numbers and later changes are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def known(value: int | None, values: tuple[int, ...]) -> int | None:
+    """Pass on a number that is one of some, or None; another one is an InputError."""
+    if value is not None and value not in values:
+        raise InputError(f"{value} is not one of {', '.join(map(str, values))}")
+    return value
+
+
+class PartGrid(Strict):
+    """The grid of a table or of the output layer; what is left out is as in the blocks, groups by the bits."""
+
+    bits: int = Field(description="2, 3, 4 or 8; 16 keeps it as it is merged")
+    group_size: int | None = Field(
+        None, description="weights that share a scale: -1 (a row), 32, 64 or 128; by default a row of 8 bits, else 32"
+    )
+    symmetric: bool | None = Field(None, description="without a zero point; by default as the blocks")
+
+    @field_validator("bits", "group_size")
+    @classmethod
+    def _known(cls, value: int | None, info: Any) -> int | None:
+        return known(value, (*BITS, PLAIN) if info.field_name == "bits" else GROUP_SIZES)
+
+    def grid(self, symmetric: bool) -> Grid | None:
+        """The grid; None where the weight is kept. `symmetric` is what the blocks are."""
+        groups = self.group_size if self.group_size is not None else -1 if self.bits == 8 else 32
+        own = symmetric if self.symmetric is None else self.symmetric
+        return None if self.bits == PLAIN else Grid(self.bits, groups, own)
+
+
+class Override(Strict):
+    """Other settings for the layers whose name matches; what is left out is as it would be without."""
+
+    layers: str = Field(description="names of layers: a glob such as '*.mlp.*', or a regular expression after 're:'")
+    bits: int | None = Field(None, description="2, 3, 4 or 8; 16 gives the layer its target unrounded")
+    group_size: int | None = Field(None, description="weights that share a scale: -1 (a row), 32, 64 or 128")
+    symmetric: bool | None = Field(None, description="without a zero point")
+    skip: bool = Field(False, description="leave the merged weight as it is")
+
+    @field_validator("bits", "group_size")
+    @classmethod
+    def _known(cls, value: int | None, info: Any) -> int | None:
+        return known(value, (*BITS, PLAIN) if info.field_name == "bits" else GROUP_SIZES)
+
+    @field_validator("layers")
+    @classmethod
+    def _compiles(cls, value: str) -> str:
+        try:
+            re.compile(value.removeprefix(REGEX) if value.startswith(REGEX) else "")
+        except re.error as error:
+            raise InputError(f"{value!r} is not a regular expression ({error})") from None
+        return value
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Override:
+        others = [name for name in ("bits", "group_size", "symmetric") if getattr(self, name) is not None]
+        if self.skip and others:
+            raise InputError(f"skip: a layer that is skipped has no {', no '.join(others)}")
+        if not self.skip and not others:
+            raise InputError(f"{self.layers!r}: says neither bits, group_size, symmetric nor skip")
+        if self.bits == PLAIN and len(others) > 1:
+            raise InputError(f"bits: {PLAIN} has no groups and no zero points")
+        return self
+
+    def matches(self, name: str) -> bool:
+        """Whether it is about the layer of that name."""
+        if self.layers.startswith(REGEX):
+            return re.fullmatch(self.layers.removeprefix(REGEX), name) is not None
+        return fnmatchcase(name, self.layers)
+
+    def grid(self, otherwise: Grid | None) -> Grid | None:
+        """The grid of a layer that has another one without this; None where it is not rounded."""
+        if self.skip or self.bits == PLAIN:
+            return None
+        start = otherwise or Grid()
+        return Grid(
+            start.bits if self.bits is None else self.bits,
+            start.group_size if self.group_size is None else self.group_size,
+            start.symmetric if self.symmetric is None else self.symmetric,
+        )
+
+
+def _from_bits(value: Any) -> Any:
+    """A number alone is the bits."""
+    return {"bits": value} if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def parse_size(value: Any) -> Any:
+    """Bytes from a number or a text such as 40MB or 1.5 GiB; a text that is none is an InputError."""
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?I?)B?\s*", value.upper())
+    if match is None or match[2] not in UNITS:
+        raise InputError(f"{value!r} is not a size such as 40MB")
+    return round(float(match[1]) * UNITS[match[2]])
+
+
+Part = Annotated[PartGrid | None, BeforeValidator(_from_bits)]
+
+
+class StorageSettings(Strict):
+    """What is stored how; `epmq.pipeline.layout` says what that makes of every tensor."""
+
+    method: str
+    bits: int = Field(4, description="2, 3, 4 or 8; 16 gives every layer its target unrounded, in the stored dtype")
+    group_size: int = Field(-1, description="weights that share a scale: -1 (a row), 32, 64 or 128")
+    symmetric: bool = Field(True, description="without a zero point")
+    embeddings: Part = Field(
+        None,
+        description="bits of the tables with a row a token: 8, 4 (in groups of 32), …, 16 to keep them, or bits, "
+        "group_size and symmetric; by default 8",
+    )
+    output_layer: Part = Field(
+        None, description="the same of the output layer of a language model; what is tied to a table is that table"
+    )
+    rest: Dtype = Field(
+        "auto",
+        description="dtype of norms, biases, positions and all else that is not quantized: float16, bfloat16, float32, "
+        "as-stored, or auto: float16 in the place of float32",
+    )
+    scale_dtype: Dtype = Field(
+        "auto",
+        description="dtype of the scales: float16, bfloat16, float32, as-stored (that of the weight), or auto: float16 "
+        "in the place of float32",
+    )
+    overrides: list[Override] = Field(
+        [],
+        description="other settings for some layers, the first that matches: {layers: '*.mlp.*', bits: 8}, or with "
+        "group_size, symmetric, or skip: true",
+    )
+    budget: float | None = Field(
+        None, gt=0, description="bits a weight of the whole file, scales included: bits are chosen layer by layer"
+    )
+    size: Annotated[int | None, BeforeValidator(parse_size)] = Field(
+        None, gt=0, description="the same as bytes of the file, such as 40MB"
+    )
+    drop_unused: bool = Field(False, description="leave out what no task's head reads, such as an unused pooler")
+
+    @field_validator("bits", "group_size")
+    @classmethod
+    def _known(cls, value: int, info: Any) -> int | None:
+        return known(value, (*BITS, PLAIN) if info.field_name == "bits" else GROUP_SIZES)
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> StorageSettings:
+        if self.budget is not None and self.size is not None:
+            raise InputError("budget, size: only one of them")
+        if self.bits == PLAIN and (self.budget is not None or self.size is not None):
+            raise InputError(f"bits: {PLAIN} rounds nothing, and a budget chooses the bits: only one of them")
+        return self
+
+    @property
+    def grid(self) -> Grid | None:
+        """The grid of a layer in the blocks; None where it is not rounded."""
+        return None if self.bits == PLAIN else Grid(self.bits, self.group_size, self.symmetric)
+
+    def part_grid(self, part: PartGrid | None) -> Grid | None:
+        """The grid of a table or the output layer; None where it is kept."""
+        if part is None:
+            return None if self.bits == PLAIN else PartGrid(bits=8).grid(self.symmetric)
+        return part.grid(self.symmetric)
+
+
+def describe(part: Mapping[str, Any] | None) -> str:
+    """A grid of plain values in a few words: 4 bits, a row."""
+    if not part:
+        return "not quantized"
+    groups = "a row" if part.get("group_size") in (-1, None) else f"g{part['group_size']}"
+    return f"{part['bits']} bits, {groups}" + ("" if part.get("symmetric", True) else ", asymmetric")
