@@ -51,8 +51,8 @@ class LayerGroup:
         self.merged = self._stack(weights).float()
         self.rows = [as_matrix(module, weight).shape[0] for module, weight in zip(self.modules, weights)]
         self.dtype = context.experts.base.dtype(f"{self.layers[0]}.weight") or torch.float32
-        storage = [context.layout.of[f"{layer}.weight"] for layer in self.layers]
-        self.parts = [Part(rows, one.grid, one.dtype or self.dtype) for rows, one in zip(self.rows, storage)]
+        stored = zip(self.rows, (context.layout.of[f"{layer}.weight"] for layer in self.layers))
+        self.parts = [Part(rows, one.grid, one.dtype or self.dtype, one.scale or self.dtype) for rows, one in stored]
         self.objective = Objective(self._anchor())
         self.tokens, self.largest = 0, 0.0
 

@@ -190,7 +190,8 @@ class CalibrationEngine:
     def _outside(self, name: str) -> Tensor:
         """A tensor outside the blocks as the output has it; a layer that is still to be solved as it is merged."""
         context = self.context
-        if self.written is not None and name.removesuffix(".weight") not in context.layout.late:
+        written = name in context.layout.of and name.removesuffix(".weight") not in context.layout.late
+        if self.written is not None and written:
             return self.written.tensor(name)
         return context.layout.as_stored(name, context.merged.tensor)
 

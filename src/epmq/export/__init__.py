@@ -1,4 +1,4 @@
-"""Output formats: a stateless module each, which turns one quantized layer into named tensors.
+"""Output formats: a stateless module each, which turns one quantized weight into named tensors.
 
 To add a format, write a module with the functions of `Format` and give it a line in `FORMATS`.
 """
@@ -9,34 +9,30 @@ from typing import Any, Protocol, cast
 from torch import Tensor
 
 from epmq.export import dequantized, packed
+from epmq.export.form import Form
 from epmq.models.checkpoint import TensorSpec
-from epmq.quantization.grid import Grid, QuantizedTensor
+from epmq.quantization.grid import QuantizedTensor
 
 
 class Format(Protocol):
-    """What a format's module has. A layer that stores its weight as [in, out] is `transposed`."""
+    """What a format's module has. Weights go by their layers' names on disk, and are [out, in]."""
 
-    HOLDS_TRANSPOSED: bool
+    HOLDS_TRANSPOSED: bool  # whether it can hold the weight of a layer that stores it as [in, out]
 
-    def specs(
-        self, layer: str, shape: tuple[int, int], grid: Grid, dtype: str, transposed: bool
-    ) -> dict[str, TensorSpec]:
-        """Name → dtype and shape of the tensors that stand for a weight.
+    def specs(self, layer: str, shape: tuple[int, int], form: Form) -> dict[str, TensorSpec]:
+        """Name → dtype and shape of the tensors that stand for a weight."""
 
-        The layer goes by its name on disk, `shape` is [out, in], and `dtype` is that of the scales, as safetensors
-        calls it.
-        """
-
-    def tensors(self, layer: str, weight: QuantizedTensor, transposed: bool) -> dict[str, Tensor]:
+    def tensors(self, layer: str, weight: QuantizedTensor, form: Form) -> dict[str, Tensor]:
         """The tensors that stand for a weight, by the names of `specs`."""
 
-    def weight(self, layer: str, read: Callable[[str], Tensor], grid: Grid, transposed: bool) -> Tensor:
-        """The plain weight [out, in] back from the tensors, as `QuantizedTensor.dequantize` gives it."""
+    def weight(self, layer: str, read: Callable[[str], Tensor], form: Form) -> Tensor:
+        """The plain weight back from the tensors, as `QuantizedTensor.dequantize` gives it."""
 
-    def config(self, grids: Mapping[str, Grid], ignore: list[str]) -> dict[str, Any] | None:
+    def config(self, forms: Mapping[str, Form], ignore: list[str]) -> dict[str, Any] | None:
         """The `quantization_config` of `config.json`, if it needs one.
 
-        `grids` are those of layers and tables, by their names; `ignore` names linear layers that are not quantized.
+        `forms` are those of all quantized weights, by the names of their layers; `ignore` names linear layers that are
+        not quantized.
         """
 
 

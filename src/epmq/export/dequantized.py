@@ -5,29 +5,30 @@ from typing import Any
 
 from torch import Tensor
 
-from epmq.models.checkpoint import TensorSpec
-from epmq.quantization.grid import Grid, QuantizedTensor
+from epmq.export.form import Form
+from epmq.models.checkpoint import DTYPE_NAMES, TensorSpec
+from epmq.quantization.grid import QuantizedTensor
 
 HOLDS_TRANSPOSED = True
 
 
-def specs(layer: str, shape: tuple[int, int], grid: Grid, dtype: str, transposed: bool) -> dict[str, TensorSpec]:
+def specs(layer: str, shape: tuple[int, int], form: Form) -> dict[str, TensorSpec]:
     """One tensor; see `epmq.export.Format`."""
-    return {f"{layer}.weight": (dtype, shape[::-1] if transposed else shape)}
+    return {f"{layer}.weight": (DTYPE_NAMES[form.dtype], shape[::-1] if form.transposed else shape)}
 
 
-def tensors(layer: str, weight: QuantizedTensor, transposed: bool) -> dict[str, Tensor]:
+def tensors(layer: str, weight: QuantizedTensor, form: Form) -> dict[str, Tensor]:
     """The dequantized weight as its module stores it."""
     plain = weight.dequantize()
-    return {f"{layer}.weight": plain.T if transposed else plain}
+    return {f"{layer}.weight": plain.T if form.transposed else plain}
 
 
-def weight(layer: str, read: Callable[[str], Tensor], grid: Grid, transposed: bool) -> Tensor:
+def weight(layer: str, read: Callable[[str], Tensor], form: Form) -> Tensor:
     """The weight [out, in], as stored."""
     plain = read(f"{layer}.weight")
-    return plain.T if transposed else plain
+    return plain.T if form.transposed else plain
 
 
-def config(grids: Mapping[str, Grid], ignore: list[str]) -> dict[str, Any] | None:
+def config(forms: Mapping[str, Form], ignore: list[str]) -> dict[str, Any] | None:
     """Nothing: the checkpoint is an ordinary one."""
     return None

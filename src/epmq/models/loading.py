@@ -14,6 +14,10 @@ from epmq.errors import error_context
 from epmq.models.checkpoint import Checkpoint, architecture_of
 from epmq.models.meta import named_class, no_larger
 
+# Formats of compressed-tensors that are unpacked here, and what they call the tensors of a weight.
+FORMATS = ("pack-quantized", "int-quantized", "mixed-precision")
+LEAVES = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+
 
 def load_model(path: str | Path, config: dict[str, Any], **settings: Any) -> Any:
     """`from_pretrained` with the class that the checkpoint's config names.
@@ -29,11 +33,12 @@ def load_model(path: str | Path, config: dict[str, Any], **settings: Any) -> Any
     quantization = config.get("quantization_config") or {}
     bounds = no_larger(checkpoint.path / checkpoint.CONFIG, len(checkpoint.names), checkpoint.bits)
     with error_context(path, "transformers cannot load this model"), bounds:
-        if quantization.get("format") != "pack-quantized":
+        if quantization.get("format") not in FORMATS:
             return model_class.from_pretrained(path, **settings).eval()
         plain = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
         del plain.quantization_config
-        state = {name: read() for name, read in plain_tensors(checkpoint, quantization).items()}
+        dtype = settings["dtype"] if isinstance(settings["dtype"], torch.dtype) else stored_dtype(config)
+        state = {name: read() for name, read in plain_tensors(checkpoint, quantization, dtype).items()}
         return model_class.from_pretrained(None, config=plain, state_dict=state, **settings).eval()
 
 
@@ -57,29 +62,45 @@ def why_not_direct(path: str | Path, config: dict[str, Any]) -> str | None:
     return None
 
 
-def plain_tensors(checkpoint: Checkpoint, quantization: dict[str, Any]) -> dict[str, Callable[[], Tensor]]:
-    """What reads each tensor of a checkpoint, by name, with plain weights in the place of packed ones.
+def stored_dtype(config: dict[str, Any]) -> torch.dtype | None:
+    """The dtype that a config says a model is computed in; None where it says none."""
+    found = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
+    return found if isinstance(found, torch.dtype) else None
 
-    `quantization` is the `quantization_config` of its config; empty where nothing is packed.
+
+def plain_tensors(
+    checkpoint: Checkpoint, quantization: dict[str, Any], dtype: torch.dtype | None = None
+) -> dict[str, Callable[[], Tensor]]:
+    """What reads each tensor of a checkpoint, by name, with plain weights in the place of quantized ones.
+
+    Args:
+        quantization: the `quantization_config` of its config; empty where nothing is quantized.
+        dtype: in which weights are made of codes and scales; None is that of the scales.
     """
     readers: dict[str, Callable[[], Tensor]] = {name: partial(checkpoint.tensor, name) for name in checkpoint.names}
-    for name in checkpoint.names:
+    for name in checkpoint.names if quantization else ():
         layer, _, leaf = name.rpartition(".")
-        if f"{layer}.weight_packed" in checkpoint and leaf.startswith("weight_"):
-            del readers[name]
-            readers[f"{layer}.weight"] = partial(unpacked_weight, checkpoint, layer, quantization)
+        if leaf in LEAVES and f"{layer}.weight_scale" in checkpoint:
+            readers.pop(name)
+            if f"{layer}.weight_packed" in checkpoint or f"{layer}.weight" in checkpoint:  # else another's, tied
+                readers[f"{layer}.weight"] = partial(unpacked_weight, checkpoint, layer, quantization, dtype)
     return readers
 
 
-def unpacked_weight(checkpoint: Checkpoint, layer: str, quantization: dict[str, Any]) -> Tensor:
-    """The plain weight [out, in] of one packed layer, in the dtype of its scales, by compressed-tensors' own code."""
+def unpacked_weight(
+    checkpoint: Checkpoint, layer: str, quantization: dict[str, Any], dtype: torch.dtype | None = None
+) -> Tensor:
+    """The plain weight [out, in] of one quantized layer, by compressed-tensors' own code.
+
+    It is computed in `dtype`, as transformers does, which casts the scales when it loads them; None is their own.
+    """
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationScheme
 
     group = group_of(layer, quantization)
-    compressor = BaseCompressor.get_value_from_registry("pack-quantized")
-    leaves = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
-    packed = {leaf: checkpoint.tensor(f"{layer}.{leaf}") for leaf in leaves if f"{layer}.{leaf}" in checkpoint}
+    compressor = BaseCompressor.get_value_from_registry(group.get("format") or quantization["format"])
+    packed = {leaf: checkpoint.tensor(f"{layer}.{leaf}") for leaf in LEAVES if f"{layer}.{leaf}" in checkpoint}
+    packed["weight_scale"] = packed["weight_scale"].to(dtype)
     weight: Tensor = compressor.decompress(packed, QuantizationScheme.model_validate(group))["weight"]
     return weight
 

@@ -21,13 +21,16 @@ class Storage:
     """How one tensor is stored.
 
     Attributes:
-        dtype: of a plain tensor, or of the scales; None for what is no float and stays as it is.
+        dtype: of a plain tensor, or in which a quantized one is read back; None for what is no float and stays as it
+            is.
         grid: None where it is plain.
+        scale: dtype of the scales; None where it is plain.
         solved: a linear layer's weight that gets a target; one that is plain holds it unrounded.
     """
 
     dtype: torch.dtype | None = None
     grid: Grid | None = None
+    scale: torch.dtype | None = None
     solved: bool = False
 
 
@@ -78,8 +81,10 @@ class Layout:
     def round(self, name: str, parts: Iterable[Tensor]) -> QuantizedTensor:
         """A table or another matrix [out, in] rounded to nearest; it comes some rows at a time."""
         storage = self.of[name]
-        assert storage.grid is not None and storage.dtype is not None
-        return join_rows(rtn(part, storage.grid, search=self.search, scale_dtype=storage.dtype) for part in parts)
+        assert storage.grid is not None and storage.scale is not None
+        grid, scale = storage.grid, storage.scale
+        rounded = join_rows(rtn(part, grid, search=self.search, scale_dtype=scale) for part in parts)
+        return replace(rounded, dtype=storage.dtype)
 
     def as_stored(self, name: str, read: Callable[[str], Tensor]) -> Tensor:
         """A tensor outside the blocks, as it is read back from the output: rounded to nearest, or cast."""
@@ -102,8 +107,8 @@ def join_rows(parts: Iterable[QuantizedTensor]) -> QuantizedTensor:
 
 def storage_bits(storage: Storage, shape: tuple[int, ...]) -> int:
     """Bits that a weight [out, in] on a grid takes by its codes, scales and zero points, without any padding."""
-    assert storage.grid is not None and storage.dtype is not None
+    assert storage.grid is not None and storage.scale is not None
     rows, columns = shape
     groups = columns // storage.grid.width(columns)
     own = 0 if storage.grid.symmetric else storage.grid.bits
-    return prod(shape) * storage.grid.bits + rows * groups * (8 * storage.dtype.itemsize + own)
+    return prod(shape) * storage.grid.bits + rows * groups * (8 * storage.scale.itemsize + own)

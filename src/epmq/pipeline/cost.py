@@ -26,9 +26,9 @@ from epmq.data.encoding import split_first
 from epmq.export import FORMATS
 from epmq.merging.experts import ExpertSet
 from epmq.merging.merged import MergedWeights
-from epmq.models.blocks import block_linears, find_stacks, is_transposed
+from epmq.models.blocks import block_linears, find_stacks
 from epmq.models.checkpoint import byte_size
-from epmq.pipeline.output import weight_specs
+from epmq.pipeline.output import form_of, weight_specs
 from epmq.pipeline.prepare import Objects, PreparedRun, prepare
 from epmq.pipeline.run import TRIED, calibration_batches, calibration_engine
 from epmq.recipe import Recipe
@@ -359,11 +359,11 @@ def _measure(
 def _pack(prepared: PreparedRun, block: Block, sample: Sample) -> None:
     """Add the seconds in which a block is packed, and unpacked."""
     output_format = FORMATS[prepared.recipe.format]
-    transposed = {name: is_transposed(layer) for name, layer in block_linears(prepared.experts.model)}
     for name, weight in block.layers.items():
         start = clock(prepared.device)
-        tensors = output_format.tensors(name, weight, transposed.get(name, False))
+        form = form_of(prepared, name)
+        tensors = output_format.tensors(name, weight, form)
         packed = clock(prepared.device)
-        output_format.weight(name, tensors.__getitem__, weight.grid, transposed.get(name, False)).float()
+        output_format.weight(name, tensors.__getitem__, form).float()
         sample.write += packed - start
         sample.read += clock(prepared.device) - packed

@@ -93,8 +93,9 @@ def resumable(path: str | Path, inputs: Mapping[str, Any], restart: bool = False
             publish(output, path)
             published = True
         finally:
-            kept = 0 if published else len(list((folder / BLOCKS).glob("*.json")))
-            if kept:
+            # The first entry is what lies in no block, which is soon done again.
+            kept = 0 if published else len(list((folder / BLOCKS).glob("*.json"))) - 1
+            if kept > 0:
                 LOG.warning("%d finished blocks are kept in %s: the same run goes on from there", kept, folder)
             else:
                 shutil.rmtree(folder, ignore_errors=True)

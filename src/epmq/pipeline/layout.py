@@ -66,7 +66,7 @@ class LayoutPlanner:
         for layer, part in parts.items():
             grid, override = self._grid(layer, part, chosen[layer])
             solved = (part.in_block or layer in late) and not (override is not None and override.skip)
-            of[f"{layer}.weight"] = Storage(self._dtype(layer, grid), grid, solved)
+            of[f"{layer}.weight"] = self._matrix(layer, grid, solved)
         output = next((layer for layer in self._output if layer in late), None)
         of = {name: storage for name, storage in of.items() if name not in dropped}
         return Layout(of, tuple(late), output, dropped, search)
@@ -169,10 +169,13 @@ class LayoutPlanner:
 
     # --- dtypes --------------------------------------------------------------------------------------------------
 
-    def _dtype(self, layer: str, grid: Grid | None) -> torch.dtype | None:
-        """The dtype of a matrix: of its scales, or of what is kept."""
+    def _matrix(self, layer: str, grid: Grid | None, solved: bool) -> Storage:
+        """How a matrix is stored, on a grid or as it was."""
         stored = self._experts.base.dtype(f"{layer}.weight")
-        return stored if grid is None else _dtype_of(self._settings.scale_dtype, stored)
+        scale = _dtype_of(self._settings.scale_dtype, stored)
+        if grid is None or stored is None or scale is None:
+            return Storage(stored, None, None, solved)
+        return Storage(torch.promote_types(stored, scale), grid, scale, solved)
 
     def _rest(self, name: str) -> Storage:
         """How a tensor is stored that is not quantized; buffers are no weights, and stay as they are."""

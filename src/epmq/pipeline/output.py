@@ -1,15 +1,18 @@
 """What a run leaves behind: weights in the recipe's format, config, heads, processor."""
 
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping
+from math import prod
 from pathlib import Path
 
 from rich.progress import Progress
-from torch import Tensor
+from torch import Tensor, nn
 
 from epmq.calibration.engine import Block, LayerReport, report_of
 from epmq.calibration.head_refit import HeadFit, with_weights
 from epmq.export import FORMATS
+from epmq.export.form import Form
 from epmq.files import write_json
 from epmq.merging.readers import ExpertReader
 from epmq.models.blocks import LINEAR, as_matrix, find_stacks, is_transposed
@@ -72,7 +75,7 @@ class QuantizedWeights:
     def write_block(self, block: Block) -> None:
         """Write a finished block; when this returns it is on the disk."""
         for name, weight in block.layers.items():
-            for stored, tensor in self._format.tensors(self._layer(name), weight, self._is_transposed(name)).items():
+            for stored, tensor in self._format.tensors(self._layer(name), weight, form_of(self._run, name)).items():
                 self._writer.write(stored, tensor)
         for name, tensor in block.tensors.items():
             self._writer.write(self._stored[name], tensor)
@@ -95,9 +98,7 @@ class QuantizedWeights:
 
     def _plain(self, name: str) -> Tensor:
         """The weight [out, in] of a quantized layer that has been written."""
-        grid = self._layout.grid(name)
-        assert grid is not None
-        return self._format.weight(self._layer(name), self._writer.tensor, grid, self._is_transposed(name))
+        return self._format.weight(self._layer(name), self._writer.tensor, form_of(self._run, name))
 
     def tensor(self, name: str) -> Tensor:
         """A tensor that has been written, by its name in the model and as the model stores it."""
@@ -126,14 +127,22 @@ def weight_specs(run: PreparedRun) -> dict[str, TensorSpec]:
 def _specs(run: PreparedRun, name: str) -> dict[str, TensorSpec]:
     """Stored name → dtype and shape of what is written of one tensor of the model."""
     stored, (dtype, shape), storage = run.experts.written[name], run.experts.base.spec(name), run.layout.of[name]
-    if storage.dtype is not None:
-        dtype = DTYPE_NAMES[storage.dtype]
     if storage.grid is None:
-        return {stored: (dtype, shape)}
-    transposed = is_transposed(run.experts.model.get_submodule(name.removesuffix(".weight")))
-    rows, columns = shape[::-1] if transposed else shape
-    layer = stored.removesuffix(".weight")
-    return FORMATS[run.recipe.format].specs(layer, (rows, columns), storage.grid, dtype, transposed)
+        return {stored: (dtype if storage.dtype is None else DTYPE_NAMES[storage.dtype], shape)}
+    form = form_of(run, name.removesuffix(".weight"))
+    rows, columns = shape[::-1] if form.transposed else shape
+    return FORMATS[run.recipe.format].specs(stored.removesuffix(".weight"), (rows, columns), form)
+
+
+def form_of(run: PreparedRun, layer: str) -> Form:
+    """How the quantized weight of a layer is stored, by its name in the model."""
+    experts, storage = run.experts, run.layout.of[f"{layer}.weight"]
+    assert storage.grid is not None and storage.dtype is not None and storage.scale is not None
+    module = experts.model.get_submodule(layer)
+    tied = [name.removesuffix(".weight") for name, leader in experts.tied.items() if leader == f"{layer}.weight"]
+    followers = tuple(name for name in tied if experts.model.get_submodule(name) is not module)
+    table = isinstance(module, nn.Embedding)
+    return Form(storage.grid, storage.dtype, storage.scale, is_transposed(module), table, followers)
 
 
 def write_merged(run: PreparedRun, folder: Path, bar: Progress) -> int:
@@ -162,20 +171,32 @@ def write_rest(run: PreparedRun, folder: Path, fits: Mapping[str, HeadFit]) -> N
 
 
 def _write_config(run: PreparedRun, folder: Path) -> None:
-    model, grids = run.experts.model, run.layout.quantized()
+    model, forms = run.experts.model, {name: form_of(run, name) for name in run.layout.quantized()}
     model.config.save_pretrained(folder)
     config = {**run.experts.config, "architectures": [type(model).__name__]}
     if run.experts.is_untied:
         config["tie_word_embeddings"] = False
     config.pop("quantization_config", None)
-    if grids:
-        ignored = [name for name, module in model.named_modules() if isinstance(module, LINEAR) and name not in grids]
+    if forms:
+        # Else it would be found in the file, where norms may have another one than is computed in.
+        config = {"dtype": _dtype(run), **config} if "torch_dtype" not in config else config
+        named = {*forms, *(name for form in forms.values() for name in form.followers)}
+        ignored = [name for name, module in model.named_modules() if isinstance(module, LINEAR) and name not in named]
         # transformers looks a layer up by its name in the model; whoever reads the file alone, by the one in there
-        stored = {run.experts.written[f"{name}.weight"].removesuffix(".weight"): grid for name, grid in grids.items()}
-        settings = FORMATS[run.recipe.format].config({**grids, **stored}, ignored)
+        stored = {run.experts.written[f"{name}.weight"].removesuffix(".weight"): form for name, form in forms.items()}
+        settings = FORMATS[run.recipe.format].config({**forms, **stored}, ignored)
         if settings is not None:
             config["quantization_config"] = settings
     write_json(folder / "config.json", config)
+
+
+def _dtype(run: PreparedRun) -> str:
+    """The dtype that most of the base's weights are stored in."""
+    experts = run.experts
+    sizes = Counter[str]()
+    for name in experts.names:
+        sizes[str(experts.base.dtype(name)).removeprefix("torch.")] += prod(experts.base.shape(name))
+    return next(name for name, _ in sizes.most_common() if name != "None")
 
 
 def _write_head(expert: ExpertReader, path: Path, fit: HeadFit | None) -> None:

@@ -18,7 +18,7 @@ from epmq.merging.experts import ExpertSet
 from epmq.models.checkpoint import Checkpoint
 from epmq.models.hooks import first_tensor
 from epmq.models.initial import fill_absent, initial_values
-from epmq.models.loading import plain_tensors
+from epmq.models.loading import plain_tensors, stored_dtype
 from epmq.models.meta import build_meta_model, load_outside, materialize, rename, tied_names, to_meta
 from epmq.models.side_files import WEIGHTS, copy_files
 from epmq.pipeline.processor import OutputProcessor, write_processor
@@ -57,7 +57,8 @@ def reloaded_output(folder: Path, inputs: dict[str, Any], calls: BlockCalls = NO
     """
     checkpoint = Checkpoint(folder)
     device = next(value.device for value in inputs.values() if isinstance(value, Tensor))
-    readers = plain_tensors(checkpoint, checkpoint.config.pop("quantization_config", None) or {})
+    dtype = stored_dtype(checkpoint.config)
+    readers = plain_tensors(checkpoint, checkpoint.config.pop("quantization_config", None) or {}, dtype)
     model = build_meta_model(checkpoint)
     names, _ = rename(model, readers)
 

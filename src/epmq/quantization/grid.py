@@ -88,16 +88,18 @@ class QuantizedTensor:
     scale: Tensor  # [out, groups] in the stored dtype
     zero_point: Tensor  # [out, groups] int8 (zeros on a symmetric grid)
     grid: Grid
+    dtype: torch.dtype | None = None  # in which it is read back; None is that of the scales
 
     def dequantize(self) -> Tensor:
-        """(codes − zero point) · scale, [out, in], in the dtype of the scales (as compressed-tensors computes it)."""
+        """(codes − zero point) · scale, [out, in], computed in `dtype`, as compressed-tensors does."""
         rows, columns = self.codes.shape
-        grouped = self.codes.reshape(rows, -1, self.grid.width(columns)).to(self.scale.dtype)
+        scale = self.scale.to(self.dtype or self.scale.dtype)
+        grouped = self.codes.reshape(rows, -1, self.grid.width(columns)).to(scale.dtype)
         if not self.grid.symmetric:
-            grouped = grouped - self.zero_point.to(self.scale.dtype).unsqueeze(-1)
-        return (grouped * self.scale.unsqueeze(-1)).reshape(rows, columns)
+            grouped = grouped - self.zero_point.to(scale.dtype).unsqueeze(-1)
+        return (grouped * scale.unsqueeze(-1)).reshape(rows, columns)
 
     def split(self, rows: list[int]) -> "list[QuantizedTensor]":
         """Cut stacked layers apart again; `rows` are their output sizes."""
         parts = zip(*(torch.split(tensor, rows) for tensor in (self.codes, self.scale, self.zero_point)))
-        return [QuantizedTensor(codes, scale, zero, self.grid) for codes, scale, zero in parts]
+        return [QuantizedTensor(codes, scale, zero, self.grid, self.dtype) for codes, scale, zero in parts]

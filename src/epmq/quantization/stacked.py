@@ -1,7 +1,7 @@
 """Layers that share an input, and so a Hessian: their targets are solved together, each on its own grid."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,13 +15,19 @@ from epmq.quantization.rtn import rtn_fallback
 
 @dataclass(frozen=True)
 class Part:
-    """One of stacked layers: its rows, its grid (None leaves the target unrounded), and the dtype of the scales or,
-    without a grid, of the weight.
+    """One of stacked layers.
+
+    Attributes:
+        rows: how many it has.
+        grid: None leaves the target unrounded.
+        dtype: in which the weight is read back.
+        scale: dtype of the scales.
     """
 
     rows: int
     grid: Grid | None
     dtype: torch.dtype
+    scale: torch.dtype = torch.float32
 
 
 @dataclass(frozen=True)
@@ -57,28 +63,23 @@ def solve(target: Tensor, factor: Factor, hessian: Tensor, parts: Sequence[Part]
     """
     split = torch.split(target, [part.rows for part in parts])
     solved: dict[int, Solved] = {}
-    for key in dict.fromkeys((part.grid, part.dtype) for part in parts):
-        members = [number for number, part in enumerate(parts) if (part.grid, part.dtype) == key]
+    for part in dict.fromkeys(replace(part, rows=0) for part in parts):
+        members = [number for number, one in enumerate(parts) if replace(one, rows=0) == part]
         rows = target if len(members) == len(parts) else torch.cat([split[number] for number in members])
         sizes = [parts[number].rows for number in members]
-        solved |= zip(members, _on_one_grid(rows, factor, hessian, key[0], key[1], search, sizes))
+        solved |= zip(members, _on_one_grid(rows, factor, hessian, part, sizes, search))
     return [solved[number] for number in range(len(parts))]
 
 
 def _on_one_grid(
-    target: Tensor,
-    factor: Factor,
-    hessian: Tensor,
-    grid: Grid | None,
-    dtype: torch.dtype,
-    search: bool,
-    sizes: list[int],
+    target: Tensor, factor: Factor, hessian: Tensor, part: Part, sizes: list[int], search: bool
 ) -> list[Solved]:
-    if grid is None:
-        weight = target.to(dtype)
+    if part.grid is None:
+        weight = target.to(part.dtype)
         losses = torch.split(hessian_loss(weight.float() - target, hessian), sizes)
         return [Solved(one, None, float(loss.sum())) for one, loss in zip(torch.split(weight, sizes), losses)]
-    codes, loss = gptq(target, factor, grid, search=search, scale_dtype=dtype)
+    codes, loss = gptq(target, factor, part.grid, search=search, scale_dtype=part.scale)
+    codes.dtype = part.dtype
     codes, loss, rounded = rtn_fallback(codes, loss, target, hessian)
     split = zip(codes.split(sizes), torch.split(loss, sizes), torch.split(rounded, sizes))
     return [Solved(one.dequantize(), one, float(own.sum()), int(exchanged.sum())) for one, own, exchanged in split]
