@@ -7,6 +7,7 @@ from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from epmq.reporting.scores import score_title, shown_scores
+from epmq.storage_settings import PLAIN, describe
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -42,13 +43,34 @@ def layer_notes(layers: Sequence[dict[str, Any]], settings: Quantize) -> list[st
     return raised + rounded + too_large
 
 
+def block_of(name: str) -> str | None:
+    """The block that a layer lies in, by its name; None outside the blocks."""
+    parts = name.split(".")
+    last = max((i for i, part in enumerate(parts) if part.isdigit()), default=None)
+    return None if last is None else ".".join(parts[: last + 1])
+
+
+def layer_grid(layer: dict[str, Any], quantize: dict[str, Any]) -> str:
+    """How a report's layer is stored, in a few words; `quantize` is of the recipe: old reports say no more."""
+    grid = layer if "bits" in layer else quantize
+    return "not rounded" if grid["bits"] == PLAIN else describe(grid)
+
+
+def size_text(size: int, bits: float | None) -> str:
+    """The size of a whole model, and the bits that a weight takes, where that is known."""
+    return f"{size / 1e6:.1f} MB" + ("" if bits is None else f", {bits:.2f} bits a weight")
+
+
 def block_losses(layers: Iterable[dict[str, Any]]) -> list[tuple[str, float, float]]:
-    """Losses summed over the layers of each block: (block, merging deviation, quantization deviation)."""
+    """Losses summed over the layers of each block: (block, merging deviation, quantization deviation).
+
+    A layer outside the blocks goes by the module that it is in; those of which no loss was measured are left out.
+    """
     losses: dict[str, tuple[float, float]] = {}
     for layer in layers:
-        parts = layer["name"].split(".")
-        last = max((i for i, part in enumerate(parts) if part.isdigit()), default=len(parts) - 2)
-        block = ".".join(parts[: last + 1])
+        if layer["loss"] is None and layer["merge_loss"] is None:
+            continue
+        block = block_of(layer["name"]) or layer["name"].rpartition(".")[0] or layer["name"]
         merge, quantization = losses.get(block, (0.0, 0.0))
         losses[block] = merge + (layer["merge_loss"] or 0.0), quantization + (layer["loss"] or 0.0)
     return [(block, *pair) for block, pair in losses.items()]
@@ -64,6 +86,7 @@ def model_card(report: dict[str, Any]) -> str:
         report=report,
         score_title=score_title(report.get("metric")),
         scores=shown_scores(report),
+        size=size_text(report["bytes"], report["bits_per_weight"]) if report.get("bits_per_weight") else "",
     )
     return str(card)
 
@@ -85,7 +108,7 @@ def summary_table(report: dict[str, Any]) -> Table:
     table.add_row("quantize", quantize["method"])
     if quantize["method"] != "none":
         table.add_row("bits", f"{quantize['bits']}, group size {quantize['group_size']}")
-    table.add_row("size", f"{report['bytes'] / 1e6:.1f} MB")
+    table.add_row("size", size_text(report["bytes"], report.get("bits_per_weight")))
     table.add_row("time", f"{sum(report['seconds'].values()):.1f} s")
     table.add_row("peak memory", f"{report['peak_memory_mb']:.0f} MB")
     for note in report["notes"]:

@@ -25,8 +25,10 @@ from epmq.merging.experts import ExpertSet
 from epmq.merging.merged import MergedWeights
 from epmq.models.checkpoint import DTYPE_NAMES, HUB_PATTERNS, SINGLE, TensorSpec, byte_size
 from epmq.models.meta import named_class, tied_names
+from epmq.models.storage import Layout
 from epmq.models.writer import make_header
 from epmq.pipeline.cost import Plan, plan_of
+from epmq.pipeline.layout import LayoutPlanner
 from epmq.pipeline.prepare import PreparedRun
 from epmq.recipe import Recipe
 from epmq.reproduce.tables import DATASETS, Row, RunOptions, Shape, Table, load_table, locate, row_recipe
@@ -193,7 +195,11 @@ def _prepared_run(table: Table, recipe: Recipe) -> PreparedRun:
     if recipe.quantize.calibrates:
         batches = _random_batches(table.shapes["base"], experts.model.config, recipe.samples, recipe.batch_size)
         calibration = {expert.name: batches for expert in recipe.experts}
-    return PreparedRun(recipe, experts, MergedWeights(experts, recipe.merge, recipe.seed), calibration, {})
+    merged, settings = MergedWeights(experts, recipe.merge, recipe.seed), recipe.quantize
+    layout = Layout()
+    if settings.method != "none":
+        layout = LayoutPlanner(experts, settings).layout(calibrates=False, search=settings.scales == "search")
+    return PreparedRun(recipe, experts, merged, calibration, {}, layout=layout)
 
 
 def _random_batches(shape: Shape, config: Any, samples: int, batch_size: int) -> list[dict[str, torch.Tensor]]:
