@@ -1,8 +1,10 @@
 """From settings to storage: which tensors lie on which grid, and in which dtype all others are written."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from math import prod
 
 import torch
 from torch import nn
@@ -15,8 +17,10 @@ from epmq.models.blocks import LINEAR, block_linears, find_stacks, is_transposed
 from epmq.models.meta import vocabulary
 from epmq.models.storage import Layout, Storage
 from epmq.quantization.grid import Grid
-from epmq.storage_settings import PLAIN, Override, StorageSettings
+from epmq.storage_settings import PLAIN, Override, StorageSettings, describe
 
+# What a plan tells the storage of.
+PARTS = BLOCKS, TABLES, OUTSIDE, OUTPUT, REST = "blocks", "tables", "outside the blocks", "output layer", "rest"
 # Names of layers that an error about a pattern lists.
 LISTED = 3
 
@@ -193,6 +197,25 @@ def _dtype_of(setting: str, stored: torch.dtype | None) -> torch.dtype | None:
         return torch.float16 if stored in (torch.float32, torch.float64) else stored
     dtype: torch.dtype = getattr(torch, setting)
     return dtype
+
+
+def stored_parts(layout: Layout, experts: ExpertSet) -> dict[str, str]:
+    """Part of a model → how its weights are stored, in words, what most of it is first."""
+    found: dict[str, Counter[str]] = {part: Counter() for part in PARTS}
+    blocks = tuple(f"{stack.name}." for stack in find_stacks(experts.model))
+    tokens, output = vocabulary(experts.model), experts.output_layer()
+    for name, storage in layout.of.items():
+        module, size = experts.model.get_submodule(name.rpartition(".")[0]), prod(experts.base.shape(name))
+        table = isinstance(module, nn.Embedding) and (storage.grid is not None or module.num_embeddings == tokens)
+        part = TABLES if table else OUTPUT if name in output else OUTSIDE
+        if storage.grid is None and not storage.solved and part == OUTSIDE:
+            part = REST
+        elif name.startswith(blocks):
+            part = BLOCKS
+        grid = None if storage.grid is None else asdict(storage.grid)
+        if storage.dtype is not None:
+            found[part][describe(grid) if grid else str(storage.dtype).removeprefix("torch.")] += size
+    return {part: "; ".join(text for text, _ in sizes.most_common()) for part, sizes in found.items() if sizes}
 
 
 def fit_dtypes(layout: Layout, experts: ExpertSet, merged: MergedWeights, setting: str) -> Layout:

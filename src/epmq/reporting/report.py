@@ -56,6 +56,21 @@ def layer_grid(layer: dict[str, Any], quantize: dict[str, Any]) -> str:
     return "not rounded" if grid["bits"] == PLAIN else describe(grid)
 
 
+def stored_by_depth(report: dict[str, Any]) -> dict[str, dict[int, tuple[int, str]]]:
+    """Layer's name within its block → number of the block, from 1 → bits, and how it is stored in a few words.
+
+    Those outside the blocks are in none of it; nor is anything where a report does not say it layer by layer.
+    """
+    depths: dict[str, int] = {}
+    stored: dict[str, dict[int, tuple[int, str]]] = {}
+    for layer in report.get("layers", ()):
+        block = block_of(layer["name"])
+        if block is not None and "bits" in layer:
+            depth = depths.setdefault(block, len(depths) + 1)
+            stored.setdefault(layer["name"][len(block) + 1 :], {})[depth] = layer["bits"], layer_grid(layer, {})
+    return stored
+
+
 def size_text(size: int, bits: float | None) -> str:
     """The size of a whole model, and the bits that a weight takes, where that is known."""
     return f"{size / 1e6:.1f} MB" + ("" if bits is None else f", {bits:.2f} bits a weight")
