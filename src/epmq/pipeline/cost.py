@@ -146,7 +146,7 @@ def plan_of(prepared: PreparedRun, opening: float) -> Plan:
     return Plan(
         recipe=recipe,
         blocks=_blocks(experts),
-        layers=len(prepared.layout.quantized()),
+        layers=sum(one.grid is not None or one.solved for one in prepared.layout.of.values()),
         tokens=_tokens(prepared),
         seconds={"open": opening, **measured.seconds},
         resident_mb=resident,
