@@ -193,3 +193,16 @@ def test_a_recording_leaves_the_stream_as_it_was_and_computes_nothing():
     assert number.item() == 3
     with torch.cuda.stream(torch.cuda.Stream()):
         assert recording.gpu_of(number.device) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_recording_leaves_memory_that_is_kept_for_reuse():
+    number = torch.ones(1, device="cuda:0")
+    gpu = recording.gpu_of(number.device)
+    with gpu.aside():
+        number.add_(1)
+    torch.empty(64 << 20, device=number.device)  # whose memory is kept
+    before = torch.cuda.memory_reserved()
+    gpu.record(lambda: number.add_(1))
+    assert torch.cuda.memory_reserved() >= before
