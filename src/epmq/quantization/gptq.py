@@ -111,8 +111,8 @@ class _Block:
     """Some columns of the weight in the order in which they are taken, and the operations that fix them.
 
     A column takes a handful of operations on short vectors, and calling them takes about as long as what they do. So
-    views and arguments are made once, on buffers that every block is loaded into. On a GPU calling takes four times as
-    long as what they do, or more (`benchmarks/results/device.json`), so there they are recorded.
+    views and arguments are made once, on buffers that every block is loaded into. On a GPU calling takes several times
+    as long as what they do (`benchmarks/results/device.json`), so there they are recorded.
 
     Attributes:
         operations: what fixes the columns; all of it computes in the buffers.

@@ -12,7 +12,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 
 # Times that operations are called before they are recorded. A recording takes as long as one and a half calls of them
-# all, and saves three quarters of each that follows: what is run once or twice does not pay for it.
+# all, and saves most of each that follows: what is run once or twice does not pay for it.
 CALLS = 2
 # One thread at a time works beside the default stream, which has one stream for that.
 _ASIDE = Lock()
