@@ -16,8 +16,8 @@ from epmq.merging.merged import MergedWeights
 from epmq.models.blocks import LINEAR, block_linears, find_stacks, is_transposed
 from epmq.models.meta import vocabulary
 from epmq.models.storage import Layout, Storage
-from epmq.quantization.grid import Grid
-from epmq.storage_settings import PLAIN, Override, StorageSettings, describe
+from epmq.quantization.grid import BITS, Grid
+from epmq.storage_settings import PLAIN, Override, PartGrid, StorageSettings, describe
 
 # What a plan tells the storage of.
 PARTS = BLOCKS, TABLES, OUTSIDE, OUTPUT, REST = "blocks", "tables", "outside the blocks", "output layer", "rest"
@@ -73,7 +73,9 @@ class LayoutPlanner:
             of[f"{layer}.weight"] = self._matrix(layer, grid, solved)
         output = next((layer for layer in self._output if layer in late), None)
         of = {name: storage for name, storage in of.items() if name not in dropped}
-        return Layout(of, tuple(late), output, dropped, search)
+        free = {layer: grids for layer, part in parts.items() if (grids := self._choices(layer, part, chosen[layer]))}
+        free = {layer: grids for layer, grids in free.items() if f"{layer}.weight" in of}
+        return Layout(of, tuple(late), output, dropped, search, free)
 
     @cached_property
     def _layers(self) -> list[str]:
@@ -171,6 +173,21 @@ class LayoutPlanner:
                 grid.width(self._shape(layer)[1])
         return grid, override
 
+    def _choices(self, layer: str, part: _Part, number: int | None) -> tuple[Grid, ...]:
+        """The grids among which one is chosen for a layer under a limit of size; none where its bits are given."""
+        settings, override = self._settings, None if number is None else self._settings.overrides[number]
+        if settings.budget is None and settings.size is None:
+            return ()
+        if override is not None and (override.skip or override.bits is not None):
+            return ()
+        if part.field != "group_size" and getattr(settings, part.field) is not None:
+            return ()
+        own = self._grid(layer, part, number)[0] or Grid()
+        if part.field == "group_size" or override is not None:
+            return tuple(replace(own, bits=bits) for bits in BITS)
+        columns, grids = self._shape(layer)[1], [PartGrid(bits=bits).grid(settings.symmetric) or own for bits in BITS]
+        return tuple(grid if columns % max(grid.group_size, 1) == 0 else replace(grid, group_size=-1) for grid in grids)
+
     # --- dtypes --------------------------------------------------------------------------------------------------
 
     def _matrix(self, layer: str, grid: Grid | None, solved: bool) -> Storage:
@@ -213,8 +230,11 @@ def stored_parts(layout: Layout, experts: ExpertSet) -> dict[str, str]:
         elif name.startswith(blocks):
             part = BLOCKS
         grid = None if storage.grid is None else asdict(storage.grid)
+        text = describe(grid) if grid else str(storage.dtype).removeprefix("torch.")
+        if choices := layout.free.get(name.removesuffix(".weight")):
+            text = f"{choices[0].bits} to {choices[-1].bits} bits, chosen layer by layer"
         if storage.dtype is not None:
-            found[part][describe(grid) if grid else str(storage.dtype).removeprefix("torch.")] += size
+            found[part][text] += size
     return {part: "; ".join(text for text, _ in sizes.most_common()) for part, sizes in found.items() if sizes}
 
 
