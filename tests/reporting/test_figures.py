@@ -72,6 +72,8 @@ def test_losses_are_drawn_by_depth():
     assert "(merging)" in figure.caption
     unmerged = replace(run, report={"layers": [{**layer, "merge_loss": None} for layer in LAYERS]})
     assert "(merging)" not in draw_figures([unmerged], ["a"], None)[0][-1].caption
+    lossless = replace(run, report={"layers": [{**layer, "loss": 0.0, "merge_loss": 0.0} for layer in LAYERS]})
+    assert all(figure.title != "Loss by depth" for figure in draw_figures([lossless], ["a"], None)[0])
     figures, _ = draw_figures([run, unmerged], ["a", "b"], None)
     assert [figure.title for figure in figures[-2:]] == ["Loss by depth: a", "Loss by depth: b"]
 

@@ -132,10 +132,11 @@ def _depths(runs: Sequence[Run], names: Sequence[str]) -> Iterator[Figure]:
             continue
         blocks, *losses = zip(*found)
         points = [[(float(depth), loss) for depth, loss in enumerate(own, 1) if loss > 0] for own in losses]
-        series: charts.Series = dict(zip(("merging", "quantization"), points))
-        caption = TWO_LOSSES if series["merging"] else ONE_LOSS
-        if not series["merging"]:
-            del series["merging"]
+        named = zip(("merging", "quantization"), points)
+        series: charts.Series = {kind: own for kind, own in named if own}
+        if not series:  # nothing is rounded, and nothing merged otherwise
+            continue
+        caption = TWO_LOSSES if "merging" in series else ONE_LOSS
         if late := [block for block in blocks if block_of(block) is None]:
             caption += f" After the blocks: {', '.join(late)}."
         svg = charts.lines(series, "block", "deviation from the target", "{:.2g}".format, log=True)
