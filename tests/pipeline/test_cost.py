@@ -67,7 +67,12 @@ def test_the_command_line_prints_a_plan(call, pool, tmp_path):  # noqa: F811
     file.write_text(yaml.safe_dump(recipe_for(pool, output=str(tmp_path / "out"))))
     status, out, _ = call("run", file, "--dry-run", "--quiet")
     assert status == 0 and not (tmp_path / "out").exists()
-    for said in ("task_arithmetic, 2 experts", "2 blocks, 15 layers and tables", "peak memory", "MB while it is written"):
+    for said in (
+        "task_arithmetic, 2 experts",
+        "2 blocks, 15 layers and tables",
+        "peak memory",
+        "MB while it is written",
+    ):
         assert said in out
     for said in ("4 bits, a row", "8 bits, a row", "float16", "bits a weight"):
         assert said in out

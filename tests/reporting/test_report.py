@@ -10,6 +10,7 @@ from epmq.pipeline.run import run
 from epmq.reporting.report import (
     FLOAT16_MAX,
     block_losses,
+    grid_text,
     layer_grid,
     layer_notes,
     model_card,
@@ -39,6 +40,12 @@ def test_what_a_layer_has_lost_is_none_where_nothing_was_measured():
     layers.append({"name": "output", "loss": 1.0, "merge_loss": 0.0})
     layers.append({"name": "embeddings.words", "loss": None, "merge_loss": None})
     assert block_losses(layers) == [("encoder.layer.0", 0.0, 3.0), ("lm_head", 2.0, 0.0), ("output", 0.0, 1.0)]
+
+
+def test_the_grid_of_a_recipe_in_words():
+    grid = {"bits": 4, "group_size": 64, "symmetric": False}
+    assert grid_text(grid) == "4 bits, g64, asymmetric" and grid_text(grid | {"bits": 16}) == "unrounded targets"
+    assert grid_text(grid | {"size": 40}) == grid_text(grid | {"budget": 4.5}) == "bits chosen layer by layer"
 
 
 def test_storage_by_depth():

@@ -56,6 +56,13 @@ def layer_grid(layer: dict[str, Any], quantize: dict[str, Any]) -> str:
     return "not rounded" if grid["bits"] == PLAIN else describe(grid)
 
 
+def grid_text(quantize: dict[str, Any]) -> str:
+    """What a recipe asks of the layers in the blocks, in a few words."""
+    if quantize.get("budget") is not None or quantize.get("size") is not None:
+        return "bits chosen layer by layer"
+    return "unrounded targets" if quantize["bits"] == PLAIN else describe(quantize)
+
+
 def stored_by_depth(report: dict[str, Any]) -> dict[str, dict[int, tuple[int, str]]]:
     """Layer's name within its block → number of the block, from 1 → bits, and how it is stored in a few words.
 
@@ -95,12 +102,17 @@ def model_card(report: dict[str, Any]) -> str:
     """A short model card in Markdown with the Hub's front matter."""
     from huggingface_hub import ModelCard, ModelCardData
 
+    quantize = report["recipe"]["quantize"]
+    text, groups = grid_text(quantize), quantize["group_size"]
+    if text == describe(quantize):  # in full for people who do not know it
+        text = f"{quantize['bits']} bits, one scale a {'row' if groups == -1 else f'group of {groups}'}"
     card = ModelCard.from_template(
         ModelCardData(library_name="transformers", tags=["epmq", "merge", "compressed-tensors"]),
         template_str=(files("epmq.reporting") / "card.md.j2").read_text(encoding="utf-8"),
         report=report,
         score_title=score_title(report.get("metric")),
         scores=shown_scores(report),
+        grid="" if quantize["method"] == "none" else text,
         size=size_text(report["bytes"], report["bits_per_weight"]) if report.get("bits_per_weight") else "",
     )
     return str(card)
@@ -122,7 +134,7 @@ def summary_table(report: dict[str, Any]) -> Table:
     table.add_row("merge", recipe["merge"]["method"])
     table.add_row("quantize", quantize["method"])
     if quantize["method"] != "none":
-        table.add_row("bits", f"{quantize['bits']}, group size {quantize['group_size']}")
+        table.add_row("weights", grid_text(quantize))
     table.add_row("size", size_text(report["bytes"], report.get("bits_per_weight")))
     table.add_row("time", f"{sum(report['seconds'].values()):.1f} s")
     table.add_row("peak memory", f"{report['peak_memory_mb']:.0f} MB")

@@ -8,9 +8,8 @@ from typing import Any
 
 from epmq.errors import InputError, MissingError, error_context
 from epmq.method_settings import Merge, settings_classes
-from epmq.reporting.report import REPORT, stored_by_depth
+from epmq.reporting.report import REPORT, grid_text, stored_by_depth
 from epmq.reporting.scores import gap_recovered, score_title, show_score
-from epmq.storage_settings import describe
 
 METHOD_TITLES = {"none": "merged", "rtn": "RTN", "gptq": "GPTQ", "e_pmq": "E-PMQ", "expert_guided": "expert-guided"}
 
@@ -93,7 +92,7 @@ class Run:
         grids = {bits for row in stored_by_depth(self.report).values() for bits, _ in row.values()}
         if len(grids) > 1:
             return f"{min(grids)} to {max(grids)} bits, by layer"
-        return describe({"bits": self.bits, "group_size": self.group_size, "symmetric": self.symmetric})
+        return grid_text({"bits": self.bits, "group_size": self.group_size, "symmetric": self.symmetric})
 
     def metric_of(self, task: str | None) -> str:
         """The metric of a task, or that of the mean."""
