@@ -60,27 +60,35 @@ class MeasuringEngine(CalibrationEngine):
         for grid in dict.fromkeys(grid for layer in group.layers for grid in free.get(layer, ())):
             parts = [replace(part, grid=grid) for part in group.parts]
             solved[grid] = solve(target, problem.factor, hessian, parts, search)
+        stream = _Stream(step) if isinstance(step, BlockStep) and step.lockstep else None
         for number, layer in enumerate(group.layers):
             grids = free.get(layer, ())
             if grids:
-                reference = solved[grids[REFERENCE]][number]
-                worth = self._worth(step, group, number, reference) or 1 / max(energies[number], TINY)
+                one = solved[grids[REFERENCE]][number]
+                moved = stream.moved_by(group, number, one.weight) if stream is not None and one.loss else 0.0
+                worth = moved / one.loss if moved else 1 / max(energies[number], TINY)
                 self.costs[layer] = {grid: solved[grid][number].loss * worth for grid in grids}
 
-    def _worth(self, step: BlockStep | OutsideStep, group: LayerGroup, number: int, rounded: Solved) -> float | None:
-        """The share of the stream that a unit of a layer's loss moves; None where no stream is there to look at."""
-        if not isinstance(step, BlockStep) or not step.lockstep or not rounded.loss:
-            return None
-        name, module = f"{group.names[number]}.weight", group.modules[number]
-        plain, moved = module.get_parameter("weight").detach(), []
-        for position, batch in step.members:
-            if batch.index == 0:
-                before = first_tensor(step.run(position)).float()
-                set_tensor(step.block, name, as_matrix(module, rounded.weight.float()))
-                delta = first_tensor(step.run(position)).float() - before
-                set_tensor(step.block, name, plain)
-                moved.append(_share(delta, before, step.padding_mask(before)))
-        return sum(moved) / len(moved) / rounded.loss if moved else None
+
+class _Stream:
+    """What a block gives on the first batch of each task, as it is, to see what a rounded layer changes of it."""
+
+    def __init__(self, step: BlockStep) -> None:
+        self._step = step
+        self._before = {
+            position: first_tensor(step.run(position)).float() for position, batch in step.members if not batch.index
+        }
+
+    def moved_by(self, group: LayerGroup, number: int, weight: Tensor) -> float:
+        """The share of the stream, ‖Δz‖² / ‖z‖², that moves with another weight [out, in] in one of the layers."""
+        name, module, shares = f"{group.names[number]}.weight", group.modules[number], list[float]()
+        plain = module.get_parameter("weight").detach()
+        set_tensor(self._step.block, name, as_matrix(module, weight.float()))
+        for position, before in self._before.items():
+            delta = first_tensor(self._step.run(position)).float() - before
+            shares.append(_share(delta, before, self._step.padding_mask(before)))
+        set_tensor(self._step.block, name, plain)
+        return sum(shares) / max(len(shares), 1)
 
 
 def _share(delta: Tensor, whole: Tensor, mask: Tensor | None) -> float:
