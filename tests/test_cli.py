@@ -164,7 +164,7 @@ def test_run_does_the_whole_job(call, recipe, tmp_path):
     status, out, err = call("run", recipe, "--quiet")
     report = report_of(tmp_path / "out")
     assert status == 0 and err == ""
-    for text in ("one", "two", "mean", f"{100 * report['mean_score']:.1f} %", "expert_guided", "4, group size -1"):
+    for text in ("one", "two", "mean", f"{100 * report['mean_score']:.1f} %", "expert_guided", "4 bits, a row"):
         assert text in out
     assert epmq.load(tmp_path / "out").tasks == ["one", "two"]
 

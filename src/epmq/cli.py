@@ -62,8 +62,6 @@ epmq merge my.yaml -s merge.method=ties -o merged-ties
 epmq merge my.yaml -s merge.scaling=0.5 -o merged-05 --quiet
 epmq quantize my.yaml
 epmq quantize my.yaml -s quantize.method=gptq -o merged-gptq
-epmq quantize my.yaml -s quantize.method=rtn -s quantize.bits=8 -o merged-8bit
-epmq quantize my.yaml -s quantize.embeddings=4 -o merged-small
 epmq quantize my.yaml -s quantize.size=40MB -o merged-40mb
 epmq eval merged-4bit my.yaml
 epmq eval merged-4bit my.yaml --experts
