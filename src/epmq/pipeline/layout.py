@@ -14,7 +14,7 @@ from epmq.export import FORMATS
 from epmq.merging.experts import ExpertSet
 from epmq.merging.merged import MergedWeights
 from epmq.models.blocks import LINEAR, block_linears, find_stacks, is_transposed
-from epmq.models.meta import vocabulary
+from epmq.models.meta import token_tables, vocabulary
 from epmq.models.storage import Layout, Storage
 from epmq.quantization.grid import BITS, Grid
 from epmq.storage_settings import PLAIN, Override, PartGrid, StorageSettings, describe
@@ -94,12 +94,11 @@ class LayoutPlanner:
         if layer in self._blocks:
             return _Part(settings.grid, "group_size", in_block=True)
         aliases = [alias.removesuffix(".weight") for alias in self._aliases[f"{layer}.weight"]]
-        modules = [self._modules.get(alias) for alias in aliases]
-        if any(isinstance(one, nn.Embedding) and self._counts_tokens(one) for one in modules):
+        if self._tables.intersection(aliases):
             return self._table(aliases)
         if layer in self._output:
             return _Part(settings.part_grid(settings.output_layer), "output_layer")
-        if isinstance(modules[0], LINEAR) and not self._in_block(layer):
+        if isinstance(self._modules.get(layer), LINEAR) and not self._in_block(layer):
             grid, columns = settings.grid, self._shape(layer)[1]
             if grid is not None and grid.group_size != -1 and columns % grid.group_size:
                 grid = replace(grid, group_size=-1)
@@ -117,8 +116,18 @@ class LayoutPlanner:
             raise InputError(f"quantize.output_layer: {name} is tied to {aliases[0]}: one tensor has one setting")
         return _Part(settings.part_grid(own), "output_layer")
 
-    def _counts_tokens(self, table: nn.Embedding) -> bool:
-        return table.num_embeddings == vocabulary(self._experts.model)
+    @cached_property
+    def _tables(self) -> set[str]:
+        """Embeddings with a row a token. Where others have as many rows, those that grow with the vocabulary."""
+        experts = self._experts
+        rows, named = vocabulary(experts.model), dict[str, nn.Embedding]()
+        for name, module in self._modules.items():
+            if isinstance(module, nn.Embedding) and module.num_embeddings == rows and not self._in_block(name):
+                named[name] = module
+        if rows is None or len({experts.tied.get(f"{name}.weight", f"{name}.weight") for name in named}) < 2:
+            return set(named)
+        grown = token_tables(experts.model, experts.meta_model(rows + 1))
+        return {name for name in named if f"{name}.weight" in grown}
 
     def _in_block(self, layer: str) -> bool:
         return layer.startswith(tuple(f"{stack.name}." for stack in find_stacks(self._experts.model)))
