@@ -74,6 +74,10 @@ def saved_recipe(folder: Path, build: Callable[[], Any], method: str = "gptq", *
     return {"base": str(folder / "base"), "experts": experts, "quantize": quantize, "format": "dequantized", **fields}
 
 
-def prepared_run(folder: Path, build: Callable[[], Any], calibration: dict[str, Any], method: str) -> PreparedRun:
-    """A run over those that has been checked."""
-    return prepare(load_recipe(saved_recipe(folder, build, method)), evaluate=False, calibration=calibration)
+def prepared_run(
+    folder: Path, build: Callable[[], Any], calibration: dict[str, Any], method: str, **quantize: Any
+) -> PreparedRun:
+    """A run over those that has been checked; `quantize` are more settings of the method."""
+    recipe = saved_recipe(folder, build, method)
+    recipe["quantize"] |= quantize
+    return prepare(load_recipe(recipe), evaluate=False, calibration=calibration)

@@ -20,6 +20,7 @@ from transformers import (
 
 import epmq
 from epmq.export import FORMATS, packed
+from epmq.export.form import Form
 from epmq.models.checkpoint import DTYPES
 from epmq.pipeline.run import run
 from epmq.quantization.grid import BITS, Grid, QuantizedTensor
@@ -63,9 +64,9 @@ def record(monkeypatch: pytest.MonkeyPatch, module: ModuleType) -> dict[str, Qua
     emitted: dict[str, QuantizedTensor] = {}
     original = module.tensors
 
-    def tensors(layer: str, weight: QuantizedTensor, transposed: bool) -> dict[str, torch.Tensor]:
+    def tensors(layer: str, weight: QuantizedTensor, form: Form) -> dict[str, torch.Tensor]:
         emitted[layer] = weight
-        return original(layer, weight, transposed)
+        return original(layer, weight, form)
 
     monkeypatch.setattr(module, "tensors", tensors)
     return emitted
@@ -215,17 +216,18 @@ def test_epmq_reads_what_transformers_reads(pool, tmp_path, symmetric):
 def test_tensors_are_as_their_specs_say_and_give_the_weight_back(bits, symmetric, group_size):
     """36 rows: in 3 bits neither rows nor columns fill their words."""
     weight = quantized_tensor(Grid(bits, group_size, symmetric), rows=36)
-    tensors = packed.tensors("layer", weight, False)
-    specs = packed.specs("layer", (36, 64), weight.grid, "BF16", False)
+    form = Form(weight.grid, torch.bfloat16, torch.bfloat16)
+    tensors = packed.tensors("layer", weight, form)
+    specs = packed.specs("layer", (36, 64), form)
     assert {name: (DTYPES[dtype], shape) for name, (dtype, shape) in specs.items()} == {
         name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()
     }
-    assert torch.equal(packed.weight("layer", tensors.__getitem__, weight.grid, False), weight.dequantize())
+    assert torch.equal(packed.weight("layer", tensors.__getitem__, form), weight.dequantize())
 
 
 def test_the_codes_are_left_alone():
     weight = quantized_tensor(Grid(3, 32, False))
     codes, before = weight.codes.clone(), weight.dequantize()
-    tensors = packed.tensors("layer", weight, False)
+    tensors = packed.tensors("layer", weight, Form(weight.grid))
     assert all(name.startswith("layer.weight") for name in tensors)
     assert torch.equal(weight.codes, codes) and torch.equal(weight.dequantize(), before)

@@ -12,7 +12,7 @@ from epmq.export import FORMATS
 from epmq.merging.experts import ExpertSet
 from epmq.merging.merged import MergedWeights
 from epmq.models.blocks import LINEAR, block_linears, find_stacks, is_transposed
-from epmq.models.meta import vocabulary
+from epmq.models.meta import token_tables, vocabulary
 from epmq.models.storage import Layout, Storage
 from epmq.quantization.grid import Grid
 from epmq.storage_settings import PLAIN, Override, StorageSettings
@@ -88,12 +88,11 @@ class LayoutPlanner:
         if layer in self._blocks:
             return _Part(settings.grid, "group_size", in_block=True)
         aliases = [alias.removesuffix(".weight") for alias in self._aliases[f"{layer}.weight"]]
-        modules = [self._modules.get(alias) for alias in aliases]
-        if any(isinstance(one, nn.Embedding) and self._counts_tokens(one) for one in modules):
+        if not self._token_tables.isdisjoint(aliases):
             return self._table(aliases)
         if layer in self._output:
             return _Part(settings.part_grid(settings.output_layer), "output_layer")
-        if isinstance(modules[0], LINEAR) and not self._in_block(layer):
+        if isinstance(self._modules.get(layer), LINEAR) and not self._in_block(layer):
             grid, columns = settings.grid, self._shape(layer)[1]
             if grid is not None and grid.group_size != -1 and columns % grid.group_size:
                 grid = replace(grid, group_size=-1)
@@ -111,8 +110,17 @@ class LayoutPlanner:
             raise InputError(f"quantize.output_layer: {name} is tied to {aliases[0]}: one tensor has one setting")
         return _Part(settings.part_grid(own), "output_layer")
 
-    def _counts_tokens(self, table: nn.Embedding) -> bool:
-        return table.num_embeddings == vocabulary(self._experts.model)
+    @cached_property
+    def _token_tables(self) -> set[str]:
+        """Tables with a row a token."""
+        model = self._experts.model
+        rows = vocabulary(model)
+        tables = {name: one for name, one in self._modules.items() if isinstance(one, nn.Embedding)}
+        found = {name for name, one in tables.items() if one.num_embeddings == rows and not self._in_block(name)}
+        if rows is not None and len(found) > 1:  # there may be as many positions as tokens
+            counted = token_tables(model, self._experts.meta_model(tokens=rows + 1))
+            found = {name for name in found if f"{name}.weight" in counted}
+        return found
 
     def _in_block(self, layer: str) -> bool:
         return layer.startswith(tuple(f"{stack.name}." for stack in find_stacks(self._experts.model)))
