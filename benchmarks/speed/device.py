@@ -43,8 +43,13 @@ from epmq.pipeline import run as pipeline
 from epmq.quantization.factor import factorize
 from epmq.quantization.gptq import _Block, gptq
 from epmq.quantization.hessian import hessian_loss
+from epmq.quantization.recording import gpu_of
 
-TESTS = ("tests/calibration/test_device.py", "tests/quantization/test_gptq.py")
+TESTS = (
+    "tests/calibration/test_device.py",
+    "tests/quantization/test_gptq.py",
+    "tests/quantization/test_recording.py",
+)
 # After which the tests are cut off: less than their limit in benchmarks/device.sh.
 TESTS_SECONDS = 95
 METHODS = ("gptq", "expert_guided")
@@ -212,17 +217,15 @@ def _graph(job: Job, weight: torch.Tensor) -> dict[str, Any]:
         block = _Block(256, weight, GRID)
         for buffer in (block.weight, block.compensated, block.scale, block.feedback):
             buffer.copy_(torch.rand_like(buffer))
-        calls = min(job.seconds(block.run, 5))
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            block.run()
-        torch.cuda.current_stream().wait_stream(stream)
+        calls = min(job.seconds(block.call, 5))
+        gpu = gpu_of(weight.device)
+        assert gpu, "no recordings on this stream"
+        with gpu.aside():
+            block.call()
         start = job.sync()
-        with torch.cuda.graph(graph):
-            block.run()
+        replayed = gpu.record(block.call)
         record = job.sync() - start
-        replay = min(job.seconds(graph.replay, 5))
+        replay = min(job.seconds(replayed, 5))
     return {"columns": 256, "calls": round(calls, 6), "record": round(record, 6), "replay": round(replay, 6)}
 
 

@@ -1,6 +1,7 @@
 """What is collected for the layers of a block: their inputs' moments, beside what the experts have in their place."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
@@ -18,12 +19,24 @@ from epmq.merging.readers import TensorReader
 from epmq.models.blocks import as_matrix
 from epmq.models.hooks import HookPoint, watch
 from epmq.models.storage import join
+from epmq.quantization.factor import Factor
 from epmq.quantization.hessian import Moments
 from epmq.quantization.objective import Objective
 from epmq.quantization.stacked import Part
 
 # Tokens smaller than this share of the batch's median count as if they were as large.
 SMALLEST = 0.01
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The pair (W*, H) of layers that share an input: see `epmq.quantization.objective`."""
+
+    target: Tensor  # W* [out, in] float32, of all layers
+    ridge: float | None  # λ̄ over the mean Gram diagonal that was used; None where the target is the merged weight
+    factor: Factor
+    damping: float  # the same for the H in which codes are chosen
+    hessian: Tensor  # that H [in, in] float32
 
 
 class LayerGroup:
@@ -68,6 +81,15 @@ class LayerGroup:
 
     def _weights(self, reader: TensorReader) -> Tensor:
         return self._stack(reader.tensor(f"{layer}.weight") for layer in self.layers)
+
+    def problem(self) -> Problem:
+        """What is to be solved, from all that was collected."""
+        settings, guidance = self._context.settings, self._context.guidance
+        target, ridge = self.merged, None
+        if guidance.ridge is not None:
+            target, ridge = self.objective.target(guidance.ridge, settings.act_order)
+        factor, damping = self.objective.factor(guidance.damping or ridge or 0.0, settings.act_order)
+        return Problem(target, ridge, factor, damping, self.objective.damped(damping))
 
     def track_largest(self, inputs: Tensor) -> None:
         """Keep the largest input; asked only of float16, as it costs a pass and a wait for the device."""

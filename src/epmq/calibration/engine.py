@@ -320,14 +320,10 @@ class CalibrationEngine:
 
     def _solve(self, step: BlockStep | OutsideStep, group: LayerGroup, block: Block) -> None:
         """Quantize the layers of one input group together, and put the result into the live block."""
-        settings, guidance, objective = self.context.settings, self.context.guidance, group.objective
-        start = time.perf_counter()
-        target, ridge = group.merged, None
-        if guidance.ridge is not None:
-            target, ridge = objective.target(guidance.ridge, settings.act_order)
-        factor, damping = objective.factor(guidance.damping or ridge or 0.0, settings.act_order)
-        hessian = objective.damped(damping)
-        solved = solve(target, factor, hessian, group.parts, self.context.layout.search)
+        start, objective = time.perf_counter(), group.objective
+        problem = group.problem()
+        target, ridge, damping, hessian = problem.target, problem.ridge, problem.damping, problem.hessian
+        solved = solve(target, problem.factor, hessian, group.parts, self.context.layout.search)
         if group.merged is objective.anchor:
             merge_loss = objective.anchor_loss(target, ridge or 0.0, damping)
         else:

@@ -44,6 +44,7 @@ class Layout:
         output_layer: that of a language model, by its name, where it is one of these.
         dropped: tensors that are left out.
         search: whether scales are searched.
+        free: layers and tables whose grid is still to be chosen, with the grids that they may have, by rising bits.
     """
 
     of: Mapping[str, Storage] = field(default_factory=dict)
@@ -51,6 +52,7 @@ class Layout:
     output_layer: str | None = None
     dropped: tuple[str, ...] = ()
     search: bool = True
+    free: Mapping[str, tuple[Grid, ...]] = field(default_factory=dict)
 
     def grid(self, layer: str) -> Grid | None:
         """The grid of a layer's weight; None where it is plain."""
@@ -62,10 +64,10 @@ class Layout:
         return storage is not None and storage.solved
 
     def with_grids(self, grids: Mapping[str, Grid]) -> "Layout":
-        """The same with other grids, by the names of the layers."""
+        """The same with the grids that were chosen, by the names of the layers."""
         changed = {f"{layer}.weight": grid for layer, grid in grids.items()}
         of = {name: replace(one, grid=changed.get(name, one.grid)) for name, one in self.of.items()}
-        return replace(self, of=of)
+        return replace(self, of=of, free={})
 
     def quantized(self) -> dict[str, Grid]:
         """Layers and tables on a grid: name → grid."""

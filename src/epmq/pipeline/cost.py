@@ -28,9 +28,11 @@ from epmq.merging.experts import ExpertSet
 from epmq.merging.merged import MergedWeights
 from epmq.models.blocks import block_linears, find_stacks
 from epmq.models.checkpoint import byte_size
+from epmq.pipeline.budget import check_budget, limit_bytes
 from epmq.pipeline.output import form_of, weight_specs
 from epmq.pipeline.prepare import Objects, PreparedRun, prepare
 from epmq.pipeline.run import TRIED, calibration_batches, calibration_engine
+from epmq.quantization.grid import BITS
 from epmq.recipe import Recipe
 from epmq.recipe_file import load_recipe
 from epmq.runtime import (
@@ -98,6 +100,7 @@ def dry_run(
     start = clock(select_device(recipe.device))
     with progress_bars(progress) as bar:
         prepared = prepare(recipe, bar, calibration=calibration, strict=strict)
+        check_budget(prepared)
     return plan_of(prepared, clock(prepared.device) - start)
 
 
@@ -137,6 +140,10 @@ def plan_of(prepared: PreparedRun, opening: float) -> Plan:
     resident = memory_mb()
     measured = _calibrated(prepared) if recipe.quantize.calibrates else _merged(prepared)
     written = sum(map(byte_size, weight_specs(prepared).values()))
+    if prepared.layout.free:  # not known before every layer is measured; nearly all of what may be
+        written = limit_bytes(prepared) or written
+        again = sum(seconds for phase, seconds in measured.seconds.items() if phase in ("merge", "collect"))
+        measured.seconds["choose bits"] = again + len(BITS) * measured.seconds.get("solve", 0.0)
     return Plan(
         recipe=recipe,
         blocks=_blocks(experts),

@@ -57,9 +57,10 @@ class Journal:
 
 @dataclass
 class Workdir:
-    """An open work folder: a folder in it that becomes the output, and the finished blocks."""
+    """An open work folder: a folder in it that becomes the output, one of what is kept, and in that the blocks."""
 
     output: Path
+    kept: Path
     journal: Journal
 
 
@@ -89,14 +90,15 @@ def resumable(path: str | Path, inputs: Mapping[str, Any], restart: bool = False
         try:
             _take_over(folder, json.loads(json.dumps(inputs)), restart)
             output.mkdir(exist_ok=True)
-            yield Workdir(output, Journal(folder / BLOCKS))
+            yield Workdir(output, folder / BLOCKS, Journal(folder / BLOCKS))
             publish(output, path)
             published = True
         finally:
             # The first entry is what lies in no block, which is soon done again.
-            kept = 0 if published else len(list((folder / BLOCKS).glob("*.json"))) - 1
-            if kept > 0:
-                LOG.warning("%d finished blocks are kept in %s: the same run goes on from there", kept, folder)
+            kept = [] if published else [file for file in (folder / BLOCKS).iterdir() if file.stem != f"{0:05d}"]
+            if kept:
+                blocks = len([file for file in kept if file.suffix == ".json"])
+                LOG.warning("%d finished blocks are kept in %s: the same run goes on from there", blocks, folder)
             else:
                 shutil.rmtree(folder, ignore_errors=True)
 

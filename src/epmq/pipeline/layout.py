@@ -14,8 +14,8 @@ from epmq.merging.merged import MergedWeights
 from epmq.models.blocks import LINEAR, block_linears, find_stacks, is_transposed
 from epmq.models.meta import token_tables, vocabulary
 from epmq.models.storage import Layout, Storage
-from epmq.quantization.grid import Grid
-from epmq.storage_settings import PLAIN, Override, StorageSettings
+from epmq.quantization.grid import BITS, Grid
+from epmq.storage_settings import PLAIN, Override, PartGrid, StorageSettings
 
 # Names of layers that an error about a pattern lists.
 LISTED = 3
@@ -69,7 +69,9 @@ class LayoutPlanner:
             of[f"{layer}.weight"] = self._matrix(layer, grid, solved)
         output = next((layer for layer in self._output if layer in late), None)
         of = {name: storage for name, storage in of.items() if name not in dropped}
-        return Layout(of, tuple(late), output, dropped, search)
+        free = {layer: grids for layer, part in parts.items() if (grids := self._choices(layer, part, chosen[layer]))}
+        free = {layer: grids for layer, grids in free.items() if f"{layer}.weight" in of}
+        return Layout(of, tuple(late), output, dropped, search, free)
 
     @cached_property
     def _layers(self) -> list[str]:
@@ -174,6 +176,21 @@ class LayoutPlanner:
             with error_context(f"{field}: {layer}"):
                 grid.width(self._shape(layer)[1])
         return grid, override
+
+    def _choices(self, layer: str, part: _Part, number: int | None) -> tuple[Grid, ...]:
+        """The grids among which one is chosen for a layer under a limit of size; none where its bits are given."""
+        settings, override = self._settings, None if number is None else self._settings.overrides[number]
+        if settings.budget is None and settings.size is None:
+            return ()
+        if override is not None and (override.skip or override.bits is not None):
+            return ()
+        if part.field != "group_size" and getattr(settings, part.field) is not None:
+            return ()
+        own = self._grid(layer, part, number)[0] or Grid()
+        if part.field == "group_size" or override is not None:
+            return tuple(replace(own, bits=bits) for bits in BITS)
+        columns, grids = self._shape(layer)[1], [PartGrid(bits=bits).grid(settings.symmetric) or own for bits in BITS]
+        return tuple(grid if columns % max(grid.group_size, 1) == 0 else replace(grid, group_size=-1) for grid in grids)
 
     # --- dtypes --------------------------------------------------------------------------------------------------
 

@@ -115,16 +115,16 @@ def weight_specs(run: PreparedRun) -> dict[str, TensorSpec]:
         return {experts.written[name]: experts.base.spec(name) for name in experts.names}
     specs = dict[str, TensorSpec]()
     for name in experts.outside_names():
-        specs |= _specs(run, name) if name in layout.of else {}
+        specs |= specs_of(run, name) if name in layout.of else {}
     for stack in find_stacks(experts.model):
         for index in range(len(stack.blocks)):
             names = experts.block_names(stack.block_name(index))
             for name in sorted(names, key=lambda name: layout.of[name].grid is None):
-                specs |= _specs(run, name)
+                specs |= specs_of(run, name)
     return specs
 
 
-def _specs(run: PreparedRun, name: str) -> dict[str, TensorSpec]:
+def specs_of(run: PreparedRun, name: str) -> dict[str, TensorSpec]:
     """Stored name → dtype and shape of what is written of one tensor of the model."""
     stored, (dtype, shape), storage = run.experts.written[name], run.experts.base.spec(name), run.layout.of[name]
     if storage.grid is None:

@@ -160,6 +160,8 @@ def _check_fields(recipe: Recipe, calibration: Objects, evaluation: Objects) -> 
 def _check_layers(experts: ExpertSet, recipe: Recipe) -> None:
     """Check that settings, grids and format fit every tensor that would be quantized."""
     settings = recipe.quantize
+    if (settings.budget is not None or settings.size is not None) and not settings.calibrates:
+        raise InputError(f"quantize.budget, size: {settings.method} has no data on which bits could be chosen")
     if settings.drop_unused and not settings.calibrates:
         raise InputError(
             f"quantize.drop_unused: what heads read is seen on calibration data, and {settings.method} has none"

@@ -25,6 +25,7 @@ from epmq.models.checkpoint import model_files
 from epmq.models.loading import why_not_direct
 from epmq.models.multitask import load
 from epmq.models.writer import CheckpointWriter
+from epmq.pipeline.budget import check_budget, with_chosen_grids
 from epmq.pipeline.evaluation import evaluate_model
 from epmq.pipeline.journal import Journal, Workdir, hash_batches, remove_stale_workdir, resumable
 from epmq.pipeline.metrics import metrics_of
@@ -89,6 +90,7 @@ def run(
             prepared = prepare(
                 recipe, bar, evaluate=evaluate, calibration=calibration, evaluation=evaluation, strict=strict
             )
+            check_budget(prepared)
         stack.enter_context(gc_frozen())  # all modules are imported
         if isinstance(prepared.recipe.quantize, Unquantized):
             folder = stack.enter_context(whole_directory(recipe.output))
@@ -99,6 +101,7 @@ def run(
             with clocks.phase("open"):
                 batches = calibration_batches(prepared)
                 workdir = stack.enter_context(resumable(recipe.output, inputs_of(prepared, batches), restart))
+                prepared = with_chosen_grids(prepared, batches, workdir.kept, bar)
             folder = workdir.output
             with clocks.phase("merge and quantize"):
                 written = write_quantized(prepared, workdir, batches, bar)

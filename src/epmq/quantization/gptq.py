@@ -1,6 +1,6 @@
 """GPTQ: each column's rounding error is fed forward to the columns that are still free."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import partial
 from typing import Any
 
@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from epmq.matmul import matmul
+from epmq.quantization import recording
 from epmq.quantization.factor import Factor, factorize
 from epmq.quantization.grid import Grid, QuantizedTensor
+from epmq.quantization.recording import Recorded, Shelf
 from epmq.quantization.scales import search_scales
 
 # Columns that are rounded before what they mean for the others goes through one matrix product.
@@ -18,6 +20,8 @@ BLOCK = 128
 WIDE = 2048
 # Columns within a block that are rounded one by one, without a matrix product.
 PANEL = 16
+# Bytes on GPUs that blocks with their recordings may take between two weights: those of all shapes in most models.
+KEPT_BYTES = 256 << 20
 
 
 def gptq(
@@ -81,7 +85,7 @@ def _choose_codes(target: Tensor, factor: Factor, grid: Grid, scale: Tensor, zer
     loss = torch.zeros_like(target[:, 0])
     codes = torch.empty(columns, rows, dtype=torch.int8, device=target.device)
     with torch.inference_mode():  # for calls that cost less
-        blocks = {size: _Block(size, target, grid) for size in {len(part) for part in torch.split(order, width)}}
+        blocks = {size: _take(size, target, grid) for size in {len(part) for part in torch.split(order, width)}}
         for start in reversed(range(0, columns, width)):
             free, fixed = slice(start, start + width), slice(start + width, columns)
             group = groups[free]
@@ -97,6 +101,9 @@ def _choose_codes(target: Tensor, factor: Factor, grid: Grid, scale: Tensor, zer
             codes[free] = block.code if grid.symmetric else block.code + zeros.index_select(0, group)
             residual = block.compensated.addcmul_(block.code, block.scale, value=-1)
             loss.addmv_(residual.square_().T, factor.curvature[free])
+    for size, block in blocks.items():
+        if block.recorded:
+            _kept.put(_key(size, target, grid), block)
     return codes.index_select(0, torch.argsort(order)).T.contiguous(), loss
 
 
@@ -104,7 +111,13 @@ class _Block:
     """Some columns of the weight in the order in which they are taken, and the operations that fix them.
 
     A column takes a handful of operations on short vectors, and calling them takes about as long as what they do. So
-    views and arguments are made once, on buffers that every block is loaded into.
+    views and arguments are made once, on buffers that every block is loaded into. On a GPU calling takes several times
+    as long as what they do (`benchmarks/results/device.json`), so there they are recorded.
+
+    Attributes:
+        operations: what fixes the columns; all of it computes in the buffers.
+        recorded: the operations as a GPU replays them, None elsewhere.
+        nbytes: bytes of the buffers.
     """
 
     def __init__(self, columns: int, like: Tensor, grid: Grid) -> None:
@@ -120,6 +133,9 @@ class _Block:
             self.bounds = self.bounds.repeat(1, columns, 1)
         self.operations: list[Callable[[], Any]] = []
         self._plan(0, columns)
+        gpu = recording.gpu_of(like.device)
+        self.recorded = Recorded(self.operations, gpu) if gpu else None
+        self.nbytes = 5 * self.weight.nbytes + self.feedback.nbytes + self.bounds.nbytes
 
     def _plan(self, start: int, end: int) -> None:
         """Columns from the last to the first, halved recursively: nearly all work is in matrix products."""
@@ -150,5 +166,27 @@ class _Block:
 
     def run(self) -> None:
         """Fix the columns that are in the buffers."""
+        if self.recorded:
+            self.recorded.run()
+        else:
+            self.call()
+
+    def call(self) -> None:
+        """The same, operation by operation."""
         for operation in self.operations:
             operation()
+
+
+_kept = Shelf[_Block](KEPT_BYTES)
+
+
+def _take(columns: int, like: Tensor, grid: Grid) -> _Block:
+    """A block that another weight has left, with its recording, or a new one."""
+    left = _kept.take(_key(columns, like, grid)) if recording.gpu_of(like.device) else None
+    return left or _Block(columns, like, grid)
+
+
+def _key(columns: int, like: Tensor, grid: Grid) -> Hashable:
+    """What weights must have in common to use the same block; a recording holds products of one precision."""
+    precision = torch.backends.cuda.matmul.fp32_precision
+    return columns, like.shape[0], like.dtype, like.device, grid.bits, grid.symmetric, precision
