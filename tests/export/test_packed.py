@@ -164,7 +164,7 @@ def test_16_bit_models_stay_16_bit(pool, tmp_path, dtype, method):
     weights = load_file(plain / "model.safetensors").values()
     assert {weight.dtype for weight in weights} == {dtype}
     assert load_file(low / "model.safetensors")[f"{LAYERS[0]}.weight_scale"].dtype == dtype
-    assert epmq.load(low).backbone.dtype == AutoModel.from_pretrained(plain).dtype == dtype
+    assert epmq.load(low, dtype="auto").backbone.dtype == AutoModel.from_pretrained(plain).dtype == dtype
 
 
 @pytest.fixture(scope="module")
@@ -247,3 +247,42 @@ def test_the_codes_are_left_alone():
     tensors = packed.tensors("layer", weight, Form(weight.grid))
     assert all(name.startswith("layer.weight") for name in tensors)
     assert torch.equal(weight.codes, codes) and torch.equal(weight.dequantize(), before)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_table_of_8_bits_is_plain_int8_with_scales_for_all_its_names(symmetric):
+    weight = quantized_tensor(Grid(8, 32, symmetric))
+    form = Form(weight.grid, torch.bfloat16, torch.bfloat16, table=True, followers=("lm_head",))
+    tensors, specs = packed.tensors("table", weight, form), packed.specs("table", (5, 64), form)
+    leaves = ["weight_scale"] + ([] if symmetric else ["weight_zero_point"])
+    assert set(tensors) == {"table.weight", *(f"{name}.{leaf}" for name in ("table", "lm_head") for leaf in leaves)}
+    assert {name: (DTYPES[dtype], shape) for name, (dtype, shape) in specs.items()} == {
+        name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()
+    }
+    assert torch.equal(tensors["table.weight"], weight.codes)
+    assert torch.equal(packed.weight("table", tensors.__getitem__, form), weight.dequantize())
+    assert packed.format_of(Form(Grid(4), table=True)) == "pack-quantized"
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_packing_in_parts_is_packing_at_once(monkeypatch, bits):
+    weight = quantized_tensor(Grid(bits, 32, False), rows=36)
+    form = Form(weight.grid, torch.bfloat16, torch.bfloat16)
+    whole = packed.tensors("layer", weight, form)
+    monkeypatch.setattr(packed, "CHUNK", 200)
+    parts = packed.tensors("layer", weight, form)
+    assert whole.keys() == parts.keys() and all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert torch.equal(packed.weight("layer", parts.__getitem__, form), weight.dequantize())
+
+
+def test_every_grid_is_a_group_and_the_most_frequent_is_that_of_all_linear_layers():
+    forms = {name: Form(Grid(3, 32)) for name in ("a", "b", "c")} | {"d": Form(Grid(8)), "e": Form(Grid(8))}
+    forms["table"] = Form(Grid(8), table=True, followers=("lm_head",))
+    config = packed.config(forms, ["pooler"])
+    groups = config["config_groups"].values()
+    found = [(group["targets"], group["weights"]["num_bits"], group["format"]) for group in groups]
+    assert found[0] == (["Linear"], 3, "pack-quantized")
+    assert (["d", "e"], 8, "pack-quantized") in found and (["table", "lm_head"], 8, "int-quantized") in found
+    assert len(found) == 3 and config["format"] == "mixed-precision" and config["ignore"] == ["pooler"]
+    alone = packed.config({"a": Form(Grid(4, 32, False))}, [])
+    assert alone["format"] == "pack-quantized" and alone["dequantize"] is True
