@@ -1,5 +1,6 @@
 """Small models whose forward is not one call of every block, and experts of them on disk."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -66,9 +67,10 @@ def image_text_batch(seed: int) -> dict[str, Tensor]:
 
 def saved_recipe(folder: Path, build: Callable[[], Any], method: str = "gptq", **fields: Any) -> dict[str, Any]:
     """Base and two experts of a kind on disk."""
-    build().save_pretrained(folder / "base")
+    base = build()
+    base.save_pretrained(folder / "base")
     for seed, name in enumerate(("one", "two"), start=1):
-        perturbed(build(), seed).save_pretrained(folder / name)
+        perturbed(copy.deepcopy(base), seed).save_pretrained(folder / name)
     experts = [{"name": name, "model": str(folder / name)} for name in ("one", "two")]
     quantize = {"method": method, "bits": 8}
     return {"base": str(folder / "base"), "experts": experts, "quantize": quantize, "format": "dequantized", **fields}

@@ -53,7 +53,7 @@ def test_the_report_says_what_was_done(pool, tmp_path):
 
     state = BertModel.from_pretrained(pool / "base").state_dict()
     shapes = {name.removesuffix(".weight"): list(state[name].shape) for name in state if is_quantized(name)}
-        outside = {name: list(state[f"{name}.weight"].shape) for name in OUTSIDE}
+    outside = {name: list(state[f"{name}.weight"].shape) for name in OUTSIDE}
     assert {layer["name"]: layer["shape"] for layer in report["layers"]} == shapes | outside
     assert all(layer["loss"] is None for layer in report["layers"] if layer["name"] in OUTSIDE)
     solved = [layer for layer in report["layers"] if layer["name"] not in OUTSIDE]
