@@ -164,7 +164,7 @@ def test_run_does_the_whole_job(call, recipe, tmp_path):
     status, out, err = call("run", recipe, "--quiet")
     report = report_of(tmp_path / "out")
     assert status == 0 and err == ""
-    for text in ("one", "two", "mean", f"{100 * report['mean_score']:.1f} %", "expert_guided", "4, group size -1"):
+    for text in ("one", "two", "mean", f"{100 * report['mean_score']:.1f} %", "expert_guided", "4 bits, a row"):
         assert text in out
     assert epmq.load(tmp_path / "out").tasks == ["one", "two"]
 
@@ -244,7 +244,7 @@ def test_set_can_choose_a_method_that_needs_less(call, pool, tmp_path):
     ("change", "message"),
     [
         ("quantize.bits", "expected FIELD=VALUE"),
-        ("quantize.bits=5", "quantize.bits: 5 is not one of 2, 3, 4, 8"),
+        ("quantize.bits=5", "quantize.bits: 5 is not one of 2, 3, 4, 8, 16"),
         ("quantise.bits=4", "unknown field 'quantise'"),
         ("quantize.bit=4", "unknown field 'quantize.bit'"),
         ("bits=4", "unknown field 'bits'"),
@@ -350,7 +350,7 @@ def test_the_program_as_a_process(pool, tmp_path):
     path = written(tmp_path / "recipe.yaml", recipe_for(pool, output=str(tmp_path / "out"), quantize={"bits": 5}))
     found = python("-m", "epmq.cli", "run", str(path))
     assert (found.returncode, found.stdout) == (1, "")
-    assert found.stderr == f"epmq: {path}: quantize.bits: 5 is not one of 2, 3, 4, 8\n"
+    assert found.stderr == f"epmq: {path}: quantize.bits: 5 is not one of 2, 3, 4, 8, 16\n"
 
 
 def test_the_runner_of_typer_works_too(finished):

@@ -62,7 +62,7 @@ epmq merge my.yaml -s merge.method=ties -o merged-ties
 epmq merge my.yaml -s merge.scaling=0.5 -o merged-05 --quiet
 epmq quantize my.yaml
 epmq quantize my.yaml -s quantize.method=gptq -o merged-gptq
-epmq quantize my.yaml -s quantize.method=rtn -s quantize.bits=8 -o merged-8bit
+epmq quantize my.yaml -s quantize.size=40MB -o merged-40mb
 epmq eval merged-4bit my.yaml
 epmq eval merged-4bit my.yaml --experts
 epmq eval merged-4bit my.yaml --experts --json > experts.json
@@ -228,9 +228,9 @@ def evaluate(
 @app.command(epilog=_examples("inspect"))
 def inspect(
     path: Annotated[Path, Argument(help="a checkpoint directory")],
-    layers: Annotated[bool, Option(help="list every quantized layer")] = False,
+    layers: Annotated[bool, Option(help="list every quantized layer, with its bits")] = False,
 ) -> None:
-    """What is in a checkpoint: layers, bits, sizes, how it was made."""
+    """What is in a checkpoint: bits a weight, sizes by part, layers, how it was made."""
     from epmq.reporting.inspection import inspection_tables
 
     _print(*inspection_tables(path, layers))
@@ -246,7 +246,7 @@ def report(
     ] = None,
     title: Annotated[str | None, Option(help="heading of the page")] = None,
 ) -> None:
-    """Put several runs into one page: scores side by side, gap recovered, size, losses by depth."""
+    """Put several runs into one page: scores side by side, gap recovered, size, losses and bits by depth."""
     from epmq.reporting.page import render_page
     from epmq.reporting.runs import read_experts, read_runs
 

@@ -186,6 +186,16 @@ class StorageSettings(Strict):
         return part.grid(self.symmetric)
 
 
+# What every page tells of a quantizer, whatever it is.
+ALWAYS_SHOWN = ("method", "bits", "group_size", "symmetric")
+
+
+def without_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a quantizer as plain values, without those on storage that are the defaults."""
+    defaults = {name: field.default for name, field in StorageSettings.model_fields.items() if name not in ALWAYS_SHOWN}
+    return {name: value for name, value in settings.items() if name not in defaults or value != defaults[name]}
+
+
 def describe(part: Mapping[str, Any] | None) -> str:
     """A grid of plain values in a few words: 4 bits, a row."""
     if not part:

@@ -32,8 +32,10 @@ def test_the_demo_compares_and_leaves_a_checkpoint(small_demo, capsys):
     assert columns["base"]["accuracy"] == {"one": 0.4, "two": 0.4} and columns["experts"]["accuracy"]["one"] == 0.6
     assert all(set(column["accuracy"]) == {"one", "two"} for column in columns.values())
     assert columns["expert-guided"]["bytes"] < columns["merged"]["bytes"] < columns["experts"]["bytes"]
+    bits = [column["bits_per_weight"] for column in columns.values()]
+    assert bits[:3] == [32, 32, 32] and 4 < bits[-1] < 16
     printed = capsys.readouterr().out
-    assert all(title in printed for title in columns) and "mean" in printed and "MB" in printed
+    assert all(title in printed for title in columns) and "mean" in printed and "bits a weight" in printed
     assert json.loads((small_demo / "demo.json").read_text()) == columns
     model = epmq.load(small_demo / "expert-guided")
     assert set(model.answer("one", ["the cat sat"])) <= {"x", "y", "z"}

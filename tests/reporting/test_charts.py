@@ -28,6 +28,15 @@ def test_every_point_of_a_line_has_a_mark(series, log):
     assert len(elements(svg, "line")) == len(series)
 
 
+def test_a_matrix_has_a_mark_for_every_number():
+    rows = {"a.very.long.name.of.some.attention.query": {1: "4 bits", 3: "8 bits"}, "up": {2: "4 bits"}}
+    svg = charts.matrix(rows, "block", "bits", ["4 bits", "8 bits"])
+    marks = elements(svg, "mark")
+    assert [mark.get("class") for mark in marks] == ["mark s0", "mark s1", "mark s0"]
+    assert float(marks[0].get("cx")) < float(marks[2].get("cx")) < float(marks[1].get("x"))
+    assert "…" in svg and "attention.query</text>" in svg
+
+
 def test_marks_lie_where_their_values_say():
     svg = charts.lines({"a": [(2, 0), (3, 10), (4, 5)]}, "bits", "gap", "{:g}".format)
     centres = [(float(mark.get("cx")), float(mark.get("cy"))) for mark in elements(svg, "mark")]

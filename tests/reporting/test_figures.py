@@ -72,8 +72,22 @@ def test_losses_are_drawn_by_depth():
     assert "(merging)" in figure.caption
     unmerged = replace(run, report={"layers": [{**layer, "merge_loss": None} for layer in LAYERS]})
     assert "(merging)" not in draw_figures([unmerged], ["a"], None)[0][-1].caption
+    lossless = replace(run, report={"layers": [{**layer, "loss": 0.0, "merge_loss": 0.0} for layer in LAYERS]})
+    assert all(figure.title != "Loss by depth" for figure in draw_figures([lossless], ["a"], None)[0])
     figures, _ = draw_figures([run, unmerged], ["a", "b"], None)
     assert [figure.title for figure in figures[-2:]] == ["Loss by depth: a", "Loss by depth: b"]
+
+
+def test_how_layers_are_stored_is_drawn_where_they_differ():
+    grid = {"group_size": -1, "symmetric": True, "merge_loss": None, "loss": None}
+    layers = [{"name": f"layer.{block}.query", "bits": bits, **grid} for block, bits in enumerate((4, 8, 4))]
+    layers.append({"name": "words", "bits": 8, **grid})
+    run = replace(made("rtn", 0.5), report={"layers": layers})
+    [figure] = [one for one in draw_figures([run], ["a"], None)[0] if one.title == "Bits by layer"]
+    assert marks(figure.svg) == 3 and "Outside the blocks: words 8 bits, a row." in figure.caption
+    assert run.weights == "4 to 8 bits, by layer"
+    same = replace(run, report={"layers": layers[::2]})
+    assert same.weights == "4 bits, a row" and "Bits by layer" not in str(draw_figures([same], ["a"], None))
 
 
 def test_perplexities_have_an_axis_of_their_own():

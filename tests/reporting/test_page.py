@@ -17,6 +17,10 @@ from epmq.reporting.runs import Run, labels, read_runs
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
+# What a recipe said of storage before there was more to say.
+GRID = ("method", "bits", "group_size", "symmetric")
+
+
 class Reader(HTMLParser):
     """Checks that tags close, and notes what would be fetched."""
 
@@ -103,6 +107,22 @@ def test_nothing_scored_is_said(pool, tmp_path):
     report = pipeline.run(recipe, progress=False, evaluate=False)
     text = render_page([Run.from_report(report)])
     assert "Nothing was scored" in text
+    Reader(text)
+
+
+def test_reports_of_older_versions_are_shown(outputs):
+    report = json.loads((outputs["gptq-4"] / "report.json").read_text())
+    size = f"{report['bytes'] / 1e6:.1f} MB"
+    text = render_page([Run.from_report(report)])
+    assert f"{size}, {report['bits_per_weight']:.2f} bits a weight" in text and "<th>bits a weight</th>" in text
+    assert "scale_dtype" not in text and "&quot;act_order&quot;" in text  # storage that is the default is not listed
+    for field in ("parameters", "bits_per_weight"):
+        del report[field]
+    for layer in report["layers"]:
+        del layer["bits"], layer["group_size"], layer["symmetric"]
+    report["recipe"]["quantize"] = {name: report["recipe"]["quantize"][name] for name in GRID}
+    text = render_page([Run.from_report(report)])
+    assert size in text and "bits a weight" not in text
     Reader(text)
 
 

@@ -5,21 +5,60 @@ import torch
 from conftest import recipe_for
 
 from epmq.method_settings import quantize_settings
+from epmq.models.checkpoint import Checkpoint, byte_size
 from epmq.pipeline.run import run
-from epmq.reporting.report import FLOAT16_MAX, block_losses, layer_notes, model_card
+from epmq.reporting.report import (
+    FLOAT16_MAX,
+    block_losses,
+    grid_text,
+    layer_grid,
+    layer_notes,
+    model_card,
+    stored_by_depth,
+    summary_table,
+)
 
 
 def test_losses_are_summed_by_block(pool, tmp_path):
     report = run(recipe_for(pool, output=str(tmp_path / "out")), progress=False)
     blocks = block_losses(report["layers"])
-    assert [name for name, *_ in blocks] == ["encoder.layer.0", "encoder.layer.1"]
+    assert [name for name, *_ in blocks] == ["encoder.layer.0", "encoder.layer.1"]  # tables have no loss
     assert sum(loss for *_, loss in blocks) == pytest.approx(report["loss"])
+    tensors = Checkpoint(tmp_path / "out")
+    assert report["bytes"] == sum(byte_size(tensors.spec(name)) for name in tensors.names)
+    assert report["bits_per_weight"] == pytest.approx(8 * report["bytes"] / report["parameters"])
+    size = f"{report['bytes'] / 1e6:.1f} MB, {report['bits_per_weight']:.2f} bits a weight"
+    assert size in list(summary_table(report).columns[1].cells) and size in model_card(report)
+    for field in ("parameters", "bits_per_weight"):
+        del report[field]  # as in reports of older versions
+    assert f"{report['bytes'] / 1e6:.1f} MB" in list(summary_table(report).columns[1].cells)
 
 
 def test_what_a_layer_has_lost_is_none_where_nothing_was_measured():
     layers = [{"name": f"encoder.layer.0.{name}", "loss": 1.5, "merge_loss": None} for name in ("query", "key")]
     layers.append({"name": "lm_head.proj", "loss": None, "merge_loss": 2.0})
-    assert block_losses(layers) == [("encoder.layer.0", 0.0, 3.0), ("lm_head", 2.0, 0.0)]
+    layers.append({"name": "output", "loss": 1.0, "merge_loss": 0.0})
+    layers.append({"name": "embeddings.words", "loss": None, "merge_loss": None})
+    assert block_losses(layers) == [("encoder.layer.0", 0.0, 3.0), ("lm_head", 2.0, 0.0), ("output", 0.0, 1.0)]
+
+
+def test_the_grid_of_a_recipe_in_words():
+    grid = {"bits": 4, "group_size": 64, "symmetric": False}
+    assert grid_text(grid) == "4 bits, g64, asymmetric" and grid_text(grid | {"bits": 16}) == "unrounded targets"
+    assert grid_text(grid | {"size": 40}) == grid_text(grid | {"budget": 4.5}) == "bits chosen layer by layer"
+
+
+def test_storage_by_depth():
+    grid = {"group_size": -1, "symmetric": True}
+    layers = [{"name": f"layers.{block}.up", "bits": bits, **grid} for block, bits in enumerate((4, 8))]
+    layers += [{"name": "layers.1.down", "bits": 16, **grid}, {"name": "words", "bits": 8, **grid}]
+    assert stored_by_depth({"layers": [*layers, {"name": "layers.0.old"}]}) == {
+        "up": {1: (4, "4 bits, a row"), 2: (8, "8 bits, a row")},
+        "down": {2: (16, "not rounded")},
+    }
+    assert layer_grid({"name": "layers.0.old"}, {"bits": 3, "group_size": 64, "symmetric": False}) == (
+        "3 bits, g64, asymmetric"
+    )
 
 
 def test_notes_on_layers():

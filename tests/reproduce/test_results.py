@@ -39,7 +39,7 @@ def result(row, mean):
         "seconds": {"merge and quantize": 2.0, "evaluate": 1.0},
         "date": "today",
     }
-    return row_result(TABLE, row, report | ({"bytes": 2_000_000} if row.bits else {}))
+    return row_result(TABLE, row, report | ({"bytes": 2_000_000, "bits_per_weight": 4.5} if row.bits else {}))
 
 
 RESULTS = [
@@ -52,7 +52,7 @@ RESULTS = [
 def test_a_row_holds_scores_of_a_hundred():
     row = RESULTS[1]
     assert row["row"] == "ta-gptq-4" and row["mean"] == 50 and row["scores"] == {"one": 40, "two": 60}
-    assert row["group_size"] == -1 and row["bytes"] == 2_000_000 and row["notes"] == []
+    assert row["group_size"] == -1 and (row["bytes"], row["bits_per_weight"]) == (2_000_000, 4.5) and row["notes"] == []
     assert RESULTS[0]["group_size"] is None and RESULTS[0]["bytes"] is None
 
 

@@ -146,6 +146,7 @@ class CalibrationEngine:
         self.output: Tensor | None = None
         self.head_fits: dict[str, HeadFit] = {}
         self._noted = False  # whether layers that see some tokens only are in the notes
+        self._aimed = False  # whether a layer aims at the experts' stream
         self.observe: Callable[[str, str], None] = lambda block, phase: None
 
     def __iter__(self) -> Iterator[Block]:
@@ -163,14 +164,14 @@ class CalibrationEngine:
             calibrator = calibrator_of(
                 experts.model, self.batches, context.calls, on_finished, context.offloader, self.outputs_for, late
             )
-            aimed, number = False, 0
+            number = 0
             self.observe("", "start")
             for number, step in enumerate(calibrator, start=1):
                 if number <= len(self.finished):
                     block = self._finish_again(step, number - 1)
                 else:
                     block = self._quantize(step)
-                aimed |= any(report.aims for report in block.reports)
+                self._aimed |= any(report.aims for report in block.reports)
                 step.finish()
                 self._check_missed(step)
                 if not self.keep and step.lockstep:
@@ -184,7 +185,7 @@ class CalibrationEngine:
                 for name in context.calls.order:
                     to_meta(experts.model.get_submodule(name))
         yield from self._round_rest(number)
-        if context.teachers and context.guidance.stream and not aimed:
+        if context.teachers and context.guidance.stream and not self._aimed:
             experts.notes.append("no layer adds to the residual stream directly: expert_stream changed no target")
 
     def _outside(self, name: str) -> Tensor:
@@ -257,6 +258,7 @@ class CalibrationEngine:
         with error_context(step.name or "the layers after the last block"):
             stream = bool(context.teachers) and context.guidance.stream
             targets, idle = find_targets(step, stream, context.layout.solves)
+        self._aimed |= any(target.add is not None for target in targets)
         if isinstance(step, BlockStep):
             step.pause_before(
                 [target.names[0] for target in targets if target.waits],

@@ -25,12 +25,14 @@ from epmq.errors import OutputExistsError
 from epmq.files import cache_dir, read_json, write_json
 from epmq.recipe import Recipe
 from epmq.recipe_file import load_recipe
+from epmq.reporting.inspection import contents
 
 TITLES = {"none": "merged", "rtn": "RTN", "gptq": "GPTQ", "expert_guided": "expert-guided"}
 BITS = 4
 RESULTS = "demo.json"
 
-# Of a model or of the experts together: accuracy a task, and bytes of all weights that have to be shipped.
+# Of a model or of the experts together: accuracy a task, bytes of all weights that have to be shipped, and bits of
+# each of them.
 Result = dict[str, Any]
 
 
@@ -49,7 +51,7 @@ def run_demo(output: str | Path = "epmq-demo") -> dict[str, Result]:
         output: where the checkpoints go, one folder a method; what an earlier demo left there is replaced.
 
     Returns:
-        per column of the table: accuracy a task and bytes.
+        per column of the table: accuracy a task, bytes and bits a weight.
 
     Raises:
         FileExistsError: `output` exists and is not a demo's.
@@ -68,7 +70,10 @@ def run_demo(output: str | Path = "epmq-demo") -> dict[str, Result]:
     folders = {method: output / title.lower() for method, title in TITLES.items()}
     for method, folder in folders.items():
         report = run(_recipe(root, quantize={"method": method, "bits": BITS}, output=str(folder)))
-        columns[TITLES[method]] = {"accuracy": report["scores"], "bytes": report["bytes"]}
+        columns[TITLES[method]] = {
+            "accuracy": report["scores"],
+            **{name: report[name] for name in ("bytes", "bits_per_weight")},
+        }
     write_json(output / RESULTS, columns)
     console, best = Console(), folders["expert_guided"]
     console.print(comparison_table(columns))
@@ -83,12 +88,13 @@ def run_demo(output: str | Path = "epmq-demo") -> dict[str, Result]:
 
 def _trained_columns(root: Path) -> dict[str, Result]:
     """Base and experts: they were measured on the same test texts when the experts were trained."""
-    size = (root / "base" / "model.safetensors").stat().st_size
+    stored = contents(root / "base")
+    size, bits = stored["bytes"], {"bits_per_weight": stored["bits_per_weight"]}
     records = {task: read_json(root / "experts" / task / "training.json") for task in DEMO_TASKS}
     base, experts = ({task: record[key] for task, record in records.items()} for key in ("base_test", "test"))
     return {
-        "base": {"accuracy": base, "bytes": size},
-        "experts": {"accuracy": experts, "bytes": len(DEMO_TASKS) * size},
+        "base": {"accuracy": base, "bytes": size, **bits},
+        "experts": {"accuracy": experts, "bytes": len(DEMO_TASKS) * size, **bits},
     }
 
 
@@ -124,5 +130,6 @@ def comparison_table(columns: dict[str, Result]) -> Table:
         table.add_row(task, *(f"{100 * score[task]:.1f}" for score in scores))
     table.add_section()
     table.add_row("mean", *(f"{100 * sum(score.values()) / len(score):.1f}" for score in scores))
-    table.add_row("MB", *(f"{column['bytes'] / 1e6:.0f}" for column in columns.values()))
+    table.add_row("MB", *(f"{column['bytes'] / 1e6:.1f}" for column in columns.values()))
+    table.add_row("bits a weight", *(f"{column['bits_per_weight']:.1f}" for column in columns.values()))
     return table

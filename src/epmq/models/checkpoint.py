@@ -52,6 +52,16 @@ def byte_size(spec: TensorSpec) -> int:
     return prod(shape) * (int(bits[0]) if bits else 8) // 8
 
 
+def count_parameters(specs: Iterable[TensorSpec]) -> int:
+    """Parameters in plain tensors; what is no float, such as positions, is none."""
+    return sum(prod(shape) for dtype, shape in specs if dtype in FLOATS)
+
+
+def bits_per_weight(size: int, parameters: int | None) -> float | None:
+    """Bits a parameter of a whole model whose tensors take `size` bytes; None where the parameters are not known."""
+    return 8 * size / parameters if parameters else None
+
+
 def model_files(folder: Path) -> list[Path]:
     """The files of a model directory that are read, pickles included, by name."""
     return sorted(file for file in folder.iterdir() if file.name.endswith((*MODEL_FILES, ".bin")))

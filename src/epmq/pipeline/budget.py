@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from math import prod
 from pathlib import Path
 
 from rich.progress import Progress
@@ -13,8 +12,8 @@ from epmq.calibration.engine import block_names
 from epmq.calibration.sequential import Batch
 from epmq.errors import InputError
 from epmq.files import read_json, write_json
-from epmq.models.checkpoint import byte_size
-from epmq.pipeline.output import specs_of, weight_specs
+from epmq.models.checkpoint import bits_per_weight, byte_size
+from epmq.pipeline.output import parameters_of, specs_of, weight_specs
 from epmq.pipeline.prepare import PreparedRun
 from epmq.quantization.grid import Grid
 
@@ -22,16 +21,11 @@ from epmq.quantization.grid import Grid
 CHOICE = "grids"
 
 
-def parameters(run: PreparedRun) -> int:
-    """Weights of the model that is written, tied ones once."""
-    return sum(prod(run.experts.base.shape(name)) for name in run.layout.of)
-
-
 def limit_bytes(run: PreparedRun) -> int | None:
     """Bytes that all weights may take; None without a limit."""
     settings = run.recipe.quantize
     if settings.budget is not None:
-        return int(settings.budget * parameters(run) / 8)
+        return int(settings.budget * parameters_of(run) / 8)
     return settings.size
 
 
@@ -43,7 +37,7 @@ def check_budget(run: PreparedRun) -> None:
     settings, sizes = run.recipe.quantize, _sizes(run)
     least = _fixed(run) + sum(min(own.values()) for own in sizes.values())
     if least > limit:
-        bits = 8 * least / parameters(run)
+        bits = bits_per_weight(least, parameters_of(run))
         asked = f"budget: {settings.budget:g}" if settings.budget is not None else f"size: {limit} bytes"
         raise InputError(
             f"quantize.{asked} is too little: with the smallest grids it is {least} bytes, {bits:.2f} bits a weight"

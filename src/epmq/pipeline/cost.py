@@ -26,15 +26,17 @@ from epmq.data.encoding import split_first
 from epmq.export import FORMATS
 from epmq.merging.experts import ExpertSet
 from epmq.merging.merged import MergedWeights
-from epmq.models.blocks import block_linears, find_stacks
-from epmq.models.checkpoint import byte_size
+from epmq.models.blocks import find_stacks
+from epmq.models.checkpoint import bits_per_weight, byte_size
 from epmq.pipeline.budget import check_budget, limit_bytes
-from epmq.pipeline.output import form_of, weight_specs
+from epmq.pipeline.layout import stored_parts
+from epmq.pipeline.output import form_of, parameters_of, weight_specs
 from epmq.pipeline.prepare import Objects, PreparedRun, prepare
 from epmq.pipeline.run import TRIED, calibration_batches, calibration_engine
 from epmq.quantization.grid import BITS
 from epmq.recipe import Recipe
 from epmq.recipe_file import load_recipe
+from epmq.reporting.report import size_text
 from epmq.runtime import (
     gc_frozen,
     memory_mb,
@@ -57,12 +59,14 @@ class Plan:
 
     Attributes:
         recipe: with everything filled in that depends on the checkpoints.
-        blocks, layers: of the model; layers are those that are quantized.
+        blocks, layers: of the model; layers are those that are quantized, tables among them.
         tokens: of calibration, all tasks together, padding left out; 0 where nothing is calibrated.
         seconds: by phase, of a machine that does nothing else; evaluation is not among them.
         resident_mb: memory of the process when all is open, in MB of 10⁶ bytes.
         peak_memory_mb: the same at the fullest moment of the run.
         output_bytes: of all weights that will be written.
+        parameters: of the output.
+        stored: part of the model → how its weights are stored, in words; empty where nothing is quantized.
         disk_bytes: the most that is taken while they are: each byte is written once, straight to its place.
         notes: on what was found in the checkpoints.
     """
@@ -77,6 +81,8 @@ class Plan:
     output_bytes: int
     disk_bytes: int
     notes: list[str]
+    parameters: int = 0
+    stored: dict[str, str] = field(default_factory=dict)
 
 
 def dry_run(
@@ -110,9 +116,9 @@ def plan_table(plan: Plan) -> Table:
     table = Table(title="dry run: nothing was written", title_justify="left", show_header=False)
     table.add_row("merge", f"{recipe.merge.method}, {len(recipe.experts)} experts")
     table.add_row("quantize", quantize.method)
-    table.add_row("model", f"{plan.blocks} blocks, {plan.layers} layers to quantize")
-    if quantize.method != "none":
-        table.add_row("bits", f"{quantize.bits}, group size {quantize.group_size}")
+    table.add_row("model", f"{plan.blocks} blocks, {plan.layers} layers and tables to quantize")
+    for part, stored in plan.stored.items():
+        table.add_row(part, stored)
     if quantize.calibrates:
         table.add_row("calibration", f"about {plan.tokens} tokens, or images")
     table.add_section()
@@ -120,7 +126,8 @@ def plan_table(plan: Plan) -> Table:
         table.add_row(phase, f"{seconds:.1f} s")
     table.add_row("time", f"{sum(plan.seconds.values()):.1f} s, without evaluation")
     table.add_row("peak memory", f"{plan.peak_memory_mb:.0f} MB")
-    table.add_row("output", f"{plan.output_bytes / 1e6:.1f} MB; {plan.disk_bytes / 1e6:.1f} MB while it is written")
+    size = size_text(plan.output_bytes, bits_per_weight(plan.output_bytes, plan.parameters))
+    table.add_row("output", f"{size}; {plan.disk_bytes / 1e6:.1f} MB while it is written")
     for note in plan.notes:
         table.add_row("note", note)
     return table
@@ -135,7 +142,6 @@ def plan_of(prepared: PreparedRun, opening: float) -> Plan:
         opening: seconds that opening and checking them takes.
     """
     experts, recipe = prepared.experts, prepared.recipe
-    quantized = list(block_linears(experts.model)) if recipe.quantize.method != "none" else []
     return_freed_memory()
     resident = memory_mb()
     measured = _calibrated(prepared) if recipe.quantize.calibrates else _merged(prepared)
@@ -147,7 +153,7 @@ def plan_of(prepared: PreparedRun, opening: float) -> Plan:
     return Plan(
         recipe=recipe,
         blocks=_blocks(experts),
-        layers=len(quantized),
+        layers=sum(one.grid is not None or one.solved for one in prepared.layout.of.values()),
         tokens=_tokens(prepared),
         seconds={"open": opening, **measured.seconds},
         resident_mb=resident,
@@ -155,6 +161,8 @@ def plan_of(prepared: PreparedRun, opening: float) -> Plan:
         output_bytes=written,
         disk_bytes=written,
         notes=experts.notes,
+        parameters=parameters_of(prepared),
+        stored=stored_parts(prepared.layout, experts),
     )
 
 

@@ -1,8 +1,10 @@
 """From settings to storage: which tensors lie on which grid, and in which dtype all others are written."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from math import prod
 
 import torch
 from torch import nn
@@ -15,8 +17,10 @@ from epmq.models.blocks import LINEAR, block_linears, find_stacks, is_transposed
 from epmq.models.meta import token_tables, vocabulary
 from epmq.models.storage import Layout, Storage
 from epmq.quantization.grid import BITS, Grid
-from epmq.storage_settings import PLAIN, Override, PartGrid, StorageSettings
+from epmq.storage_settings import PLAIN, Override, PartGrid, StorageSettings, describe
 
+# What a plan tells the storage of.
+PARTS = BLOCKS, TABLES, OUTSIDE, OUTPUT, REST = "blocks", "tables", "outside the blocks", "output layer", "rest"
 # Names of layers that an error about a pattern lists.
 LISTED = 3
 
@@ -90,7 +94,7 @@ class LayoutPlanner:
         if layer in self._blocks:
             return _Part(settings.grid, "group_size", in_block=True)
         aliases = [alias.removesuffix(".weight") for alias in self._aliases[f"{layer}.weight"]]
-        if not self._token_tables.isdisjoint(aliases):
+        if self._tables.intersection(aliases):
             return self._table(aliases)
         if layer in self._output:
             return _Part(settings.part_grid(settings.output_layer), "output_layer")
@@ -113,16 +117,17 @@ class LayoutPlanner:
         return _Part(settings.part_grid(own), "output_layer")
 
     @cached_property
-    def _token_tables(self) -> set[str]:
-        """Tables with a row a token."""
-        model = self._experts.model
-        rows = vocabulary(model)
-        tables = {name: one for name, one in self._modules.items() if isinstance(one, nn.Embedding)}
-        found = {name for name, one in tables.items() if one.num_embeddings == rows and not self._in_block(name)}
-        if rows is not None and len(found) > 1:  # there may be as many positions as tokens
-            counted = token_tables(model, self._experts.meta_model(tokens=rows + 1))
-            found = {name for name in found if f"{name}.weight" in counted}
-        return found
+    def _tables(self) -> set[str]:
+        """Embeddings with a row a token. Where others have as many rows, those that grow with the vocabulary."""
+        experts = self._experts
+        rows, named = vocabulary(experts.model), dict[str, nn.Embedding]()
+        for name, module in self._modules.items():
+            if isinstance(module, nn.Embedding) and module.num_embeddings == rows and not self._in_block(name):
+                named[name] = module
+        if rows is None or len({experts.tied.get(f"{name}.weight", f"{name}.weight") for name in named}) < 2:
+            return set(named)
+        grown = token_tables(experts.model, experts.meta_model(rows + 1))
+        return {name for name in named if f"{name}.weight" in grown}
 
     def _in_block(self, layer: str) -> bool:
         return layer.startswith(tuple(f"{stack.name}." for stack in find_stacks(self._experts.model)))
@@ -218,6 +223,28 @@ def _dtype_of(setting: str, stored: torch.dtype | None) -> torch.dtype | None:
         return torch.float16 if stored in (torch.float32, torch.float64) else stored
     dtype: torch.dtype = getattr(torch, setting)
     return dtype
+
+
+def stored_parts(layout: Layout, experts: ExpertSet) -> dict[str, str]:
+    """Part of a model → how its weights are stored, in words, what most of it is first."""
+    found: dict[str, Counter[str]] = {part: Counter() for part in PARTS}
+    blocks = tuple(f"{stack.name}." for stack in find_stacks(experts.model))
+    tokens, output = vocabulary(experts.model), experts.output_layer()
+    for name, storage in layout.of.items():
+        module, size = experts.model.get_submodule(name.rpartition(".")[0]), prod(experts.base.shape(name))
+        table = isinstance(module, nn.Embedding) and (storage.grid is not None or module.num_embeddings == tokens)
+        part = TABLES if table else OUTPUT if name in output else OUTSIDE
+        if storage.grid is None and not storage.solved and part == OUTSIDE:
+            part = REST
+        elif name.startswith(blocks):
+            part = BLOCKS
+        grid = None if storage.grid is None else asdict(storage.grid)
+        text = describe(grid) if grid else str(storage.dtype).removeprefix("torch.")
+        if choices := layout.free.get(name.removesuffix(".weight")):
+            text = f"{choices[0].bits} to {choices[-1].bits} bits, chosen layer by layer"
+        if storage.dtype is not None:
+            found[part][text] += size
+    return {part: "; ".join(text for text, _ in sizes.most_common()) for part, sizes in found.items() if sizes}
 
 
 def fit_dtypes(layout: Layout, experts: ExpertSet, merged: MergedWeights, setting: str) -> Layout:

@@ -16,7 +16,7 @@ from epmq.export.form import Form
 from epmq.files import write_json
 from epmq.merging.readers import ExpertReader
 from epmq.models.blocks import LINEAR, as_matrix, find_stacks, is_transposed
-from epmq.models.checkpoint import DTYPE_NAMES, TensorSpec, is_finite
+from epmq.models.checkpoint import DTYPE_NAMES, TensorSpec, count_parameters, is_finite
 from epmq.models.heads import load_head, save_head, write_head_file
 from epmq.models.multitask import HEADS, NativeHead
 from epmq.models.side_files import copy_files
@@ -122,6 +122,11 @@ def weight_specs(run: PreparedRun) -> dict[str, TensorSpec]:
             for name in sorted(names, key=lambda name: layout.of[name].grid is None):
                 specs |= specs_of(run, name)
     return specs
+
+
+def parameters_of(run: PreparedRun) -> int:
+    """How many parameters the output has."""
+    return count_parameters(run.experts.base.spec(name) for name in run.layout.of or run.experts.names)
 
 
 def specs_of(run: PreparedRun, name: str) -> dict[str, TensorSpec]:

@@ -21,7 +21,7 @@ from epmq.files import hash_file, read_json, whole_directory, write_json
 from epmq.merging.readers import TensorReader, guiding_head
 from epmq.method_settings import Unquantized
 from epmq.models.blocks import find_stacks
-from epmq.models.checkpoint import model_files
+from epmq.models.checkpoint import bits_per_weight, model_files
 from epmq.models.loading import why_not_direct
 from epmq.models.multitask import load
 from epmq.models.writer import CheckpointWriter
@@ -29,7 +29,7 @@ from epmq.pipeline.budget import check_budget, with_chosen_grids
 from epmq.pipeline.evaluation import evaluate_model
 from epmq.pipeline.journal import Journal, Workdir, hash_batches, remove_stale_workdir, resumable
 from epmq.pipeline.metrics import metrics_of
-from epmq.pipeline.output import QuantizedWeights, weight_specs, write_merged, write_rest
+from epmq.pipeline.output import QuantizedWeights, parameters_of, weight_specs, write_merged, write_rest
 from epmq.pipeline.prepare import Objects, PreparedRun, prepare
 from epmq.pipeline.verify import WrongOutputError, check_processor, check_reloaded
 from epmq.recipe import Recipe
@@ -239,7 +239,7 @@ def inputs_of(prepared: PreparedRun, batches: list[Batch]) -> dict[str, Any]:
 
 
 def _report(prepared: PreparedRun, folder: Path, written: Written, clocks: "Clocks") -> dict[str, Any]:
-    recipe, layers = prepared.recipe, written.layers
+    recipe, layers, parameters = prepared.recipe, written.layers, parameters_of(prepared)
     return {
         "date": now(),
         "recipe": recipe.model_dump(mode="json"),
@@ -247,6 +247,8 @@ def _report(prepared: PreparedRun, folder: Path, written: Written, clocks: "Cloc
         "hardware": hardware(),
         "output": recipe.output,
         "bytes": written.bytes,
+        "parameters": parameters,
+        "bits_per_weight": bits_per_weight(written.bytes, parameters),
         "peak_memory_mb": peak_memory_mb(),
         "seconds": clocks.seconds,
         "cpu_seconds": clocks.cpu_seconds,

@@ -119,6 +119,25 @@ def scatter(
     return _framed(body, styles, x_title, y_title)
 
 
+def matrix(rows: dict[str, dict[int, str]], x_title: str, title: str, kinds: Sequence[str]) -> str:
+    """A row a name, a mark at each whole number: `rows` are name → number → kind, and each kind has its own mark."""
+    styles = _styles(kinds, None)
+    most = max(x for row in rows.values() for x in row)
+    left = min(150, 16 + 6 * max(len(name) for name in rows))
+    bottom, step = TOP + ROW * len(rows), (WIDTH - RIGHT - left) / most
+    body = []
+    for x in range(1, most + 1):
+        if most <= 16 or x == 1 or x % 4 == 0:
+            body.append(_text(left + step * (x - 0.5), bottom + 14, str(x), "middle", "axis"))
+    for i, (name, row) in enumerate(rows.items()):
+        y = TOP + ROW * (i + 0.5)
+        # what tells layers apart stands at the end of their names
+        body += [_across(left, y), _text(left - 6, y + 4, _cut(name[::-1], 23)[::-1], "end")]
+        body += [_mark(styles[kind], left + step * (x - 0.5), y, f"{name}, {x}: {kind}") for x, kind in row.items()]
+    body.append(_text((left + WIDTH - RIGHT) / 2, bottom + 30, x_title, "middle", "axis"))
+    return _svg(body, styles, bottom + 46, title)
+
+
 def _styles(names: Iterable[str], styles: Styles | None) -> Styles:
     return {name: (styles or {}).get(name, i) for i, name in enumerate(dict.fromkeys(names))}
 

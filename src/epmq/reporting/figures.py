@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from epmq.reporting import charts
-from epmq.reporting.report import block_losses
+from epmq.reporting.report import block_losses, block_of, layer_grid, stored_by_depth
 from epmq.reporting.runs import Run, Scores, common_score_title, gap, labels
 from epmq.reporting.scores import CORRELATIONS, SHARES
 
@@ -73,7 +73,7 @@ def draw_figures(runs: Sequence[Run], names: Sequence[str], experts: Scores | No
         figures.append(_sizes(sized, axis))
     else:
         missing.append("size against score (runs of several sizes)")
-    figures += _depths(runs, names)
+    figures += [*_depths(runs, names), *_stored(runs, names)]
     if not any(run.report.get("layers") for run in runs):
         missing.append("loss by depth (a report with layers)")
     return figures, missing
@@ -127,13 +127,34 @@ def _depths(runs: Sequence[Run], names: Sequence[str]) -> Iterator[Figure]:
     """Losses by depth, a figure a run that has some."""
     for name, run in zip(names, runs):
         layers = run.report.get("layers", ())
-        if all(layer["loss"] is None for layer in layers):
+        found = block_losses(layers)
+        if not found or all(layer["loss"] is None for layer in layers):
             continue
-        _, *losses = zip(*block_losses(layers))
+        blocks, *losses = zip(*found)
         points = [[(float(depth), loss) for depth, loss in enumerate(own, 1) if loss > 0] for own in losses]
-        series: charts.Series = dict(zip(("merging", "quantization"), points))
-        caption = TWO_LOSSES if series["merging"] else ONE_LOSS
-        if not series["merging"]:
-            del series["merging"]
+        named = zip(("merging", "quantization"), points)
+        series: charts.Series = {kind: own for kind, own in named if own}
+        if not series:  # nothing is rounded, and nothing merged otherwise
+            continue
+        caption = TWO_LOSSES if "merging" in series else ONE_LOSS
+        if late := [block for block in blocks if block_of(block) is None]:
+            caption += f" After the blocks: {', '.join(late)}."
         svg = charts.lines(series, "block", "deviation from the target", "{:.2g}".format, log=True)
         yield Figure(svg, f"Loss by depth: {name}" if len(runs) > 1 else "Loss by depth", caption)
+
+
+def _stored(runs: Sequence[Run], names: Sequence[str]) -> Iterator[Figure]:
+    """How each layer is stored, a figure a run whose layers differ in it."""
+    for name, run in zip(names, runs):
+        rows = stored_by_depth(run.report)
+        kinds = [text for _, text in sorted({stored for row in rows.values() for stored in row.values()})]
+        if len(kinds) < 2:
+            continue
+        texts = {layer: {depth: text for depth, (_, text) in row.items()} for layer, row in rows.items()}
+        outside = [layer for layer in run.report["layers"] if block_of(layer["name"]) is None]
+        listed = [f"{layer['name']} {layer_grid(layer, {})}" for layer in outside]
+        caption = "How the weights of each layer are stored." + (
+            f" Outside the blocks: {'; '.join(listed)}." if listed else ""
+        )
+        svg = charts.matrix(texts, "block", "how each layer is stored, by block", kinds)
+        yield Figure(svg, f"Bits by layer: {name}" if len(runs) > 1 else "Bits by layer", caption)

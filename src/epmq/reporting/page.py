@@ -11,7 +11,9 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
 from epmq.reporting.figures import draw_figures
+from epmq.reporting.report import size_text
 from epmq.reporting.runs import Run, Scores, common_score_title, gap, labels, reference
+from epmq.storage_settings import without_defaults
 
 # Fields of a report that tell how the run was made.
 SETTINGS = ("date", "versions", "hardware", "seconds", "peak_memory_mb", "recipe")
@@ -77,7 +79,7 @@ def _lead(runs: Sequence[Run]) -> str:
     if len(runs) > 1:
         return ", ".join(sorted({run.report["recipe"]["base"] for run in runs if run.report}))
     [run] = runs
-    size = "" if run.bytes is None else f", {run.bytes / 1e6:.1f} MB"
+    size = "" if run.bytes is None else f", {size_text(run.bytes, run.bits_per_weight)}"
     name = run.report["recipe"]["base"] if run.report else run.name
     return f"{name}: merged by {run.merge}, {run.title}, {run.weights}{size}"
 
@@ -98,6 +100,7 @@ def _summary(runs: Sequence[Run], names: Sequence[str], experts: Scores | None, 
         "to published": [None if mean is None else _change(run, mean) for run, mean in zip(runs, means)],
         "weights": [run.weights for run in runs],
         "MB": ["–" if run.bytes is None else f"{run.bytes / 1e6:.1f}" for run in runs],
+        "bits a weight": [None if run.bits_per_weight is None else f"{run.bits_per_weight:.2f}" for run in runs],
         "time": [f"{sum(run.report['seconds'].values()):.0f} s" if run.report else None for run in runs],
     }
     columns = {title: cells for title, cells in columns.items() if any(cell is not None for cell in cells)}
@@ -151,4 +154,6 @@ def _tasks(runs: Sequence[Run], names: Sequence[str], experts: Scores | None) ->
 
 def _settings(run: Run) -> str:
     """Recipe, versions, hardware and cost of a run that has a report, as JSON."""
-    return json.dumps({field: run.report[field] for field in SETTINGS}, indent=2, ensure_ascii=False)
+    shown = {field: run.report[field] for field in SETTINGS}
+    recipe = {**shown["recipe"], "quantize": without_defaults(shown["recipe"]["quantize"])}
+    return json.dumps({**shown, "recipe": recipe}, indent=2, ensure_ascii=False)

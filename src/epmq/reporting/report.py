@@ -7,6 +7,7 @@ from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from epmq.reporting.scores import score_title, shown_scores
+from epmq.storage_settings import PLAIN, describe
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -42,13 +43,56 @@ def layer_notes(layers: Sequence[dict[str, Any]], settings: Quantize) -> list[st
     return raised + rounded + too_large
 
 
+def block_of(name: str) -> str | None:
+    """The block that a layer lies in, by its name; None outside the blocks."""
+    parts = name.split(".")
+    last = max((i for i, part in enumerate(parts) if part.isdigit()), default=None)
+    return None if last is None else ".".join(parts[: last + 1])
+
+
+def layer_grid(layer: dict[str, Any], quantize: dict[str, Any]) -> str:
+    """How a report's layer is stored, in a few words; `quantize` is of the recipe: old reports say no more."""
+    grid = layer if "bits" in layer else quantize
+    return "not rounded" if grid["bits"] == PLAIN else describe(grid)
+
+
+def grid_text(quantize: dict[str, Any]) -> str:
+    """What a recipe asks of the layers in the blocks, in a few words."""
+    if quantize.get("budget") is not None or quantize.get("size") is not None:
+        return "bits chosen layer by layer"
+    return "unrounded targets" if quantize["bits"] == PLAIN else describe(quantize)
+
+
+def stored_by_depth(report: dict[str, Any]) -> dict[str, dict[int, tuple[int, str]]]:
+    """Layer's name within its block → number of the block, from 1 → bits, and how it is stored in a few words.
+
+    Those outside the blocks are in none of it; nor is anything where a report does not say it layer by layer.
+    """
+    depths: dict[str, int] = {}
+    stored: dict[str, dict[int, tuple[int, str]]] = {}
+    for layer in report.get("layers", ()):
+        block = block_of(layer["name"])
+        if block is not None and "bits" in layer:
+            depth = depths.setdefault(block, len(depths) + 1)
+            stored.setdefault(layer["name"][len(block) + 1 :], {})[depth] = layer["bits"], layer_grid(layer, {})
+    return stored
+
+
+def size_text(size: int, bits: float | None) -> str:
+    """The size of a whole model, and the bits that a weight takes, where that is known."""
+    return f"{size / 1e6:.1f} MB" + ("" if bits is None else f", {bits:.2f} bits a weight")
+
+
 def block_losses(layers: Iterable[dict[str, Any]]) -> list[tuple[str, float, float]]:
-    """Losses summed over the layers of each block: (block, merging deviation, quantization deviation)."""
+    """Losses summed over the layers of each block: (block, merging deviation, quantization deviation).
+
+    A layer outside the blocks goes by the module that it is in; those of which no loss was measured are left out.
+    """
     losses: dict[str, tuple[float, float]] = {}
     for layer in layers:
-        parts = layer["name"].split(".")
-        last = max((i for i, part in enumerate(parts) if part.isdigit()), default=len(parts) - 2)
-        block = ".".join(parts[: last + 1])
+        if layer["loss"] is None and layer["merge_loss"] is None:
+            continue
+        block = block_of(layer["name"]) or layer["name"].rpartition(".")[0] or layer["name"]
         merge, quantization = losses.get(block, (0.0, 0.0))
         losses[block] = merge + (layer["merge_loss"] or 0.0), quantization + (layer["loss"] or 0.0)
     return [(block, *pair) for block, pair in losses.items()]
@@ -58,12 +102,18 @@ def model_card(report: dict[str, Any]) -> str:
     """A short model card in Markdown with the Hub's front matter."""
     from huggingface_hub import ModelCard, ModelCardData
 
+    quantize = report["recipe"]["quantize"]
+    text, groups = grid_text(quantize), quantize["group_size"]
+    if text == describe(quantize):  # in full for people who do not know it
+        text = f"{quantize['bits']} bits, one scale a {'row' if groups == -1 else f'group of {groups}'}"
     card = ModelCard.from_template(
         ModelCardData(library_name="transformers", tags=["epmq", "merge", "compressed-tensors"]),
         template_str=(files("epmq.reporting") / "card.md.j2").read_text(encoding="utf-8"),
         report=report,
         score_title=score_title(report.get("metric")),
         scores=shown_scores(report),
+        grid="" if quantize["method"] == "none" else text,
+        size=size_text(report["bytes"], report["bits_per_weight"]) if report.get("bits_per_weight") else "",
     )
     return str(card)
 
@@ -84,8 +134,8 @@ def summary_table(report: dict[str, Any]) -> Table:
     table.add_row("merge", recipe["merge"]["method"])
     table.add_row("quantize", quantize["method"])
     if quantize["method"] != "none":
-        table.add_row("bits", f"{quantize['bits']}, group size {quantize['group_size']}")
-    table.add_row("size", f"{report['bytes'] / 1e6:.1f} MB")
+        table.add_row("weights", grid_text(quantize))
+    table.add_row("size", size_text(report["bytes"], report.get("bits_per_weight")))
     table.add_row("time", f"{sum(report['seconds'].values()):.1f} s")
     table.add_row("peak memory", f"{report['peak_memory_mb']:.0f} MB")
     for note in report["notes"]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from epmq.errors import InputError, MissingError, error_context
 from epmq.method_settings import Merge, settings_classes
-from epmq.reporting.report import REPORT
+from epmq.reporting.report import REPORT, grid_text, stored_by_depth
 from epmq.reporting.scores import gap_recovered, score_title, show_score
 
 METHOD_TITLES = {"none": "merged", "rtn": "RTN", "gptq": "GPTQ", "e_pmq": "E-PMQ", "expert_guided": "expert-guided"}
@@ -27,6 +27,7 @@ class Run:
         metrics: by task, where tasks differ.
         scores, mean: by task, and over the tasks; None where there is no mean.
         bytes: of all weights.
+        bits_per_weight: of the whole model, where that is known.
         report: the whole report, or {} for a row of a results file.
     """
 
@@ -42,6 +43,7 @@ class Run:
     bytes: int | None
     report: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, str] = field(default_factory=dict)
+    bits_per_weight: float | None = None
 
     @classmethod
     def from_report(cls, report: dict[str, Any]) -> "Run":
@@ -62,6 +64,7 @@ class Run:
             bytes=report["bytes"],
             report=report,
             metrics=metric if isinstance(metric, dict) else {},
+            bits_per_weight=report.get("bits_per_weight"),
         )
 
     @classmethod
@@ -69,6 +72,7 @@ class Run:
         """A run from a row of a results file of `benchmarks.compare`."""
         metric = row.get("metric", "accuracy")
         fields = {name: row[name] for name in ("merge", "method", "bits", "group_size", "symmetric", "mean", "bytes")}
+        fields["bits_per_weight"] = row.get("bits_per_weight")
         return cls(name=row.get("suite", ""), metric=metric, scores=row[metric], **fields)
 
     @property
@@ -82,11 +86,13 @@ class Run:
 
     @property
     def weights(self) -> str:
-        """The grid in words."""
+        """The grid of the layers in the blocks in words."""
         if self.bits is None:
             return "full precision"
-        groups = "a row" if self.group_size == -1 else f"g{self.group_size}"
-        return f"{self.bits} bits, {groups}" + ("" if self.symmetric else ", asymmetric")
+        grids = {bits for row in stored_by_depth(self.report).values() for bits, _ in row.values()}
+        if len(grids) > 1:
+            return f"{min(grids)} to {max(grids)} bits, by layer"
+        return grid_text({"bits": self.bits, "group_size": self.group_size, "symmetric": self.symmetric})
 
     def metric_of(self, task: str | None) -> str:
         """The metric of a task, or that of the mean."""

@@ -23,10 +23,12 @@ from epmq.files import hash_file
 from epmq.merging.compatibility import open_experts
 from epmq.merging.experts import ExpertSet
 from epmq.merging.merged import MergedWeights
-from epmq.models.checkpoint import DTYPE_NAMES, HUB_PATTERNS, SINGLE, TensorSpec, byte_size
+from epmq.models.checkpoint import DTYPE_NAMES, HUB_PATTERNS, SINGLE, TensorSpec, bits_per_weight, byte_size
 from epmq.models.meta import named_class, tied_names
+from epmq.models.storage import Layout
 from epmq.models.writer import make_header
 from epmq.pipeline.cost import Plan, plan_of
+from epmq.pipeline.layout import LayoutPlanner
 from epmq.pipeline.prepare import PreparedRun
 from epmq.recipe import Recipe
 from epmq.reproduce.tables import DATASETS, Row, RunOptions, Shape, Table, load_table, locate, row_recipe
@@ -193,7 +195,11 @@ def _prepared_run(table: Table, recipe: Recipe) -> PreparedRun:
     if recipe.quantize.calibrates:
         batches = _random_batches(table.shapes["base"], experts.model.config, recipe.samples, recipe.batch_size)
         calibration = {expert.name: batches for expert in recipe.experts}
-    return PreparedRun(recipe, experts, MergedWeights(experts, recipe.merge, recipe.seed), calibration, {})
+    merged, settings = MergedWeights(experts, recipe.merge, recipe.seed), recipe.quantize
+    layout = Layout()
+    if settings.method != "none":
+        layout = LayoutPlanner(experts, settings).layout(calibrates=False, search=settings.scales == "search")
+    return PreparedRun(recipe, experts, merged, calibration, {}, layout=layout)
 
 
 def _random_batches(shape: Shape, config: Any, samples: int, batch_size: int) -> list[dict[str, torch.Tensor]]:
@@ -250,13 +256,16 @@ def _cost_table(forecast: Forecast) -> RichTable:
     rows = forecast.rows
     bits = next((row.bits for row in rows if row.bits is not None), None)
     size = "output MB" if bits is None else f"output MB, {bits} bits"
-    table = RichTable("merge", "method", "rows", "phases, s", "s a row", "peak MB", size, title_justify="left")
+    table = RichTable(
+        "merge", "method", "rows", "phases, s", "s a row", "peak MB", size, "bits a weight", title_justify="left"
+    )
     table.title = f"costs, without scoring, on this machine ({hardware()['accelerator'] or 'CPU'})"
     for (merge, method), plan in forecast.plans.items():
         count = sum((row.merge, row.method) == (merge, method) for row in rows)
         phases = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in plan.seconds.items())
+        whole = bits_per_weight(plan.output_bytes, plan.parameters)
         costs = sum(plan.seconds.values()), plan.peak_memory_mb, plan.output_bytes / 1e6
-        table.add_row(merge, method, str(count), phases, *(f"{cost:.0f}" for cost in costs))
+        table.add_row(merge, method, str(count), phases, *(f"{cost:.0f}" for cost in costs), f"{whole or 0:.2f}")
     total = sum(forecast.seconds(row) or 0.0 for row in rows)
     table.add_section()
     table.add_row("in all", "", str(len(rows)), "", f"{total:.0f}", "", "")

@@ -17,7 +17,7 @@ def row_result(table: Table, row: Row, report: Mapping[str, Any]) -> dict[str, A
 
     Args:
         report: `scores` and `mean_score` as shares of 1 and `seconds` by phase; where a checkpoint was written also
-            `bytes`, `peak_memory_mb` and `notes`, as in a run's report.
+            `bytes`, `bits_per_weight`, `peak_memory_mb` and `notes`, as in a run's report.
 
     Returns:
         plain values; scores are 0 to 100.
@@ -32,6 +32,7 @@ def row_result(table: Table, row: Row, report: Mapping[str, Any]) -> dict[str, A
         "scores": {task: round(100 * score, 4) for task, score in report["scores"].items()},
         "mean": round(100 * report["mean_score"], 4),
         "bytes": report.get("bytes"),
+        "bits_per_weight": report.get("bits_per_weight"),
         "seconds": report["seconds"],
         "peak_memory_mb": report.get("peak_memory_mb"),
         "notes": report.get("notes", []),
@@ -71,7 +72,8 @@ def with_published(table: Table, results: Sequence[Mapping[str, Any]]) -> list[d
 
 def cells(rows: Sequence[Mapping[str, Any]], tasks: Sequence[str]) -> tuple[list[str], list[list[str]]]:
     """Headings and cells of the table, as text; tasks have a column each."""
-    headings = ["merge", "method", "bits", *tasks, "mean", "published", "gap recovered", "published", "MB", "s"]
+    headings = ["merge", "method", "bits", *tasks, "mean", "published", "gap recovered", "published", "MB"]
+    headings += ["bits a weight", "s"]
     lines = []
     for entry in rows:
         scores, size, seconds = entry.get("scores") or {}, entry.get("bytes"), entry.get("seconds")
@@ -79,7 +81,9 @@ def cells(rows: Sequence[Mapping[str, Any]], tasks: Sequence[str]) -> tuple[list
         line += [_number(score) for score in (*map(scores.get, tasks), entry.get("mean"), entry["published_mean"])]
         shares = entry["gap_recovered"], entry["published_gap_recovered"]
         line += [None if share is None else f"{100 * share:.0f} %" for share in shares]
-        line += [_number(size and size / 1e6), None if seconds is None else f"{sum(seconds.values()):.0f}"]
+        bits = entry.get("bits_per_weight")
+        line += [_number(size and size / 1e6), None if bits is None else f"{bits:.2f}"]
+        line += [None if seconds is None else f"{sum(seconds.values()):.0f}"]
         lines.append(["" if cell is None else str(cell) for cell in line])
     return headings, lines
 
