@@ -1,5 +1,6 @@
 """Small models whose forward is not one call of every block, and experts of them on disk."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -66,14 +67,19 @@ def image_text_batch(seed: int) -> dict[str, Tensor]:
 
 def saved_recipe(folder: Path, build: Callable[[], Any], method: str = "gptq", **fields: Any) -> dict[str, Any]:
     """Base and two experts of a kind on disk."""
-    build().save_pretrained(folder / "base")
+    base = build()
+    base.save_pretrained(folder / "base")
     for seed, name in enumerate(("one", "two"), start=1):
-        perturbed(build(), seed).save_pretrained(folder / name)
+        perturbed(copy.deepcopy(base), seed).save_pretrained(folder / name)
     experts = [{"name": name, "model": str(folder / name)} for name in ("one", "two")]
     quantize = {"method": method, "bits": 8}
     return {"base": str(folder / "base"), "experts": experts, "quantize": quantize, "format": "dequantized", **fields}
 
 
-def prepared_run(folder: Path, build: Callable[[], Any], calibration: dict[str, Any], method: str) -> PreparedRun:
-    """A run over those that has been checked."""
-    return prepare(load_recipe(saved_recipe(folder, build, method)), evaluate=False, calibration=calibration)
+def prepared_run(
+    folder: Path, build: Callable[[], Any], calibration: dict[str, Any], method: str, **quantize: Any
+) -> PreparedRun:
+    """A run over those that has been checked; `quantize` are more settings of the method."""
+    recipe = saved_recipe(folder, build, method)
+    recipe["quantize"] |= quantize
+    return prepare(load_recipe(recipe), evaluate=False, calibration=calibration)

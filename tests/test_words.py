@@ -17,7 +17,6 @@ NAMES = {
     "Sum": "ResidualAdd",
     "Aim": "LayerTarget",
     "Tap": "collect",
-    "Form": "TensorSpec",
     "Job": "PreparedRun",
     "Work": "Workdir",
     "add_times": "addmm_",

@@ -35,12 +35,13 @@ def test_errors_in_the_stream_count_by_their_share_of_the_experts_token():
     )
     group = SimpleNamespace(
         names=("inner",),
+        features=0.0,
         modules=[block.inner],
         target=LayerTarget(["inner"], add=ResidualAdd("norm", torch.full((5,), 2.0), "x")),
         track_largest=lambda inputs: None,
     )
     moments, teacher = Moments(5), SimpleNamespace(take=lambda index, point: [theirs])
-    InputCollector(step, group, moments, teacher, features=False).add_batch(0, 0)
+    InputCollector(step, group, moments, teacher).add_batch(0, 0)
 
     inputs = torch.tanh(rows)
     size = theirs.square().mean(-1).sqrt()

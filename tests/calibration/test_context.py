@@ -7,6 +7,7 @@ from epmq.calibration.context import CalibrationContext
 from epmq.merging.compatibility import open_experts
 from epmq.merging.merged import MergedWeights
 from epmq.method_settings import quantize_settings
+from epmq.models.storage import Layout
 from epmq.recipe_file import load_recipe
 
 
@@ -16,7 +17,7 @@ def test_guidance_is_that_of_the_settings_and_nothing_runs_or_is_offloaded_by_de
     merged, cpu = MergedWeights(experts, recipe.merge), torch.device("cpu")
     for method in ("gptq", "e_pmq", "expert_guided"):
         settings = quantize_settings(method=method)
-        context = CalibrationContext(experts, merged, settings, {"one": 0.5, "two": 0.5}, cpu)
+        context = CalibrationContext(experts, merged, settings, Layout(), {"one": 0.5, "two": 0.5}, cpu)
         assert context.guidance == settings.guidance() and context.guidance.experts == settings.guided
         assert context.teachers == {}
         large = torch.zeros(1 << 19)

@@ -18,6 +18,7 @@ from epmq.pipeline.prepare import PreparedRun, prepare
 from epmq.pipeline.run import calibration_batches, calibration_engine
 from epmq.quantization.grid import QuantizedTensor
 from epmq.recipe_file import load_recipe
+from tests.kit.quantized import PLAIN_OUTSIDE
 
 
 def quantized(recipe: dict[str, Any]) -> tuple[PreparedRun, list[Batch], list[LayerReport], dict[str, Any]]:
@@ -113,7 +114,7 @@ def test_experts_that_are_copies_of_the_merge_give_gptq(pool):
     paper = {"method": "e_pmq", "anchor_strength": 0.01}
     ours = {"method": "expert_guided", "anchor_strength": 0.5, "anchor_scale": 1, "damping": 0.01}
     for settings in ({"method": "gptq"}, paper, ours):
-        tensors = quantized({**recipe, "quantize": settings})[3]
+        tensors = quantized({**recipe, "quantize": {**settings, **PLAIN_OUTSIDE}})[3]
         results.append({name: weight for name, weight in tensors.items() if isinstance(weight, QuantizedTensor)})
     plain, *guided = results
     for weights in guided:
@@ -181,7 +182,7 @@ def test_batches_need_not_call_the_same_blocks(tmp_path, method):
     prepared = prepared_run(tmp_path, llava, calibration, method)
     _, batches, reports, _ = in_memory(prepared)
     reported = {report.name: report.tokens for report in reports}
-    assert set(reported.values()) == {3 * 3 * 8, 3 * 5} and len(reported) == 2 * 6 + 2 * 7
+    assert set(reported.values()) == {3 * 3 * 8, 3 * 5} and len(reported) == 2 * 6 + 2 * 7 + 1  # the output layer
     assert reported == tokens_seen(prepared, batches, set(reported))
     assert "model.vision_tower.encoder.layers is not calibrated on two" in " ".join(prepared.experts.notes)
 

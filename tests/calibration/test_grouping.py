@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from epmq.calibration.grouping import LayerTarget, find_layer_targets
+from epmq.calibration.grouping import LayerTarget, find_targets
 from epmq.calibration.residual import ResidualAdd
 
 
@@ -40,6 +40,7 @@ class Windows(nn.Module):
 def step_of(block: nn.Module, *inputs: Any) -> Any:
     """A step whose block is called with these, batch by batch."""
     return SimpleNamespace(
+        name="",
         block=block,
         lockstep=True,
         members=[(index, None) for index in range(len(inputs))],
@@ -52,7 +53,7 @@ def test_layers_that_see_some_tokens_only_are_found_on_all_batches():
     none, some = -torch.ones(2, 3, 4), torch.ones(2, 3, 4)
     some[0] = -1
     for inputs in ([none, some], [some, none], [some, some]):
-        targets, idle = find_layer_targets(step_of(Mixture(), *inputs), stream=False)
+        targets, idle = find_targets(step_of(Mixture(), *inputs), stream=False)
         assert targets == [LayerTarget(["shared"]), LayerTarget(["routed"], waits=False, routed=True)]
         assert idle == ["idle"]
 
@@ -60,7 +61,7 @@ def test_layers_that_see_some_tokens_only_are_found_on_all_batches():
 @torch.no_grad()
 def test_rows_that_follow_from_shapes_are_not_routed():
     inputs = torch.randn(2, 3, 4)
-    assert find_layer_targets(step_of(Windows(), inputs, inputs), stream=False) == ([LayerTarget(["inner"])], [])
+    assert find_targets(step_of(Windows(), inputs, inputs), stream=False) == ([LayerTarget(["inner"])], [])
 
 
 def test_an_expert_is_asked_only_for_what_has_the_same_tokens():

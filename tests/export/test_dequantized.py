@@ -4,6 +4,7 @@ from conftest import perturbed
 from transformers import GPT2Config, GPT2Model
 
 from epmq.export import dequantized
+from epmq.export.form import Form
 from epmq.models.checkpoint import DTYPES
 from epmq.pipeline.run import run
 from epmq.quantization.grid import Grid
@@ -32,12 +33,13 @@ def test_layers_that_are_no_linear_are_written_plain_or_refused(tmp_path):
 @pytest.mark.parametrize("transposed", [False, True])
 def test_tensors_are_as_their_specs_say_and_give_the_weight_back(transposed):
     weight = quantized_tensor(Grid(4, 32, False))
+    form = Form(weight.grid, torch.bfloat16, torch.bfloat16, transposed)
     codes, before = weight.codes.clone(), weight.dequantize()
-    tensors = dequantized.tensors("layer", weight, transposed)
-    specs = dequantized.specs("layer", (5, 64), weight.grid, "BF16", transposed)
+    tensors = dequantized.tensors("layer", weight, form)
+    specs = dequantized.specs("layer", (5, 64), form)
     assert {name: (DTYPES[dtype], shape) for name, (dtype, shape) in specs.items()} == {
         name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()
     }
     assert list(tensors) == ["layer.weight"]
-    assert torch.equal(dequantized.weight("layer", tensors.__getitem__, weight.grid, transposed), before)
+    assert torch.equal(dequantized.weight("layer", tensors.__getitem__, form), before)
     assert torch.equal(weight.codes, codes) and torch.equal(weight.dequantize(), before)

@@ -19,6 +19,7 @@ from tokenizers.processors import TemplateProcessing
 from tests.kit.architecture_kinds import Architecture
 from tests.kit.architectures import ARCHITECTURES
 from tests.kit.comparison import fine_tuned
+from tests.kit.quantized import PLAIN_OUTSIDE
 
 if TYPE_CHECKING:
     from tests.kit.combinations import Combination
@@ -138,7 +139,7 @@ def write_files(combination: Combination, folder: Path) -> Files:
         "base": str(folder / "base"),
         "experts": experts,
         "merge": {"method": "task_arithmetic", "scaling": combination.scaling},
-        "quantize": combination.quantize,
+        "quantize": (PLAIN_OUTSIDE if combination.quantize["method"] != "none" else {}) | combination.quantize,
         "format": combination.form,
         "output": str(folder / "out"),
         **{"samples": 8, "batch_size": 4},

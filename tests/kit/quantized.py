@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from epmq.quantization.grid import Grid, QuantizedTensor
+
+# Settings of a quantizer under which all that lies outside the blocks is stored as it is merged, in its own dtype.
+PLAIN_OUTSIDE: dict[str, Any] = {
+    "embeddings": 16,
+    "output_layer": 16,
+    "rest": "as-stored",
+    "scale_dtype": "as-stored",
+}
 
 
 def quantized_tensor(

@@ -14,10 +14,12 @@ from families import FAMILIES
 
 import epmq
 from epmq.calibration.sequential import Batch, SequentialCalibrator
-from epmq.models.blocks import find_stacks, linears
+from epmq.models.blocks import LINEAR, find_stacks, linears
 from epmq.models.loading import load_model
 from epmq.pipeline.run import run
 
+# Ends of the names of tables of tokens.
+TABLES = ("word_embeddings", "embed_tokens", "shared", "wte", "token_embedding")
 QUIET: dict[str, Any] = {"progress": False, "evaluate": False}
 
 
@@ -82,6 +84,32 @@ def real_tokens(batches: list[dict[str, torch.Tensor]], stack: str, crossing: bo
     return total
 
 
+def check_outside(found: dict[str, Any], model: Any, calibration: dict[str, Any]) -> None:
+    """Tables are rounded; other matrices outside the blocks are calibrated, a generator's output layer on tokens.
+
+    CLIP's text blocks run after its `visual_projection`, which is rounded.
+    """
+    blocks = tuple(f"{stack.name}." for stack in find_stacks(model))
+    tables = [one for name, one in model.named_modules() if name.endswith(TABLES)]
+    output, names = model.get_output_embeddings(), dict[int, str]()
+    for name, module in model.named_modules():
+        if module in tables or (isinstance(module, LINEAR) and not name.startswith(blocks)):
+            names.setdefault(id(module.weight), name)
+    assert set(found) == set(names.values())
+    for name, layer in found.items():
+        module = model.get_submodule(name)
+        if module in tables:
+            assert (layer["bits"], layer["loss"], layer["tokens"]) == (8, None, 0), name
+            continue
+        per_task = [
+            real_tokens(b, "decoder", False) if "decoder_input_ids" in b[0] else real_tokens(b, "", False)
+            for b in calibration.values()
+        ]
+        sequences = sum(len(next(iter(batch.values()))) for b in calibration.values() for batch in b)
+        tokens = sum(per_task) if module is output else 0 if name == "visual_projection" else sequences
+        assert layer["tokens"] == tokens and (layer["loss"] is not None) == (tokens > 0), name
+
+
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_merge_quantize_export_and_reload(family, stream, tmp_path):
@@ -101,9 +129,10 @@ def test_merge_quantize_export_and_reload(family, stream, tmp_path):
         for i, block in enumerate(stack.blocks)
         for name, _ in linears(block)
     }
-    assert {layer["name"] for layer in report["layers"]} == wanted.keys()
-    for layer in report["layers"]:
-        name, stack = layer["name"], wanted[layer["name"]]
+    layers = {layer["name"]: layer for layer in report["layers"]}
+    check_outside({name: layer for name, layer in layers.items() if name not in wanted}, model, calibration)
+    for name, stack in wanted.items():
+        layer = layers[name]
         crossing = ("EncDecAttention" in name or "encoder_attn" in name) and name.endswith(
             (".k", ".v", "k_proj", "v_proj")
         )

@@ -8,7 +8,7 @@ from conftest import padded_batches, recipe_for
 from transformers import BertModel
 
 from epmq.models.checkpoint import Checkpoint
-from epmq.models.loading import load_model, plain_tensors, why_not_direct
+from epmq.models.loading import load_model, plain_tensors, stored_dtype, why_not_direct
 from epmq.pipeline.run import run
 
 
@@ -40,7 +40,7 @@ def test_packed_and_plain_files_are_one_model(outputs):
 
 def test_tensors_are_unpacked_one_by_one(outputs):
     packed, plain = Checkpoint(outputs / "packed"), Checkpoint(outputs / "plain")
-    readers = plain_tensors(packed, packed.config["quantization_config"])
+    readers = plain_tensors(packed, packed.config["quantization_config"], stored_dtype(packed.config))
     assert set(readers) == set(plain.names) and set(plain_tensors(plain, {})) == set(plain.names)
     assert all(torch.equal(read(), plain.tensor(name)) for name, read in readers.items())
 

@@ -82,7 +82,8 @@ def test_an_expert_that_is_removed_under_us_can_be_put_back(pool, tmp_path, monk
 
     def remove(journal, name, reports):
         append(journal, name, reports)
-        file.rename(tmp_path / "away")
+        if len(journal) == 2:
+            file.rename(tmp_path / "away")
 
     recipe = recipe_for(tmp_path / "pool", output=str(tmp_path / "out"), quantize={"method": "gptq"})
     with monkeypatch.context() as patch:

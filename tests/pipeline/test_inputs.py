@@ -197,7 +197,7 @@ def test_pictures_go_into_texts_by_the_joint_processor(tmp_path):
     llava(tmp_path)
     report = run(recipe(tmp_path, image_rows(tmp_path, "user <image> the cat sat")), progress=False)
     tokens = {layer["name"].partition(".layers")[0]: layer["tokens"] for layer in report["layers"]}
-    assert set(tokens.values()) == {2 * 5, 2 * 8}  # four patches and the class; four patches and four words
+    assert set(tokens.values()) - {0} == {2 * 5, 2 * 8}  # four patches and the class; four patches and four words
     with pytest.raises(ValueError, match=r"LlavaProcessor cannot take them .* 0 <image> tokens"):
         prepared(recipe(tmp_path, image_rows(tmp_path, "the cat"), output=None))
 

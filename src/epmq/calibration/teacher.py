@@ -64,12 +64,12 @@ class Teacher:
         Raises:
             RuntimeError: the expert's next block is another one.
         """
-        step = self.step = next(self._steps, None)
-        if step is None or step.name != block:
-            at = "its end" if step is None else f"block {step.name}"
-            raise RuntimeError(f"expert {self.task} is at {at}, the merged model at {block}")
         names: Sequence[str] = self._calls.order if self._calls.repeated else [block] if block else []
-        with self._loaded(names):
+        with self._loaded(names):  # where blocks are called repeatedly, the way to the next step runs them
+            step = self.step = next(self._steps, None)
+            if step is None or step.name != block:
+                at = "its end" if step is None else f"block {step.name}"
+                raise RuntimeError(f"expert {self.task} is at {at}, the merged model at {block}")
             for position, _ in step.members:
                 self._keep(step, position, Counter(points))
         step.finish()

@@ -37,8 +37,8 @@ def load_model(path: str | Path, config: dict[str, Any], **settings: Any) -> Any
             return model_class.from_pretrained(path, **settings).eval()
         plain = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
         del plain.quantization_config
-        dtype = settings["dtype"] if isinstance(settings["dtype"], torch.dtype) else stored_dtype(config)
-        state = {name: read() for name, read in plain_tensors(checkpoint, quantization, dtype).items()}
+        readers = plain_tensors(checkpoint, quantization, stored_dtype(config))
+        state = {name: read() for name, read in readers.items()}
         return model_class.from_pretrained(None, config=plain, state_dict=state, **settings).eval()
 
 

@@ -205,7 +205,7 @@ class LayoutPlanner:
         scale = _dtype_of(self._settings.scale_dtype, stored)
         if grid is None or stored is None or scale is None:
             return Storage(stored, None, None, solved)
-        return Storage(torch.promote_types(stored, scale), grid, scale, solved)
+        return Storage(stored, grid, scale, solved)
 
     def _rest(self, name: str) -> Storage:
         """How a tensor is stored that is not quantized; buffers are no weights, and stay as they are."""
