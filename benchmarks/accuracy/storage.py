@@ -3,8 +3,8 @@
 Expert-guided on Task Arithmetic, on test data, over three draws. Two sets of rows:
 
 * `tables`: 4 bits, one scale a row, with tables and output layer at 16, 8 (the default) and 4 bits;
-* `budgets`: 3 and 2 bits in groups of 64 everywhere, tables too, with zero points; and as large a file whose bits are
-  chosen layer by layer (`quantize.size`).
+* `budgets`: 3 and 2 bits in groups of 64 with zero points, and tables of 8 bits; and as large a file whose bits are
+  chosen layer by layer and table by table (`quantize.size`).
 
 Every run goes to `benchmarks/results/storage.json` when it is done; runs that are there already are kept unless
 `--fresh` is given. With `--validation` nothing is kept: scores on validation data, for choices. `python -m
@@ -34,12 +34,6 @@ CALIBRATION = {suite: samples // 2 for suite, samples in SAMPLES.items()}
 GROUPS = {"group_size": 64, "symmetric": False}
 
 
-def _everywhere(bits: int) -> dict[str, Any]:
-    """So many bits in groups of 64, in the blocks and outside."""
-    part = {"bits": bits, "group_size": 64}
-    return {"bits": bits, **GROUPS, "embeddings": part, "output_layer": part}
-
-
 SETS: dict[str, dict[str, dict[str, Any]]] = {
     "tables": {
         "16": {"bits": 4, "embeddings": 16, "output_layer": 16},
@@ -47,9 +41,9 @@ SETS: dict[str, dict[str, dict[str, Any]]] = {
         "4": {"bits": 4, "embeddings": 4, "output_layer": 4},
     },
     "budgets": {
-        "3 bits": _everywhere(3),
+        "3 bits": {"bits": 3, **GROUPS},
         "chosen, as large as 3 bits": {"bits": 4, **GROUPS},
-        "2 bits": _everywhere(2),
+        "2 bits": {"bits": 2, **GROUPS},
         "chosen, as large as 2 bits": {"bits": 4, **GROUPS},
     },
 }

@@ -30,8 +30,8 @@ from epmq.quantization.stacked import Solved, solve
 
 # Halvings of the interval in which λ lies.
 HALVINGS = 100
-# At which of the grids, by rising bits, it is seen what a loss is worth: the lowest may be beyond all proportion.
-REFERENCE = 1
+# The bits at which it is seen what a loss is worth: with fewer a layer may be beyond all proportion.
+REFERENCE = 3
 TINY = 1e-30
 
 # Layer → what it costs on each of the grids that it may have.
@@ -68,7 +68,7 @@ class MeasuringEngine(CalibrationEngine):
                 for number, one in enumerate(solve(target, problem.factor, hessian, parts, search)):
                     losses[number][grid] = losses[number].get(grid, 0.0) + one.loss
                     grids = free.get(group.layers[number], ())
-                    references[number] = one if grids and grid == grids[REFERENCE] else references[number]
+                    references[number] = one if grid in grids and grid.bits == REFERENCE else references[number]
         stream = _Stream(step) if isinstance(step, BlockStep) and step.lockstep and not alone else None
         for number, layer in enumerate(group.layers):
             reference = references[number]
