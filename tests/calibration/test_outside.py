@@ -1,6 +1,7 @@
 """The linear layers after the last block."""
 
 import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -48,7 +49,7 @@ def test_an_output_layer_is_gptq_on_what_it_reads_without_padding(tmp_path):
     block, reports = solved(prepared)
     model = prepared.experts.model
     hessian, tokens = torch.zeros(64, 64), 0
-    for task, batches in calibration().items():
+    for batches in calibration().values():
         rows = []
         for batch in batches:
             hidden = model.model(**batch).last_hidden_state
@@ -146,9 +147,9 @@ def test_a_run_that_stops_anywhere_goes_on_to_the_same_bytes(language, tmp_path,
     report = run(fields, calibration=calibration(), **QUIET)
     resumed = f"{entries - 1} of 3 blocks were finished by a run that was stopped"
     assert (resumed in report["notes"]) == (entries > 1)
-    whole = tmp_path / "out" / "model.safetensors"
-    expected = language["base"].removesuffix("base") + "whole/model.safetensors"
-    assert whole.read_bytes() == open(expected, "rb").read()
+    folders = tmp_path / "out", Path(language["base"]).parent / "whole"
+    files = [(folder / "model.safetensors").read_bytes() for folder in folders]
+    assert files[0] == files[1]
 
 
 @torch.no_grad()
