@@ -43,6 +43,18 @@ SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "user", "assistant"]
 WORDS = ["the", "cat", "dog", "sat", "ran", "mat", "tree", "red", "blue", "big"]
 TEMPLATE = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }}[SEP]{% endfor %}"
 SIZE = 32
+# Settings of which damage makes bad ones.
+STORED: dict[str, Any] = {
+    "method": "gptq",
+    "bits": 4,
+    "group_size": 32,
+    "embeddings": {"bits": 4, "group_size": 32},
+    "output_layer": {"bits": 4, "group_size": 32},
+    "rest": "auto",
+    "scale_dtype": "float16",
+    "overrides": [{"layers": "*.0.*", "bits": 8}, {"layers": "re:.*1.*", "skip": True}],
+    "drop_unused": False,
+}
 
 
 def open_recipe(folder: Path) -> None:
@@ -84,6 +96,7 @@ def write_recipe(folder: Path, calibration: str, evaluation: str | None = None, 
     if evaluation is not None:
         expert["evaluation"] = {"path": evaluation}
     content = {"base": "base", "experts": [expert], "output": str(folder / OUTPUT), "max_length": 8, **settings}
+    content["quantize"] = STORED
     (folder / RECIPE).write_text(yaml.safe_dump(content))
 
 

@@ -72,7 +72,9 @@ def test_a_quantized_output_is_untied_too(tmp_path):
     base, two = (weights(tmp_path / name)["model.embed_tokens.weight"] for name in ("base", "two"))
     assert expected[1] is None
     lm_head = base + 0.5 * (expected[0] - base + two - base)
-    recipe = recipe_of(tmp_path, merge={"method": "task_arithmetic", "scaling": 0.5}, quantize={"method": "gptq", **PLAIN_OUTSIDE})
+    recipe = recipe_of(
+        tmp_path, merge={"method": "task_arithmetic", "scaling": 0.5}, quantize={"method": "gptq", **PLAIN_OUTSIDE}
+    )
     run(recipe, calibration={name: [IDS] for name in ("one", "two")}, **QUIET)
     torch.testing.assert_close(epmq.load(tmp_path / "out").backbone.lm_head.weight, lm_head, rtol=0, atol=1e-6)
 

@@ -1,17 +1,25 @@
 """How tensors are stored."""
 
+from typing import Any
+
 import torch
 
 from epmq.models.storage import Layout, Storage, join, storage_bits
 from epmq.quantization.grid import Grid
 from epmq.quantization.rtn import rtn
 
-HALF = torch.float16
+HALF, EIGHT = torch.float16, Grid(8)
 
 
-def layout(grid: Grid = Grid(8), **fields: object) -> Layout:
+def layout(grid: Grid = EIGHT, **fields: Any) -> Layout:
     table = Storage(torch.float32, grid, HALF)
-    of = {"table.weight": table, "late.weight": table, "norm.weight": Storage(HALF), "ids": Storage(), "kept": Storage()}
+    of = {
+        "table.weight": table,
+        "late.weight": table,
+        "norm.weight": Storage(HALF),
+        "ids": Storage(),
+        "kept": Storage(),
+    }
     return Layout(of, **fields)
 
 
@@ -39,7 +47,9 @@ def test_rows_that_come_in_parts_are_rounded_as_the_whole():
             assert torch.equal(getattr(whole, name), getattr(parts, name))
         read = layout(grid).as_stored("table.weight", lambda name: weight)
         codes = whole.codes.reshape(10, -1, grid.width(64)).float() - whole.zero_point.float()[..., None]
-        assert torch.equal(read, (codes * whole.scale.float()[..., None]).reshape(10, 64)) and read.dtype == torch.float32
+        assert (
+            torch.equal(read, (codes * whole.scale.float()[..., None]).reshape(10, 64)) and read.dtype == torch.float32
+        )
 
 
 def test_what_is_solved_after_the_last_block_is_read_as_it_is_merged():

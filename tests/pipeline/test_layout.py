@@ -76,14 +76,25 @@ def test_what_is_tied_goes_by_any_of_its_names(tied):
         {"embeddings": 4},
         {"embeddings": 4, "output_layer": {"bits": 4, "group_size": 32}},
         {"overrides": [{"layers": "lm_head", "bits": 4, "group_size": 32}]},
-        {"overrides": [{"layers": "*embed*", "bits": 4, "group_size": 32}, {"layers": "lm_head", "bits": 4, "group_size": 32}]},
+        {
+            "overrides": [
+                {"layers": "*embed*", "bits": 4, "group_size": 32},
+                {"layers": "lm_head", "bits": 4, "group_size": 32},
+            ]
+        },
     ):
         assert tied_layout(tied, **settings).grid("model.embed_tokens") == Grid(4, 32), settings
 
 
 WRONG = [
-    ({"overrides": [{"layers": "*", "bits": 8}, {"layers": "mlp", "bits": 8}]}, r"quantize\.overrides\.1\.layers: 'mlp' matches no layer"),
-    ({"embeddings": {"bits": 4, "group_size": 128}}, rf"quantize\.embeddings: {TABLE}: group size 128 does not divide 64"),
+    (
+        {"overrides": [{"layers": "*", "bits": 8}, {"layers": "mlp", "bits": 8}]},
+        r"quantize\.overrides\.1\.layers: 'mlp' matches no layer",
+    ),
+    (
+        {"embeddings": {"bits": 4, "group_size": 128}},
+        rf"quantize\.embeddings: {TABLE}: group size 128 does not divide 64",
+    ),
     ({"overrides": [{"layers": QUERY, "group_size": 128}]}, r"quantize\.overrides\.0: .*query: group size 128"),
     ({"drop_unused": True}, r"quantize\.drop_unused: .* rtn has none"),
 ]

@@ -61,6 +61,10 @@ def yaml_code(content: bytes, rng: random.Random) -> bytes:
     return content + field + b": " + rng.choice(tags) + b"\n"
 
 
+# Fields of a quantizer about how tensors are stored.
+STORAGE = ("embeddings", "output_layer", "overrides", "rest", "scale_dtype", "budget", "size", "drop_unused", "skip")
+
+
 def yaml_field(content: bytes, rng: random.Random) -> bytes:
     """Put something else in the place of one value of a recipe, or add a field."""
     import yaml
@@ -80,6 +84,8 @@ def yaml_field(content: bytes, rng: random.Random) -> bytes:
             "max_length",
             "format",
         )
+        if "group_size" in node and rng.random() < 0.5:
+            more = STORAGE
         key = rng.choice((*more, "text", "label", "subset", "split", "activations", "bits", "task_weights", "scaling"))
     node[key] = value(rng)
     return yaml.safe_dump(tree).encode()
