@@ -67,7 +67,8 @@ class LayoutPlanner:
         chosen = self._overridden(parts)
         of = {name: self._rest(name) for name in self._experts.names}
         dropped = tuple(name for name in of if self._settings.drop_unused and name.rpartition(".")[0] in self._unread)
-        late = [layer for layer in (*self._late, *self._output) if layer in parts and layer not in self._unread]
+        reached = dict.fromkeys((*(layer for layer in self._late if layer not in self._output), *self._output))
+        late = [layer for layer in reached if layer in parts and layer not in self._unread]
         late = [layer for layer in late if calibrates and not self._kept(chosen[layer], parts[layer])]
         for layer, part in parts.items():
             grid, override = self._grid(layer, part, chosen[layer])
