@@ -23,6 +23,7 @@ SECTIONS: dict[str, Callable[[Any], str]] = {
     "limits": accuracy.limits_table,
     "crossed": accuracy.crossed_table,
     "codes": accuracy.codes_table,
+    "storage": accuracy.storage_tables,
     "reproduce": speed.reproduce_table,
     "solver": speed.solver_table,
     "whole_run": speed.whole_run_table,

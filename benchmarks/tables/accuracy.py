@@ -9,6 +9,7 @@ from typing import Any
 from benchmarks import RESULTS
 from benchmarks.accuracy.ablation import STEPS
 from benchmarks.accuracy.crossed import CHOSEN_ON, chosen
+from benchmarks.accuracy.storage import SETS
 from benchmarks.records import read_rows
 from benchmarks.tables.markdown import SUITES, TITLES, grid, measured, metric, percent, score, table, used
 from epmq.reporting.scores import gap_recovered
@@ -127,6 +128,28 @@ def codes_table(results: dict[str, Any]) -> str:
     ways = results["rows"][0]["loss"]
     lines = [[way, *(f"{row['loss'][way]:.3f}" for row in results["rows"])] for way in ways]
     return "\n".join([table(head, lines), "", measured([results])])
+
+
+def storage_tables(rows: list[dict[str, Any]]) -> str:
+    """Markdown: a table a set of rows, suites down and rows across: scores over the draws, and the size of the file."""
+    parts = []
+    for title, names in (("tables at", SETS["tables"]), ("", SETS["budgets"])):
+        head = ["suite", "draws", *(cell for name in names for cell in (f"{title} {name}".strip(), "MB"))]
+        lines = []
+        for suite in SUITES:
+            runs = {name: [row for row in rows if (row["suite"], row["row"]) == (suite, name)] for name in names}
+            if any(runs.values()):
+                draws = " to ".join(sorted({str(len(of_row)) for of_row in runs.values() if of_row}))
+                lines.append(
+                    [suite, draws, *(cell for of_row in runs.values() for cell in (spread(of_row), size(of_row)))]
+                )
+        parts += [table(head, lines), ""] if lines else []
+    return "\n".join([*parts, measured(rows)])
+
+
+def size(runs: list[dict[str, Any]]) -> str:
+    """MB of the file of some runs, which have the same layout or limit."""
+    return f"{statistics.mean(run['bytes'] for run in runs) / 1e6:.1f}" if runs else "–"
 
 
 def summary(suites: dict[str, list[dict[str, Any]]]) -> str:

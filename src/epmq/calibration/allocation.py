@@ -16,6 +16,7 @@ from epmq.calibration.collect import LayerGroup
 from epmq.calibration.engine import Block, CalibrationEngine
 from epmq.calibration.outside import OutsideStep
 from epmq.calibration.sequential import Batch, BlockStep
+from epmq.calibration.tiles import TiledLayer
 from epmq.errors import InputError
 from epmq.merging.readers import TensorReader
 from epmq.models.blocks import as_matrix
@@ -29,8 +30,8 @@ from epmq.quantization.stacked import Solved, solve
 
 # Halvings of the interval in which λ lies.
 HALVINGS = 100
-# At which of the grids, by rising bits, it is seen what a loss is worth: the lowest may be beyond all proportion.
-REFERENCE = 1
+# The bits at which it is seen what a loss is worth: with fewer a layer may be beyond all proportion.
+REFERENCE = 3
 TINY = 1e-30
 
 # Layer → what it costs on each of the grids that it may have.
@@ -50,24 +51,32 @@ class MeasuringEngine(CalibrationEngine):
         self.costs = {}
         yield from super().__iter__()
 
-    def _solve(self, step: BlockStep | OutsideStep, group: LayerGroup, block: Block) -> None:
-        problem, free, search = group.problem(), self.context.layout.free, self.context.layout.search
-        target, hessian = problem.target, problem.hessian
-        for local, module, weight in zip(group.names, group.modules, torch.split(target, group.rows)):
-            set_tensor(step.block, f"{local}.weight", as_matrix(module, weight))
-        energies = [float(one.sum()) for one in torch.split(hessian_loss(target, hessian), group.rows)]
-        solved = dict[Grid, list[Solved]]()
-        for grid in dict.fromkeys(grid for layer in group.layers for grid in free.get(layer, ())):
-            parts = [replace(part, grid=grid) for part in group.parts]
-            solved[grid] = solve(target, problem.factor, hessian, parts, search)
-        stream = _Stream(step) if isinstance(step, BlockStep) and step.lockstep else None
+    def _solve(self, step: BlockStep | OutsideStep, group: LayerGroup | TiledLayer, block: Block) -> None:
+        free, search, alone = self.context.layout.free, self.context.layout.search, isinstance(group, TiledLayer)
+        energies, losses = [0.0] * len(group.names), [dict[Grid, float]() for _ in group.names]
+        references: list[Solved | None] = [None] * len(group.names)
+        for tile in group.tiles():
+            problem = tile.problem()
+            target, hessian = problem.target, problem.hessian
+            for local, module, weight in zip(tile.names, tile.modules, torch.split(target, tile.rows)):
+                if not alone:
+                    set_tensor(step.block, f"{local}.weight", as_matrix(module, weight))
+            for number, energy in enumerate(torch.split(hessian_loss(target, hessian), tile.rows)):
+                energies[number] += float(energy.sum())
+            for grid in dict.fromkeys(grid for layer in group.layers for grid in free.get(layer, ())):
+                parts = [replace(part, grid=grid) for part in tile.parts]
+                for number, one in enumerate(solve(target, problem.factor, hessian, parts, search)):
+                    losses[number][grid] = losses[number].get(grid, 0.0) + one.loss
+                    grids = free.get(group.layers[number], ())
+                    references[number] = one if grid in grids and grid.bits == REFERENCE else references[number]
+        stream = _Stream(step) if isinstance(step, BlockStep) and step.lockstep and not alone else None
         for number, layer in enumerate(group.layers):
-            grids = free.get(layer, ())
-            if grids:
-                one = solved[grids[REFERENCE]][number]
-                moved = stream.moved_by(group, number, one.weight) if stream is not None and one.loss else 0.0
-                worth = moved / one.loss if moved else 1 / max(energies[number], TINY)
-                self.costs[layer] = {grid: solved[grid][number].loss * worth for grid in grids}
+            reference = references[number]
+            if reference is None:
+                continue
+            moved = stream.moved_by(group, number, reference.weight) if stream is not None and reference.loss else 0.0
+            worth = moved / reference.loss if moved else 1 / max(energies[number], TINY)
+            self.costs[layer] = {grid: losses[number][grid] * worth for grid in free[layer]}
 
 
 class _Stream:
@@ -79,7 +88,7 @@ class _Stream:
             position: first_tensor(step.run(position)).float() for position, batch in step.members if not batch.index
         }
 
-    def moved_by(self, group: LayerGroup, number: int, weight: Tensor) -> float:
+    def moved_by(self, group: LayerGroup | TiledLayer, number: int, weight: Tensor) -> float:
         """The share of the stream, ‖Δz‖² / ‖z‖², that moves with another weight [out, in] in one of the layers."""
         name, module, shares = f"{group.names[number]}.weight", group.modules[number], list[float]()
         plain = module.get_parameter("weight").detach()

@@ -1,9 +1,9 @@
 """What is collected for the layers of a block: their inputs' moments, beside what the experts have in their place."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from epmq.calibration.residual import ResidualAdd
 from epmq.calibration.sequential import BlockStep
 from epmq.calibration.teacher import Teacher
 from epmq.errors import error_context
-from epmq.merging.readers import TensorReader
+from epmq.merging.readers import BaseReader, ExpertReader, rows_of
 from epmq.models.blocks import as_matrix
 from epmq.models.hooks import HookPoint, watch
 from epmq.models.storage import join
@@ -23,6 +23,9 @@ from epmq.quantization.factor import Factor
 from epmq.quantization.hessian import Moments
 from epmq.quantization.objective import Objective
 from epmq.quantization.stacked import Part
+
+if TYPE_CHECKING:
+    from epmq.calibration.tiles import TiledLayer
 
 # Tokens smaller than this share of the batch's median count as if they were as large.
 SMALLEST = 0.01
@@ -42,6 +45,8 @@ class Problem:
 class LayerGroup:
     """The layers of a block that share an input, stacked, with what is collected for them.
 
+    `part` are some rows of a single layer, which is all there is of it here.
+
     Attributes:
         names, layers, modules, rows: the layers, by their names within the block and in the model, and their output
             sizes.
@@ -54,14 +59,21 @@ class LayerGroup:
         largest: the largest input there was, where the weights are stored in float16, which may not hold it.
     """
 
-    def __init__(self, context: CalibrationContext, step: BlockStep | OutsideStep, target: LayerTarget) -> None:
-        self._context, self._block = context, step.name
+    def __init__(
+        self,
+        context: CalibrationContext,
+        step: BlockStep | OutsideStep,
+        target: LayerTarget,
+        part: slice | None = None,
+    ) -> None:
+        self._context, self._part = context, part
         self.target, self.names = target, target.names
         self.layers = [join(step.name, name) for name in target.names]
         self.features = context.features(self.layers)
         self.modules = [step.block.get_submodule(name) for name in target.names]
-        weights = [module.get_parameter("weight").detach() for module in self.modules]
+        weights = [rows_of(module.get_parameter("weight").detach(), part) for module in self.modules]
         self.merged = self._stack(weights).float()
+        self.columns, self.device = self.merged.shape[1], self.merged.device
         self.rows = [as_matrix(module, weight).shape[0] for module, weight in zip(self.modules, weights)]
         self.dtype = context.experts.base.dtype(f"{self.layers[0]}.weight") or torch.float32
         stored = zip(self.rows, (context.layout.of[f"{layer}.weight"] for layer in self.layers))
@@ -79,8 +91,12 @@ class LayerGroup:
     def _stack(self, weights: Iterable[Tensor]) -> Tensor:
         return torch.cat([as_matrix(module, weight) for module, weight in zip(self.modules, weights)])
 
-    def _weights(self, reader: TensorReader) -> Tensor:
-        return self._stack(reader.tensor(f"{layer}.weight") for layer in self.layers)
+    def _weights(self, reader: BaseReader | ExpertReader) -> Tensor:
+        return self._stack(reader.tensor(f"{layer}.weight", self._part) for layer in self.layers)
+
+    def tiles(self) -> "Iterator[LayerGroup]":
+        """The layers in parts that are solved by themselves: here all of them."""
+        yield self
 
     def problem(self) -> Problem:
         """What is to be solved, from all that was collected."""
@@ -109,30 +125,32 @@ class LayerGroup:
             weights, bias_delta = self._weights(expert).to(self.merged.device), self._bias_delta(expert)
             self.objective.add_task(moments, weight, weights, bias_delta, self.features)
 
-    def _bias_delta(self, expert: TensorReader) -> Tensor:
+    def _bias_delta(self, expert: ExpertReader) -> Tensor:
         """An expert's biases less those the layers keep, stacked: [out] float32; zero for layers without one."""
         deltas = []
         for layer, module, rows in zip(self.layers, self.modules, self.rows):
             bias = module.bias
             if isinstance(bias, Tensor):
-                theirs = expert.tensor(f"{layer}.bias").to(bias.device)
-                deltas.append(theirs.float() - bias.detach().float())
+                theirs = expert.tensor(f"{layer}.bias", self._part).to(bias.device)
+                deltas.append(theirs.float() - rows_of(bias.detach(), self._part).float())
             else:
                 deltas.append(torch.zeros(rows, device=self.merged.device))
         return torch.cat(deltas)
 
 
 def collect(
-    step: BlockStep | OutsideStep, group: LayerGroup, context: CalibrationContext, points: Iterable[HookPoint]
+    step: BlockStep | OutsideStep,
+    group: "LayerGroup | TiledLayer",
+    context: CalibrationContext,
+    points: Iterable[HookPoint],
 ) -> None:
     """Collect the objective of layers that share an input, one task at a time: one task's moments exist at a time.
 
     At `points` the experts' own values are taken for all layers of the block; an expert runs through the block when it
     is first asked.
     """
-    columns, device = group.merged.shape[1], group.merged.device
     for task, batches in groupby(step.members, key=lambda member: member[1].task):
-        moments, teacher = Moments(columns, device), context.teachers.get(task)
+        moments, teacher = Moments(group.columns, group.device), context.teachers.get(task)
         if teacher is not None and teacher.step is None:
             teacher.run(step.name, points)
         collector = InputCollector(step, group, moments, teacher)
@@ -151,7 +169,7 @@ class InputCollector:
     """
 
     def __init__(
-        self, step: BlockStep | OutsideStep, group: LayerGroup, moments: Moments, teacher: Teacher | None
+        self, step: BlockStep | OutsideStep, group: "LayerGroup | TiledLayer", moments: Moments, teacher: Teacher | None
     ) -> None:
         self._step: Any = step  # one that waits, where the target does
         self._group, self._moments = group, moments

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from epmq.calibration.collect import LayerGroup, collect
+from epmq.calibration.collect import LayerGroup, Problem, collect
 from epmq.calibration.context import CalibrationContext
 from epmq.calibration.grouping import LayerTarget, find_targets
 from epmq.calibration.head_refit import HeadFit, HeadRefitter
@@ -17,6 +17,7 @@ from epmq.calibration.outside import OutsideStep
 from epmq.calibration.repeated import calibrator_of
 from epmq.calibration.sequential import Batch, BlockStep
 from epmq.calibration.teacher import MakeHead, Teacher, equals_merge
+from epmq.calibration.tiles import TiledLayer, layer_group
 from epmq.errors import error_context
 from epmq.merging.experts import ExpertSet
 from epmq.merging.readers import TensorReader
@@ -26,7 +27,7 @@ from epmq.models.meta import load_outside, materialize, set_tensor, to_meta
 from epmq.models.storage import Layout, join
 from epmq.quantization.grid import Grid, QuantizedTensor
 from epmq.quantization.hessian import hessian_loss
-from epmq.quantization.stacked import solve
+from epmq.quantization.stacked import Solved, join_solved, solve
 from epmq.runtime import return_freed_memory
 from epmq.storage_settings import PLAIN
 
@@ -267,7 +268,7 @@ class CalibrationEngine:
         points = [point for target in targets for point in self._points(step, target)]
         self.observe(step.name, "load")
         for target in targets:
-            group = LayerGroup(context, step, target)
+            group = layer_group(context, step, target)
             collect(step, group, context, points)
             return_freed_memory()  # activations that stay lie between what is freed
             self.observe(step.name, "collect")
@@ -320,24 +321,33 @@ class CalibrationEngine:
                 "otherwise: expert_features has no say there"
             )
 
-    def _solve(self, step: BlockStep | OutsideStep, group: LayerGroup, block: Block) -> None:
+    def _solve(self, step: BlockStep | OutsideStep, group: LayerGroup | TiledLayer, block: Block) -> None:
         """Quantize the layers of one input group together, and put the result into the live block."""
-        start, objective = time.perf_counter(), group.objective
-        problem = group.problem()
-        target, ridge, damping, hessian = problem.target, problem.ridge, problem.damping, problem.hessian
-        solved = solve(target, problem.factor, hessian, group.parts, self.context.layout.search)
-        if group.merged is objective.anchor:
-            merge_loss = objective.anchor_loss(target, ridge or 0.0, damping)
-        else:
-            merge_loss = hessian_loss(group.merged - target, hessian)
+        start = time.perf_counter()
+        problem, solved, merge_losses = self._solve_tiles(group)
         seconds = (time.perf_counter() - start) / len(group.names)
-        common = LayerReport("", [], group.names[0], strength=ridge, damping=damping, tokens=group.tokens)
+        strength, damping = problem.ridge, problem.damping
+        common = LayerReport("", [], group.names[0], strength=strength, damping=damping, tokens=group.tokens)
         common = replace(common, seconds=seconds, aims=group.target.add is not None, largest=group.largest)
-        merge_losses = torch.split(merge_loss, group.rows)
-        for layer, local, module, one, losses in zip(group.layers, group.names, group.modules, solved, merge_losses):
-            set_tensor(step.block, f"{local}.weight", as_matrix(module, one.weight.float()))
+        for layer, local, module, one, loss in zip(group.layers, group.names, group.modules, solved, merge_losses):
+            if layer != self.context.layout.output_layer or one.codes is None:  # which nothing reads any more
+                set_tensor(step.block, f"{local}.weight", as_matrix(module, one.weight.float()))
             grid = {}
             if one.codes is not None:
                 block.layers[layer], grid = one.codes, asdict(one.codes.grid)
             report = replace(common, name=layer, shape=list(one.weight.shape), loss=one.loss, rounded=one.rounded)
-            block.reports.append(replace(report, merge_loss=float(losses.sum()), **grid))
+            block.reports.append(replace(report, merge_loss=loss, **grid))
+
+    def _solve_tiles(self, group: LayerGroup | TiledLayer) -> tuple[Problem, list[Solved], list[float]]:
+        """What is solved, what becomes of each layer, and by how much its merged weight is off the target."""
+        pieces, losses = list[list[Solved]](), list[list[float]]()
+        for tile in group.tiles():
+            problem, objective = tile.problem(), tile.objective
+            target, hessian = problem.target, problem.hessian
+            pieces.append(solve(target, problem.factor, hessian, tile.parts, self.context.layout.search))
+            if tile.merged is objective.anchor:
+                merge_loss = objective.anchor_loss(target, problem.ridge or 0.0, problem.damping)
+            else:
+                merge_loss = hessian_loss(tile.merged - target, hessian)
+            losses.append([float(own.sum()) for own in torch.split(merge_loss, tile.rows)])
+        return problem, [join_solved(of_layer) for of_layer in zip(*pieces)], [sum(own) for own in zip(*losses)]

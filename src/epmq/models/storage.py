@@ -7,7 +7,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from epmq.quantization.grid import Grid, QuantizedTensor
+from epmq.quantization.grid import Grid, QuantizedTensor, join_rows
 from epmq.quantization.rtn import rtn
 
 
@@ -94,17 +94,6 @@ class Layout:
         if self.of.get(name, Storage()).grid is None or name.removesuffix(".weight") in self.late:
             return self.cast(name, tensor)
         return self.round(name, [tensor]).dequantize()
-
-
-def join_rows(parts: Iterable[QuantizedTensor]) -> QuantizedTensor:
-    """Rows of a quantized tensor, put together."""
-    pieces = list(parts)
-    if len(pieces) == 1:
-        return pieces[0]
-    codes, scale, zero = (
-        torch.cat([getattr(piece, name) for piece in pieces]) for name in ("codes", "scale", "zero_point")
-    )
-    return QuantizedTensor(codes, scale, zero, pieces[0].grid)
 
 
 def storage_bits(storage: Storage, shape: tuple[int, ...]) -> int:

@@ -22,6 +22,7 @@ from epmq.calibration.collect import LayerGroup
 from epmq.calibration.engine import Block, CalibrationEngine, block_names, round_blocks
 from epmq.calibration.outside import OutsideStep
 from epmq.calibration.sequential import BlockStep
+from epmq.calibration.tiles import TiledLayer
 from epmq.data.encoding import split_first
 from epmq.export import FORMATS
 from epmq.merging.experts import ExpertSet
@@ -276,7 +277,7 @@ class _MeasuredEngine(CalibrationEngine):
 class _CollectingEngine(_MeasuredEngine):
     """Leaves the merged weights as they are: what solving takes does not depend on the examples."""
 
-    def _solve(self, step: BlockStep | OutsideStep, group: LayerGroup, block: Block) -> None:
+    def _solve(self, step: BlockStep | OutsideStep, group: LayerGroup | TiledLayer, block: Block) -> None:
         pass
 
 

@@ -23,6 +23,8 @@ from epmq.storage_settings import PLAIN, Override, PartGrid, StorageSettings, de
 PARTS = BLOCKS, TABLES, OUTSIDE, OUTPUT, REST = "blocks", "tables", "outside the blocks", "output layer", "rest"
 # Names of layers that an error about a pattern lists.
 LISTED = 3
+# Groups in which a layer may have the fewest bits under a limit of size, where it has smaller ones.
+COARSE = 128
 
 
 @dataclass(frozen=True)
@@ -191,11 +193,16 @@ class LayoutPlanner:
             return ()
         if part.field != "group_size" and getattr(settings, part.field) is not None:
             return ()
-        own = self._grid(layer, part, number)[0] or Grid()
+        own, columns = self._grid(layer, part, number)[0] or Grid(), self._shape(layer)[1]
         if part.field == "group_size" or override is not None:
-            return tuple(replace(own, bits=bits) for bits in BITS)
-        columns, grids = self._shape(layer)[1], [PartGrid(bits=bits).grid(settings.symmetric) or own for bits in BITS]
-        return tuple(grid if columns % max(grid.group_size, 1) == 0 else replace(grid, group_size=-1) for grid in grids)
+            coarser = [replace(own, bits=BITS[0], group_size=COARSE)] if -1 < own.group_size < COARSE else []
+            grids = [*coarser, *(replace(own, bits=bits) for bits in BITS)]
+        else:  # groups that bits have by default, and those of the blocks
+            parts = [PartGrid(bits=bits, group_size=size) for bits in BITS for size in (settings.group_size, None)]
+            grids = [grid for one in parts if (grid := one.grid(settings.symmetric)) is not None]
+            grids = [grid for grid in grids if grid.group_size != -1 or grid.bits == BITS[-1]]
+        fitting = [grid for grid in grids if columns % max(grid.group_size, 1) == 0]
+        return tuple(dict.fromkeys(fitting or (replace(own, bits=bits, group_size=-1) for bits in BITS)))
 
     # --- dtypes --------------------------------------------------------------------------------------------------
 

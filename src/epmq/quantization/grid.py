@@ -1,5 +1,6 @@
 """The quantization grid and what lies on it."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -103,3 +104,14 @@ class QuantizedTensor:
         """Cut stacked layers apart again; `rows` are their output sizes."""
         parts = zip(*(torch.split(tensor, rows) for tensor in (self.codes, self.scale, self.zero_point)))
         return [QuantizedTensor(codes, scale, zero, self.grid, self.dtype) for codes, scale, zero in parts]
+
+
+def join_rows(parts: Iterable[QuantizedTensor]) -> QuantizedTensor:
+    """Rows of a quantized tensor, put together."""
+    pieces = list(parts)
+    if len(pieces) == 1:
+        return pieces[0]
+    codes, scale, zero = (
+        torch.cat([getattr(piece, name) for piece in pieces]) for name in ("codes", "scale", "zero_point")
+    )
+    return QuantizedTensor(codes, scale, zero, pieces[0].grid, pieces[0].dtype)

@@ -125,6 +125,10 @@ class Objective:
                 raise InputError(f"the Hessian is not positive definite, even with {raised:g} times its mean diagonal")
         return self._factored[1:]
 
+    def take_factor(self, other: "Objective") -> None:
+        """Take the factor that another objective with the same H has found."""
+        self._factored = other._factored
+
     def target(self, ridge: float, act_order: bool = True) -> tuple[Tensor, float]:
         """The continuous optimum.
 

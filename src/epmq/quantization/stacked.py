@@ -8,7 +8,7 @@ from torch import Tensor
 
 from epmq.quantization.factor import Factor
 from epmq.quantization.gptq import gptq
-from epmq.quantization.grid import Grid, QuantizedTensor
+from epmq.quantization.grid import Grid, QuantizedTensor, join_rows
 from epmq.quantization.hessian import hessian_loss
 from epmq.quantization.rtn import rtn_fallback
 
@@ -45,6 +45,16 @@ class Solved:
     codes: QuantizedTensor | None
     loss: float
     rounded: int = 0
+
+
+def join_solved(pieces: Sequence[Solved]) -> Solved:
+    """A layer that was solved some rows at a time, put together."""
+    if len(pieces) == 1:
+        return pieces[0]
+    weight = torch.cat([piece.weight for piece in pieces])
+    codes = [piece.codes for piece in pieces if piece.codes is not None]
+    loss, rounded = sum(piece.loss for piece in pieces), sum(piece.rounded for piece in pieces)
+    return Solved(weight, join_rows(codes) if codes else None, loss, rounded)
 
 
 def solve(target: Tensor, factor: Factor, hessian: Tensor, parts: Sequence[Part], search: bool) -> list[Solved]:
