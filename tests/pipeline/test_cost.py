@@ -69,7 +69,7 @@ def test_the_command_line_prints_a_plan(call, pool, tmp_path):  # noqa: F811
     assert status == 0 and not (tmp_path / "out").exists()
     for said in (
         "task_arithmetic, 2 experts",
-        "2 blocks, 15 layers and tables",
+        "2 blocks, 14 layers and tables",
         "peak memory",
         "MB while it is written",
     ):

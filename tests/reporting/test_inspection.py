@@ -43,6 +43,7 @@ def test_all_that_is_known_of_a_checkpoint_is_shown(pool, tmp_path):
     assert stored == {
         (BLOCKS, "4 bits, a row"),
         (TABLES, "8 bits, a row"),
+        (TABLES, "F16"),  # there are as many positions as tokens, and a file does not say which is which
         (OUTSIDE, "4 bits, a row"),
         (REST, "F16"),
     }
