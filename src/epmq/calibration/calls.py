@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 from epmq.data.encoding import split_first
 from epmq.errors import InputError, error_context, reason
 from epmq.merging.experts import ExpertSet
-from epmq.models.blocks import Stack, find_stacks, linears
+from epmq.models.blocks import LINEAR, Stack, find_stacks, linears
 from epmq.models.hooks import stops_before, without_cache
 from epmq.models.meta import load_outside, materialize, to_meta
 
@@ -32,8 +32,8 @@ IDLE = 0.5
 class BlockCalls:
     """How a model calls its blocks: their names in the order of their first calls, and those it calls repeatedly.
 
-    By default all of its blocks, in one order, once each. `late` are the modules with weights outside of them that are
-    called after the last of them only, in the order of their calls, without the output layer.
+    By default all of its blocks, in one order, once each. `late` are the modules with weights outside of them that no
+    block is called after, and linear layers that no block depends on, in the order of their calls.
     """
 
     order: tuple[str, ...] = ()
@@ -48,14 +48,14 @@ class _Tried:
     sequences: list[list[str]] = field(default_factory=list)
     layers: set[str] = field(default_factory=set)
     unknown: set[str] = field(default_factory=set)  # blocks whose calls depend on values, such as a mixture's
-    early: set[str] = field(default_factory=set)  # modules outside the blocks that a block is called after
+    early: dict[str, None] = field(default_factory=dict)  # modules outside the blocks that a block is called after
     late: dict[str, None] = field(default_factory=dict)  # … that none is called after
     since: dict[str, None] = field(default_factory=dict)  # those called since the last block, in the forward that runs
 
     def call(self, block: str) -> None:
         """Note that a block is called."""
         self.sequences[-1].append(block)
-        self.early.update(self.since)
+        self.early |= self.since
         self.since.clear()
 
     def end(self) -> None:
@@ -84,8 +84,11 @@ def try_forwards(experts: ExpertSet, calibration: Mapping[str, Sequence[dict[str
     _check_reached(experts, tried)
     sequences = [sequence for one in tried.values() for sequence in one.sequences]
     repeated = (name for sequence in sequences for name in sequence if sequence.count(name) > 1)
-    early = {name for one in tried.values() for name in one.early}
+    early = dict.fromkeys(name for one in tried.values() for name in one.early)
     late = dict.fromkeys(name for one in tried.values() for name in one.late if name not in early)
+    tried_inputs = [one for batches in calibration.values() for one in forms(batches)] if early else []
+    layers = [name for name in early if isinstance(stub.outside[name], LINEAR)]
+    late |= dict.fromkeys(name for name in layers if not stub.reaches_blocks(name, tried_inputs))
     return BlockCalls(_common_order(sequences), tuple(dict.fromkeys(repeated)), tuple(late))
 
 
@@ -130,7 +133,7 @@ class StubModel:
         for stack in find_stacks(self.model):
             for index, block in enumerate(stack.blocks):
                 self._modules[stack.block_name(index)] = block
-        self._tried = _Tried([[]])
+        self._tried, self._nan_seen = _Tried([[]]), False
         meta = experts.meta_model()
         for name, block in self._modules.items():
             shadow = self._shadows[name] = meta.get_submodule(name).to("meta")
@@ -162,6 +165,15 @@ class StubModel:
                 tried.sequences[-1] = _run_base(self._experts, inputs)
                 tried.unknown.update(tried.sequences[-1])
 
+    @torch.no_grad()
+    def reaches_blocks(self, name: str, inputs: Sequence[dict[str, Any]]) -> bool:
+        """Whether a block reads what a module outside of them gives: weights that are no number leave a trace there."""
+        self._nan_seen = False
+        with nan_weights(self.outside[name]):
+            for one in inputs:
+                self.run(one, _Tried())
+        return self._nan_seen
+
     def _note_outside(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         self._tried.since[name] = None
 
@@ -171,6 +183,8 @@ class StubModel:
     def _call(self, name: str, /, *args: Any, **kwargs: Any) -> Any:
         """What the block of that name gives, by its shapes."""
         self._tried.call(name)
+        tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        self._nan_seen |= any(bool(value.isnan().any()) for value in tensors if value.is_floating_point())
         try:
             return _as_noise(self._shadows[name](*on_meta(args), **on_meta(kwargs)))
         except Exception:  # which of its layers it calls depends on values
@@ -178,6 +192,20 @@ class StubModel:
         block = self._modules[name]
         with _filled(block):
             return type(block).forward(block, *args, **kwargs)
+
+
+@contextmanager
+def nan_weights(module: nn.Module) -> Iterator[None]:
+    """Weights that are no number in the place of a module's own for the length of a `with` block."""
+    plain = dict(module._parameters)
+    for leaf, parameter in plain.items():
+        if parameter is not None and parameter.is_floating_point():
+            nan = torch.full((), torch.nan, dtype=parameter.dtype).expand(parameter.shape)
+            module._parameters[leaf] = nn.Parameter(nan, requires_grad=False)
+    try:
+        yield
+    finally:
+        module._parameters.update(plain)
 
 
 def _run_base(experts: ExpertSet, inputs: dict[str, Any]) -> list[str]:

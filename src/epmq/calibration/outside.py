@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from epmq.calibration.calls import StubModel, forms
+from epmq.calibration.calls import StubModel, forms, nan_weights
 from epmq.calibration.masks import real_tokens
 from epmq.merging.experts import ExpertSet
 from epmq.merging.readers import guiding_head
@@ -86,12 +86,5 @@ def unread_modules(
 
 def _leaves_trace(model: MultiTaskModel, module: nn.Module, inputs: Sequence[tuple[str, dict[str, Any]]]) -> bool:
     """Whether scores are no number any more when a module's weights are none."""
-    plain = dict(module._parameters)
-    for leaf, parameter in plain.items():
-        if parameter is not None and parameter.is_floating_point():
-            nan = torch.full((), torch.nan, dtype=parameter.dtype).expand(parameter.shape)
-            module._parameters[leaf] = nn.Parameter(nan, requires_grad=False)
-    try:
+    with nan_weights(module):
         return any(bool(model(task, **one).isnan().any()) for task, one in inputs)
-    finally:
-        module._parameters.update(plain)
