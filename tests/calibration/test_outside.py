@@ -10,7 +10,7 @@ from adapters import adapt
 from checkpoints import weights
 from conftest import padded_batches, recipe_for
 from families import FAMILIES
-from odd_families import prepared_run, saved_recipe
+from odd_families import albert, prepared_run, saved_recipe, token_batch
 from transformers import AutoModelForCausalLM
 
 import epmq
@@ -101,15 +101,14 @@ def test_an_output_layer_aims_at_the_scores_of_its_expert(tmp_path):
     assert off[False] < 0.5 * off[True]
 
 
-@pytest.mark.parametrize(
-    ("family", "late"),
+def test_what_a_block_reads_is_not_late(tmp_path):
     # The texts' blocks come after the pictures' projection, but do not read it; ALBERT's blocks read the mapping.
-    [("clip", {"text_projection", "visual_projection"}), ("albert", {"pooler"})],
-)
-def test_what_a_block_reads_is_not_late(tmp_path, family, late):
-    batches = {"one": FAMILIES[family].batches(), "two": FAMILIES[family].batches()}
-    prepared = prepared_run(tmp_path, FAMILIES[family].build, batches, "gptq")
-    assert set(prepared.layout.late) == late
+    clip, texts = FAMILIES["clip"], {"one": [token_batch(1)], "two": [token_batch(2)]}
+    prepared = prepared_run(tmp_path / "clip", clip.build, {"one": clip.batches(), "two": clip.batches()}, "gptq")
+    assert set(prepared.layout.late) == {"text_projection", "visual_projection"}
+    prepared = prepared_run(tmp_path / "albert", albert, texts, "gptq")
+    assert prepared.layout.late == ("pooler",)
+    assert prepared.layout.grid("encoder.embedding_hidden_mapping_in") is not None
 
 
 def test_modules_that_no_head_reads_are_found(own_pool):
