@@ -284,7 +284,7 @@ def measure(name: str, root: Path) -> dict[str, Any]:
             stack.enter_context(clock.watch(owner, function, phase))
         report = pipeline.run(recipe, calibration=calibration, evaluate=False, progress=False)
     seconds, cpu = clock.read(), time.process_time() - cpu
-    check_output(shape, root / "out", [layer["name"] for layer in report["layers"]])
+    check_output(shape, root / "out", {layer["name"]: layer["bits"] for layer in report["layers"]})
     inputs = [file for source in ("base", *tasks(shape)) for file in (root / source).glob("*.safetensors")]
     return {
         "name": name,
@@ -304,21 +304,26 @@ def measure(name: str, root: Path) -> dict[str, Any]:
     }
 
 
-def check_output(shape: Shape, path: Path, reported: list[str]) -> None:
-    """Check that what was written has every tensor, at its size, and finite scales.
+def check_output(shape: Shape, path: Path, reported: dict[str, int]) -> None:
+    """Check that what was written has every tensor, at its size, and finite scales; `reported` are layers and bits.
 
     Raises:
         ValueError: it does not; the tensor is named.
     """
     model, written = shape.meta_model(), Checkpoint(path)
-    layers = [name for name, _ in block_linears(model)]
-    if set(reported) != set(layers):
-        raise ValueError(f"{path}: not in the report: {sorted(set(layers) ^ set(reported))}")
-    expected = {name: tuple(size) for name, size in shape.stored().items()}
-    for layer in layers:
-        rows, columns = expected.pop(f"{layer}.weight")
-        expected |= {f"{layer}.weight_packed": (rows, columns // 8), f"{layer}.weight_scale": (rows, 1)}
-        expected[f"{layer}.weight_shape"] = (2,)
+    missing = {name for name, _ in block_linears(model)} - set(reported)
+    if missing:
+        raise ValueError(f"{path}: not in the report: {sorted(missing)}")
+    expected, ties = {name: tuple(size) for name, size in shape.stored().items()}, tied_names(model)
+    for layer, bits in reported.items():
+        rows, columns = expected[f"{layer}.weight"]
+        expected[f"{layer}.weight_scale"] = (rows, 1)
+        if isinstance(model.get_submodule(layer), torch.nn.Embedding):  # int8, with scales for whatever is tied to it
+            followers = [name for name, leader in ties.items() if leader == f"{layer}.weight"]
+            expected |= {f"{name}_scale": (rows, 1) for name in followers}
+            continue
+        del expected[f"{layer}.weight"]
+        expected |= {f"{layer}.weight_packed": (rows, columns * bits // 32), f"{layer}.weight_shape": (2,)}
     shapes = {name: written.shape(name) for name in written.names}
     for name in expected.keys() | shapes.keys():
         if expected.get(name) != shapes.get(name):

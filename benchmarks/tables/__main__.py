@@ -61,6 +61,9 @@ def main() -> None:
         (ROOT / "docs" / "choosing.md", "bits", accuracy.bits_table),
     ):
         texts[path] = replace_section(texts[path], name, table(suites))
+    if "storage" in contents:
+        readme = ROOT / "README.md"
+        texts[readme] = replace_section(texts[readme], "sizes", accuracy.storage_table(contents["storage"], "tables"))
     if arguments.check:
         stale = [str(path) for path, text in texts.items() if text != path.read_text()]
         sys.exit(f"not what the results say, run without --check: {', '.join(stale)}" if stale else 0)

@@ -14,6 +14,8 @@ from benchmarks.records import read_rows
 from benchmarks.tables.markdown import SUITES, TITLES, grid, measured, metric, percent, score, table, used
 from epmq.reporting.scores import gap_recovered
 
+# Headings of rows of `benchmarks.accuracy.storage`.
+HEADS = {"16": "tables as they are", "8": "8 bits", "4": "4 bits, g32"}
 NAMES = {"accuracy": "mean accuracy", "exact_match": "mean exact match", "log_perplexity": "perplexity"}
 
 
@@ -131,20 +133,23 @@ def codes_table(results: dict[str, Any]) -> str:
 
 
 def storage_tables(rows: list[dict[str, Any]]) -> str:
-    """Markdown: a table a set of rows, suites down and rows across: scores over the draws, and the size of the file."""
-    parts = []
-    for title, names in (("tables at", SETS["tables"]), ("", SETS["budgets"])):
-        head = ["suite", "draws", *(cell for name in names for cell in (f"{title} {name}".strip(), "MB"))]
-        lines = []
-        for suite in SUITES:
-            runs = {name: [row for row in rows if (row["suite"], row["row"]) == (suite, name)] for name in names}
-            if any(runs.values()):
-                draws = " to ".join(sorted({str(len(of_row)) for of_row in runs.values() if of_row}))
-                lines.append(
-                    [suite, draws, *(cell for of_row in runs.values() for cell in (spread(of_row), size(of_row)))]
-                )
-        parts += [table(head, lines), ""] if lines else []
-    return "\n".join([*parts, measured(rows)])
+    """Markdown: a table a set of rows, and when they were measured."""
+    tables = [text for name in SETS if (text := storage_table(rows, name))]
+    return "\n\n".join([*tables, measured(rows)])
+
+
+def storage_table(rows: list[dict[str, Any]], name: str) -> str:
+    """Markdown: suites down and the rows of a set across: scores over the draws, and the size of the file."""
+    head = ["suite", "draws", *(cell for row in SETS[name] for cell in (HEADS.get(row, row), "MB"))]
+    lines = []
+    for suite in SUITES:
+        runs = {one: [row for row in rows if (row["suite"], row["row"]) == (suite, one)] for one in SETS[name]}
+        done = [of_row for of_row in runs.values() if of_row]
+        if done:
+            draws = " to ".join(sorted({str(len(of_row)) for of_row in done}))
+            cells = (cell for of_row in runs.values() for cell in (spread(of_row), size(of_row)))
+            lines.append([f"{suite}, {short_name(done[0][0])}", draws, *cells])
+    return table(head, lines) if lines else ""
 
 
 def size(runs: list[dict[str, Any]]) -> str:

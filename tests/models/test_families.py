@@ -85,10 +85,7 @@ def real_tokens(batches: list[dict[str, torch.Tensor]], stack: str, crossing: bo
 
 
 def check_outside(found: dict[str, Any], model: Any, calibration: dict[str, Any]) -> None:
-    """Tables are rounded; other matrices outside the blocks are calibrated, a generator's output layer on tokens.
-
-    CLIP's text blocks run after its `visual_projection`, which is rounded.
-    """
+    """Tables are rounded; other matrices outside the blocks are calibrated, a generator's output layer on tokens."""
     blocks = tuple(f"{stack.name}." for stack in find_stacks(model))
     tables = [one for name, one in model.named_modules() if name.endswith(TABLES)]
     output, names = model.get_output_embeddings(), dict[int, str]()
@@ -106,7 +103,7 @@ def check_outside(found: dict[str, Any], model: Any, calibration: dict[str, Any]
             for b in calibration.values()
         ]
         sequences = sum(len(next(iter(batch.values()))) for b in calibration.values() for batch in b)
-        tokens = sum(per_task) if module is output else 0 if name == "visual_projection" else sequences
+        tokens = sum(per_task) if module is output else sequences
         assert layer["tokens"] == tokens and (layer["loss"] is not None) == (tokens > 0), name
 
 

@@ -64,18 +64,20 @@ class _Tried:
         self.since.clear()
 
 
-def try_forwards(experts: ExpertSet, calibration: Mapping[str, Sequence[dict[str, Any]]]) -> BlockCalls:
+def try_forwards(
+    experts: ExpertSet, calibration: Mapping[str, Sequence[dict[str, Any]]], stub: "StubModel | None" = None
+) -> BlockCalls:
     """Run the model without its weights on every form of calibration inputs there is.
 
     Args:
         experts: gives the model; what a task's data does not reach goes to its notes.
         calibration: task → inputs of the model, batch by batch.
+        stub: the model without weights, where it is there already.
 
     Raises:
         InputError: the model does not take the inputs, or a stack of its blocks sees no data.
     """
-    _check_apart(experts)
-    stub, tried = StubModel(experts), dict[str, _Tried]()
+    stub, tried = stub or StubModel(experts), dict[str, _Tried]()
     for task, batches in calibration.items():
         tried[task] = _Tried()
         with error_context(f"experts.{task}.calibration"):
@@ -127,6 +129,7 @@ class StubModel:
     """A model without weights that can be run all the same, on a CPU."""
 
     def __init__(self, experts: ExpertSet) -> None:
+        _check_apart(experts)
         self._experts, self.model = experts, experts.meta_model()
         self._shadows: dict[str, nn.Module] = {}
         self._modules: dict[str, nn.Module] = {}
@@ -168,11 +171,11 @@ class StubModel:
     @torch.no_grad()
     def reaches_blocks(self, name: str, inputs: Sequence[dict[str, Any]]) -> bool:
         """Whether a block reads what a module outside of them gives: weights that are no number leave a trace there."""
-        self._nan_seen = False
+        self._nan_seen, tried = False, _Tried()
         with nan_weights(self.outside[name]):
             for one in inputs:
-                self.run(one, _Tried())
-        return self._nan_seen
+                self.run(one, tried)
+        return self._nan_seen or bool(tried.unknown)  # where values decide, it may
 
     def _note_outside(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         self._tried.since[name] = None

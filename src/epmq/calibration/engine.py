@@ -190,10 +190,15 @@ class CalibrationEngine:
             experts.notes.append("no layer adds to the residual stream directly: expert_stream changed no target")
 
     def _outside(self, name: str) -> Tensor:
-        """A tensor outside the blocks as the output has it; a layer that is still to be solved as it is merged."""
+        """A tensor outside the blocks as the output has it; a layer that is still to be solved as it is merged.
+
+        What is quantized was held against its codes when it was written, and is read back; everything else comes from
+        the merge, so that the output can be held against it.
+        """
         context = self.context
-        written = name in context.layout.of and name.removesuffix(".weight") not in context.layout.late
-        if self.written is not None and written:
+        storage = context.layout.of.get(name)
+        quantized = storage is not None and storage.grid is not None
+        if self.written is not None and quantized and name.removesuffix(".weight") not in context.layout.late:
             return self.written.tensor(name)
         return context.layout.as_stored(name, context.merged.tensor)
 

@@ -118,12 +118,15 @@ class HeadRefitter:
 
 
 @torch.no_grad()
-def heads_follow(experts: ExpertSet, calibration: Mapping[str, Sequence[dict[str, Any]]]) -> bool:
+def heads_follow(
+    experts: ExpertSet, calibration: Mapping[str, Sequence[dict[str, Any]]], stub: StubModel | None = None
+) -> bool:
     """Whether the heads of all experts can follow a new model, as far as that is seen without weights.
 
-    Why one cannot goes to the notes. `calibration` holds each task's inputs, batch by batch.
+    Why one cannot goes to the notes. `calibration` holds each task's inputs, batch by batch; `stub` is the model
+    without weights, where it is there already.
     """
-    model, follow = StubModel(experts).model, True
+    model, follow = (stub or StubModel(experts)).model, True
     for task, expert in experts.experts.items():
         head = guiding_head(expert, experts.notes, model)
         if head is None:

@@ -62,16 +62,21 @@ class OutsideStep:
 
 @torch.no_grad()
 def unread_modules(
-    experts: ExpertSet, calibration: Mapping[str, Sequence[dict[str, Any]]], late: Sequence[str]
+    experts: ExpertSet,
+    calibration: Mapping[str, Sequence[dict[str, Any]]],
+    late: Sequence[str],
+    stub: StubModel | None = None,
 ) -> list[str]:
     """Those of the modules after the last block that no task's head reads; none where a task has no head.
 
     A module whose weights are not a number leaves a trace in whatever reads it. `calibration` holds each task's inputs,
-    batch by batch.
+    batch by batch; `stub` is the model without weights, where it is there already.
     """
-    stub = StubModel(experts)
+    if not late or not all(expert.has_head for expert in experts.experts.values()):
+        return []
+    stub = stub or StubModel(experts)
     heads = {task: guiding_head(expert, Notes(), stub.model) for task, expert in experts.experts.items()}
-    if not late or any(head is None for head in heads.values()):
+    if any(head is None for head in heads.values()):
         return []
     model = MultiTaskModel(stub.model, {task: head for task, head in heads.items() if head is not None})
     inputs = [(task, one) for task, batches in calibration.items() for one in forms(batches)]

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from rich.progress import Progress
 
-from epmq.calibration.calls import BlockCalls, try_forwards
+from epmq.calibration.calls import BlockCalls, StubModel, try_forwards
 from epmq.calibration.head_refit import heads_follow
 from epmq.calibration.outside import unread_modules
 from epmq.data.encoding import pack
@@ -100,10 +100,11 @@ def prepare(
         if evaluate and (expert.evaluation is not None or expert.name in (evaluation or {})):
             scored[expert.name] = data.evaluation(evaluation)
         check_head(experts, expert.name, scored.get(expert.name))
-    calls = try_forwards(experts, inputs) if recipe.quantize.calibrates else BlockCalls()
+    stub = StubModel(experts) if recipe.quantize.calibrates else None
+    calls = BlockCalls() if stub is None else try_forwards(experts, inputs, stub)
     heads = all(expert.has_head for expert in experts.experts.values())
     if heads and recipe.quantize.calibrates and recipe.quantize.guidance().refit_heads:
-        heads = heads_follow(experts, inputs)
+        heads = heads_follow(experts, inputs, stub)
     recipe = recipe.resolved(heads)
     _check_task_classes(experts, scored)
     if quantizes:  # a mere merge reads the weights once and finds out as early
@@ -114,16 +115,14 @@ def prepare(
         experts.notes.refuse()
     scored = {expert.name: scored[expert.name] for expert in listed if expert.name in scored}
     merged = MergedWeights(experts, recipe.merge, recipe.seed)
-    layout = _layout(experts, recipe, merged, calls, inputs) if quantizes else Layout()
+    unread = [] if stub is None else unread_modules(experts, inputs, calls.late, stub)
+    layout = _layout(experts, recipe, merged, calls, unread) if quantizes else Layout()
     return PreparedRun(recipe, experts, merged, inputs, scored, beside, plan, calls, layout)
 
 
-def _layout(
-    experts: ExpertSet, recipe: Recipe, merged: MergedWeights, calls: BlockCalls, inputs: Mapping[str, Any]
-) -> Layout:
-    """How every tensor is stored, from what the calibration inputs reach."""
+def _layout(experts: ExpertSet, recipe: Recipe, merged: MergedWeights, calls: BlockCalls, unread: list[str]) -> Layout:
+    """How every tensor is stored, from what the calibration inputs reach, and what of that no head reads."""
     settings = recipe.quantize
-    unread = unread_modules(experts, inputs, calls.late) if settings.calibrates else []
     planner = LayoutPlanner(experts, settings, calls.late, unread)
     layout = planner.layout(settings.calibrates, settings.scales == "search")
     if layout.dropped:
