@@ -103,10 +103,11 @@ def test_both_formats_are_the_same_model(pool, tmp_path, monkeypatch, bits, symm
     emitted, grid = record(monkeypatch, packed), Grid(bits, group_size, symmetric)
     settings = {"bits": bits, "symmetric": symmetric, "group_size": group_size}
     low, plain = both_formats(recipe_for(pool), tmp_path, **settings)
-    # transformers alone opens packed zero points only where all lies on one grid.
-    same_answers(low, plain, padded_batches(2, vocabulary=22), direct=symmetric)
+    # transformers alone (5.23) opens packed zero points only where all lies on one grid; then that is noted.
     notes = json.loads((low / "report.json").read_text())["notes"]
-    assert any("AutoModel.from_pretrained cannot open" in note for note in notes) != symmetric
+    opens = not any("AutoModel.from_pretrained cannot open" in note for note in notes)
+    assert opens or not symmetric
+    same_answers(low, plain, padded_batches(2, vocabulary=22), direct=opens)
 
     tensors, weights = load_file(low / "model.safetensors"), load_file(plain / "model.safetensors")
     assert sorted(emitted) == sorted([*LAYERS, TABLE, "pooler.dense"])

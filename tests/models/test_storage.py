@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from epmq.models.storage import Layout, Storage, join, storage_bits
+from epmq.models.storage import Layout, Storage, join
 from epmq.quantization.grid import Grid
 from epmq.quantization.rtn import rtn
 
@@ -62,8 +62,3 @@ def test_other_grids_are_those_of_the_layers_that_are_named():
     stored = layout().with_grids({"table": Grid(4)})
     assert stored.quantized() == {"table": Grid(4), "late": Grid(8)} and stored.grid("table") == Grid(4)
     assert not stored.solves("table") and not stored.solves("unknown")
-
-
-def test_bits_of_codes_scales_and_zero_points():
-    assert storage_bits(Storage(torch.float32, Grid(4, 32, False), HALF), (6, 64)) == 6 * 64 * 4 + 12 * (16 + 4)
-    assert storage_bits(Storage(torch.float32, Grid(8), torch.float32), (6, 64)) == 6 * 64 * 8 + 6 * 32

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from math import prod
 
 import torch
 from torch import Tensor
@@ -94,12 +93,3 @@ class Layout:
         if self.of.get(name, Storage()).grid is None or name.removesuffix(".weight") in self.late:
             return self.cast(name, tensor)
         return self.round(name, [tensor]).dequantize()
-
-
-def storage_bits(storage: Storage, shape: tuple[int, ...]) -> int:
-    """Bits that a weight [out, in] on a grid takes by its codes, scales and zero points, without any padding."""
-    assert storage.grid is not None and storage.scale is not None
-    rows, columns = shape
-    groups = columns // storage.grid.width(columns)
-    own = 0 if storage.grid.symmetric else storage.grid.bits
-    return prod(shape) * storage.grid.bits + rows * groups * (8 * storage.scale.itemsize + own)
