@@ -7,7 +7,18 @@ from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ByteSize,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from epmq.errors import InputError
 from epmq.quantization.grid import BITS, GROUP_SIZES, Grid
@@ -15,7 +26,7 @@ from epmq.quantization.grid import BITS, GROUP_SIZES, Grid
 # The bits of a weight that is not rounded.
 PLAIN = 16
 REGEX = "re:"
-UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30}
+SIZE = TypeAdapter(ByteSize)
 Dtype = Literal["auto", "float16", "bfloat16", "float32", "as-stored"]
 
 
@@ -25,26 +36,29 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-def known(value: int | None, values: tuple[int, ...]) -> int | None:
-    """Pass on a number that is one of some, or None; another one is an InputError."""
-    if value is not None and value not in values:
-        raise InputError(f"{value} is not one of {', '.join(map(str, values))}")
-    return value
+def _one_of(values: tuple[int, ...]) -> AfterValidator:
+    """Lets a number pass that is one of some; another one is an InputError."""
+
+    def check(value: int) -> int:
+        if value not in values:
+            raise InputError(f"{value} is not one of {', '.join(map(str, values))}")
+        return value
+
+    return AfterValidator(check)
+
+
+Bits = Annotated[int, _one_of((*BITS, PLAIN))]
+GroupSize = Annotated[int, _one_of(GROUP_SIZES)]
 
 
 class PartGrid(Strict):
     """The grid of a table or of the output layer; what is left out is as in the blocks, groups by the bits."""
 
-    bits: int = Field(description="2, 3, 4 or 8; 16 keeps it as it is merged")
-    group_size: int | None = Field(
+    bits: Bits = Field(description="2, 3, 4 or 8; 16 keeps it as it is merged")
+    group_size: GroupSize | None = Field(
         None, description="weights that share a scale: -1 (a row), 32, 64 or 128; by default a row of 8 bits, else 32"
     )
     symmetric: bool | None = Field(None, description="without a zero point; by default as the blocks")
-
-    @field_validator("bits", "group_size")
-    @classmethod
-    def _known(cls, value: int | None, info: Any) -> int | None:
-        return known(value, (*BITS, PLAIN) if info.field_name == "bits" else GROUP_SIZES)
 
     def grid(self, symmetric: bool) -> Grid | None:
         """The grid; None where the weight is kept. `symmetric` is what the blocks are."""
@@ -57,15 +71,10 @@ class Override(Strict):
     """Other settings for the layers whose name matches; what is left out is as it would be without."""
 
     layers: str = Field(description="names of layers: a glob such as '*.mlp.*', or a regular expression after 're:'")
-    bits: int | None = Field(None, description="2, 3, 4 or 8; 16 gives the layer its target unrounded")
-    group_size: int | None = Field(None, description="weights that share a scale: -1 (a row), 32, 64 or 128")
+    bits: Bits | None = Field(None, description="2, 3, 4 or 8; 16 gives the layer its target unrounded")
+    group_size: GroupSize | None = Field(None, description="weights that share a scale: -1 (a row), 32, 64 or 128")
     symmetric: bool | None = Field(None, description="without a zero point")
     skip: bool = Field(False, description="leave the merged weight as it is")
-
-    @field_validator("bits", "group_size")
-    @classmethod
-    def _known(cls, value: int | None, info: Any) -> int | None:
-        return known(value, (*BITS, PLAIN) if info.field_name == "bits" else GROUP_SIZES)
 
     @field_validator("layers")
     @classmethod
@@ -112,12 +121,10 @@ def _from_bits(value: Any) -> Any:
 
 def parse_size(value: Any) -> Any:
     """Bytes from a number or a text such as 40MB or 1.5 GiB; a text that is none is an InputError."""
-    if not isinstance(value, str):
-        return value
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?I?)B?\s*", value.upper())
-    if match is None or match[2] not in UNITS:
-        raise InputError(f"{value!r} is not a size such as 40MB")
-    return round(float(match[1]) * UNITS[match[2]])
+    try:
+        return int(SIZE.validate_python(value)) if isinstance(value, str) else value
+    except ValidationError:
+        raise InputError(f"{value!r} is not a size such as 40MB") from None
 
 
 Part = Annotated[PartGrid | None, BeforeValidator(_from_bits)]
@@ -127,8 +134,8 @@ class StorageSettings(Strict):
     """What is stored how; `epmq.pipeline.layout` says what that makes of every tensor."""
 
     method: str
-    bits: int = Field(4, description="2, 3, 4 or 8; 16 gives every layer its target unrounded, in the stored dtype")
-    group_size: int = Field(-1, description="weights that share a scale: -1 (a row), 32, 64 or 128")
+    bits: Bits = Field(4, description="2, 3, 4 or 8; 16 gives every layer its target unrounded, in the stored dtype")
+    group_size: GroupSize = Field(-1, description="weights that share a scale: -1 (a row), 32, 64 or 128")
     symmetric: bool = Field(True, description="without a zero point")
     embeddings: Part = Field(
         None,
@@ -160,11 +167,6 @@ class StorageSettings(Strict):
         None, gt=0, description="the same as bytes of the file, such as 40MB"
     )
     drop_unused: bool = Field(False, description="leave out what no task's head reads, such as an unused pooler")
-
-    @field_validator("bits", "group_size")
-    @classmethod
-    def _known(cls, value: int, info: Any) -> int | None:
-        return known(value, (*BITS, PLAIN) if info.field_name == "bits" else GROUP_SIZES)
 
     @model_validator(mode="after")
     def _one_limit(self) -> StorageSettings:

@@ -38,7 +38,7 @@ def test_errors_in_the_stream_count_by_their_share_of_the_experts_token():
         features=0.0,
         modules=[block.inner],
         target=LayerTarget(["inner"], add=ResidualAdd("norm", torch.full((5,), 2.0), "x")),
-        track_largest=lambda inputs: None,
+        dtype=torch.float32,
     )
     moments, teacher = Moments(5), SimpleNamespace(take=lambda index, point: [theirs])
     InputCollector(step, group, moments, teacher).add_batch(0, 0)

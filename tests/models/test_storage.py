@@ -45,7 +45,7 @@ def test_rows_that_come_in_parts_are_rounded_as_the_whole():
         for name in ("codes", "scale", "zero_point"):
             assert torch.equal(getattr(whole, name), getattr(expected, name))
             assert torch.equal(getattr(whole, name), getattr(parts, name))
-        read = layout(grid).as_stored("table.weight", lambda name: weight)
+        read = layout(grid).as_stored("table.weight", weight)
         codes = whole.codes.reshape(10, -1, grid.width(64)).float() - whole.zero_point.float()[..., None]
         assert (
             torch.equal(read, (codes * whole.scale.float()[..., None]).reshape(10, 64)) and read.dtype == torch.float32
@@ -54,8 +54,8 @@ def test_rows_that_come_in_parts_are_rounded_as_the_whole():
 
 def test_what_is_solved_after_the_last_block_is_read_as_it_is_merged():
     weight, stored = torch.randn(3, 64), layout(late=("late",))
-    assert stored.as_stored("late.weight", lambda name: weight) is weight
-    assert not torch.equal(stored.as_stored("table.weight", lambda name: weight), weight)
+    assert stored.as_stored("late.weight", weight) is weight
+    assert not torch.equal(stored.as_stored("table.weight", weight), weight)
 
 
 def test_other_grids_are_those_of_the_layers_that_are_named():

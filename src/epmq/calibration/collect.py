@@ -107,11 +107,6 @@ class LayerGroup:
         factor, damping = self.objective.factor(guidance.damping or ridge or 0.0, settings.act_order)
         return Problem(target, ridge, factor, damping, self.objective.damped(damping))
 
-    def track_largest(self, inputs: Tensor) -> None:
-        """Keep the largest input; asked only of float16, as it costs a pass and a wait for the device."""
-        if self.dtype == torch.float16:
-            self.largest = max(self.largest, float(inputs.detach().abs().max()))
-
     def add_task(self, task: str, moments: Moments, aims: bool) -> None:
         """Fold one task's moments into the objective; where the layers aim at a sum, they hold the targets."""
         context, weight = self._context, self._context.task_weights[task]
@@ -195,14 +190,19 @@ class InputCollector:
             self._add_inputs(inputs)
 
     def _add_inputs(self, inputs: Tensor) -> None:
-        self._group.track_largest(inputs)
+        self._track_largest(inputs)
         theirs = self._theirs.pop(0) if self._theirs else None
         drift = None if theirs is None or theirs.shape != inputs.shape else theirs.float() - inputs.float()
         self._moments.add(inputs, self._step.padding_mask(inputs), drift=drift)
 
+    def _track_largest(self, inputs: Tensor) -> None:
+        """Keep the largest input; asked only of float16, as it costs a pass and a wait for the device."""
+        if self._group.dtype == torch.float16:
+            self._group.largest = max(self._group.largest, float(inputs.detach().abs().max()))
+
     @torch.no_grad()
     def _add_targets(self, inputs: Tensor, skip_input: Tensor, add: ResidualAdd) -> None:
-        self._group.track_largest(inputs)
+        self._track_largest(inputs)
         theirs, bias = self._theirs.pop(0).float(), self._group.modules[0].bias
         targets = (theirs - skip_input.float()) / add.scale
         if isinstance(bias, Tensor):

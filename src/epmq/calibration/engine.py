@@ -131,7 +131,6 @@ class CalibrationEngine:
     """
 
     outputs_for: int | None = 1  # batches that go through the last block to its end: of the others nobody asks that
-    after_blocks = True  # whether the layers after the last block are solved, too
 
     def __init__(
         self,
@@ -161,9 +160,14 @@ class CalibrationEngine:
             on_finished = refitter.on_finished if refitter else None
             for name in context.calls.order if context.calls.repeated else ():  # they are in memory to the end
                 materialize(experts.model, experts.block_names(name), context.tensor, context.device)
-            late = context.layout.late if self.after_blocks else ()
             calibrator = calibrator_of(
-                experts.model, self.batches, context.calls, on_finished, context.offloader, self.outputs_for, late
+                experts.model,
+                self.batches,
+                context.calls,
+                on_finished,
+                context.offloader,
+                self.outputs_for,
+                context.layout.late,
             )
             number = 0
             self.observe("", "start")
@@ -200,7 +204,7 @@ class CalibrationEngine:
         quantized = storage is not None and storage.grid is not None
         if self.written is not None and quantized and name.removesuffix(".weight") not in context.layout.late:
             return self.written.tensor(name)
-        return context.layout.as_stored(name, context.merged.tensor)
+        return context.layout.as_stored(name, context.merged.tensor(name))
 
     def _round_rest(self, number: int) -> Iterator[Block]:
         """Round the blocks to nearest that no batch calls; `number` blocks are done."""
@@ -227,9 +231,15 @@ class CalibrationEngine:
             if not equals_merge(context.experts, expert, context.merged):
                 batches = [batch for batch in self.batches if batch.task == task]
                 make_head = self.make_heads.get(task, lambda backbone: None)
-                late = context.layout.late if self.after_blocks else ()
                 teacher = Teacher(
-                    context.experts, expert, batches, make_head, context.device, context.offloader, context.calls, late
+                    context.experts,
+                    expert,
+                    batches,
+                    make_head,
+                    context.device,
+                    context.offloader,
+                    context.calls,
+                    context.layout.late,
                 )
                 context.teachers[task] = teacher
                 yield teacher

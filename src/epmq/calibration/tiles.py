@@ -35,10 +35,6 @@ class TiledLayer:
         height = tile_height(self._step.block.get_submodule(self.names[0]).get_parameter("weight"))
         return LayerGroup(self._context, self._step, self.target, slice(start, start + height))
 
-    def track_largest(self, inputs: Tensor) -> None:
-        """As `LayerGroup.track_largest`."""
-        LayerGroup.track_largest(self, inputs)  # type: ignore[arg-type]
-
     def add_task(self, task: str, moments: Moments, aims: bool) -> None:
         """Keep one task's moments."""
         self.tokens += moments.count

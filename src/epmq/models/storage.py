@@ -1,6 +1,6 @@
 """How every tensor of an output is stored: on a grid, or plain in some dtype, or not at all."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -87,9 +87,8 @@ class Layout:
         rounded = join_rows(rtn(part, grid, search=self.search, scale_dtype=scale) for part in parts)
         return replace(rounded, dtype=storage.dtype)
 
-    def as_stored(self, name: str, read: Callable[[str], Tensor]) -> Tensor:
-        """A tensor outside the blocks, as it is read back from the output: rounded to nearest, or cast."""
-        tensor = read(name)
+    def as_stored(self, name: str, tensor: Tensor) -> Tensor:
+        """A merged tensor outside the blocks, as it is read back from the output: rounded to nearest, or cast."""
         if self.of.get(name, Storage()).grid is None or name.removesuffix(".weight") in self.late:
             return self.cast(name, tensor)
         return self.round(name, [tensor]).dequantize()

@@ -60,14 +60,11 @@ def with_chosen_grids(run: PreparedRun, batches: Sequence[Batch], folder: Path, 
 
 def _sizes(run: PreparedRun) -> dict[str, dict[Grid, int]]:
     """Bytes of each layer whose grid is to be chosen, on each that it may have."""
-    return {
-        layer: {grid: _bytes(replace(run, layout=run.layout.with_grids({layer: grid})), layer) for grid in grids}
-        for layer, grids in run.layout.free.items()
-    }
+    return {layer: {grid: _bytes(run, layer, grid) for grid in grids} for layer, grids in run.layout.free.items()}
 
 
-def _bytes(run: PreparedRun, layer: str) -> int:
-    return sum(map(byte_size, specs_of(run, f"{layer}.weight").values()))
+def _bytes(run: PreparedRun, layer: str, grid: Grid | None = None) -> int:
+    return sum(map(byte_size, specs_of(run, f"{layer}.weight", grid).values()))
 
 
 def _fixed(run: PreparedRun) -> int:

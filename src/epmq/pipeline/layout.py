@@ -13,11 +13,12 @@ from epmq.errors import InputError, error_context
 from epmq.export import FORMATS
 from epmq.merging.experts import ExpertSet
 from epmq.merging.merged import MergedWeights
+from epmq.method_settings import QuantizeSettings
 from epmq.models.blocks import LINEAR, block_linears, find_stacks, is_transposed
 from epmq.models.meta import token_tables, vocabulary
 from epmq.models.storage import Layout, Storage
 from epmq.quantization.grid import BITS, Grid
-from epmq.storage_settings import PLAIN, Override, PartGrid, StorageSettings, describe
+from epmq.storage_settings import PLAIN, Override, PartGrid, describe
 
 # What a plan tells the storage of.
 PARTS = BLOCKS, TABLES, OUTSIDE, OUTPUT, REST = "blocks", "tables", "outside the blocks", "output layer", "rest"
@@ -42,22 +43,23 @@ class LayoutPlanner:
     Args:
         experts: base and experts, opened.
         settings: of the quantizer.
-        late: modules after the last block that calibration data reaches, in the order of their calls.
-        unread: those of them that no head reads.
     """
 
-    def __init__(
-        self, experts: ExpertSet, settings: StorageSettings, late: Sequence[str] = (), unread: Sequence[str] = ()
-    ) -> None:
-        self._experts, self._settings, self._late, self._unread = experts, settings, late, unread
+    def __init__(self, experts: ExpertSet, settings: QuantizeSettings) -> None:
+        self._experts, self._settings = experts, settings
         self._blocks = dict(block_linears(experts.model))
         self._modules = dict(experts.model.named_modules())
         self._aliases: dict[str, list[str]] = {name: [name] for name in experts.names}
         for name, leader in experts.tied.items():
             self._aliases.setdefault(leader, [leader]).append(name)
 
-    def layout(self, calibrates: bool, search: bool) -> Layout:
-        """The layout; `calibrates` says whether there is data, `search` whether scales are searched.
+    def layout(self, late: Sequence[str] | None = None, unread: Sequence[str] = ()) -> Layout:
+        """The layout.
+
+        Args:
+            late: modules after the last block that calibration data reaches, in the order of their calls; None where
+                there is no data, and nothing outside the blocks is solved.
+            unread: those of them that no head reads.
 
         Raises:
             InputError: a pattern matches nothing, tied tensors have two settings, or a group does not divide a
@@ -66,10 +68,10 @@ class LayoutPlanner:
         parts = {layer: part for layer in self._layers if (part := self._part(layer)) is not None}
         chosen = self._overridden(parts)
         of = {name: self._rest(name) for name in self._experts.names}
-        dropped = tuple(name for name in of if self._settings.drop_unused and name.rpartition(".")[0] in self._unread)
-        reached = dict.fromkeys((*(layer for layer in self._late if layer not in self._output), *self._output))
-        late = [layer for layer in reached if layer in parts and layer not in self._unread]
-        late = [layer for layer in late if calibrates and not self._kept(chosen[layer], parts[layer])]
+        dropped = tuple(name for name in of if self._settings.drop_unused and name.rpartition(".")[0] in unread)
+        reached = [] if late is None else [*(layer for layer in late if layer not in self._output), *self._output]
+        solvable = [layer for layer in reached if layer in parts and layer not in unread]
+        late = [layer for layer in solvable if not self._kept(chosen[layer], parts[layer])]
         for layer, part in parts.items():
             grid, override = self._grid(layer, part, chosen[layer])
             solved = (part.in_block or layer in late) and not (override is not None and override.skip)
@@ -78,7 +80,7 @@ class LayoutPlanner:
         of = {name: storage for name, storage in of.items() if name not in dropped}
         free = {layer: grids for layer, part in parts.items() if (grids := self._choices(layer, part, chosen[layer]))}
         free = {layer: grids for layer, grids in free.items() if f"{layer}.weight" in of}
-        return Layout(of, tuple(late), output, dropped, search, free)
+        return Layout(of, tuple(late), output, dropped, self._settings.scales == "search", free)
 
     @cached_property
     def _layers(self) -> list[str]:

@@ -3,6 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from epmq.models.writer import CheckpointWriter
 from epmq.pipeline.prepare import PreparedRun
 from epmq.pipeline.processor import write_processor
 from epmq.pipeline.verify import WrongOutputError
+from epmq.quantization.grid import Grid
 
 
 class QuantizedWeights:
@@ -129,12 +131,13 @@ def parameters_of(run: PreparedRun) -> int:
     return count_parameters(run.experts.base.spec(name) for name in run.layout.of or run.experts.names)
 
 
-def specs_of(run: PreparedRun, name: str) -> dict[str, TensorSpec]:
-    """Stored name → dtype and shape of what is written of one tensor of the model."""
+def specs_of(run: PreparedRun, name: str, grid: Grid | None = None) -> dict[str, TensorSpec]:
+    """Stored name → dtype and shape of what is written of a tensor of the model; `grid` takes the place of its own."""
     stored, (dtype, shape), storage = run.experts.written[name], run.experts.base.spec(name), run.layout.of[name]
-    if storage.grid is None:
+    if storage.grid is None and grid is None:
         return {stored: (dtype if storage.dtype is None else DTYPE_NAMES[storage.dtype], shape)}
     form = form_of(run, name.removesuffix(".weight"))
+    form = form if grid is None else replace(form, grid=grid)
     rows, columns = shape[::-1] if form.transposed else shape
     return FORMATS[run.recipe.format].specs(stored.removesuffix(".weight"), (rows, columns), form)
 

@@ -82,9 +82,10 @@ def prepare(
     _check_fields(recipe, calibration or {}, evaluation or {})
     listed, recipe = recipe.experts, recipe.ordered()
     experts = open_experts(recipe.base, recipe.experts, recipe.tokenizer, recipe.config)
-    quantizes = recipe.quantize.method != "none"
-    if quantizes:
-        _check_layers(experts, recipe)
+    planner = LayoutPlanner(experts, recipe.quantize) if recipe.quantize.method != "none" else None
+    if planner is not None:
+        _check_settings(recipe)
+        check_format(planner.layout(), experts, recipe.format)
         for note in _untouched(experts):
             experts.notes.depart(note)
     experts.notes += check_relation(experts)
@@ -107,7 +108,7 @@ def prepare(
         heads = heads_follow(experts, inputs, stub)
     recipe = recipe.resolved(heads)
     _check_task_classes(experts, scored)
-    if quantizes:  # a mere merge reads the weights once and finds out as early
+    if planner is not None:  # a mere merge reads the weights once and finds out as early
         readers: list[BaseReader | ExpertReader] = [experts.base, *experts.experts.values()]
         for reader in readers if bar is None else bar.track(readers, description="check weights"):
             reader.check_finite()
@@ -115,19 +116,14 @@ def prepare(
         experts.notes.refuse()
     scored = {expert.name: scored[expert.name] for expert in listed if expert.name in scored}
     merged = MergedWeights(experts, recipe.merge, recipe.seed)
-    unread = [] if stub is None else unread_modules(experts, inputs, calls.late, stub)
-    layout = _layout(experts, recipe, merged, calls, unread) if quantizes else Layout()
+    layout = Layout()
+    if planner is not None:
+        late = None if stub is None else calls.late
+        unread = [] if stub is None else unread_modules(experts, inputs, calls.late, stub)
+        layout = fit_dtypes(planner.layout(late, unread), experts, merged, recipe.quantize.rest)
+        if layout.dropped:
+            experts.notes.append(f"no head reads {', '.join(layout.dropped)}: left out")
     return PreparedRun(recipe, experts, merged, inputs, scored, beside, plan, calls, layout)
-
-
-def _layout(experts: ExpertSet, recipe: Recipe, merged: MergedWeights, calls: BlockCalls, unread: list[str]) -> Layout:
-    """How every tensor is stored, from what the calibration inputs reach, and what of that no head reads."""
-    settings = recipe.quantize
-    planner = LayoutPlanner(experts, settings, calls.late, unread)
-    layout = planner.layout(settings.calibrates, settings.scales == "search")
-    if layout.dropped:
-        experts.notes.append(f"no head reads {', '.join(layout.dropped)}: left out")
-    return fit_dtypes(layout, experts, merged, settings.rest)
 
 
 def _note_processors(experts: ExpertSet, processor: Any, beside: dict[str, Path]) -> None:
@@ -156,8 +152,8 @@ def _check_fields(recipe: Recipe, calibration: Objects, evaluation: Objects) -> 
         raise InputError(f"activations: disk works on a CPU only, not on {device}")
 
 
-def _check_layers(experts: ExpertSet, recipe: Recipe) -> None:
-    """Check that settings, grids and format fit every tensor that would be quantized."""
+def _check_settings(recipe: Recipe) -> None:
+    """Check that what is asked for, and takes calibration data, has some."""
     settings = recipe.quantize
     if (settings.budget is not None or settings.size is not None) and not settings.calibrates:
         raise InputError(f"quantize.budget, size: {settings.method} has no data on which bits could be chosen")
@@ -165,8 +161,6 @@ def _check_layers(experts: ExpertSet, recipe: Recipe) -> None:
         raise InputError(
             f"quantize.drop_unused: what heads read is seen on calibration data, and {settings.method} has none"
         )
-    layout = LayoutPlanner(experts, settings).layout(settings.calibrates, search=True)
-    check_format(layout, experts, recipe.format)
 
 
 def _untouched(experts: ExpertSet) -> list[str]:

@@ -198,7 +198,7 @@ def _prepared_run(table: Table, recipe: Recipe) -> PreparedRun:
     merged, settings = MergedWeights(experts, recipe.merge, recipe.seed), recipe.quantize
     layout = Layout()
     if settings.method != "none":
-        layout = LayoutPlanner(experts, settings).layout(calibrates=False, search=settings.scales == "search")
+        layout = LayoutPlanner(experts, settings).layout()
     return PreparedRun(recipe, experts, merged, calibration, {}, layout=layout)
 
 
