@@ -21,12 +21,12 @@ from benchmarks.accuracy.compare import GRIDS, measure
 from benchmarks.records import provenance
 from benchmarks.suites import text8
 from benchmarks.suites.__main__ import build
-from epmq.calibration import engine
 from epmq.files import write_json
 from epmq.quantization import gptq as solvers
 from epmq.quantization.gptq import gptq
 from epmq.quantization.grid import Grid, QuantizedTensor
 from epmq.quantization.hessian import hessian_loss
+from epmq.quantization.rtn import rtn_fallback
 
 PATH = RESULTS / "codes.json"
 Pair = tuple[Tensor, Tensor]
@@ -37,13 +37,12 @@ FACTORS = (1.0, 0.93, 1.07)
 def pairs() -> list[Pair]:
     """W* [out, in] and H [in, in] of every group of layers of the default run at 4 bits."""
     layers: list[Pair] = []
-    original = engine.rtn_fallback
 
     def note(solved: QuantizedTensor, loss: Tensor, target: Tensor, hessian: Tensor) -> Any:
         layers.append((target.clone(), hessian))
-        return original(solved, loss, target, hessian)
+        return rtn_fallback(solved, loss, target, hessian)
 
-    with patch.object(engine, "rtn_fallback", note):
+    with patch("epmq.quantization.stacked.rtn_fallback", note):
         fields = {"test_samples": 1, "seed": 0}
         measure(text8, build(text8), list(text8.TASKS), "task_arithmetic", {"method": "expert_guided"}, **fields)
     return layers
@@ -90,8 +89,8 @@ def best_scales(solved: QuantizedTensor, target: Tensor, hessian: Tensor) -> Ten
 
 
 WAYS: dict[str, Callable[[QuantizedTensor, Tensor, Tensor], Tensor]] = {
-    "one sweep of coordinate descent": lambda *pair: descend(*pair, sweeps=1),
-    "three sweeps": lambda *pair: descend(*pair, sweeps=3),
+    "one sweep of coordinate descent": lambda solved, target, hessian: descend(solved, target, hessian, sweeps=1),
+    "three sweeps": lambda solved, target, hessian: descend(solved, target, hessian, sweeps=3),
     "scales refitted to the codes": refitted,
     "three solves, each row's best scales": best_scales,
 }

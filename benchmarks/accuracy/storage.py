@@ -90,7 +90,7 @@ def main() -> None:
                 if (suite.NAME, name, seed) in done:
                     continue
                 other = done.get((suite.NAME, AS_LARGE.get(name), seed))
-                row = run_row(suite, name, seed, other and other["bytes"], split)
+                row = run_row(suite, name, seed, other["bytes"] if other else None, split)
                 done[identity(row)] = row
                 if not arguments.validation:
                     others = [kept for kept in read_rows(PATH) if identity(kept) != identity(row)]

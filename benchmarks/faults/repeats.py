@@ -61,12 +61,13 @@ def repeat(
 def halve_real_batches(suite: str, folder: Path) -> dict[str, dict[str, float]]:
     """What half the batch size does to the codes of a suite's real models, by method; as `repeat` returns it."""
     module, differences = importlib.import_module(f"benchmarks.suites.{suite}"), {}
-    shared = {"max_length": module.MAX_LENGTH, "data": getattr(module, "DATA", None), "format": "dequantized"}
+    shared: dict[str, Any] = {"max_length": module.MAX_LENGTH, "data": getattr(module, "DATA", None)}
+    shared["format"] = "dequantized"
     for method in METHODS:
         outputs = [folder / f"{suite}-{method}-{size}" for size in SIZES]
         for size, output in zip(SIZES, outputs):
-            settings = {"quantize": {"method": method}, "samples": SAMPLES, "batch_size": size, "output": str(output)}
-            recipe = pool_recipe(suite_dir(suite), list(module.TASKS), **shared, **settings)
+            settings: dict[str, Any] = {"quantize": {"method": method}, "samples": SAMPLES, "batch_size": size}
+            recipe = pool_recipe(suite_dir(suite), list(module.TASKS), output=str(output), **shared, **settings)
             pipeline.run(recipe, progress=False, evaluate=False)
         differences[method] = difference(*(output / SINGLE for output in outputs))
     return differences

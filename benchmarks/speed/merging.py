@@ -99,7 +99,9 @@ def main() -> None:
     os.environ |= {"OMP_NUM_THREADS": "1"}
     name, console = "llama-1b" + "-quick" * arguments.quick, Console(stderr=True)
     shape, root, rows = find_shape(name), cache_dir() / "shapes" / name, []
-    before = json.loads((RESULTS / FILE).read_text()) if arguments.ours else {"rows": [], "peer_date": now()}
+    before: dict[str, Any] = {"rows": [], "peer_date": now()}
+    if arguments.ours:
+        before = json.loads((RESULTS / FILE).read_text())
     measured = {METHODS[row["method"]][1]["merge_method"]: [Cost(**row["mergekit"])] for row in before["rows"]}
     write_models(shape, root)
     try:

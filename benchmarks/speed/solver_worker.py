@@ -74,7 +74,7 @@ def gptqmodel(weight: Tensor, hessian: Tensor) -> Callable[[], Result]:
         static_groups=True,
         damp_percent=DAMPING,
     )
-    layer = torch.nn.Linear(*weight.T.shape, bias=False, device=weight.device)
+    layer = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device=weight.device)
     layer.weight.data = weight.clone()
     task = GPTQ(layer, settings)
     task.quantizer.configure(perchannel=True)

@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.suites import language
 from benchmarks.suites.fetch import debian
-from benchmarks.suites.language import Prepared
+from benchmarks.suites.language import Prepared, Row
 from benchmarks.suites.text8 import debian_source
 from epmq.demo.fetch import pypi
 
@@ -67,7 +67,8 @@ def prepare_base(folder: Path, root: Path, quick: bool) -> None:
 
 def code() -> Prepared:
     """The beginnings of Python functions, at most six a file."""
-    rows, groups = [], []
+    rows: list[Row] = []
+    groups: list[str] = []
     for requirement in CODE:
         root = pypi(requirement)
         for path in sorted(root.rglob("*.py")):
@@ -100,7 +101,8 @@ def read_functions(text: str) -> Iterator[str]:
 
 def manpages() -> Prepared:
     """Passages of Linux manual pages, at most six a page."""
-    rows, groups = [], []
+    rows: list[Row] = []
+    groups: list[str] = []
     for package in ("manpages", "manpages-dev"):
         root = debian(package) / "usr" / "share" / "man"
         for path in sorted(root.glob("man*/*.gz")):

@@ -27,7 +27,7 @@ from epmq.demo.finetune import SPLITS, training_order
 from epmq.demo.texts import TextTask, split
 from epmq.files import write_json
 from epmq.models.multitask import MultiTaskModel
-from epmq.pipeline.metrics import METRICS
+from epmq.pipeline.metrics import metric_of, scorer_of
 
 IGNORED = -100
 QUICK_SIZES = {"train": 64, "validation": 16, "test": 24}
@@ -97,7 +97,8 @@ def shuffled_batches(
 def measure(model: Any, tokenizer: Any, rows: Sequence[Row], kind: str, max_length: int) -> float:
     """The metric of the kind: log-perplexity (lower is better) or exact match (higher is better)."""
     whole = MultiTaskModel(model.eval(), {}, tokenizer)
-    return METRICS[kind][0](whole, "", examples_of(rows, kind), max_length=max_length)
+    examples = examples_of(rows, kind)
+    return scorer_of(examples)(whole, "", examples, max_length=max_length)
 
 
 def train(
@@ -181,7 +182,7 @@ def train_expert(
     start = time.time()
     model, tokenizer = load(base, kind)
     sign = -1 if kind == "causal" else 1
-    record: dict[str, Any] = {"metric": METRICS[kind][0].__name__}
+    record: dict[str, Any] = {"metric": metric_of(examples_of(splits["test"], kind))}
     for name in ("validation", "test"):
         record[f"base_{name}"] = measure(model, tokenizer, splits[name], kind, max_length)
     history: list[float] = []

@@ -186,7 +186,7 @@ def start_batches(
     first = tokenizer.convert_tokens_to_ids("<extra_id_0>")
     for step in range(steps):
         # one task a batch: texts of two tasks differ in length, and padding costs as much as words
-        source = texts if step % 3 == 0 else by_task[rng.integers(len(by_task))]
+        source = texts if step % 3 == 0 else by_task[int(rng.integers(len(by_task)))]
         rows = [source[i] for i in rng.integers(len(source), size=batch_size)]
         if source is texts:
             ids = tokenizer([row["text"] for row in rows], truncation=True, max_length=CORRUPTED)["input_ids"]
