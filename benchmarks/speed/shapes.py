@@ -63,7 +63,7 @@ WATCHED: tuple[tuple[Any, str, str], ...] = (
     (CheckpointWriter, "sync", "write"),
     (CheckpointWriter, "finish", "write"),
     (pipeline, "check_reloaded", "read back"),
-    (pipeline, "why_not_direct", "reopen"),
+    (pipeline, "note_unopened", "reopen"),
 )
 
 

@@ -34,6 +34,7 @@ from epmq.pipeline.layout import stored_parts
 from epmq.pipeline.output import form_of, parameters_of, weight_specs
 from epmq.pipeline.prepare import Objects, PreparedRun, prepare
 from epmq.pipeline.run import TRIED, calibration_batches, calibration_engine
+from epmq.pipeline.trial import note_unopened
 from epmq.quantization.grid import BITS
 from epmq.recipe import Recipe
 from epmq.recipe_file import load_recipe
@@ -108,6 +109,7 @@ def dry_run(
     with progress_bars(progress) as bar:
         prepared = prepare(recipe, bar, calibration=calibration, strict=strict)
         check_budget(prepared)
+        note_unopened(prepared)
     return plan_of(prepared, clock(prepared.device) - start)
 
 

@@ -168,7 +168,7 @@ def write_rest(run: PreparedRun, folder: Path, fits: Mapping[str, HeadFit]) -> N
 
     `fits` says, by task, what became of its head, where it follows the model.
     """
-    _write_config(run, folder)
+    write_config(run, folder)
     (folder / HEADS).mkdir(exist_ok=True)
     for expert in run.experts.experts.values():
         _write_head(expert, folder / HEADS / f"{expert.task}.safetensors", fits.get(expert.task))
@@ -178,7 +178,8 @@ def write_rest(run: PreparedRun, folder: Path, fits: Mapping[str, HeadFit]) -> N
     write_processor(run.plan, run.experts, folder)
 
 
-def _write_config(run: PreparedRun, folder: Path) -> None:
+def write_config(run: PreparedRun, folder: Path) -> None:
+    """Write `config.json`: the base's with what the recipe changes, and how weights are quantized."""
     model, forms = run.experts.model, {name: form_of(run, name) for name in run.layout.quantized()}
     model.config.save_pretrained(folder)
     config = {**run.experts.config, "architectures": [type(model).__name__]}

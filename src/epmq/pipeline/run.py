@@ -17,12 +17,11 @@ from epmq.calibration.offload import Offloader
 from epmq.calibration.sequential import Batch
 from epmq.data.encoding import split_first, to_device
 from epmq.errors import InputError
-from epmq.files import hash_file, read_json, whole_directory, write_json
+from epmq.files import hash_file, whole_directory, write_json
 from epmq.merging.readers import TensorReader, guiding_head
 from epmq.method_settings import Unquantized
 from epmq.models.blocks import find_stacks
 from epmq.models.checkpoint import bits_per_weight, model_files
-from epmq.models.loading import why_not_direct
 from epmq.models.multitask import load
 from epmq.models.writer import CheckpointWriter
 from epmq.pipeline.budget import check_budget, with_chosen_grids
@@ -31,6 +30,7 @@ from epmq.pipeline.journal import Journal, Workdir, hash_batches, remove_stale_w
 from epmq.pipeline.metrics import metrics_of
 from epmq.pipeline.output import QuantizedWeights, parameters_of, weight_specs, write_merged, write_rest
 from epmq.pipeline.prepare import Objects, PreparedRun, prepare
+from epmq.pipeline.trial import note_unopened
 from epmq.pipeline.verify import WrongOutputError, check_processor, check_reloaded
 from epmq.recipe import Recipe
 from epmq.recipe_file import load_recipe
@@ -102,11 +102,12 @@ def run(
                 batches = calibration_batches(prepared)
                 workdir = stack.enter_context(resumable(recipe.output, inputs_of(prepared, batches), restart))
                 prepared = with_chosen_grids(prepared, batches, workdir.kept, bar)
+                note_unopened(prepared)
             folder = workdir.output
             with clocks.phase("merge and quantize"):
                 written = write_quantized(prepared, workdir, batches, bar)
         check_processor(folder, prepared.experts, prepared.plan.processor)
-        report = _report(prepared, folder, written, clocks)
+        report = _report(prepared, written, clocks)
         if prepared.evaluation:
             with clocks.phase("evaluate"):
                 scores = evaluate_model(load(folder, prepared.device), prepared.evaluation, recipe, bar)
@@ -238,7 +239,7 @@ def inputs_of(prepared: PreparedRun, batches: list[Batch]) -> dict[str, Any]:
     }
 
 
-def _report(prepared: PreparedRun, folder: Path, written: Written, clocks: "Clocks") -> dict[str, Any]:
+def _report(prepared: PreparedRun, written: Written, clocks: "Clocks") -> dict[str, Any]:
     recipe, layers, parameters = prepared.recipe, written.layers, parameters_of(prepared)
     return {
         "date": now(),
@@ -255,7 +256,7 @@ def _report(prepared: PreparedRun, folder: Path, written: Written, clocks: "Cloc
         "loss": sum(layer["loss"] or 0.0 for layer in layers),
         "layers": layers,
         "heads": written.heads,
-        "notes": prepared.experts.notes + reporting.layer_notes(layers, recipe.quantize) + _unopened(recipe, folder),
+        "notes": prepared.experts.notes + reporting.layer_notes(layers, recipe.quantize),
     }
 
 
@@ -263,15 +264,6 @@ def _write_report(folder: Path, report: dict[str, Any]) -> None:
     write_json(folder / reporting.REPORT, report)
     (folder / reporting.PAGE).write_text(render_page([Run.from_report(report)]), encoding="utf-8")
     (folder / reporting.CARD).write_text(reporting.model_card(report), encoding="utf-8")
-
-
-def _unopened(recipe: Recipe, folder: Path) -> list[str]:
-    """A note if transformers alone cannot read what was written."""
-    config = read_json(folder / "config.json")
-    fault = why_not_direct(folder, config) if "quantization_config" in config else None
-    if fault is None:
-        return []
-    return [f"AutoModel.from_pretrained cannot open this packed model ({fault}): use epmq.load, or format: dequantized"]
 
 
 class Clocks:
