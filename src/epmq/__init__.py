@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from epmq.models.multitask import MultiTaskModel, load
     from epmq.pipeline.cost import dry_run
     from epmq.pipeline.evaluation import evaluate_checkpoint, evaluate_experts
+    from epmq.pipeline.exporting import export_checkpoint
     from epmq.pipeline.run import merge, run
     from epmq.recipe import Recipe
     from epmq.recipe_file import load_recipe
@@ -27,6 +28,7 @@ __all__ = [
     "dry_run",
     "evaluate_checkpoint",
     "evaluate_experts",
+    "export_checkpoint",
     "load",
     "load_recipe",
     "merge",
@@ -39,6 +41,7 @@ _HOME = {
     "dry_run": "epmq.pipeline.cost",
     "evaluate_checkpoint": "epmq.pipeline.evaluation",
     "evaluate_experts": "epmq.pipeline.evaluation",
+    "export_checkpoint": "epmq.pipeline.exporting",
     "load": "epmq.models.multitask",
     "load_recipe": "epmq.recipe_file",
     "merge": "epmq.pipeline.run",

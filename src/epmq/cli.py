@@ -66,6 +66,9 @@ epmq quantize my.yaml -s quantize.size=40MB -o merged-40mb
 epmq eval merged-4bit my.yaml
 epmq eval merged-4bit my.yaml --experts
 epmq eval merged-4bit my.yaml --experts --json > experts.json
+epmq export merged-4bit --to onnx
+epmq export merged-4bit --to gguf -o merged-gguf
+epmq export merged-4bit --to vllm
 epmq inspect merged-4bit
 epmq inspect merged-4bit --layers
 epmq inspect models/base
@@ -223,6 +226,28 @@ def evaluate(
             table.add_section()
         table.add_row(task, *(column[task] for column in scores))
     _print(table)
+
+
+@app.command(epilog=_examples("export"))
+def export(
+    checkpoint: Annotated[Path, Argument(help="a checkpoint that epmq wrote, of format: pack-quantized")],
+    to: Annotated[list[str], Option("--to", help="onnx, onnx-int8, gguf, gptq or vllm; may be given several times")],
+    output: Annotated[
+        Path | None, Option("--output", "-o", help="where to write; by default CHECKPOINT-TARGET beside it")
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Write a finished checkpoint for another runtime, from the same codes, and try it there.
+
+    onnx is for onnxruntime, browsers and phones; gguf for llama.cpp and all that stands on it; gptq for older
+    consumers; vllm writes nothing and says whether vLLM takes the checkpoint as it is.
+    """
+    from epmq.reporting.report import export_line
+
+    if output is not None and len(to) > 1:
+        raise InputError("--output: with several targets each has a directory of its own, beside the checkpoint")
+    for target in to:
+        _print(export_line(epmq.export_checkpoint(checkpoint, target, output, progress=not quiet)))
 
 
 @app.command(epilog=_examples("inspect"))

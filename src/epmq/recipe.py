@@ -98,6 +98,11 @@ class Recipe(Strict):
     format: Literal["pack-quantized", "dequantized"] = Field(
         "pack-quantized", description="pack-quantized (compressed-tensors) or dequantized (plain safetensors)"
     )
+    formats: list[Literal["onnx", "onnx-int8", "gguf", "gptq", "vllm"]] = Field(
+        [],
+        description="other runtimes that the output is written for, from the same codes, beside its weights: onnx, "
+        "onnx-int8 (faster, activations of 8 bits), gguf, gptq; vllm is checked alone",
+    )
     tokenizer: str = Field(
         "auto",
         description="tokens of the output: base, union, the name of an expert, or auto: the base's, and where experts "
@@ -117,6 +122,8 @@ class Recipe(Strict):
 
     @model_validator(mode="after")
     def _fits(self) -> Recipe:
+        if self.formats and (self.format != "pack-quantized" or self.quantize.method == "none"):
+            raise InputError("formats: they are made of codes: use format: pack-quantized, and a quantizer")
         names = [expert.name for expert in self.experts]
         twice = {name for name in names if names.count(name) > 1}
         if twice:

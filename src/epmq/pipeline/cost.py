@@ -30,6 +30,7 @@ from epmq.merging.merged import MergedWeights
 from epmq.models.blocks import find_stacks
 from epmq.models.checkpoint import bits_per_weight, byte_size
 from epmq.pipeline.budget import check_budget, limit_bytes
+from epmq.pipeline.exporting import check_targets
 from epmq.pipeline.layout import stored_parts
 from epmq.pipeline.output import form_of, parameters_of, weight_specs
 from epmq.pipeline.prepare import Objects, PreparedRun, prepare
@@ -109,6 +110,7 @@ def dry_run(
     with progress_bars(progress) as bar:
         prepared = prepare(recipe, bar, calibration=calibration, strict=strict)
         check_budget(prepared)
+        check_targets(prepared)
         note_unopened(prepared)
     return plan_of(prepared, clock(prepared.device) - start)
 

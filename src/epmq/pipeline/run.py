@@ -26,6 +26,7 @@ from epmq.models.multitask import load
 from epmq.models.writer import CheckpointWriter
 from epmq.pipeline.budget import check_budget, with_chosen_grids
 from epmq.pipeline.evaluation import evaluate_model
+from epmq.pipeline.exporting import check_targets, write_targets
 from epmq.pipeline.journal import Journal, Workdir, hash_batches, remove_stale_workdir, resumable
 from epmq.pipeline.metrics import metrics_of
 from epmq.pipeline.output import QuantizedWeights, parameters_of, weight_specs, write_merged, write_rest
@@ -91,6 +92,7 @@ def run(
                 recipe, bar, evaluate=evaluate, calibration=calibration, evaluation=evaluation, strict=strict
             )
             check_budget(prepared)
+            check_targets(prepared)
         stack.enter_context(gc_frozen())  # all modules are imported
         if isinstance(prepared.recipe.quantize, Unquantized):
             folder = stack.enter_context(whole_directory(recipe.output))
@@ -107,7 +109,8 @@ def run(
             with clocks.phase("merge and quantize"):
                 written = write_quantized(prepared, workdir, batches, bar)
         check_processor(folder, prepared.experts, prepared.plan.processor)
-        report = _report(prepared, written, clocks)
+        exports = write_targets(prepared, folder, bar)
+        report = {**_report(prepared, written, clocks), "exports": exports}
         if prepared.evaluation:
             with clocks.phase("evaluate"):
                 scores = evaluate_model(load(folder, prepared.device), prepared.evaluation, recipe, bar)

@@ -83,6 +83,17 @@ def size_text(size: int, bits: float | None) -> str:
     return f"{size / 1e6:.1f} MB" + ("" if bits is None else f", {bits:.2f} bits a weight")
 
 
+def export_line(export: dict[str, Any]) -> str:
+    """What became of an export, in a line."""
+    size = f", {export['bytes'] / 1e6:.1f} MB" if export["bytes"] else ""
+    where = f": {export['output']}" if export.get("output") else ""
+    found = export["verified"]
+    if found is None:
+        return f"{export['target']}{where}{size}; not tried, as its runtime is not installed"
+    facts = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in found.items() if name != "runtime")
+    return f"{export['target']}{where}{size}; tried in {found['runtime']}: {facts}"
+
+
 def block_losses(layers: Iterable[dict[str, Any]]) -> list[tuple[str, float, float]]:
     """Losses summed over the layers of each block: (block, merging deviation, quantization deviation).
 
@@ -138,6 +149,8 @@ def summary_table(report: dict[str, Any]) -> Table:
     table.add_row("size", size_text(report["bytes"], report.get("bits_per_weight")))
     table.add_row("time", f"{sum(report['seconds'].values()):.1f} s")
     table.add_row("peak memory", f"{report['peak_memory_mb']:.0f} MB")
+    for export in report.get("exports", ()):
+        table.add_row("export", export_line(export))
     for note in report["notes"]:
         table.add_row("note", note)
     return table
