@@ -6,12 +6,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.progress import Progress
 
-from epmq.data.encoding import encode, load_processor, tokenizer_of
-from epmq.data.examples import Examples
+from epmq.data.encoding import encode, load_processor
+from epmq.data.made import made_examples
 from epmq.data.readers import read_data
 from epmq.errors import EpmqError, error_context
 from epmq.export.form import Form
@@ -30,9 +29,6 @@ from epmq.runtime import progress_bars
 
 # Examples a task on which an export is verified.
 TRIED = 8
-# What it is verified on where the calibration data is not there: texts, and the size of pictures of noise.
-TEXTS = ["one", "two words", "a text that is a little longer than the others", "and the last of them: 1, 2, 3."]
-PIXELS = 64
 
 
 def export_checkpoint(
@@ -136,14 +132,6 @@ def stored_examples(folder: Path) -> list[dict[str, Any]]:
     except (EpmqError, OSError, KeyError):
         found = []
     return found or list(encode(made_examples(processor, use), processor, TRIED))
-
-
-def made_examples(processor: Any, use: str) -> Examples:
-    """Some texts, or pictures of noise where the processor takes no texts."""
-    if tokenizer_of(processor) is not None:
-        return Examples(use, TEXTS, targets=TEXTS[::-1] if use == "seq2seq" else None)
-    noise = np.random.default_rng(0)
-    return Examples("image", list(noise.integers(0, 256, (len(TEXTS), PIXELS, PIXELS, 3), dtype=np.uint8)))
 
 
 def _first(batches: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
