@@ -54,7 +54,7 @@ def write_graphs(source: CodedCheckpoint, folder: Path, level: int, ending: str)
         file.parent.mkdir(exist_ok=True)
         save_graph(graph, file)
     write_json(folder / FOLDER / TASKS, tasks_of(model))
-    return [*files.values(), *(file.with_name(f"{file.name}.data") for file in files.values())]
+    return [file for one in files.values() for file in sorted(one.parent.glob(f"{one.name}*"))]
 
 
 def graphs_of(model: MultiTaskModel) -> dict[str, Graph]:
