@@ -144,6 +144,8 @@ def test_a_task_that_is_called_like_an_input_is_refused(pool, tmp_path):
 
 def test_a_table_of_3_bits_is_refused_before_compute(pool, tmp_path):
     recipe = recipe_for(pool, quantize={"method": "gptq", "embeddings": 3}, formats=["onnx"])
-    with pytest.raises(ValueError, match=r"formats.0: onnxruntime cannot hold embeddings.word_embeddings .* embeddings: 4"):
+    with pytest.raises(
+        ValueError, match=r"formats.0: onnxruntime cannot hold embeddings.word_embeddings .* embeddings: 4"
+    ):
         epmq.run({**recipe, "output": str(tmp_path / "out")}, progress=False)
     assert not (tmp_path / "out").exists()
