@@ -1,7 +1,7 @@
 """GPTQ directories, version 1 of the format: for onnxruntime-genai's builder, and for older consumers."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from epmq.errors import InputError
-from epmq.export.target import Coded, Contents, Verified, refuse_grid
+from epmq.export.form import in_block
+from epmq.export.target import Coded, Contents, refuse_grid
 from epmq.files import write_json
 from epmq.models.checkpoint import DTYPE_NAMES, TensorSpec
 from epmq.models.codes import CodedCheckpoint
@@ -81,11 +82,6 @@ def write(source: CodedCheckpoint, folder: Path) -> list[Path]:
         return [output / file for file in writer.files]
 
 
-def verify(folder: Path, source: Path, examples: Sequence[dict[str, Any]]) -> Verified:
-    """There is no runtime here that opens the format."""
-    raise NotImplementedError
-
-
 def quantization_config(grid: Grid, group: int) -> dict[str, Any]:
     """What `config.json` says of the weights."""
     return {
@@ -98,11 +94,6 @@ def quantization_config(grid: Grid, group: int) -> dict[str, Any]:
         "lm_head": False,
         "pack_dtype": "int32",
     }
-
-
-def in_block(layer: str) -> bool:
-    """Whether a layer is in one of the numbered blocks of a model: what is outside them stays plain."""
-    return re.search(r"\.\d+\.", layer) is not None
 
 
 def group_of(grid: Grid, shapes: Mapping[str, tuple[int, int]]) -> int:
