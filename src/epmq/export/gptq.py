@@ -19,7 +19,7 @@ from epmq.models.side_files import CONFIG, copy_files, side_files
 from epmq.models.writer import CheckpointWriter
 from epmq.quantization.grid import Grid, QuantizedTensor
 
-TITLE = "onnxruntime-genai's builder and older consumers of GPTQ"
+TITLE = "onnxruntime-genai's builder and other consumers of GPTQ directories; not run"
 PACKAGES: tuple[str, ...] = ()
 EXTRA: str | None = None
 RUNTIME: str | None = None

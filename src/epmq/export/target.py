@@ -97,6 +97,8 @@ TARGETS = {
     "gptq": "epmq.export.gptq",
     "vllm": "epmq.export.vllm",
 }
+# Those of which nothing is written: their runtimes open the checkpoint as it is, or `check` says why not.
+AS_IT_IS = ("vllm",)
 
 
 def find_target(name: str) -> Target:
