@@ -30,7 +30,7 @@ def comparison_table(columns: Mapping[str, Measured], settings: str) -> Table:
     first = next(iter(columns.values()))
     metric = first["metric"]
     percent = isinstance(metric, str) and metric in SHARES and metric not in CORRELATIONS
-    headings = [Column(name, justify="right") for name in columns]
+    headings = [Column(name, justify="right", overflow="fold") for name in columns]
     title = f"{score_title(metric)}{' in %' if percent else ''}, {settings}"
     table = Table("task", *headings, title=title, title_justify="left")
     shown = [shown_scores(column) for column in columns.values()]
