@@ -293,4 +293,4 @@ def test_what_lies_outside_the_blocks_is_named_on_the_grid_of_all_linear_layers_
     grid = Grid(4, 32)
     forms = {"layers.0.a": Form(grid), "table": Form(grid, table=True), "lm_head": Form(grid)}
     [group] = packed.config(forms, [])["config_groups"].values()
-    assert group["targets"] == ["Linear", "table", "lm_head"]
+    assert group["targets"] == ["table", "lm_head", "Linear"]

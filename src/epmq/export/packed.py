@@ -95,7 +95,8 @@ def config(forms: Mapping[str, Form], ignore: list[str]) -> dict[str, Any] | Non
     """The `quantization_config` of compressed-tensors; see `epmq.export.Format`.
 
     The grid that most layers have is that of all linear layers; those on another one are named, and so are layers
-    outside the blocks: tables are no linear layers, and an output layer is none to vLLM.
+    outside the blocks: tables are no linear layers, and an output layer is none to vLLM. Names come first: the library
+    warns of those that follow a class that their layers are of.
     """
     from compressed_tensors.quantization import QuantizationConfig
 
@@ -108,7 +109,7 @@ def config(forms: Mapping[str, Form], ignore: list[str]) -> dict[str, Any] | Non
     fields = {
         "config_groups": {
             f"group_{number}": {
-                "targets": (["Linear"] if key == linear else []) + _named(groups[key], all_of_them=key != linear),
+                "targets": _named(groups[key], all_of_them=key != linear) + ["Linear"] * (key == linear),
                 "weights": _weights(key[1]),
                 "format": key[0],
             }
