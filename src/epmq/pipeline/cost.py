@@ -35,7 +35,7 @@ from epmq.pipeline.layout import stored_parts
 from epmq.pipeline.output import form_of, parameters_of, weight_specs
 from epmq.pipeline.prepare import Objects, PreparedRun, prepare
 from epmq.pipeline.run import TRIED, calibration_batches, calibration_engine
-from epmq.pipeline.trial import note_unopened
+from epmq.pipeline.opening import note_unopened
 from epmq.quantization.grid import BITS
 from epmq.recipe import Recipe
 from epmq.recipe_file import load_recipe
