@@ -1,7 +1,7 @@
 """The quantization grid and what lies on it."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -99,6 +99,15 @@ class QuantizedTensor:
         if not self.grid.symmetric:
             grouped = grouped - self.zero_point.to(scale.dtype).unsqueeze(-1)
         return (grouped * scale.unsqueeze(-1)).reshape(rows, columns)
+
+    def to(self, device: torch.device) -> "QuantizedTensor":
+        """The same on a device."""
+        tensors = {name: getattr(self, name).to(device) for name in ("codes", "scale", "zero_point")}
+        return replace(self, **tensors)
+
+    def rows(self, rows: slice | Tensor) -> "QuantizedTensor":
+        """Some rows of it."""
+        return replace(self, codes=self.codes[rows], scale=self.scale[rows], zero_point=self.zero_point[rows])
 
     def split(self, rows: list[int]) -> "list[QuantizedTensor]":
         """Cut stacked layers apart again; `rows` are their output sizes."""
