@@ -105,6 +105,15 @@ def unpack(words: Tensor, bits: int, columns: int) -> Tensor:
     return signed(unpack_bytes(words.contiguous().view(torch.uint8), bits)[:, :columns], bits)
 
 
+# Codes of one or of three bytes are drawn apart to a byte each, in steps: how far the upper half of them is shifted, and
+# what stays then, in an integer with a byte a code.
+_STEPS: dict[int, tuple[torch.dtype, tuple[tuple[int, int], ...]]] = {
+    2: (torch.int32, ((12, 0x000F000F), (6, 0x03030303))),
+    3: (torch.int64, ((20, 0x00000FFF00000FFF), (10, 0x003F003F003F003F), (5, 0x0707070707070707))),
+    4: (torch.int16, ((4, 0x0F0F),)),
+}
+
+
 def unpack_bytes(packed: Tensor, bits: int) -> Tensor:
     """Unsigned codes [rows, codes] uint8 from bytes [rows, bytes], low bits first; 2, 3, 4 or 8 bits.
 
@@ -112,13 +121,15 @@ def unpack_bytes(packed: Tensor, bits: int) -> Tensor:
     """
     if bits == 8:
         return packed
+    dtype, steps = _STEPS[bits]
     if bits == 3:
-        parts = torch.nn.functional.pad(packed, (0, -packed.shape[1] % 3)).reshape(len(packed), -1, 3).int()
-        word = parts[..., 0] | parts[..., 1] << 8 | parts[..., 2] << 16
-        codes = [((word >> shift) & 7).to(torch.uint8) for shift in range(0, 24, 3)]
+        parts = torch.nn.functional.pad(packed, (0, -packed.shape[1] % 3)).reshape(len(packed), -1, 3).to(dtype)
+        words = parts[..., 0] | parts[..., 1] << 8 | parts[..., 2] << 16
     else:
-        codes = [(packed >> shift) & ((1 << bits) - 1) for shift in range(0, 8, bits)]
-    return torch.stack(codes, dim=-1).reshape(len(packed), -1)
+        words = packed.to(dtype, memory_format=torch.contiguous_format)
+    for shift, mask in steps:
+        words = (words | words << shift) & mask
+    return words.view(torch.uint8)
 
 
 def pack_bytes(codes: Tensor, bits: int) -> Tensor:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from epmq.models.codes import signed, unsigned
 from epmq.quantization.grid import QuantizedTensor
 
-# Rows of inputs up to which kernels are asked: with more, making the weight and multiplying once costs less.
-FEW_ROWS = 16
+# Rows of inputs up to which kernels are asked: on two processors with AVX2, 64 are dearer than making the weight anew.
+FEW_ROWS = 32
 # Columns that may share a scale in the kernels for 4 bits.
 GROUPS = (256, 128, 64, 32)
 # Largest error of a kernel's product, as a share of it: bfloat16 makes about 0.003.
@@ -52,7 +52,8 @@ class Layout:
         tiles = packed.reshape(-1, columns // self.columns, count // 2).mT.contiguous()
         halves = torch.cat([tiles & 15, tiles >> 4], dim=1)
         halves = halves if self.order is None else halves[:, self.order]
-        return halves.unflatten(1, (self.rows, self.columns)).transpose(2, 3).reshape(-1, columns)
+        codes: Tensor = halves.unflatten(1, (self.rows, self.columns)).transpose(2, 3).reshape(-1, columns)
+        return codes
 
 
 def _convert_cpu(codes: Tensor) -> Tensor:

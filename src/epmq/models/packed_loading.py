@@ -26,6 +26,7 @@ from epmq.models.meta import (
 )
 from epmq.models.packed import PackedWeight, can_be_packed, pack
 from epmq.quantization.grid import QuantizedTensor
+from epmq.runtime import return_freed_memory
 
 
 def load_packed(
@@ -67,6 +68,7 @@ def load_packed(
     plain = {name for name, parameter in model.named_parameters(remove_duplicate=False)}
     tie(model, {name: held[0] for held in holders.values() for name in held[1:] if name in plain})
     take_generation_settings(model, source.checkpoint.path)
+    return_freed_memory()  # what was unpacked and packed has left holes
     return model
 
 
