@@ -123,7 +123,7 @@ def unpack_bytes(packed: Tensor, bits: int) -> Tensor:
         return packed
     dtype, steps = _STEPS[bits]
     if bits == 3:
-        parts = torch.nn.functional.pad(packed, (0, -packed.shape[1] % 3)).reshape(len(packed), -1, 3).to(dtype)
+        parts = torch.nn.functional.pad(packed, (0, -packed.shape[1] % 3)).unflatten(1, (-1, 3)).to(dtype)
         words = parts[..., 0] | parts[..., 1] << 8 | parts[..., 2] << 16
     else:
         words = packed.to(dtype, memory_format=torch.contiguous_format)
@@ -137,7 +137,7 @@ def pack_bytes(codes: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return codes
     count, width = (8, 3) if bits == 3 else (8 // bits, 1)
-    grouped = torch.nn.functional.pad(codes, (0, -codes.shape[1] % count)).reshape(len(codes), -1, count)
+    grouped = torch.nn.functional.pad(codes, (0, -codes.shape[1] % count)).unflatten(1, (-1, count))
     word = torch.zeros(grouped.shape[:2], dtype=torch.int32 if width > 1 else torch.uint8, device=codes.device)
     for place in range(count):
         word |= grouped[..., place].to(word.dtype) << bits * place

@@ -21,6 +21,8 @@ GROUPS = (256, 128, 64, 32)
 TOLERANCE = 0.02
 # Entries of a weight that are made at once: few enough for the cache, many enough for the overhead of a call.
 CHUNK = 1 << 18
+# What the columns of 8-bit codes must be a multiple of: with a rest, the kernel reads beyond the end, and crashes.
+WHOLE = 32
 # Processors for which the kernels have vector code; elsewhere they are slower than making the weight.
 VECTORS = ("AVX2", "AVX512")
 
@@ -169,8 +171,8 @@ class Int8(nn.Module):
     @classmethod
     def of(cls, weight: QuantizedTensor) -> "Int8 | None":
         """The kernel's form of a weight; None where its grid does not suit."""
-        suits = weight.grid.bits == 8 and weight.grid.symmetric and weight.scale.shape[1] == 1
-        return cls(weight) if suits else None
+        on_grid = weight.grid.bits == 8 and weight.grid.symmetric and weight.scale.shape[1] == 1
+        return cls(weight) if on_grid and weight.codes.shape[1] % WHOLE == 0 else None
 
     def codes(self, rows: slice | Tensor) -> Tensor:
         """Codes [rows, in] int8 of some rows."""

@@ -97,6 +97,8 @@ class PackedWeight(nn.Module):
 
     def lookup(self, ids: Tensor) -> Tensor:
         """Rows [..., in] of ids of any shape."""
+        if not ids.numel():
+            return torch.empty(*ids.shape, self.shape[1], dtype=self.dtype, device=ids.device)
         rows = self.rows(ids.flatten()).dequantize().to(self.dtype)
         return rows.reshape(*ids.shape, self.shape[1])
 

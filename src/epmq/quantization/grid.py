@@ -97,7 +97,7 @@ class QuantizedTensor:
         scale = self.scale.to(self.dtype or self.scale.dtype)
         # By way of float32 a processor makes half precision of int8 five times as fast, and of such a number exactly.
         codes = self.codes.float() if self.codes.device.type == "cpu" else self.codes
-        grouped = codes.reshape(rows, -1, self.grid.width(columns)).to(scale.dtype)
+        grouped = codes.reshape(rows, scale.shape[1], self.grid.width(columns)).to(scale.dtype)
         if not self.grid.symmetric:
             grouped = grouped - self.zero_point.to(scale.dtype).unsqueeze(-1)
         return (grouped * scale.unsqueeze(-1)).reshape(rows, columns)
