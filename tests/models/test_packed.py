@@ -7,10 +7,20 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
 
 from epmq.models import kernels
 from epmq.models.kernels import FEW_ROWS
-from epmq.models.packed import Bytes, LazyWeight, PackedEmbedding, PackedLinear, PackedWeight, can_be_packed, pack
+from epmq.models.packed import (
+    Bytes,
+    LazyWeight,
+    PackedConv1D,
+    PackedEmbedding,
+    PackedLinear,
+    PackedWeight,
+    can_be_packed,
+    pack,
+)
 from epmq.quantization.grid import BITS, Grid, QuantizedTensor
 from epmq.quantization.rtn import rtn
 from tests.kit.accelerator import pretended_accelerator
@@ -87,7 +97,7 @@ def test_a_weight_is_made_when_something_computes_with_it():
     layer = PackedLinear(coded(8, 32, Grid(2, 32)), dtype=torch.bfloat16)
     weight, plain = layer.weight, layer.packed.dequantize()
     assert isinstance(weight, LazyWeight) and (weight.dtype, weight.shape) == (torch.bfloat16, (8, 32))
-    assert weight.device == torch.device("cpu") and "Grid(bits=2" in repr(weight)
+    assert weight.device == torch.device("cpu") and "shape=(8, 32)" in repr(weight)
     assert torch.equal(weight * 2, plain * 2) and torch.equal(weight.float(), plain.float())
     inputs = torch.randn(3, 32).bfloat16()
     assert torch.equal(functional.linear(inputs, weight), functional.linear(inputs, plain))
@@ -121,6 +131,21 @@ def test_layers_of_subclasses_stay_what_they_are():
     assert isinstance(table, Scaled) and isinstance(table, PackedEmbedding) and isinstance(layer, PackedLinear)
     assert held(nn.ModuleList([table, layer])) == held(shared) + 4 * 40
     assert not can_be_packed(nn.Embedding(3, 4, max_norm=1.0)) and not can_be_packed(nn.LayerNorm(3))
+
+
+def test_a_layer_that_stores_its_weight_transposed():
+    weight, layer, inputs = coded(64, 32, Grid(4, 32)), Conv1D(64, 32), torch.randn(3, 2, 32)
+    plain = Conv1D(64, 32)
+    plain.weight = nn.Parameter(weight.dequantize().float().T.contiguous())
+    for kernels_too in (False, True):
+        packed = Conv1D(64, 32)
+        pack(packed, PackedWeight(weight, kernels=kernels_too))
+        assert packed.weight.shape == (32, 64) and torch.equal(packed.weight + 0, plain.weight)
+        expected, found = plain(inputs), packed(inputs)
+        assert (found - expected).norm() < 6e-3 * expected.norm()
+        assert packed.packed.has_kernel or torch.equal(found, expected)
+    assert isinstance(packed, PackedConv1D) and can_be_packed(layer)
+    assert_same(packed.quantized(), weight)
 
 
 def test_codes_and_scales_outlive_a_cast():

@@ -13,14 +13,21 @@ import transformers
 from checkpoints import edit_weights
 from conftest import TEXTS, perturbed, recipe_for, tiny_bert, word_tokenizer
 from families import FAMILIES, decoder, t5
+from safetensors.torch import save_file
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 import epmq
 from epmq.data.encoding import load_processor
+from epmq.export import packed
+from epmq.export.form import Form
+from epmq.models.blocks import linears
 from epmq.models.codes import CodedCheckpoint
 from epmq.models.multitask import WEIGHTS, NativeHead
 from epmq.models.packed import PackedEmbedding, PackedLinear, PackedWeight
 from epmq.models.packed_loading import load_packed
+from epmq.quantization.grid import Grid
+from epmq.quantization.rtn import rtn
 from tests.kit.accelerator import pretended_accelerator
 
 # Three grids: the first block's, the others', and the tables'.
@@ -169,11 +176,32 @@ def test_what_cannot_be_kept_in_codes_is_refused(pool, heads, tmp_path):
     shutil.copytree(heads, tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     (tmp_path / "out" / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 8}))
-    with pytest.raises(ValueError, match=r"position_embeddings\.weight' is \[32, 64\], and by config\.json .* \[8, 64\]"):
+    with pytest.raises(ValueError, match=r"position_embeddings\.weight' is \[32, 64\], and .* be \[8, 64\]"):
         epmq.load(tmp_path / "out", weights="packed")
     (tmp_path / "out" / "config.json").write_text(json.dumps({**config, "model_type": "mystery"}))
     with pytest.raises(ValueError, match=r"config\.json: transformers cannot load this model"):
         epmq.load(tmp_path / "out", weights="packed")
+
+
+@torch.no_grad()
+def test_codes_of_layers_that_store_their_weight_transposed(tmp_path):
+    """As a packed GPT-2 is on disk: codes are [out, in] whatever the module stores."""
+    model = FAMILIES["gpt2"].build()
+    tensors, forms = dict(model.state_dict()), {}
+    tensors.pop("lm_head.weight")  # which follows the table
+    for name, layer in linears(model):
+        if isinstance(layer, Conv1D):
+            weight, forms[name] = rtn(layer.weight.T, Grid(4, 32)), Form(Grid(4, 32))
+            del tensors[f"{name}.weight"]
+            tensors |= packed.tensors(name, weight, forms[name])
+            layer.weight.copy_(weight.dequantize().T)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "model.safetensors")
+    model.config.architectures = ["GPT2LMHeadModel"]
+    config = {**model.config.to_dict(), "quantization_config": packed.config(forms, [])}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found, batch = load_packed(tmp_path, dtype=torch.float32, kernels=False), FAMILIES["gpt2"].batches()[0]
+    assert sum(isinstance(module, PackedWeight) for module in found.modules()) == 8
+    torch.testing.assert_close(found(**batch).logits, model(**batch).logits)
 
 
 @torch.no_grad()

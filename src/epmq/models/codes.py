@@ -105,8 +105,8 @@ def unpack(words: Tensor, bits: int, columns: int) -> Tensor:
     return signed(unpack_bytes(words.contiguous().view(torch.uint8), bits)[:, :columns], bits)
 
 
-# Codes of one or of three bytes are drawn apart to a byte each, in steps: how far the upper half of them is shifted, and
-# what stays then, in an integer with a byte a code.
+# Codes of one or of three bytes are drawn apart to a byte each, in an integer with a byte a code, in steps: how far the
+# upper half of them is shifted, and what stays then.
 _STEPS: dict[int, tuple[torch.dtype, tuple[tuple[int, int], ...]]] = {
     2: (torch.int32, ((12, 0x000F000F), (6, 0x03030303))),
     3: (torch.int64, ((20, 0x00000FFF00000FFF), (10, 0x003F003F003F003F), (5, 0x0707070707070707))),
@@ -129,7 +129,8 @@ def unpack_bytes(packed: Tensor, bits: int) -> Tensor:
         words = packed.to(dtype, memory_format=torch.contiguous_format)
     for shift, mask in steps:
         words = (words | words << shift) & mask
-    return words.view(torch.uint8)
+    unsigned_codes: Tensor = words.view(torch.uint8)
+    return unsigned_codes
 
 
 def pack_bytes(codes: Tensor, bits: int) -> Tensor:

@@ -4,6 +4,7 @@ Few rows of inputs are multiplied by a kernel for codes where there is one (`epm
 is made for the call, and what is computed is what the plain layer computes, bit for bit.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._pytree import tree_map_only
+from transformers.pytorch_utils import Conv1D
 
+from epmq.models.blocks import LINEAR
 from epmq.models.codes import pack_bytes, signed, unpack_bytes, unsigned
 from epmq.models.kernels import FEW_ROWS, fitting, row_chunks
 from epmq.quantization.grid import Grid, QuantizedTensor
@@ -104,9 +107,17 @@ class PackedWeight(nn.Module):
 
     def linear(self, inputs: Tensor, bias: Tensor | None) -> Tensor:
         """inputs [..., in] · weightᵀ + bias: [..., out]."""
-        few = inputs.numel() <= FEW_ROWS * self.shape[1]
-        if not (few and self.has_kernel and inputs.numel()) or (torch.is_grad_enabled() and inputs.requires_grad):
+        if not self.suits(inputs):
             return functional.linear(inputs, self.dequantize(), bias)
+        return self.by_kernel(inputs, bias)
+
+    def suits(self, inputs: Tensor) -> bool:
+        """Whether a kernel multiplies these: there is one, they are few, and nobody asks for gradients."""
+        few = 0 < inputs.numel() <= FEW_ROWS * self.shape[1]
+        return few and self.has_kernel and not (torch.is_grad_enabled() and inputs.requires_grad)
+
+    def by_kernel(self, inputs: Tensor, bias: Tensor | None) -> Tensor:
+        """As `linear`, by the kernel."""
         product: Tensor = self.held.multiply(inputs.reshape(-1, self.shape[1]))
         product = product if bias is None else product + bias
         return product.reshape(*inputs.shape[:-1], self.shape[0])
@@ -125,24 +136,23 @@ class LazyWeight(Tensor):
     Some models ask a layer for the dtype, shape or device of its weight, which costs nothing so.
     """
 
-    _packed: PackedWeight
+    _make: Callable[[], Tensor]
 
     @staticmethod
-    def __new__(cls, packed: PackedWeight) -> "LazyWeight":
-        made: LazyWeight = Tensor._make_wrapper_subclass(
-            cls, packed.shape, dtype=packed.dtype, device=packed.scale.device
-        )
-        made._packed = packed
+    def __new__(cls, packed: PackedWeight, transposed: bool = False) -> "LazyWeight":
+        shape = packed.shape[::-1] if transposed else packed.shape
+        made: LazyWeight = Tensor._make_wrapper_subclass(cls, shape, dtype=packed.dtype, device=packed.scale.device)
+        made._make = (lambda: packed.dequantize().T.contiguous()) if transposed else packed.dequantize
         return made
 
     def __repr__(self) -> str:  # type: ignore[override]
-        return f"LazyWeight({self._packed.grid}, shape={tuple(self.shape)}, dtype={self.dtype})"
+        return f"LazyWeight(shape={tuple(self.shape)}, dtype={self.dtype})"
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        plain = tree_map_only(cls, lambda weight: weight._packed.dequantize(), (args, kwargs or {}))
+        plain = tree_map_only(cls, lambda weight: weight._make(), (args, kwargs or {}))
         return func(*plain[0], **plain[1])
 
 
@@ -219,9 +229,39 @@ class PackedEmbedding(nn.Embedding):
         return self.packed.lookup(input)
 
 
+class PackedConv1D(Conv1D):
+    """A linear layer that stores its weight as [in, out], such as GPT-2's, whose weight is kept in codes [out, in]."""
+
+    packed: PackedWeight
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """[in, out]."""
+        return LazyWeight(self.packed, transposed=True)
+
+    def quantized(self) -> QuantizedTensor:
+        """The weight's codes [out, in], scales and zero points [out, groups]."""
+        return self.packed.quantized()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As of `Conv1D`."""
+        if self.packed.suits(x):
+            return self.packed.by_kernel(x, self.bias)
+        made: Tensor = super().forward(x)  # type: ignore[no-untyped-call]
+        return made
+
+
+# What becomes what.
+KINDS: tuple[tuple[type[nn.Module], type[nn.Module]], ...] = (
+    (nn.Linear, PackedLinear),
+    (Conv1D, PackedConv1D),
+    (nn.Embedding, PackedEmbedding),
+)
+
+
 def can_be_packed(module: nn.Module) -> bool:
     """Whether `pack` can turn a module into one that keeps its weight in codes."""
-    return isinstance(module, nn.Linear) or (isinstance(module, nn.Embedding) and module.max_norm is None)
+    return isinstance(module, LINEAR) or (isinstance(module, nn.Embedding) and module.max_norm is None)
 
 
 def pack(module: nn.Module, weight: PackedWeight) -> None:
@@ -231,7 +271,8 @@ def pack(module: nn.Module, weight: PackedWeight) -> None:
     `PackedLinear` or `PackedEmbedding`: where its code calls that of `nn.Linear` or `nn.Embedding`, it calls theirs,
     and where it takes the weight itself, it gets one that is made for the call.
     """
-    own, packed = type(module), PackedLinear if isinstance(module, nn.Linear) else PackedEmbedding
+    own = type(module)
+    plain, packed = next(pair for pair in KINDS if isinstance(module, pair[0]))
     del module._parameters["weight"]
-    module.__class__ = packed if own is packed.__base__ else type(f"Packed{own.__name__}", (own, packed), {})
+    module.__class__ = packed if own is plain else type(f"Packed{own.__name__}", (own, packed), {})
     module.packed = weight

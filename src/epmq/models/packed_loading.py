@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from epmq.errors import InputError, error_context
+from epmq.models.blocks import LINEAR
 from epmq.models.checkpoint import architecture_of
 from epmq.models.codes import CodedCheckpoint
 from epmq.models.initial import fill_absent, initial_values
@@ -34,9 +36,9 @@ def load_packed(
 ) -> Any:
     """A packed checkpoint as the model that its config names, in eval mode, whose weights stay in codes.
 
-    Linear layers and tables become `PackedLinear` and `PackedEmbedding`, those of subclasses too. Codes of anything
-    else, and of a table with a `max_norm`, are made plain here. What is tied shares its codes. What no file holds is as
-    the class initialises it, and zero where that is random.
+    Linear layers and tables become `PackedLinear`, `PackedConv1D` and `PackedEmbedding`, those of subclasses too. Codes
+    of anything else, and of a table with a `max_norm`, are made plain here. What is tied shares its codes. What no file
+    holds is as the class initialises it, and zero where that is random.
 
     Args:
         path: directory or Hub id.
@@ -122,6 +124,8 @@ def _check_shapes(model: Any, source: CodedCheckpoint, names: dict[str, str]) ->
     for name, stored in names.items():
         layer = stored.removesuffix(".weight")
         shape = source.shape(layer) if layer in source.grids else source.checkpoint.shape(stored)
+        if layer in source.grids and isinstance(model.get_submodule(name.rpartition(".")[0]), Conv1D):
+            shape = shape[::-1]  # codes are [out, in] of any layer
         if tuple(state[name].shape) != tuple(shape):
             raise InputError(
                 f"{source.checkpoint.path}: tensor {stored!r} is {list(shape)}, and by config.json it must be "
@@ -135,7 +139,7 @@ def _take_codes(model: Any, held: list[str], weight: QuantizedTensor, dtype: tor
     packable = [module for module in modules if can_be_packed(module) and "weight" in module._parameters]
     if packable:
         table = any(isinstance(module, nn.Embedding) for module in packable)
-        multiplied = any(isinstance(module, nn.Linear) for module in packable)
+        multiplied = any(isinstance(module, LINEAR) for module in packable)
         packed = PackedWeight(weight, dtype, kernels and multiplied, table)
     for module in packable:
         pack(module, packed)
