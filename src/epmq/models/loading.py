@@ -35,11 +35,30 @@ def load_model(path: str | Path, config: dict[str, Any], **settings: Any) -> Any
     with error_context(path, "transformers cannot load this model"), bounds:
         if quantization.get("format") not in FORMATS:
             return model_class.from_pretrained(path, **settings).eval()
-        plain = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
-        del plain.quantization_config
         readers = plain_tensors(checkpoint, quantization, stored_dtype(config))
         state = {name: read() for name, read in readers.items()}
-        return model_class.from_pretrained(None, config=plain, state_dict=state, **settings).eval()
+        model = model_class.from_pretrained(None, config=plain_config(path), state_dict=state, **settings).eval()
+        take_generation_settings(model, checkpoint.path)
+        return model
+
+
+def plain_config(path: str | Path) -> Any:
+    """The config of a packed checkpoint, without what says how it is packed."""
+    import transformers
+
+    config: Any = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
+    del config.quantization_config
+    return config
+
+
+def take_generation_settings(model: Any, path: Path) -> None:
+    """Let a model that was not loaded from a folder generate as that folder's `generation_config.json` says."""
+    import transformers
+
+    file = path / "generation_config.json"
+    if model.can_generate() and file.exists():
+        with error_context(file, "transformers cannot read it"):
+            model.generation_config = transformers.GenerationConfig.from_pretrained(path)
 
 
 def why_not_direct(path: str | Path, config: dict[str, Any]) -> str | None:
