@@ -100,7 +100,8 @@ def contents_of(source: CodedCheckpoint) -> Contents:
     checkpoint, layers = source.checkpoint, dict[str, Coded]()
     for layer, grid in source.grids.items():
         scale = checkpoint.dtype(f"{layer}.weight_scale") or torch.float32
-        form = Form(grid, source.dtype or scale, scale, table=f"{layer}.weight" in checkpoint)
+        dtype, table = source.dtype or scale, f"{layer}.weight" in checkpoint
+        form = Form(grid, dtype, scale, layer in source.transposed, table)
         layers[layer] = Coded(source.shape(layer), form)
     return Contents(checkpoint.config, layers, {name: checkpoint.shape(name) for name in source.plain})
 
