@@ -102,8 +102,10 @@ def contents_of(source: CodedCheckpoint) -> Contents:
         scale = checkpoint.dtype(f"{layer}.weight_scale") or torch.float32
         dtype, table = source.dtype or scale, f"{layer}.weight" in checkpoint
         form = Form(grid, dtype, scale, layer in source.transposed, table)
-        layers[layer] = Coded(source.shape(layer), form)
-    return Contents(checkpoint.config, layers, {name: checkpoint.shape(name) for name in source.plain})
+        values = checkpoint.tensor(f"{layer}.weight_scale")
+        layers[layer] = Coded(source.shape(layer), form, values.half().to(values.dtype).equal(values))
+    plain = {name: checkpoint.shape(name) for name in source.plain}
+    return Contents(checkpoint.config, layers, plain, load_processor(checkpoint.path))
 
 
 def contents_to_come(run: PreparedRun) -> Contents:
@@ -113,10 +115,11 @@ def contents_to_come(run: PreparedRun) -> Contents:
     for name in run.layout.quantized():
         form, (rows, columns) = form_of(run, name), shape(f"{name}.weight")
         matrix = (columns, rows) if form.transposed else (rows, columns)
-        layers[written[f"{name}.weight"].removesuffix(".weight")] = Coded(matrix, form)
+        stored = written[f"{name}.weight"].removesuffix(".weight")
+        layers[stored] = Coded(matrix, form, form.scale == torch.float16)
     plain = {stored: spec[1] for stored, spec in weight_specs(run).items() if DTYPES[spec[0]].is_floating_point}
     plain = {name: size for name, size in plain.items() if not name.endswith("_scale")}
-    return Contents(run.experts.config, layers, plain)
+    return Contents(run.experts.config, layers, plain, run.plan.processor)
 
 
 def stored_examples(folder: Path) -> list[dict[str, Any]]:
