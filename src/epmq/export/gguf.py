@@ -16,8 +16,8 @@ from torch import Tensor
 from epmq.data.encoding import load_processor
 from epmq.errors import InputError
 from epmq.export.gguf_blocks import SMALL, BlockType, block_type, pack_rows
-from epmq.export.gguf_models import ENCODERS, FAMILIES, Fields, Names, complete, extra_tensors, row_order, stored_plain
-from epmq.export.gguf_run import compare_embeddings, compare_next_tokens, try_loading
+from epmq.export.gguf_models import ENCODERS, FAMILIES, Names, complete, extra_tensors, row_order, stored_plain
+from epmq.export.gguf_run import LENGTH, compare_embeddings, compare_next_tokens, try_loading
 from epmq.export.gguf_tokens import Vocabulary, other_end, vocabulary
 from epmq.export.target import Coded, Contents, Verified, refuse_grid
 from epmq.files import read_json
@@ -30,6 +30,7 @@ from epmq.quantization.grid import QuantizedTensor
 TITLE = "llama.cpp, Ollama and LM Studio: one GGUF file"
 PACKAGES, EXTRA, RUNTIME = ("gguf",), "gguf", "xllamacpp"
 TABLE, OUTPUT = "token_embd.weight", "output.weight"
+PLAIN = ("F32", "F16", "BF16")
 # What llama.cpp calls a file by the type of most of its weights, where that is not the type's own name.
 FILE_TYPES = {"F32": "ALL_F32", "Q3_K": "MOSTLY_Q3_K_M", "Q4_K": "MOSTLY_Q4_K_M"}
 POOLINGS = {"mean": "MEAN", "cls": "CLS"}
@@ -174,12 +175,13 @@ def _plain_entry(read: Callable[[], Tensor]) -> _Entry:
 
 
 def _kind_of_most(entries: Mapping[str, _Entry]) -> str:
-    """The type of most weights beside the tables."""
-    sizes = Counter[str]()
+    """The type of most that is quantized, of tables only if it is nothing else; else that of most matrices."""
+    sizes = Counter[tuple[bool, bool, str]]()
     for name, entry in entries.items():
-        if name not in (TABLE, OUTPUT) and len(entry.shape) > 1:
-            sizes[entry.kind] += int(np.prod(entry.shape))
-    return sizes.most_common(1)[0][0] if sizes else entries[TABLE].kind
+        if len(entry.shape) > 1:
+            coded = entry.kind not in PLAIN
+            sizes[coded, coded and name not in (TABLE, OUTPUT), entry.kind] += int(np.prod(entry.shape))
+    return max(sizes, key=lambda key: (*key[:2], sizes[key]))[2]
 
 
 def _add_fields(writer: Any, fields: Mapping[str, Any], prefix: str) -> None:
@@ -236,9 +238,11 @@ def pooling_of(folder: Path) -> str | None:
 def verify(folder: Path, source: Path, examples: Sequence[dict[str, Any]]) -> Verified:
     """Run the file in llama.cpp; see `epmq.export.target.Target` and `epmq.export.gguf_run`."""
     path = next(folder.glob("model-*.gguf"))
-    content = read_json(source / "config.json")
-    if content["model_type"] in ENCODERS:
-        return compare_embeddings(path, source, examples)
-    if content["model_type"] == "t5":
+    config = complete(read_json(source / "config.json"))
+    context: Any = FAMILIES[config.model_type].fields(config)["context_length"]
+    length = min(LENGTH, context - 1)
+    if config.model_type in ENCODERS:
+        return compare_embeddings(path, source, examples, length)
+    if config.model_type == "t5" or load_processor(source) is None:
         return try_loading(path)
-    return compare_next_tokens(path, source, examples)
+    return compare_next_tokens(path, source, examples, length)

@@ -97,7 +97,7 @@ def _q3_k(levels: NDArray[np.int16], zeros: NDArray[np.int16], scales: Bytes) ->
     codes = (levels + 4).astype(np.uint8)
     third = np.packbits((codes >> 2).reshape(-1, 8, 32), axis=1, bitorder="little").reshape(-1, 32)
     parts = np.array([0x11] * 8 + [0xAA] * 4, np.uint8)  # 16 times 33: low four bits 1, high two bits 2
-    return np.hstack([third, _pairs(codes & 3), np.broadcast_to(parts, (len(codes), 12)), scales])
+    return np.hstack([third, _pairs(codes & np.uint8(3)), np.broadcast_to(parts, (len(codes), 12)), scales])
 
 
 def _q4_k(levels: NDArray[np.int16], zeros: NDArray[np.int16], scales: Bytes) -> Bytes:

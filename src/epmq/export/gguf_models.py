@@ -49,7 +49,7 @@ def _common(config: Any) -> Fields:
 
 
 def _decoder(config: Any) -> Fields:
-    """Llama's settings. A window that llama.cpp does not have limits the context: up to there it makes no difference."""
+    """Llama's settings. A window that llama.cpp does not have limits the context: up to there it changes nothing."""
     size, rope = head_size(config), rope_of(config)
     window = config.max_position_embeddings if windowless(config) else config.sliding_window
     return {
@@ -202,8 +202,9 @@ def head_size(config: Any) -> int:
 
 def rope_of(config: Any) -> dict[str, Any]:
     """How positions turn queries and keys where attention has no window."""
-    rope: dict[str, Any] = config.rope_parameters
-    return rope.get("full_attention", rope)
+    found: dict[str, Any] = config.rope_parameters
+    rope: dict[str, Any] = found.get("full_attention", found)
+    return rope
 
 
 def windowless(config: Any) -> bool:
@@ -274,7 +275,7 @@ def row_order(config: Any, name: str) -> Tensor | None:
 
 
 def stored_plain(config: Any, name: str, tensor: Tensor) -> Tensor:
-    """A tensor that is not quantized as the file has it: vectors and small tables in float32, matrices in their dtype."""
+    """A plain tensor as the file has it: vectors and small tables in float32, matrices in their own dtype."""
     order, kind = row_order(config, name), config.model_type
     tensor = tensor if order is None else tensor[order]
     if kind == "gpt2" and tensor.ndim == 2 and name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):

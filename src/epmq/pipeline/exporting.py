@@ -139,7 +139,9 @@ def stored_examples(folder: Path) -> list[dict[str, Any]]:
                 found += encode(examples, processor, TRIED, recipe.max_length)
     except (EpmqError, OSError, KeyError):
         found = []
-    return found or list(encode(made_examples(processor, use), processor, TRIED))
+    if found or processor is None:  # without a tokenizer, there is nothing to make inputs of
+        return found
+    return list(encode(made_examples(processor, use), processor, TRIED))
 
 
 def made_examples(processor: Any, use: str) -> Examples:
