@@ -181,7 +181,7 @@ DOWN = "model.layers.0.mlp.down_proj"
 ROPE = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
 REFUSED: dict[str, tuple[Change, str]] = {
     "family": (config_of(model_type="opt"), "models of type opt are not supported; these are: llama, mistral"),
-    "8 bits with zero points": (grid_of(bits=8, symmetric=False), "nearest that fits: bits: 8, group_size: -1, symmetric: true"),
+    "8 bits with zero points": (grid_of(bits=8, symmetric=False), "bits: 8, group_size: -1, symmetric: true"),
     "columns": (part_of(DOWN, shape=(64, 80)), f"cannot hold {DOWN} quantized: 32 does not divide its 80"),
     "scales": (part_of(DOWN, half=False), f"scales of {DOWN} as they are: quantize.scale_dtype: float16"),
     "activation": (config_of(hidden_act="relu"), "llama.cpp computes llama with silu, not with relu"),
