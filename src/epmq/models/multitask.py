@@ -17,9 +17,14 @@ from epmq.models.checkpoint import read_config, resolve
 from epmq.models.heads import Head, load_head, read_head_file
 from epmq.models.loading import load_model
 from epmq.models.meta import empty_model, named_class, no_larger, rename, set_tensor
+from epmq.models.replay import replaying
 from epmq.models.tasks import input_names, task_of_class
 
 HEADS = "heads"
+# What a head answers of a text or a picture as a whole.
+WHOLE = ("class", "number", "labels")
+# Inputs that `answer` takes at once.
+BATCH = 32
 
 
 class NativeHead(nn.Module):
@@ -66,6 +71,13 @@ class NativeHead(nn.Module):
         if self.task.kind == "span" and self.scoring is not None and self.scoring.out_features != 2:
             found = self.scoring.out_features
             raise InputError(f"head of {architecture}: a token has {found} scores, not one to begin and one to end at")
+
+    @property
+    def changed(self) -> set[nn.Module]:
+        """The modules of the backbone in which it has a tensor of its own, and all that they lie in."""
+        paths = [name.split(".") for name in self.own]
+        names = {".".join(path[:end]) for path in paths for end in range(1, len(path))}
+        return {self.model.get_submodule(name) for name in names}
 
     @property
     def scoring(self) -> nn.Linear | None:
@@ -175,6 +187,15 @@ class MultiTaskModel(nn.Module):
         logits: Tensor = head(**inputs)
         return logits
 
+    def all_scores(self, **inputs: Any) -> dict[str, Tensor]:
+        """What `forward` gives for every task, task by task, from one run of the backbone."""
+        scores = {}
+        with replaying(self.backbone) as replay:
+            for task, head in self._heads.items():
+                with replay.head(head.changed if isinstance(head, NativeHead) else set()):
+                    scores[task] = self(task, **inputs)
+        return scores
+
     def labels(self, task: str) -> list[str]:
         """Names of a task's classes, in the order of the scores; empty if there are none or they were not recorded."""
         return list(self.head(task).task.names)
@@ -210,12 +231,42 @@ class MultiTaskModel(nn.Module):
             examples = Examples("choices" if head.kind == "choice" else kind, inputs)
             scores = [
                 row
-                for batch in encode(examples, self.processor, 32, max_length)
+                for batch in encode(examples, self.processor, BATCH, max_length)
                 for row in self(task, **to_device(batch, self.device)).float().cpu()
             ]
             if head.kind == "choice":
                 return [inputs[i][1][best] for i, best in enumerate(best_choices(scores, inputs))]
             return [_answer(head.kind, row, named) for row in scores]
+
+    @torch.no_grad()
+    def scores(self, inputs: Any, max_length: int | None = None) -> dict[str, Tensor]:
+        """The scores of each input in all tasks that answer a whole text or picture, from one run of the backbone.
+
+        Args:
+            inputs, max_length: as for `answer`.
+
+        Returns:
+            task → scores [inputs, classes] float32, in the order of `labels`; of a regression the numbers.
+
+        Raises:
+            ValueError: no task answers a whole text or picture.
+        """
+        asked = [task for task in self.tasks if self.head(task).task.kind in WHOLE]
+        if not asked or self.backbone.main_input_name not in ("input_ids", "pixel_values"):
+            raise InputError("no task of this model answers a whole text or picture: use answer or generate")
+        part = MultiTaskModel(self.backbone, {task: self._heads[task] for task in asked}, self.processor)
+        kind = "image" if self.backbone.main_input_name == "pixel_values" else "text"
+        batches = encode(Examples(kind, list(inputs)), self.processor, BATCH, max_length)
+        found = [part.all_scores(**to_device(batch, self.device)) for batch in batches]
+        return {task: torch.cat([scores[task].float().cpu() for scores in found]) for task in asked}
+
+    def answer_all(self, inputs: Any, max_length: int | None = None) -> dict[str, list[Any]]:
+        """What `answer` gives for every task that answers a whole text or picture, from one run of the backbone."""
+        answers = {}
+        for task, scores in self.scores(inputs, max_length).items():
+            kind, named = self.head(task).task.kind, partial(_named, self.labels(task))
+            answers[task] = [_answer(str(kind), row, named) for row in scores]
+        return answers
 
     @torch.no_grad()
     def generate(self, texts: list[str], max_new_tokens: int = 64, **settings: Any) -> list[str]:

@@ -6,16 +6,15 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.progress import Progress
 
-from epmq.data.encoding import encode, load_processor, tokenizer_of
-from epmq.data.examples import Examples
+from epmq.data.encoding import encode, load_processor
+from epmq.data.made import made_examples
 from epmq.data.readers import read_data
 from epmq.errors import EpmqError, error_context
 from epmq.export.form import Form
-from epmq.export.target import Coded, Contents, Target, find_target, has_runtime
+from epmq.export.target import AS_IT_IS, Coded, Contents, Target, Verified, find_target, has_runtime
 from epmq.files import read_json, whole_directory
 from epmq.models.checkpoint import DTYPES, architecture_of, read_config
 from epmq.models.codes import CodedCheckpoint
@@ -30,9 +29,6 @@ from epmq.runtime import progress_bars
 
 # Examples a task on which an export is verified.
 TRIED = 8
-# What it is verified on where the calibration data is not there: texts, and the size of pictures of noise.
-TEXTS = ["one", "two words", "a text that is a little longer than the others", "and the last of them: 1, 2, 3."]
-PIXELS = 64
 
 
 def export_checkpoint(
@@ -43,12 +39,13 @@ def export_checkpoint(
     Args:
         path: a checkpoint of `format: pack-quantized` that epmq wrote.
         to: one of `epmq.export.target.TARGETS`.
-        output: a directory that must not exist; by default `PATH-TO`.
+        output: a directory that must not exist; by default `PATH-TO`. Where the runtime opens the checkpoint as it is,
+            nothing is written.
         progress: show progress bars.
 
     Returns:
-        target, output, bytes of the weights, and what the verification has found (None where the runtime is not
-        installed).
+        target and for whom it is, output, bytes of the weights, and what the verification has found (None where there
+        is no runtime that could be tried).
 
     Raises:
         MissingError, OutputExistsError, InputError: before any compute; what does not fit is named.
@@ -58,6 +55,8 @@ def export_checkpoint(
     folder = source.checkpoint.path
     output = Path(output) if output is not None else folder.with_name(f"{folder.name}-{to}")
     target.check(contents_of(source))
+    if to in AS_IT_IS:
+        return _written(to, target, 0)
     with progress_bars(progress) as bar, whole_directory(output) as work:
         copy_files(side_files(folder), work)
         shutil.copyfile(folder / CONFIG, work / CONFIG)
@@ -92,7 +91,12 @@ def write_target(
     bar.advance(shown)
     found = target.verify(folder, source.checkpoint.path, examples) if has_runtime(target) else None
     bar.advance(shown)
-    return {"target": name, "bytes": sum(file.stat().st_size for file in files), "verified": found}
+    return _written(name, target, sum(file.stat().st_size for file in files), found)
+
+
+def _written(name: str, target: Target, size: int, found: Verified | None = None) -> dict[str, Any]:
+    """What a report says of one target."""
+    return {"target": name, "title": target.TITLE, "runtime": target.RUNTIME, "bytes": size, "verified": found}
 
 
 def contents_of(source: CodedCheckpoint) -> Contents:
@@ -142,14 +146,6 @@ def stored_examples(folder: Path) -> list[dict[str, Any]]:
     if found or processor is None:  # without a tokenizer, there is nothing to make inputs of
         return found
     return list(encode(made_examples(processor, use), processor, TRIED))
-
-
-def made_examples(processor: Any, use: str) -> Examples:
-    """Some texts, or pictures of noise where the processor takes no texts."""
-    if tokenizer_of(processor) is not None:
-        return Examples(use, TEXTS, targets=TEXTS[::-1] if use == "seq2seq" else None)
-    noise = np.random.default_rng(0)
-    return Examples("image", list(noise.integers(0, 256, (len(TEXTS), PIXELS, PIXELS, 3), dtype=np.uint8)))
 
 
 def _first(batches: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
