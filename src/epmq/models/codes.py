@@ -9,7 +9,7 @@ from torch import Tensor
 
 from epmq.errors import InputError
 from epmq.models.checkpoint import Checkpoint
-from epmq.models.loading import FORMATS, LEAVES, group_of, stored_dtype
+from epmq.models.loading import FORMATS, LEAVES, TRANSPOSED, group_of, stored_dtype
 from epmq.quantization.grid import Grid, QuantizedTensor
 
 
@@ -25,6 +25,7 @@ class CodedCheckpoint:
         grids: layer or table → the grid that its codes lie on.
         plain: names of the tensors that are not part of a quantized weight.
         dtype: in which weights are read back; None is that of the scales.
+        transposed: layers whose modules store [in, out]; their codes are [out, in] all the same.
 
     Raises:
         FileNotFoundError: no such directory, or it holds no model.
@@ -42,6 +43,7 @@ class CodedCheckpoint:
                 "format: pack-quantized"
             )
         self.dtype = stored_dtype(self.config)
+        self.transposed = frozenset[str](quantization.get(TRANSPOSED, ()))
         self.grids: dict[str, Grid] = {}
         self.plain: list[str] = []
         for name in self.checkpoint.names:
@@ -77,9 +79,12 @@ class CodedCheckpoint:
         return rows, columns
 
     def tensor(self, name: str) -> Tensor:
-        """A plain tensor as it is stored; a quantized weight dequantized."""
+        """A plain tensor as it is stored; a quantized weight dequantized, as its module stores it."""
         layer = name.removesuffix(".weight")
-        return self.codes(layer).dequantize() if layer in self.grids else self.checkpoint.tensor(name)
+        if layer not in self.grids:
+            return self.checkpoint.tensor(name)
+        weight = self.codes(layer).dequantize()
+        return weight.T.contiguous() if layer in self.transposed else weight
 
     def weights(self) -> Iterator[str]:
         """Names of all weights, plain and quantized, as a checkpoint in full precision has them."""
