@@ -3,8 +3,9 @@
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,11 @@ from rich.table import Column, Table
 from safetensors.torch import save_file
 from torch import Tensor
 
-from epmq.errors import EnvironmentFault
-from epmq.export import onnx
+from epmq.errors import EnvironmentFault, InputError
+from epmq.export import gguf, onnx, onnx_int8
 from epmq.files import read_json, write_json
-from epmq.models.codes import CodedCheckpoint
-from epmq.pipeline.exporting import stored_examples
+from epmq.models.codes import CodedCheckpoint, Float32Checkpoint
+from epmq.pipeline.exporting import contents_of, stored_examples
 from epmq.reporting.report import REPORT
 from epmq.runtime import hardware, now, progress_bars, versions
 
@@ -34,9 +35,9 @@ class Subject:
     """What is measured.
 
     Attributes:
-        runtime: `torch`, `torch, packed`, `onnx` or `onnx-int8`.
+        runtime: `torch`, `torch, packed`, `onnx`, `onnx-int8` or `llama.cpp`.
         weights: `codes` or `float32`.
-        folder: of the checkpoint, or of the graphs.
+        folder: of the checkpoint, or of the files of the runtime.
         bytes: of the files with weights.
     """
 
@@ -107,18 +108,38 @@ def _subjects(source: CodedCheckpoint, work: Path, bar: Progress) -> Iterator[Su
     entries += sum(rows * columns for rows, columns in map(source.shape, source.grids))
     yield Subject("torch", FLOAT32, str(folder), 4 * entries)
     yield Subject("torch, packed", CODES, str(folder), size)
-    if not all(find_spec(package) for package in (*onnx.PACKAGES, onnx.RUNTIME)):
-        return
-    for runtime, weights, level in (
-        ("onnx", FLOAT32, None),
-        ("onnx", CODES, onnx.EXACT),
-        ("onnx-int8", CODES, onnx.INTEGER),
-    ):
+    for runtime, weights, write in _writers(source):
         place = work / f"{runtime}-{weights}"
         place.mkdir()
-        with bar.console.status(f"export to {runtime}"):
-            files = onnx.write_graphs(source, place, level, "")
+        shown = bar.add_task(f"export to {runtime}", total=1)
+        files = write(place)
+        bar.advance(shown)
         yield Subject(runtime, weights, str(place), sum(file.stat().st_size for file in files))
+
+
+def _writers(source: CodedCheckpoint) -> Iterator[tuple[str, str, Callable[[Path], list[Path]]]]:
+    """Runtime, weights, and what writes the files, of all runtimes that are installed and take the model."""
+    for target, runtime, forms in (
+        (onnx, "onnx", {FLOAT32: None, CODES: onnx.EXACT}),
+        (onnx_int8, "onnx-int8", {CODES: onnx.INTEGER}),
+    ):
+        if _fits(target, source):
+            for weights, level in forms.items():
+                yield runtime, weights, partial(onnx.write_graphs, source, level=level, ending="")
+    if _fits(gguf, source):
+        yield "llama.cpp", FLOAT32, lambda folder: [gguf.write_file(Float32Checkpoint(source), folder)]
+        yield "llama.cpp", CODES, lambda folder: [gguf.write_file(source, folder)]
+
+
+def _fits(target: Any, source: CodedCheckpoint) -> bool:
+    """Whether a runtime is installed and takes a checkpoint."""
+    if not all(find_spec(package) for package in (*target.PACKAGES, target.RUNTIME)):
+        return False
+    try:
+        target.check(contents_of(source))
+    except InputError:
+        return False
+    return True
 
 
 def _measured(subject: Subject, source: CodedCheckpoint, work: Path, threads: int) -> dict[str, Any]:

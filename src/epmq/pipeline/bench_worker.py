@@ -56,6 +56,10 @@ def seconds_of(run: Callable[[], object]) -> float:
 
 def open_model(task: dict[str, Any]) -> tuple[Callable[[Inputs, int], object], bool]:
     """What runs a model on inputs, or lets it write so many tokens; and whether it writes."""
+    if task["runtime"] == "llama.cpp":
+        from epmq.export.gguf_run import open_runner
+
+        return open_runner(next(Path(task["folder"]).glob("*.gguf")), task["threads"])
     from epmq.export.onnx import named_outputs, open_session, run_session
     from epmq.models.multitask import load
 
