@@ -168,3 +168,28 @@ def _device_runs(rows: list[dict[str, Any]]) -> str:
         cells += [f"{row['over_float32']:.1f}×", f"{row['over_bfloat16']:.1f}×"]
         lines.append([*cells, f"{(row['device_peak_mb'] or 0) / 1e3:.1f}", f"{row['peak_memory_mb'] / 1e3:.1f}"])
     return table(head, lines)
+
+
+def runtimes_tables(rows: list[dict[str, Any]]) -> str:
+    """Markdown: models in the runtimes, with ratios to float32 in the same one; and what heads cost."""
+    head = ["model", "runtime", "weights", "MB", "memory MB", "ms, one example", "a second", "labels as in PyTorch"]
+    lines = []
+    for row in (row for row in rows if "heads" not in row):
+        family = row["runtime"].partition("-int8")[0].partition(",")[0]
+        alike = [one for one in rows if one["suite"] == row["suite"] and one["runtime"] == family]
+        plain = next((one for one in alike if one["weights"] == "float32"), row)
+        figures = [
+            (one["bytes"] / 1e6, one["private_mb"], one["latency_ms"], one["throughput"]) for one in (row, plain)
+        ]
+        cells = [f"{one:.1f}" + ("" if row is plain else f" ({one / two:.2f}×)") for one, two in zip(*figures)]
+        agreed = f"{100 * row['agreement']:.1f} % of {row['labels']}" if "agreement" in row else "–"
+        lines.append([row["suite"], row["runtime"], row["weights"], *cells, agreed])
+    heads = [
+        [row["runtime"], row["weights"], str(row["heads"]), f"{row['latency_ms']:.1f}"]
+        for row in rows
+        if "heads" in row
+    ]
+    parts = [table(head, lines)]
+    if heads:
+        parts += ["", table(["runtime", "weights", "heads", "ms, one example"], heads)]
+    return "\n".join([*parts, "", measured(rows)])
