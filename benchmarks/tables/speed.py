@@ -7,6 +7,7 @@ from typing import Any
 from benchmarks.speed.growth import EXPECTED, GROWN, exponent, grown
 from benchmarks.speed.whole_run import OWN
 from benchmarks.tables.markdown import measured, table
+from epmq.pipeline.bench import FIGURES, figures_beside
 
 
 def shapes_table(rows: list[dict[str, Any]]) -> str:
@@ -172,24 +173,16 @@ def _device_runs(rows: list[dict[str, Any]]) -> str:
 
 def runtimes_tables(rows: list[dict[str, Any]]) -> str:
     """Markdown: models in the runtimes, with ratios to float32 in the same one; and what heads cost."""
-    head = ["model", "runtime", "weights", "MB", "memory MB", "ms, one example", "a second", "labels as in PyTorch"]
     lines = []
     for row in (row for row in rows if "heads" not in row):
         family = row["runtime"].partition("-int8")[0].partition(",")[0]
         alike = [one for one in rows if one["suite"] == row["suite"] and one["runtime"] == family]
         plain = next((one for one in alike if one["weights"] == "float32"), row)
-        figures = [
-            (one["bytes"] / 1e6, one["private_mb"], one["latency_ms"], one["throughput"]) for one in (row, plain)
-        ]
-        cells = [f"{one:.1f}" + ("" if row is plain else f" ({one / two:.2f}×)") for one, two in zip(*figures)]
         agreed = f"{100 * row['agreement']:.1f} % of {row['labels']}" if "agreement" in row else "–"
-        lines.append([row["suite"], row["runtime"], row["weights"], *cells, agreed])
-    heads = [
-        [row["runtime"], row["weights"], str(row["heads"]), f"{row['latency_ms']:.1f}"]
-        for row in rows
-        if "heads" in row
-    ]
-    parts = [table(head, lines)]
-    if heads:
+        lines.append([row["suite"], row["runtime"], row["weights"], *figures_beside(row, plain), agreed])
+    parts = [table(["model", "runtime", "weights", *FIGURES, "labels as in PyTorch"], lines)]
+    many = [row for row in rows if "heads" in row]
+    if many:
+        heads = [[row["runtime"], row["weights"], str(row["heads"]), f"{row['latency_ms']:.1f}"] for row in many]
         parts += ["", table(["runtime", "weights", "heads", "ms, one example"], heads)]
     return "\n".join([*parts, "", measured(rows)])

@@ -26,6 +26,14 @@ from epmq.runtime import hardware, now, progress_bars, versions
 
 # Examples of a large batch, and tokens that a language model writes to each text.
 LARGE, WRITTEN = 32, 48
+# What is shown of a row → its field, and what that is divided by.
+FIGURES: dict[str, tuple[str, float]] = {
+    "MB": ("bytes", 1e6),
+    "private MB": ("private_mb", 1),
+    "resident MB": ("resident_mb", 1),
+    "ms, one example": ("latency_ms", 1),
+    "a second": ("throughput", 1),
+}
 CODES, FLOAT32 = "codes", "float32"
 SECONDS = 1800
 
@@ -56,9 +64,10 @@ def bench(path: str | Path, *, threads: int = 1, progress: bool = True) -> list[
         progress: show progress bars.
 
     Returns:
-        a row a subject: runtime, weights, bytes, `private_mb` (memory that the process has for itself, beyond what it
-        had before it opened the model), `latency_ms` of one example, `throughput` and its unit: examples a second in
-        batches of 32, or tokens a second that a language model writes to one text.
+        a row a subject: runtime, weights, bytes, `private_mb` and `resident_mb` (memory that the process has for
+        itself, and all that it has, mapped files too, beyond what it had before it opened the model), `latency_ms` of
+        one example, `throughput` and its unit: examples a second in batches of 32, or tokens a second that a language
+        model writes to one text.
 
     Raises:
         InputError: the checkpoint is none.
@@ -79,17 +88,19 @@ def bench(path: str | Path, *, threads: int = 1, progress: bool = True) -> list[
 
 def bench_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """The rows for the terminal, the ratio to float32 in the same runtime behind each figure."""
-    names = ("MB", "memory MB", "ms, one example")
-    table = Table("runtime", "weights", *(Column(name, justify="right") for name in (*names, "a second")))
+    table = Table("runtime", "weights", *(Column(name, justify="right") for name in FIGURES))
     plain = {row["runtime"].partition("-")[0].partition(",")[0]: row for row in rows if row["weights"] == FLOAT32}
     for row in rows:
         other = plain.get(row["runtime"].partition("-")[0].partition(",")[0], row)
-        figures = (row["bytes"] / 1e6, row["private_mb"], row["latency_ms"], row["throughput"])
-        others = (other["bytes"] / 1e6, other["private_mb"], other["latency_ms"], other["throughput"])
-        shown = [f"{one:.1f}" + ("" if other is row else f" ({one / two:.2f}×)") for one, two in zip(figures, others)]
-        shown[-1] += f" {row['unit'].partition(' ')[0]}"
-        table.add_row(row["runtime"], row["weights"], *shown)
+        table.add_row(row["runtime"], row["weights"], *figures_beside(row, other))
     return table
+
+
+def figures_beside(row: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """A row's `FIGURES`, each with its ratio to that of another row, where that is not the same."""
+    pairs = [(row[name] / divisor, other[name] / divisor) for name, divisor in FIGURES.values()]
+    shown = [f"{one:.1f}" + ("" if other is row else f" ({one / two:.2f}×)") for one, two in pairs]
+    return [*shown[:-1], f"{shown[-1]} {row['unit'].partition(' ')[0]}"]
 
 
 def _save_inputs(examples: Sequence[Mapping[str, Any]], work: Path) -> None:

@@ -27,15 +27,16 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(task["threads"])
     one, large = (load_file(Path(task["inputs"], f"{name}.safetensors")) for name in ("one", "large"))
     process = psutil.Process()
-    before = process.memory_full_info().uss
+    before = process.memory_full_info()
     run, writes = open_model(task)
     tokens = task["written"] if writes else 0
     with torch.no_grad():
         latency = seconds_of(lambda: run(one, tokens))
         throughput = tokens / latency if writes else len(next(iter(large.values()))) / seconds_of(lambda: run(large, 0))
-        memory = process.memory_full_info().uss
+        memory = process.memory_full_info()
     return {
-        "private_mb": (memory - before) / 1e6,
+        "private_mb": (memory.uss - before.uss) / 1e6,
+        "resident_mb": (memory.rss - before.rss) / 1e6,
         "latency_ms": 1000 * (latency / tokens if writes else latency),
         "throughput": throughput,
         "unit": "tokens a second" if writes else "examples a second",
