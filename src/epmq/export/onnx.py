@@ -54,7 +54,8 @@ def write_graphs(source: CodedCheckpoint, folder: Path, level: int, ending: str)
         file.parent.mkdir(exist_ok=True)
         save_graph(graph, file)
     write_json(folder / FOLDER / TASKS, tasks_of(model))
-    return [*files.values(), *(file.with_name(f"{file.name}.data") for file in files.values())]
+    large = (file.with_name(f"{file.name}.data") for file in files.values())
+    return [*files.values(), *(file for file in large if file.exists())]
 
 
 def graphs_of(model: MultiTaskModel) -> dict[str, Graph]:
