@@ -82,9 +82,11 @@ function rowsOf(task, scores) {
   const best = scores === null ? -1 : scores.indexOf(Math.max(...scores));
   return numbers.map((number) => {
     const chosen = scores !== null && (task.answers === "labels" ? scores[number] > 0 : number === best);
-    const row = made("tr", chosen ? "chosen" : ""), bar = made("div", "bar"), cell = made("td", "track");
+    const row = made("tr", chosen ? "chosen" : ""), bar = made("div", "bar"), track = made("div", "");
+    const cell = made("td", "track");
     bar.style.width = `${100 * (found[number] ?? 0)}%`;
-    cell.append(bar);
+    track.append(bar);
+    cell.append(track);
     const share = found[number] === null ? "" : `${(100 * found[number]).toFixed(1)} %`;
     row.append(made("th", "", nameOf(task, number)), cell, made("td", "share", share));
     row.firstChild.scope = "row";

@@ -28,7 +28,8 @@ function cubic(x) {
 function weightsOf(before, after, filter) {
   const scale = before / after;
   if (filter === NEAREST) {
-    return Array.from({ length: after }, (_, place) => [Math.floor((place + 0.5) * scale), [UNIT]]);
+    let from = -0.5 * scale; // a sum, with the rounding of one
+    return Array.from({ length: after }, () => [Math.floor((from += scale)), [UNIT]]);
   }
   const [reach, weight] = FILTERS[filter];
   const wide = Math.max(scale, 1);
@@ -42,7 +43,7 @@ function weightsOf(before, after, filter) {
   });
 }
 
-// A picture is { width, height, data }, three bytes a place, row by row. First its rows are resized, then its columns.
+// A picture is { width, height, data }, three bytes a place, row by row. Rows are resized first, as Pillow did before 13.
 function resized(picture, width, height, filter) {
   const rows = resizedRows(picture, width, filter);
   return transposed(resizedRows(transposed(rows), height, filter));
