@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from epmq.models.multitask import MultiTaskModel, load
+    from epmq.pipeline.bench import bench
     from epmq.pipeline.cost import dry_run
     from epmq.pipeline.evaluation import evaluate_checkpoint, evaluate_experts
     from epmq.pipeline.exporting import export_checkpoint
@@ -25,6 +26,7 @@ __version__ = "0.1.0"
 __all__ = [
     "MultiTaskModel",
     "Recipe",
+    "bench",
     "dry_run",
     "evaluate_checkpoint",
     "evaluate_experts",
@@ -38,6 +40,7 @@ __all__ = [
 _HOME = {
     "MultiTaskModel": "epmq.models.multitask",
     "Recipe": "epmq.recipe",
+    "bench": "epmq.pipeline.bench",
     "dry_run": "epmq.pipeline.cost",
     "evaluate_checkpoint": "epmq.pipeline.evaluation",
     "evaluate_experts": "epmq.pipeline.evaluation",

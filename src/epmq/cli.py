@@ -69,6 +69,8 @@ epmq eval merged-4bit my.yaml --experts --json > experts.json
 epmq export merged-4bit --to onnx
 epmq export merged-4bit --to gguf -o merged-gguf
 epmq export merged-4bit --to vllm
+epmq bench merged-4bit
+epmq bench merged-4bit --threads 4
 epmq inspect merged-4bit
 epmq inspect merged-4bit --layers
 epmq inspect models/base
@@ -248,6 +250,18 @@ def export(
         raise InputError("--output: with several targets each has a directory of its own, beside the checkpoint")
     for target in to:
         _print(export_line(epmq.export_checkpoint(checkpoint, target, output, progress=not quiet)))
+
+
+@app.command(epilog=_examples("bench"))
+def bench(
+    checkpoint: Annotated[Path, Argument(help="a checkpoint that epmq wrote, of format: pack-quantized")],
+    threads: Annotated[int, Option(min=1, help="of each runtime")] = 1,
+    quiet: Quiet = False,
+) -> None:
+    """How large and how fast a checkpoint is in each runtime, beside the same model in float32."""
+    from epmq.pipeline.bench import bench_table
+
+    _print(bench_table(epmq.bench(checkpoint, threads=threads, progress=not quiet)))
 
 
 @app.command(epilog=_examples("inspect"))

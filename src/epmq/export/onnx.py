@@ -44,18 +44,23 @@ def write(source: CodedCheckpoint, folder: Path) -> list[Path]:
     return write_graphs(source, folder, EXACT, "")
 
 
-def write_graphs(source: CodedCheckpoint, folder: Path, level: int, ending: str) -> list[Path]:
-    """Write the graphs of a checkpoint, whose products have an accuracy level; `ending` goes into their names."""
+def write_graphs(source: CodedCheckpoint, folder: Path, level: int | None, ending: str) -> list[Path]:
+    """Write the graphs of a checkpoint; `ending` goes into their names.
+
+    `level` is the accuracy level of products by codes; None writes the weights in float32 in the place of codes.
+    """
     model = load(source.checkpoint.path)
-    put_codes(model.backbone, source, level)
+    if hasattr(model.backbone, "set_attn_implementation"):
+        model.backbone.set_attn_implementation("eager")  # T5's positions are lost in sdpa's graph
+    if level is not None:
+        put_codes(model.backbone, source, level)
     files = {}
     for name, graph in graphs_of(model).items():
         file = files[name] = folder / FOLDER / f"{name}_q{main_bits(source)}{ending}.onnx"
         file.parent.mkdir(exist_ok=True)
         save_graph(graph, file)
     write_json(folder / FOLDER / TASKS, tasks_of(model))
-    large = (file.with_name(f"{file.name}.data") for file in files.values())
-    return [*files.values(), *(file for file in large if file.exists())]
+    return [file for one in files.values() for file in sorted(one.parent.glob(f"{one.name}*"))]
 
 
 def graphs_of(model: MultiTaskModel) -> dict[str, Graph]:
@@ -81,8 +86,6 @@ def main_bits(source: CodedCheckpoint) -> int:
 
 def put_codes(model: Any, source: CodedCheckpoint, level: int) -> None:
     """Let the quantized layers and tables of a model compute from a checkpoint's codes."""
-    if hasattr(model, "set_attn_implementation"):
-        model.set_attn_implementation("eager")  # T5's positions are lost in sdpa's graph
     for name, disk in layers_of(model, source.weights()).items():
         if disk in source.grids:
             give_codes(model.get_submodule(name), source.codes(disk), level)

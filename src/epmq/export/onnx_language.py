@@ -246,16 +246,39 @@ def _second_scores(
 
 def _in_two_steps(session: Any, step: Callable[[slice, dict[str, Tensor]], dict[str, Tensor]], ids: Tensor) -> Tensor:
     """Scores [batch, tokens, vocabulary] of a text whose second half follows with a cache."""
-    half, past = ids.shape[1] // 2, dict[str, Tensor]()
-    for one in session.get_inputs():
-        if one.name.startswith(PAST):
-            past[one.name] = torch.zeros(len(ids), one.shape[1], 0, one.shape[3])
-    scores = []
+    half, past, scores = ids.shape[1] // 2, _empty(session, len(ids)), []
     for tokens in (slice(0, half), slice(half, ids.shape[1])):
         outputs = _run(session, step(tokens, past))
         scores.append(outputs.pop("logits"))
         past = {name.replace(PRESENT, PAST): value for name, value in outputs.items()}
     return torch.cat(scores, dim=1)
+
+
+def write_greedily(sessions: Mapping[str, Any], inputs: Mapping[str, Tensor], count: int) -> Tensor:
+    """The likeliest next tokens [batch, count] of texts, one after the other, from their graphs."""
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    fixed: dict[str, Tensor] = {}
+    session = sessions.get("model")
+    if session is None:
+        session, encoder = sessions["decoder_model_merged"], sessions["encoder_model"]
+        fixed = {"encoder_attention_mask": mask, ENCODED_TEXT: _run(encoder, inputs)["last_hidden_state"]}
+        ids = torch.zeros(len(ids), 1, dtype=torch.int64)
+    past, written = _empty(session, len(ids)), list[Tensor]()
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    for _ in range(count):
+        step = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        outputs = _run(session, {**step, **fixed, **past})
+        ids = outputs.pop("logits")[:, -1:].argmax(-1)
+        past = {name.replace(PRESENT, PAST): value for name, value in outputs.items()}
+        mask, positions = torch.cat([mask, torch.ones_like(ids)], dim=1), positions[:, -1:] + 1
+        written.append(ids)
+    return torch.cat(written, dim=1)
+
+
+def _empty(session: Any, batch: int) -> dict[str, Tensor]:
+    """A cache with nothing in it."""
+    inputs = [one for one in session.get_inputs() if one.name.startswith(PAST)]
+    return {one.name: torch.zeros(batch, one.shape[1], 0, one.shape[3]) for one in inputs}
 
 
 def _run(session: Any, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

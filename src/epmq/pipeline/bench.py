@@ -1,0 +1,136 @@
+"""How large and how fast a model is in the runtimes, beside the same model in float32 in each of them."""
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import Progress
+from rich.table import Column, Table
+from safetensors.torch import save_file
+from torch import Tensor
+
+from epmq.errors import EnvironmentFault
+from epmq.export import onnx
+from epmq.files import read_json, write_json
+from epmq.models.codes import CodedCheckpoint
+from epmq.pipeline.exporting import stored_examples
+from epmq.reporting.report import REPORT
+from epmq.runtime import hardware, now, progress_bars, versions
+
+# Examples of a large batch, and tokens that a language model writes to each text.
+LARGE, WRITTEN = 32, 48
+CODES, FLOAT32 = "codes", "float32"
+SECONDS = 1800
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured.
+
+    Attributes:
+        runtime: `torch`, `torch, packed`, `onnx` or `onnx-int8`.
+        weights: `codes` or `float32`.
+        folder: of the checkpoint, or of the graphs.
+        bytes: of the files with weights.
+    """
+
+    runtime: str
+    weights: str
+    folder: str
+    bytes: int
+
+
+def bench(path: str | Path, *, threads: int = 1, progress: bool = True) -> list[dict[str, Any]]:
+    """Measure a finished checkpoint in every runtime that is installed; the rows go into its `report.json` as well.
+
+    Args:
+        path: a checkpoint of `format: pack-quantized`.
+        threads: of each runtime.
+        progress: show progress bars.
+
+    Returns:
+        a row a subject: runtime, weights, bytes, `private_mb` (memory that the process has for itself, beyond what it
+        had before it opened the model), `latency_ms` of one example, `throughput` and its unit: examples a second in
+        batches of 32, or tokens a second that a language model writes to one text.
+
+    Raises:
+        InputError: the checkpoint is none.
+        EnvironmentFault: a runtime ended without an answer; what it said is in it.
+    """
+    source = CodedCheckpoint(path)
+    with progress_bars(progress) as bar, tempfile.TemporaryDirectory(prefix="epmq-bench-") as name:
+        work = Path(name)
+        _save_inputs(stored_examples(source.checkpoint.path), work)
+        subjects = list(_subjects(source, work, bar))
+        rows = [_measured(one, source, work, threads) for one in bar.track(subjects, description="measure")]
+    report = source.checkpoint.path / REPORT
+    if report.exists():
+        facts = {"threads": threads, "date": now(), "hardware": hardware(), "versions": versions()}
+        write_json(report, read_json(report) | {"bench": {"rows": rows, **facts}})
+    return rows
+
+
+def bench_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """The rows for the terminal, the ratio to float32 in the same runtime behind each figure."""
+    names = ("MB", "memory MB", "ms, one example")
+    table = Table("runtime", "weights", *(Column(name, justify="right") for name in (*names, "a second")))
+    plain = {row["runtime"].partition("-")[0].partition(",")[0]: row for row in rows if row["weights"] == FLOAT32}
+    for row in rows:
+        other = plain.get(row["runtime"].partition("-")[0].partition(",")[0], row)
+        figures = (row["bytes"] / 1e6, row["private_mb"], row["latency_ms"], row["throughput"])
+        others = (other["bytes"] / 1e6, other["private_mb"], other["latency_ms"], other["throughput"])
+        shown = [f"{one:.1f}" + ("" if other is row else f" ({one / two:.2f}×)") for one, two in zip(figures, others)]
+        shown[-1] += f" {row['unit'].partition(' ')[0]}"
+        table.add_row(row["runtime"], row["weights"], *shown)
+    return table
+
+
+def _save_inputs(examples: Sequence[Mapping[str, Any]], work: Path) -> None:
+    """One example, and a large batch of the first ones over and over: the batch of the most tokens serves."""
+    batch = max(examples, key=lambda one: next(iter(one.values())).shape[-1])
+    tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
+    for name, count in (("one", 1), ("large", LARGE)):
+        cut = {key: value[torch.arange(count) % len(value)].contiguous() for key, value in tensors.items()}
+        save_file(cut, work / f"{name}.safetensors")
+
+
+def _subjects(source: CodedCheckpoint, work: Path, bar: Progress) -> Iterator[Subject]:
+    folder = source.checkpoint.path
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    entries = sum(int(torch.tensor(source.checkpoint.shape(name)).prod()) for name in source.plain)
+    entries += sum(rows * columns for rows, columns in map(source.shape, source.grids))
+    yield Subject("torch", FLOAT32, str(folder), 4 * entries)
+    yield Subject("torch, packed", CODES, str(folder), size)
+    if not all(find_spec(package) for package in (*onnx.PACKAGES, onnx.RUNTIME)):
+        return
+    for runtime, weights, level in (
+        ("onnx", FLOAT32, None),
+        ("onnx", CODES, onnx.EXACT),
+        ("onnx-int8", CODES, onnx.INTEGER),
+    ):
+        place = work / f"{runtime}-{weights}"
+        place.mkdir()
+        with bar.console.status(f"export to {runtime}"):
+            files = onnx.write_graphs(source, place, level, "")
+        yield Subject(runtime, weights, str(place), sum(file.stat().st_size for file in files))
+
+
+def _measured(subject: Subject, source: CodedCheckpoint, work: Path, threads: int) -> dict[str, Any]:
+    """Measure a subject in a process of its own."""
+    task, answer = work / "task.json", work / "answer.json"
+    answer.unlink(missing_ok=True)
+    settings = {"threads": threads, "written": WRITTEN, "source": str(source.checkpoint.path), "inputs": str(work)}
+    write_json(task, {**asdict(subject), **settings})
+    command = [sys.executable, "-m", "epmq.pipeline.bench_worker", str(task), str(answer)]
+    ended = subprocess.run(command, capture_output=True, timeout=SECONDS, check=False)
+    if not answer.exists():
+        said = ended.stderr.decode(errors="replace").strip().splitlines()[-1:]
+        raise EnvironmentFault(f"{subject.runtime}, {subject.weights}: ended without an answer ({''.join(said)})")
+    facts = {"runtime": subject.runtime, "weights": subject.weights, "bytes": subject.bytes}
+    return {**facts, **read_json(answer)}
