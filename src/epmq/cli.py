@@ -17,6 +17,7 @@ import typer
 from typer import Argument, Option
 
 import epmq
+from epmq.cli_examples import examples
 from epmq.errors import EpmqError, InputError, OutputExistsError
 
 app = typer.Typer(
@@ -50,49 +51,6 @@ NO_MEMORY = ("can't allocate memory", "out of memory")
 SPARE_MEMORY = "try a smaller batch_size, or activations: disk; --dry-run says what a run needs"
 
 REPORT_BUG = "this is a bug of epmq {}; please report it with the lines above, the command and its recipe"
-
-
-# What one would really type.
-EXAMPLES = """
-epmq run my.yaml --dry-run
-epmq run my.yaml
-epmq run my.yaml -s quantize.bits=3 -s quantize.group_size=64 -o merged-3bit
-epmq merge my.yaml -o merged
-epmq merge my.yaml -s merge.method=ties -o merged-ties
-epmq merge my.yaml -s merge.scaling=0.5 -o merged-05 --quiet
-epmq quantize my.yaml
-epmq quantize my.yaml -s quantize.method=gptq -o merged-gptq
-epmq quantize my.yaml -s quantize.size=40MB -o merged-40mb
-epmq eval merged-4bit my.yaml
-epmq eval merged-4bit my.yaml --experts
-epmq eval merged-4bit my.yaml --experts --json > experts.json
-epmq export merged-4bit --to onnx
-epmq export merged-4bit --to gguf -o merged-gguf
-epmq export merged-4bit --to vllm
-epmq bench merged-4bit
-epmq bench merged-4bit --threads 4
-epmq inspect merged-4bit
-epmq inspect merged-4bit --layers
-epmq inspect models/base
-epmq report merged-4bit merged-gptq
-epmq report merged-4bit merged-3bit -o compared.html
-epmq report merged-4bit merged-gptq --experts experts.json --title 'Two methods'
-epmq init my.yaml
-epmq init first-try.yaml
-epmq init recipes/decoders.yaml
-epmq reproduce --list
-epmq reproduce clip-vit-b32-8 --dry-run
-epmq reproduce clip-vit-b32-8 --merge ties --bits 4 --limit 64
-epmq demo --fetch-only
-epmq demo
-epmq demo -o my-demo
-"""
-
-
-def _examples(command: str) -> str:
-    """The epilog of a command."""
-    lines = (f"  [cyan]{line}[/cyan]" for line in EXAMPLES.splitlines() if line.split()[1:2] == [command])
-    return "\n\n".join(["[bold]Examples[/bold]", *lines])
 
 
 def _show_version(asked: bool) -> None:
@@ -153,7 +111,7 @@ def _print_summary(report: dict[str, Any]) -> None:
     _print(summary_table(report))
 
 
-@app.command(epilog=_examples("run"))
+@app.command(epilog=examples("run"))
 def run(
     recipe: RecipeFile,
     output: Output = None,
@@ -178,7 +136,7 @@ def run(
         _print_summary(epmq.run(resolved, progress=not quiet, restart=restart, strict=strict))
 
 
-@app.command(epilog=_examples("merge"))
+@app.command(epilog=examples("merge"))
 def merge(
     recipe: RecipeFile, output: Output = None, set_: Set = None, strict: StrictRun = False, quiet: Quiet = False
 ) -> None:
@@ -186,7 +144,7 @@ def merge(
     _print_summary(epmq.merge(_recipe(recipe, set_, output), progress=not quiet, strict=strict))
 
 
-@app.command(epilog=_examples("quantize"))
+@app.command(epilog=examples("quantize"))
 def quantize(
     recipe: RecipeFile,
     output: Output = None,
@@ -200,7 +158,7 @@ def quantize(
     _print_summary(epmq.run(resolved, progress=not quiet, evaluate=False, restart=restart, strict=strict))
 
 
-@app.command("eval", epilog=_examples("eval"))
+@app.command("eval", epilog=examples("eval"))
 def evaluate(
     checkpoint: Annotated[Path, Argument(help="a checkpoint that epmq wrote")],
     recipe: RecipeFile,
@@ -230,7 +188,7 @@ def evaluate(
     _print(table)
 
 
-@app.command(epilog=_examples("export"))
+@app.command(epilog=examples("export"))
 def export(
     checkpoint: Annotated[Path, Argument(help="a checkpoint that epmq wrote, of format: pack-quantized")],
     to: Annotated[list[str], Option("--to", help="onnx, onnx-int8, gguf, gptq or vllm; may be given several times")],
@@ -252,7 +210,7 @@ def export(
         _print(export_line(epmq.export_checkpoint(checkpoint, target, output, progress=not quiet)))
 
 
-@app.command(epilog=_examples("bench"))
+@app.command(epilog=examples("bench"))
 def bench(
     checkpoint: Annotated[Path, Argument(help="a checkpoint that epmq wrote, of format: pack-quantized")],
     threads: Annotated[int, Option(min=1, help="of each runtime")] = 1,
@@ -264,7 +222,23 @@ def bench(
     _print(bench_table(epmq.bench(checkpoint, threads=threads, progress=not quiet)))
 
 
-@app.command(epilog=_examples("inspect"))
+@app.command(epilog=examples("page"))
+def page(
+    checkpoint: Annotated[
+        Path, Argument(help="a checkpoint that epmq wrote, of format: pack-quantized, or its export")
+    ],
+    output: Annotated[
+        Path | None, Option("--output", "-o", help="where to write; by default CHECKPOINT-page beside it")
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Write a page that answers all tasks in a browser, on the machine of whoever opens it, without any network."""
+    from epmq.pipeline.paging import page_line
+
+    _print(page_line(epmq.page_checkpoint(checkpoint, output, progress=not quiet)))
+
+
+@app.command(epilog=examples("inspect"))
 def inspect(
     path: Annotated[Path, Argument(help="a checkpoint directory")],
     layers: Annotated[bool, Option(help="list every quantized layer, with its bits")] = False,
@@ -275,7 +249,7 @@ def inspect(
     _print(*inspection_tables(path, layers))
 
 
-@app.command(epilog=_examples("report"))
+@app.command(epilog=examples("report"))
 def report(
     paths: Annotated[list[Path], Argument(help="output directories of epmq run, or their report.json")],
     output: Annotated[Path, Option("--output", "-o", help="the page to write")] = Path("report.html"),
@@ -295,7 +269,7 @@ def report(
     typer.echo(f"wrote {output}: {len(runs)} run{'s' * (len(runs) > 1)}")
 
 
-@app.command(epilog=_examples("init"))
+@app.command(epilog=examples("init"))
 def init(path: Annotated[Path, Argument(help="the file to write")]) -> None:
     """Write a commented recipe to start from."""
     from epmq.recipe_template import recipe_template
@@ -306,7 +280,7 @@ def init(path: Annotated[Path, Argument(help="the file to write")]) -> None:
     typer.echo(f"wrote {path}: fill in base and experts, then: epmq run {path}")
 
 
-@app.command(epilog=_examples("reproduce"))
+@app.command(epilog=examples("reproduce"))
 def reproduce(
     name: Annotated[str | None, Argument(help="a table by name (see --list), or a YAML file")] = None,
     list_: Annotated[bool, Option("--list", help="the tables that there are")] = False,
@@ -355,7 +329,7 @@ def reproduce(
     _print(terminal_table(content), f"{folder / runner.MARKDOWN}")
 
 
-@app.command(epilog=_examples("demo"))
+@app.command(epilog=examples("demo"))
 def demo(
     output: Annotated[Path, Option("--output", "-o", help="where the checkpoints go")] = Path("epmq-demo"),
     fetch_only: Annotated[bool, Option("--fetch-only", help="download what the demo needs, then stop")] = False,

@@ -101,7 +101,7 @@ def try_texts(processor: Any, settings: dict[str, Any]) -> None:
         InputError: they are others; the text is named.
         RuntimeError: node is missing.
     """
-    batches = encode(Examples("text", list(TEXTS)), processor, batch_size=1)
+    batches = encode(Examples("text", list(TEXTS)), processor, 1, settings["limit"])
     expected = [batch["input_ids"][0].tolist() for batch in batches]
     for text, ours, theirs in zip(TEXTS, expected, _made("text", settings, TEXTS)):
         if ours != theirs:

@@ -46,9 +46,10 @@ def page_checkpoint(path: str | Path, output: str | Path | None = None, *, progr
     asked = [task for task, kind in kinds.items() if kind in WHOLE]
     if not asked:
         raise InputError(f"{folder}: no head answers a whole text or picture, and a page shows nothing else")
+    source = None if (folder / FOLDER).is_dir() else source_of(folder)
     ONNXRUNTIME.fetch()
     kind, settings = input_of(folder, config)
-    with onnx_folder(folder, progress) as onnx, whole_directory(output) as work:
+    with onnx_folder(folder, source, progress) as onnx, whole_directory(output) as work:
         tasks = read_json(onnx / TASKS)
         write_page(PageModel(onnx_file(onnx), kind, {task: tasks[task] for task in asked}, settings), work)
         size = sum(file.stat().st_size for file in work.rglob("*") if file.is_file())
@@ -80,14 +81,19 @@ def input_of(folder: Path, config: dict[str, Any]) -> tuple[str, dict[str, Any]]
     raise InputError(f"{folder}: {name} takes neither texts nor pictures, or its tokenizer or processor is missing")
 
 
-@contextmanager
-def onnx_folder(folder: Path, progress: bool) -> Iterator[Path]:
-    """The folder with the ONNX file of a checkpoint: its own, or one that is made for the length of a `with` block."""
-    if (folder / FOLDER).is_dir():
-        yield folder / FOLDER
-        return
+def source_of(folder: Path) -> CodedCheckpoint:
+    """A checkpoint that can be exported to ONNX; what it cannot hold is an InputError."""
     target, source = find_target("onnx"), CodedCheckpoint(folder)
     target.check(contents_of(source))
+    return source
+
+
+@contextmanager
+def onnx_folder(folder: Path, source: CodedCheckpoint | None, progress: bool) -> Iterator[Path]:
+    """The folder with the ONNX file: that of an export, or one that is made for the length of a `with` block."""
+    if source is None:
+        yield folder / FOLDER
+        return
     with tempfile.TemporaryDirectory(prefix="epmq-page-") as work, progress_bars(progress) as bar:
         write_target("onnx", source, Path(work), stored_examples(folder), bar)
         yield Path(work) / FOLDER
@@ -99,3 +105,10 @@ def onnx_file(folder: Path) -> Path:
     if not found:
         raise InputError(f"{folder}: no model*.onnx; write it with: epmq export DIR --to onnx")
     return found[0]
+
+
+def page_line(page: dict[str, Any]) -> str:
+    """What became of a page, in a line."""
+    left = f"; without {', '.join(page['left_out'])}, which answer no whole text or picture" if page["left_out"] else ""
+    tasks = f"{len(page['tasks'])} task{'s' * (len(page['tasks']) > 1)}"
+    return f"{page['page']}: {tasks}, {page['bytes'] / 1e6:.1f} MB; open it in a browser{left}"
