@@ -175,17 +175,31 @@ def evaluate(
     if as_json:
         print(json.dumps(columns, indent=2))
         return
-    from rich.table import Table
+    from epmq.reporting.scores import score_table
 
-    from epmq.reporting.scores import score_title, shown_scores
+    _print(score_table(columns))
 
-    scores = [shown_scores(column) for column in columns.values()]
-    table = Table("task", *columns, title=score_title(columns[str(checkpoint)]["metric"]), title_justify="left")
-    for task in scores[0]:
-        if task == "mean":
-            table.add_section()
-        table.add_row(task, *(column[task] for column in scores))
-    _print(table)
+
+@app.command(epilog=examples("compare"))
+def compare(
+    recipe: RecipeFile,
+    output: Annotated[Path, Option("--output", "-o", help="where the checkpoints go, one folder a method")] = Path(
+        "compared"
+    ),
+    set_: Set = None,
+    quiet: Quiet = False,
+) -> None:
+    """Base, experts, the merge, RTN, GPTQ and the recipe's own method, side by side on your own data.
+
+    Every method is a run of its own. Given again with the same recipe, it keeps the runs that are finished.
+    """
+    from epmq.pipeline.compare import compare_methods
+    from epmq.reporting.comparison import comparison_table
+    from epmq.reporting.report import PAGE
+
+    content = compare_methods(_recipe(recipe, set_, need_output=False), output, progress=not quiet)
+    notes = (f"note: {note}" for note in content["notes"])
+    _print(comparison_table(content["columns"], content["settings"]), *notes, f"{output / PAGE}")
 
 
 @app.command(epilog=examples("export"))
@@ -224,9 +238,7 @@ def bench(
 
 @app.command(epilog=examples("page"))
 def page(
-    checkpoint: Annotated[
-        Path, Argument(help="a checkpoint that epmq wrote, of format: pack-quantized, or its export")
-    ],
+    checkpoint: Annotated[Path, Argument(help="a checkpoint of format: pack-quantized, or its export to onnx")],
     output: Annotated[
         Path | None, Option("--output", "-o", help="where to write; by default CHECKPOINT-page beside it")
     ] = None,

@@ -13,6 +13,9 @@ epmq quantize my.yaml -s quantize.size=40MB -o merged-40mb
 epmq eval merged-4bit my.yaml
 epmq eval merged-4bit my.yaml --experts
 epmq eval merged-4bit my.yaml --experts --json > experts.json
+epmq compare my.yaml
+epmq compare my.yaml -o my-comparison
+epmq compare my.yaml -s quantize.bits=2 -s quantize.group_size=32 -o compared-2bit
 epmq export merged-4bit --to onnx
 epmq export merged-4bit --to gguf -o merged-gguf
 epmq export merged-4bit --to vllm

@@ -29,8 +29,8 @@ def small_demo(pool, tmp_path, monkeypatch):
 def test_the_demo_compares_and_leaves_a_checkpoint(small_demo, capsys):
     columns = demo.run_demo(small_demo)
     assert list(columns) == ["base", "experts", "merged", "RTN", "GPTQ", "expert-guided"]
-    assert columns["base"]["accuracy"] == {"one": 0.4, "two": 0.4} and columns["experts"]["accuracy"]["one"] == 0.6
-    assert all(set(column["accuracy"]) == {"one", "two"} for column in columns.values())
+    assert columns["base"]["scores"] == {"one": 0.4, "two": 0.4} and columns["experts"]["scores"]["one"] == 0.6
+    assert all(set(column["scores"]) == {"one", "two"} for column in columns.values())
     assert columns["expert-guided"]["bytes"] < columns["merged"]["bytes"] < columns["experts"]["bytes"]
     bits = [column["bits_per_weight"] for column in columns.values()]
     assert bits[:3] == [32, 32, 32] and 4 < bits[-1] < 16

@@ -277,7 +277,7 @@ def test_packing_in_parts_is_packing_at_once(monkeypatch, bits):
 
 
 def test_every_grid_is_a_group_and_the_most_frequent_is_that_of_all_linear_layers():
-    forms = {name: Form(Grid(3, 32)) for name in ("a", "b", "c")} | {"d": Form(Grid(8)), "e": Form(Grid(8))}
+    forms = {f"layers.{i}.a": Form(Grid(3, 32)) for i in range(3)} | {"d": Form(Grid(8)), "e": Form(Grid(8))}
     forms["table"] = Form(Grid(8), table=True, followers=("lm_head",))
     config = packed.config(forms, ["pooler"])
     groups = config["config_groups"].values()
@@ -285,5 +285,12 @@ def test_every_grid_is_a_group_and_the_most_frequent_is_that_of_all_linear_layer
     assert found[0] == (["Linear"], 3, "pack-quantized")
     assert (["d", "e"], 8, "pack-quantized") in found and (["table", "lm_head"], 8, "int-quantized") in found
     assert len(found) == 3 and config["format"] == "mixed-precision" and config["ignore"] == ["pooler"]
-    alone = packed.config({"a": Form(Grid(4, 32, False))}, [])
+    alone = packed.config({"layers.0.a": Form(Grid(4, 32, False))}, [])
     assert alone["format"] == "pack-quantized" and alone["dequantize"] is True
+
+
+def test_what_lies_outside_the_blocks_is_named_on_the_grid_of_all_linear_layers_too():
+    grid = Grid(4, 32)
+    forms = {"layers.0.a": Form(grid), "table": Form(grid, table=True), "lm_head": Form(grid)}
+    [group] = packed.config(forms, [])["config_groups"].values()
+    assert group["targets"] == ["table", "lm_head", "Linear"]

@@ -203,9 +203,13 @@ def test_an_entry_comes_back_as_it_was(tmp_path):
 def test_a_tensor_is_written_once(pool, tmp_path, monkeypatch, method, form):
     """Finished blocks lie in the output's files from the start: there is no second copy of them, also on resuming."""
     write, writes = CheckpointWriter.write, Counter()
-    monkeypatch.setattr(
-        CheckpointWriter, "write", lambda self, name, parts: writes.update([name]) or write(self, name, parts)
-    )
+
+    def noted(self: CheckpointWriter, name: str, parts: Any) -> None:
+        if self.folder.is_relative_to(tmp_path):  # a trial of what transformers opens is written elsewhere
+            writes[name] += 1
+        write(self, name, parts)
+
+    monkeypatch.setattr(CheckpointWriter, "write", noted)
     fields = recipe(pool, tmp_path / "out", {"method": method}, format=form)
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "write_rest", lambda *args: (_ for _ in ()).throw(Stopped))

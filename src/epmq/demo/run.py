@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Column, Table
 
 from epmq.demo.build import build_pool, step_bars
 from epmq.demo.fetch import pypi
@@ -25,15 +24,13 @@ from epmq.errors import OutputExistsError
 from epmq.files import cache_dir, read_json, write_json
 from epmq.recipe import Recipe
 from epmq.recipe_file import load_recipe
+from epmq.reporting.comparison import Measured, comparison_table, measured, measured_accuracy
 from epmq.reporting.inspection import contents
+from epmq.reporting.runs import METHOD_TITLES
 
-TITLES = {"none": "merged", "rtn": "RTN", "gptq": "GPTQ", "expert_guided": "expert-guided"}
+TITLES = {method: METHOD_TITLES[method] for method in ("none", "rtn", "gptq", "expert_guided")}
 BITS = 4
 RESULTS = "demo.json"
-
-# Of a model or of the experts together: accuracy a task, bytes of all weights that have to be shipped, and bits of
-# each of them.
-Result = dict[str, Any]
 
 
 def fetch_packages() -> None:
@@ -44,14 +41,14 @@ def fetch_packages() -> None:
             pypi(requirement, source=source)
 
 
-def run_demo(output: str | Path = "epmq-demo") -> dict[str, Result]:
+def run_demo(output: str | Path = "epmq-demo") -> dict[str, Measured]:
     """Train four experts (once), merge them, quantize the merge in three ways and print the comparison.
 
     Args:
         output: where the checkpoints go, one folder a method; what an earlier demo left there is replaced.
 
     Returns:
-        per column of the table: accuracy a task, bytes and bits a weight.
+        per column of the table: accuracy a task and on average, bytes and bits a weight.
 
     Raises:
         FileExistsError: `output` exists and is not a demo's.
@@ -70,13 +67,10 @@ def run_demo(output: str | Path = "epmq-demo") -> dict[str, Result]:
     folders = {method: output / title.lower() for method, title in TITLES.items()}
     for method, folder in folders.items():
         report = run(_recipe(root, quantize={"method": method, "bits": BITS}, output=str(folder)))
-        columns[TITLES[method]] = {
-            "accuracy": report["scores"],
-            **{name: report[name] for name in ("bytes", "bits_per_weight")},
-        }
+        columns[TITLES[method]] = measured(report)
     write_json(output / RESULTS, columns)
     console, best = Console(), folders["expert_guided"]
-    console.print(comparison_table(columns))
+    console.print(comparison_table(columns, f"{BITS} bits where quantized, Task Arithmetic 0.3"))
     console.print(
         f"One model for {len(DEMO_TASKS)} tasks at {BITS} bits: {best} ({time.perf_counter() - start:.0f} s). "
         f"Look inside with [cyan]epmq inspect {best}[/cyan], or use it:\n\n"
@@ -86,15 +80,15 @@ def run_demo(output: str | Path = "epmq-demo") -> dict[str, Result]:
     return columns
 
 
-def _trained_columns(root: Path) -> dict[str, Result]:
+def _trained_columns(root: Path) -> dict[str, Measured]:
     """Base and experts: they were measured on the same test texts when the experts were trained."""
     stored = contents(root / "base")
     size, bits = stored["bytes"], {"bits_per_weight": stored["bits_per_weight"]}
     records = {task: read_json(root / "experts" / task / "training.json") for task in DEMO_TASKS}
     base, experts = ({task: record[key] for task, record in records.items()} for key in ("base_test", "test"))
     return {
-        "base": {"accuracy": base, "bytes": size, **bits},
-        "experts": {"accuracy": experts, "bytes": len(DEMO_TASKS) * size, **bits},
+        "base": measured_accuracy(base, bytes=size, **bits),
+        "experts": measured_accuracy(experts, bytes=len(DEMO_TASKS) * size, **bits),
     }
 
 
@@ -118,18 +112,3 @@ def _recipe(root: Path, **fields: Any) -> Recipe:
         model = str(root / "experts" / task)
         experts.append({"name": task, "model": model, "calibration": train, "evaluation": test})
     return load_recipe({"base": str(root / "base"), "experts": experts, "max_length": MAX_LENGTH, **fields})
-
-
-def comparison_table(columns: dict[str, Result]) -> Table:
-    """Tasks down, models across, with mean accuracy and size."""
-    title = f"accuracy in %, {BITS} bits where quantized, Task Arithmetic 0.3"
-    headings = [Column(name, justify="right") for name in columns]
-    table = Table("task", *headings, title=title, title_justify="left")
-    scores = [column["accuracy"] for column in columns.values()]
-    for task in scores[0]:
-        table.add_row(task, *(f"{100 * score[task]:.1f}" for score in scores))
-    table.add_section()
-    table.add_row("mean", *(f"{100 * sum(score.values()) / len(score):.1f}" for score in scores))
-    table.add_row("MB", *(f"{column['bytes'] / 1e6:.1f}" for column in columns.values()))
-    table.add_row("bits a weight", *(f"{column['bits_per_weight']:.1f}" for column in columns.values()))
-    return table

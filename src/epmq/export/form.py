@@ -1,5 +1,6 @@
 """What a format has to know of a quantized weight."""
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -32,3 +33,8 @@ class Form:
     def scale_name(self) -> str:
         """The dtype of the scales, as safetensors calls it."""
         return DTYPE_NAMES[self.scale]
+
+
+def in_block(layer: str) -> bool:
+    """Whether a layer, by its name on disk, is in one of the numbered blocks of a model."""
+    return re.search(r"\.\d+\.", layer) is not None

@@ -17,14 +17,18 @@ from epmq.data.made import made_examples
 from epmq.errors import InputError
 from epmq.export.onnx_graph import Graph, save_graph
 from epmq.export.onnx_layers import give_codes, layers_of, stored_bits
-from epmq.export.target import Contents, Verified, refuse_grid
+from epmq.export.target import Contents, Verified
 from epmq.files import write_json
+from epmq.models.checkpoint import architecture_of
 from epmq.models.codes import CodedCheckpoint
+from epmq.models.meta import named_class
 from epmq.models.multitask import MultiTaskModel, load
 
 TITLE = "onnxruntime, browsers, phones"
 PACKAGES: tuple[str, ...] = ("onnx", "onnxscript")
 EXTRA, RUNTIME = "onnx", "onnxruntime"
+# What models take, first of all, whose graphs can be traced on made-up examples.
+MAIN_INPUTS = ("input_ids", "pixel_values")
 FOLDER, TASKS = "onnx", "tasks.json"
 # accuracy_level of MatMulNBits: 0 multiplies in the inputs' own dtype, 4 rounds them to 8 bits.
 EXACT, INTEGER = 0, 4
@@ -33,10 +37,11 @@ TOLERANCE = 1e-4
 
 
 def check(contents: Contents) -> None:
-    """See `epmq.export.target.Target`: there are no tables of 3 bits."""
-    for layer, coded in contents.layers.items():
-        if coded.form.table and coded.grid.bits == 3:
-            raise refuse_grid("onnxruntime", layer, coded.grid, "embeddings: 4")
+    """See `epmq.export.target.Target`: all grids fit; models must take texts or pictures."""
+    architecture = architecture_of(dict(contents.config))
+    takes = getattr(named_class(architecture), "main_input_name", None)
+    if takes not in MAIN_INPUTS:
+        raise InputError(f"onnx: {architecture} takes {takes}; written are models of {' or '.join(MAIN_INPUTS)}")
 
 
 def write(source: CodedCheckpoint, folder: Path) -> list[Path]:

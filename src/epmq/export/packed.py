@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from epmq.export.form import Form
+from epmq.export.form import Form, in_block
 from epmq.models.checkpoint import TensorSpec
 from epmq.quantization.grid import Grid, QuantizedTensor
 
@@ -94,7 +94,9 @@ def _chunks(matrix: Tensor) -> tuple[Tensor, ...]:
 def config(forms: Mapping[str, Form], ignore: list[str]) -> dict[str, Any] | None:
     """The `quantization_config` of compressed-tensors; see `epmq.export.Format`.
 
-    The grid that most layers have is that of all linear layers; those on another one, tables among them, are named.
+    The grid that most layers have is that of all linear layers; those on another one are named, and so are layers
+    outside the blocks: tables are no linear layers, and an output layer is none to vLLM. Names come first: the library
+    warns of those that follow a class that their layers are of.
     """
     from compressed_tensors.quantization import QuantizationConfig
 
@@ -107,7 +109,7 @@ def config(forms: Mapping[str, Form], ignore: list[str]) -> dict[str, Any] | Non
     fields = {
         "config_groups": {
             f"group_{number}": {
-                "targets": ["Linear"] if key == linear else list(dict.fromkeys(groups[key])),
+                "targets": _named(groups[key], all_of_them=key != linear) + ["Linear"] * (key == linear),
                 "weights": _weights(key[1]),
                 "format": key[0],
             }
@@ -124,6 +126,11 @@ def config(forms: Mapping[str, Form], ignore: list[str]) -> dict[str, Any] | Non
         # for all layers; others do not know the field.
         content["dequantize"] = True
     return content
+
+
+def _named(layers: list[str], all_of_them: bool) -> list[str]:
+    """The layers of a group that it names."""
+    return [name for name in dict.fromkeys(layers) if all_of_them or not in_block(name)]
 
 
 def _weights(grid: Grid) -> dict[str, Any]:

@@ -97,6 +97,8 @@ TARGETS = {
     "gptq": "epmq.export.gptq",
     "vllm": "epmq.export.vllm",
 }
+# Those of which nothing is written: their runtimes open the checkpoint as it is, or `check` says why not.
+AS_IT_IS = ("vllm",)
 
 
 def find_target(name: str) -> Target:
@@ -119,9 +121,10 @@ def has_runtime(target: Target) -> bool:
     return target.RUNTIME is not None and find_spec(target.RUNTIME) is not None
 
 
-def refuse_grid(runtime: str, layer: str, grid: Grid, nearest: str) -> InputError:
-    """The error about a layer whose grid a runtime cannot hold; `nearest` says, as settings, which one it could."""
-    return InputError(f"{runtime} cannot hold {layer} on a grid of {_settings(grid)}; the nearest that fits: {nearest}")
+def refuse_grid(runtime: str, layer: str, grid: Grid, nearest: str | Grid) -> InputError:
+    """The error about a layer whose grid a runtime cannot hold; `nearest` fits, as a grid or in words."""
+    fits = _settings(nearest) if isinstance(nearest, Grid) else nearest
+    return InputError(f"{runtime} cannot hold {layer} on a grid of {_settings(grid)}; the nearest that fits: {fits}")
 
 
 def _settings(grid: Grid) -> str:

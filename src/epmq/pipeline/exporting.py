@@ -14,7 +14,7 @@ from epmq.data.made import made_examples
 from epmq.data.readers import read_data
 from epmq.errors import EpmqError, error_context
 from epmq.export.form import Form
-from epmq.export.target import Coded, Contents, Target, find_target, has_runtime
+from epmq.export.target import AS_IT_IS, Coded, Contents, Target, Verified, find_target, has_runtime
 from epmq.files import read_json, whole_directory
 from epmq.models.checkpoint import DTYPES, architecture_of, read_config
 from epmq.models.codes import CodedCheckpoint
@@ -39,12 +39,13 @@ def export_checkpoint(
     Args:
         path: a checkpoint of `format: pack-quantized` that epmq wrote.
         to: one of `epmq.export.target.TARGETS`.
-        output: a directory that must not exist; by default `PATH-TO`.
+        output: a directory that must not exist; by default `PATH-TO`. Where the runtime opens the checkpoint as it is,
+            nothing is written.
         progress: show progress bars.
 
     Returns:
-        target, output, bytes of the weights, and what the verification has found (None where the runtime is not
-        installed).
+        target and for whom it is, output, bytes of the weights, and what the verification has found (None where there
+        is no runtime that could be tried).
 
     Raises:
         MissingError, OutputExistsError, InputError: before any compute; what does not fit is named.
@@ -54,6 +55,8 @@ def export_checkpoint(
     folder = source.checkpoint.path
     output = Path(output) if output is not None else folder.with_name(f"{folder.name}-{to}")
     target.check(contents_of(source))
+    if to in AS_IT_IS:
+        return _written(to, target, 0)
     with progress_bars(progress) as bar, whole_directory(output) as work:
         copy_files(side_files(folder), work)
         shutil.copyfile(folder / CONFIG, work / CONFIG)
@@ -88,7 +91,12 @@ def write_target(
     bar.advance(shown)
     found = target.verify(folder, source.checkpoint.path, examples) if has_runtime(target) else None
     bar.advance(shown)
-    return {"target": name, "bytes": sum(file.stat().st_size for file in files), "verified": found}
+    return _written(name, target, sum(file.stat().st_size for file in files), found)
+
+
+def _written(name: str, target: Target, size: int, found: Verified | None = None) -> dict[str, Any]:
+    """What a report says of one target."""
+    return {"target": name, "title": target.TITLE, "runtime": target.RUNTIME, "bytes": size, "verified": found}
 
 
 def contents_of(source: CodedCheckpoint) -> Contents:

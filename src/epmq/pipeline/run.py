@@ -225,9 +225,11 @@ def calibration_engine(
 def inputs_of(prepared: PreparedRun, batches: list[Batch]) -> dict[str, Any]:
     """All that decides the result of a run, as plain values: recipe, versions, hashes of files and calibration data.
 
-    Where the output goes, where activations wait and what is evaluated are no part of it.
+    Where the output goes, for which runtimes it is written, where activations wait and what is evaluated are no part of
+    it.
     """
-    unused: Any = {"output": True, "activations": True, "experts": {"__all__": {"calibration", "evaluation"}}}
+    unused: Any = dict.fromkeys(("output", "formats", "activations"), True)
+    unused["experts"] = {"__all__": {"calibration", "evaluation"}}
     experts = prepared.experts
     folders = {experts.base.path, *(expert.path for expert in experts.experts.values())}
     files = {file for folder in folders for file in model_files(folder)}

@@ -89,7 +89,8 @@ def export_line(export: dict[str, Any]) -> str:
     where = f": {export['output']}" if export.get("output") else ""
     found = export["verified"]
     if found is None:
-        return f"{export['target']}{where}{size}; not tried, as its runtime is not installed"
+        why = "not tried, as its runtime is not installed" if export["runtime"] else f"for {export['title']}"
+        return f"{export['target']}{where}{size}; {why}"
     facts = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in found.items() if name != "runtime")
     return f"{export['target']}{where}{size}; tried in {found['runtime']}: {facts}"
 

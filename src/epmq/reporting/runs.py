@@ -12,6 +12,8 @@ from epmq.reporting.report import REPORT, grid_text, stored_by_depth
 from epmq.reporting.scores import gap_recovered, score_title, show_score
 
 METHOD_TITLES = {"none": "merged", "rtn": "RTN", "gptq": "GPTQ", "e_pmq": "E-PMQ", "expert_guided": "expert-guided"}
+# … of GPTQ where heads follow the model, which they do only if they are told to.
+WITH_HEADS = " with heads"
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,8 @@ class Run:
     @property
     def title(self) -> str:
         """The method in words."""
-        return METHOD_TITLES.get(self.method, self.method)
+        heads = self.method == "gptq" and self.report.get("recipe", {}).get("quantize", {}).get("adapt_heads")
+        return METHOD_TITLES.get(self.method, self.method) + (WITH_HEADS if heads else "")
 
     @property
     def weights(self) -> str:
