@@ -77,6 +77,9 @@ def test_a_page_answers_texts(tab, pool, tmp_path):
     assert tab.run(ANSWERS) == {"one": "–", "two": "–"}
     assert [answers(tab, text) for text in texts] == expected(out, texts)
     assert "32 tokens" in tab.run("element('status').textContent")
+    several = "{answers: 'labels', labels: ['a', 'b', 'c']}"
+    assert tab.run(f"answerOf({several}, [0.5, -1, 2])") == "a, c" and tab.run(f"answerOf({several}, [-1])") == "none"
+    assert tab.run("answerOf({answers: 'number', labels: []}, [3.14159])") == "3.142"
     assert tab.problems == []
 
 
