@@ -261,7 +261,7 @@ def test_set_can_choose_a_method_that_needs_less(call, pool, tmp_path):
         ("quantise.bits=4", "unknown field 'quantise'"),
         ("quantize.bit=4", "unknown field 'quantize.bit'"),
         ("bits=4", "unknown field 'bits'"),
-        ("quantize.grid.bits=4", "unknown field 'quantize.grid'"),
+        ("quantize.grids.bits=4", "unknown field 'quantize.grids'"),
         ("quantize=4", "quantize: "),
         ("=4", "unknown field ''"),
         ("quantize.bits=[", "--set quantize.bits=[: not a YAML value"),

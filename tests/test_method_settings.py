@@ -41,7 +41,8 @@ def refusal(method: str, **fields) -> str:
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
 def test_every_grid_can_be_asked_for(bits, group_size):
-    assert quantize_settings(bits=bits, group_size=group_size, symmetric=False).grid == Grid(bits, group_size, False)
+    settings = quantize_settings(bits=bits, group_size=group_size, symmetric=False)
+    assert settings.block_grid == Grid(bits, group_size, False)
 
 
 def test_damping_is_for_methods_that_have_it_apart_from_the_anchor():

@@ -2,14 +2,24 @@
 
 import pytest
 
+from epmq.export.gguf_blocks import block_type
 from epmq.quantization.grid import Grid
 from epmq.recipe_file import load_recipe
-from epmq.storage_settings import Override, PartGrid, StorageSettings, describe, parse_size
+from epmq.storage_settings import (
+    ALWAYS_SHOWN,
+    PRESETS,
+    Override,
+    PartGrid,
+    StorageSettings,
+    describe,
+    parse_size,
+    without_defaults,
+)
 
 
 def test_a_part_has_a_row_a_scale_at_8_bits_and_small_groups_below():
     settings = StorageSettings(method="rtn", symmetric=False)
-    assert settings.part_grid(None) == Grid(8, -1, False) and StorageSettings(method="gptq", bits=16).grid is None
+    assert settings.part_grid(None) == Grid(8, -1, False) and StorageSettings(method="gptq", bits=16).block_grid is None
     assert StorageSettings(method="gptq", bits=16).part_grid(None) is None
     for value, grid in (
         (8, Grid(8, -1, False)),
@@ -52,6 +62,11 @@ BAD = [
     ({"size": 0}, "quantize.size: "),
     ({"budget": -1}, "quantize.budget: "),
     ({"budget": 4.0, "size": "40MB"}, "budget, size: only one of them"),
+    ({"grid": "gguf-q4_0", "bits": 3}, "quantize: bits: another one than that of grid: gguf-q4_0: leave it out"),
+    ({"grid": "gguf-q4_0", "scale_dtype": "auto"}, "quantize: scale_dtype: another one than that of"),
+    ({"grid": "gguf-q4_0", "embeddings": 4}, "quantize: embeddings: another one than that of"),
+    ({"grid": "gguf-q4_0", "budget": 4.0}, "quantize: grid: a budget chooses the bits"),
+    ({"grid": "gguf-q4_1"}, "quantize.grid: "),
     ({"bits": 16, "budget": 4.0}, "a budget chooses the bits"),
     ({"method": "rtn", "bits": 16}, "16 rounds nothing: use method: none"),
 ]
@@ -69,3 +84,16 @@ def test_a_wrong_value_is_one_line_that_names_the_field(settings, message):
 def test_a_grid_in_words():
     assert describe({"bits": 4, "group_size": 32, "symmetric": False}) == "4 bits, g32, asymmetric"
     assert describe({"bits": 8, "group_size": -1}) == "8 bits, a row" and describe(None) == "not quantized"
+
+
+def test_a_grid_stands_for_settings_that_gguf_holds():
+    for name, preset in PRESETS.items():
+        settings = StorageSettings(method="rtn", grid=name)
+        assert {field: getattr(settings, field) for field in preset} == preset
+        kind = block_type(settings.block_grid, 256)
+        assert kind is not None and kind.name.lower() == name.removeprefix("gguf-")
+        assert block_type(settings.part_grid(settings.embeddings), 32).name == "Q8_0"
+        again = StorageSettings.model_validate(settings.model_dump(mode="json"))
+        assert again == settings
+    assert StorageSettings(method="rtn", grid="gguf-q4_0", bits=4, embeddings=8).bits == 4
+    assert without_defaults(StorageSettings(method="rtn").model_dump()).keys() == set(ALWAYS_SHOWN)

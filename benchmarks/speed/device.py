@@ -47,6 +47,8 @@ from epmq.quantization.recording import gpu_of
 
 TESTS = (
     "tests/calibration/test_device.py",
+    "tests/models/test_kernels.py",
+    "tests/models/test_packed.py",
     "tests/quantization/test_gptq.py",
     "tests/quantization/test_recording.py",
 )

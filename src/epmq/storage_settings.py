@@ -130,10 +130,34 @@ def parse_size(value: Any) -> Any:
 Part = Annotated[PartGrid | None, BeforeValidator(_from_bits)]
 
 
+def _preset(bits: int, group_size: int, symmetric: bool) -> dict[str, Any]:
+    """A grid for the layers of a GGUF file, whose tables are Q8_0."""
+    table = PartGrid(bits=8, group_size=-1, symmetric=True)
+    fields = {"bits": bits, "group_size": group_size, "symmetric": symmetric, "scale_dtype": "float16"}
+    return {**fields, "embeddings": table, "output_layer": table}
+
+
+# Settings that a grid stands for: those on which the blocks of that type in a GGUF file hold every weight exactly.
+PRESETS = {
+    "gguf-q2_k": _preset(2, -1, False),
+    "gguf-q3_k": _preset(3, -1, True),
+    "gguf-q4_0": _preset(4, 32, True),
+    "gguf-q4_k": _preset(4, -1, False),
+    "gguf-q5_0": _preset(4, 32, False),
+    "gguf-q8_0": _preset(8, 32, True),
+}
+
+
 class StorageSettings(Strict):
     """What is stored how; `epmq.pipeline.layout` says what that makes of every tensor."""
 
     method: str
+    grid: Literal["gguf-q2_k", "gguf-q3_k", "gguf-q4_0", "gguf-q4_k", "gguf-q5_0", "gguf-q8_0"] | None = Field(
+        None,
+        description="bits, group_size, symmetric, scale_dtype, embeddings and output_layer that blocks of a GGUF file "
+        "hold exactly: gguf-q4_0, gguf-q8_0, gguf-q5_0 (4 bits, groups of 32, zero points), or a scale a row: "
+        "gguf-q2_k, gguf-q3_k, gguf-q4_k (columns that 256 divides)",
+    )
     bits: Bits = Field(4, description="2, 3, 4 or 8; 16 gives every layer its target unrounded, in the stored dtype")
     group_size: GroupSize = Field(-1, description="weights that share a scale: -1 (a row), 32, 64 or 128")
     symmetric: bool = Field(True, description="without a zero point")
@@ -168,6 +192,22 @@ class StorageSettings(Strict):
     )
     drop_unused: bool = Field(False, description="leave out what no task's head reads, such as an unused pooler")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _filled_in(cls, value: Any) -> Any:
+        """What a grid stands for, where it is left out."""
+        grid = value.get("grid") if isinstance(value, Mapping) else None
+        return {**PRESETS[grid], **value} if isinstance(grid, str) and grid in PRESETS else value
+
+    @model_validator(mode="after")
+    def _as_the_grid(self) -> StorageSettings:
+        for name, value in PRESETS[self.grid].items() if self.grid is not None else ():
+            if _meant(getattr(self, name), self.symmetric) != _meant(value, self.symmetric):
+                raise InputError(f"{name}: another one than that of grid: {self.grid}: leave it out")
+        if self.grid is not None and (self.budget is not None or self.size is not None):
+            raise InputError("grid: a budget chooses the bits: only one of them")
+        return self
+
     @model_validator(mode="after")
     def _one_limit(self) -> StorageSettings:
         if self.budget is not None and self.size is not None:
@@ -177,7 +217,7 @@ class StorageSettings(Strict):
         return self
 
     @property
-    def grid(self) -> Grid | None:
+    def block_grid(self) -> Grid | None:
         """The grid of a layer in the blocks; None where it is not rounded."""
         return None if self.bits == PLAIN else Grid(self.bits, self.group_size, self.symmetric)
 
@@ -186,6 +226,11 @@ class StorageSettings(Strict):
         if part is None:
             return None if self.bits == PLAIN else PartGrid(bits=8).grid(self.symmetric)
         return part.grid(self.symmetric)
+
+
+def _meant(value: Any, symmetric: bool) -> Any:
+    """A setting, or the grid that one of a part means."""
+    return value.grid(symmetric) if isinstance(value, PartGrid) else value
 
 
 # What every page tells of a quantizer, whatever it is.

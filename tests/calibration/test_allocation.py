@@ -99,3 +99,6 @@ def test_a_table_costs_what_rounding_moves_of_the_rows_that_are_looked_up():
         delta = rtn(table, grid, search=True).dequantize() - table
         shares = delta.square().sum(1) / table.square().sum(1)
         assert costs["t"][grid] == pytest.approx(2 * float(shares[ids].mean()), rel=1e-5)
+    pictures = [Batch("one", 0, {"pixel_values": torch.randn(2, 3, 4, 4)})]
+    costs = table_costs(layout, reader, pictures, {"t": 1})
+    assert costs["t"][grid] == pytest.approx(float(shares.mean()), rel=1e-5)

@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import recipe_for
+from conftest import perturbed, recipe_for
+from families import FAMILIES
 
 import epmq
 from epmq.errors import InputError
@@ -25,6 +26,16 @@ def test_the_file_is_nearly_as_large_as_it_may_be(pool, tmp_path):
     report = epmq.run(recipe(pool, tmp_path / "out", size="30KB"), **QUIET)
     assert 27_000 <= report["bytes"] <= 30_000
     assert len({layer["bits"] for layer in report["layers"]}) > 1
+
+
+def test_a_model_without_tables_keeps_to_a_limit(tmp_path):
+    model, batches = FAMILIES["vit"].build(), FAMILIES["vit"].batches()
+    model.save_pretrained(tmp_path / "base")
+    perturbed(model, 1).save_pretrained(tmp_path / "expert")
+    content = {"base": str(tmp_path / "base"), "experts": [{"name": "one", "model": str(tmp_path / "expert")}]}
+    content |= {"quantize": {"method": "expert_guided", "budget": 9.0}, "output": str(tmp_path / "out")}
+    report = epmq.run(content, calibration={"one": batches}, **QUIET)
+    assert 8.5 < report["bits_per_weight"] <= 9.0 and len({layer["bits"] for layer in report["layers"]}) > 1
 
 
 def test_bits_that_are_given_stay(pool, tmp_path):

@@ -205,7 +205,7 @@ def test_a_tensor_is_written_once(pool, tmp_path, monkeypatch, method, form):
     write, writes = CheckpointWriter.write, Counter()
 
     def noted(self: CheckpointWriter, name: str, parts: Any) -> None:
-        if self.folder.is_relative_to(tmp_path):  # a trial of what transformers opens is written elsewhere
+        if self.folder.is_relative_to(tmp_path):  # what transformers opens is tried elsewhere
             writes[name] += 1
         write(self, name, parts)
 

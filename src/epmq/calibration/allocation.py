@@ -109,13 +109,15 @@ def _share(delta: Tensor, whole: Tensor, mask: Tensor | None) -> float:
 def table_costs(layout: Layout, merged: TensorReader, batches: Sequence[Batch], aliases: Mapping[str, int]) -> Costs:
     """What tables cost on each grid: the share by which rounding moves the rows that calibration data looks up.
 
-    `aliases` says for each table how many layers read it: as an output layer it costs as much again.
+    `aliases` says for each table how many layers read it: as an output layer it costs as much again. Where the data
+    looks up no rows, such as pictures alone, all rows count the same.
     """
-    ids = torch.cat([ids.flatten().cpu() for batch in batches for ids in _token_ids(batch)])
-    tokens, counts = ids.unique(return_counts=True)
+    ids = [ids.flatten().cpu() for batch in batches for ids in _token_ids(batch)]
     costs: Costs = {}
     for name, times in aliases.items():
         rows = merged.tensor(f"{name}.weight")
+        looked_up = torch.cat(ids) if ids else torch.arange(len(rows))
+        tokens, counts = looked_up.unique(return_counts=True)
         used = tokens < len(rows)
         rows, weights = rows[tokens[used]].float(), counts[used].float()
         scale = layout.of[f"{name}.weight"].scale or torch.float32

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from epmq.export.form import Form, in_block
 from epmq.models.checkpoint import TensorSpec
+from epmq.models.loading import TRANSPOSED
 from epmq.quantization.grid import Grid, QuantizedTensor
 
-HOLDS_TRANSPOSED = False
+HOLDS_TRANSPOSED = True
 PACKED, INT8 = "pack-quantized", "int-quantized"
 # Entries that are packed at once.
 CHUNK = 1 << 22
@@ -96,7 +97,8 @@ def config(forms: Mapping[str, Form], ignore: list[str]) -> dict[str, Any] | Non
 
     The grid that most layers have is that of all linear layers; those on another one are named, and so are layers
     outside the blocks: tables are no linear layers, and an output layer is none to vLLM. Names come first: the library
-    warns of those that follow a class that their layers are of.
+    warns of those that follow a class that their layers are of. `transposed`, a field of ours, names the layers whose
+    modules store [in, out]: their codes are [out, in] as all are.
     """
     from compressed_tensors.quantization import QuantizationConfig
 
@@ -121,6 +123,8 @@ def config(forms: Mapping[str, Form], ignore: list[str]) -> dict[str, Any] | Non
     }
     content: dict[str, Any] = QuantizationConfig.model_validate(fields).model_dump(mode="json")
     content["quant_method"] = "compressed-tensors"
+    if transposed := sorted(name for name, form in forms.items() if form.transposed):
+        content[TRANSPOSED] = transposed
     if len(groups) == 1 and not ordered[0][1].symmetric:
         # transformers 5.23 reads packed zero points only if it may unpack on load, which it does with the first grid
         # for all layers; others do not know the field.

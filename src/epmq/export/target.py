@@ -23,10 +23,12 @@ class Coded:
     Attributes:
         shape: [out, in].
         form: how it is stored.
+        half: float16 holds its scales exactly, as far as is known.
     """
 
     shape: tuple[int, int]
     form: Form
+    half: bool = False
 
     @property
     def grid(self) -> Grid:
@@ -42,11 +44,13 @@ class Contents:
         config: content of its `config.json`.
         layers: name on disk of a quantized layer or table → its weight.
         plain: name on disk → shape of every other tensor.
+        processor: its tokenizer or processor, if it has one.
     """
 
     config: Mapping[str, Any]
     layers: Mapping[str, Coded]
     plain: Mapping[str, tuple[int, ...]]
+    processor: Any = None
 
 
 # What a verification has found, as it goes into reports: the runtime with its version, the number of examples, and

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from epmq.errors import InputError
 from epmq.models.checkpoint import Checkpoint
-from epmq.models.loading import FORMATS, LEAVES, group_of, stored_dtype
+from epmq.models.loading import FORMATS, LEAVES, TRANSPOSED, group_of, stored_dtype
 from epmq.quantization.grid import Grid, QuantizedTensor
 
 
@@ -25,6 +25,7 @@ class CodedCheckpoint:
         grids: layer or table → the grid that its codes lie on.
         plain: names of the tensors that are not part of a quantized weight.
         dtype: in which weights are read back; None is that of the scales.
+        transposed: layers whose modules store [in, out]; their codes are [out, in] all the same.
 
     Raises:
         FileNotFoundError: no such directory, or it holds no model.
@@ -42,6 +43,7 @@ class CodedCheckpoint:
                 "format: pack-quantized"
             )
         self.dtype = stored_dtype(self.config)
+        self.transposed = frozenset[str](quantization.get(TRANSPOSED, ()))
         self.grids: dict[str, Grid] = {}
         self.plain: list[str] = []
         for name in self.checkpoint.names:
@@ -77,9 +79,12 @@ class CodedCheckpoint:
         return rows, columns
 
     def tensor(self, name: str) -> Tensor:
-        """A plain tensor as it is stored; a quantized weight dequantized."""
+        """A plain tensor as it is stored; a quantized weight dequantized, as its module stores it."""
         layer = name.removesuffix(".weight")
-        return self.codes(layer).dequantize() if layer in self.grids else self.checkpoint.tensor(name)
+        if layer not in self.grids:
+            return self.checkpoint.tensor(name)
+        weight = self.codes(layer).dequantize()
+        return weight.T.contiguous() if layer in self.transposed else weight
 
     def weights(self) -> Iterator[str]:
         """Names of all weights, plain and quantized, as a checkpoint in full precision has them."""
@@ -102,19 +107,57 @@ def unpack(words: Tensor, bits: int, columns: int) -> Tensor:
 
     As compressed-tensors packs them: each code is stored with 2^(bits−1) added.
     """
-    if bits == 3:  # codes cross the bytes
-        from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+    return signed(unpack_bytes(words.contiguous().view(torch.uint8), bits)[:, :columns], bits)
 
-        codes: Tensor = unpack_from_int32(words, bits, torch.Size([len(words), columns]))
-        return codes
-    unsigned = unpack_bytes(words.contiguous().view(torch.uint8), bits)[:, :columns]
-    return (unsigned.to(torch.int16) - (1 << (bits - 1))).to(torch.int8)
+
+# Codes of one or of three bytes are drawn apart to a byte each, in an integer with a byte a code, in steps: how far the
+# upper half of them is shifted, and what stays then.
+_STEPS: dict[int, tuple[torch.dtype, tuple[tuple[int, int], ...]]] = {
+    2: (torch.int32, ((12, 0x000F000F), (6, 0x03030303))),
+    3: (torch.int64, ((20, 0x00000FFF00000FFF), (10, 0x003F003F003F003F), (5, 0x0707070707070707))),
+    4: (torch.int16, ((4, 0x0F0F),)),
+}
 
 
 def unpack_bytes(packed: Tensor, bits: int) -> Tensor:
-    """Unsigned codes [rows, bytes · 8/bits] uint8 from bytes [rows, bytes], low bits first; 2, 4 or 8 bits."""
+    """Unsigned codes [rows, codes] uint8 from bytes [rows, bytes], low bits first; 2, 3, 4 or 8 bits.
+
+    Three bytes hold 8 codes of 3 bits; all others lie in one byte.
+    """
     if bits == 8:
         return packed
-    mask = (1 << bits) - 1
-    parts = [(packed >> shift) & mask for shift in range(0, 8, bits)]
-    return torch.stack(parts, dim=-1).reshape(len(packed), -1)
+    dtype, steps = _STEPS[bits]
+    if bits == 3:
+        parts = torch.nn.functional.pad(packed, (0, -packed.shape[1] % 3)).unflatten(1, (-1, 3)).to(dtype)
+        words = parts[..., 0] | parts[..., 1] << 8 | parts[..., 2] << 16
+    else:
+        words = packed.to(dtype, memory_format=torch.contiguous_format)
+    for shift, mask in steps:
+        words = (words | words << shift) & mask
+    unsigned_codes: Tensor = words.view(torch.uint8)
+    return unsigned_codes
+
+
+def pack_bytes(codes: Tensor, bits: int) -> Tensor:
+    """The inverse of `unpack_bytes`: bytes [rows, bytes] of unsigned codes [rows, codes] uint8, padded by zeros."""
+    if bits == 8:
+        return codes
+    count, width = (8, 3) if bits == 3 else (8 // bits, 1)
+    grouped = torch.nn.functional.pad(codes, (0, -codes.shape[1] % count)).unflatten(1, (-1, count))
+    word = torch.zeros(grouped.shape[:2], dtype=torch.int32 if width > 1 else torch.uint8, device=codes.device)
+    for place in range(count):
+        word |= grouped[..., place].to(word.dtype) << bits * place
+    if width == 1:
+        return word
+    return torch.stack([(word >> 8 * place).to(torch.uint8) for place in range(width)], dim=-1).flatten(1)
+
+
+def signed(codes: Tensor, bits: int) -> Tensor:
+    """Codes as they are on the grid, int8, from unsigned ones, uint8, which have 2^(bits−1) added."""
+    # In eight bits the sum with 128 is a flip of the highest bit.
+    return (codes ^ 128).view(torch.int8) if bits == 8 else codes.view(torch.int8) - (1 << (bits - 1))
+
+
+def unsigned(codes: Tensor, bits: int) -> Tensor:
+    """Codes uint8 with 2^(bits−1) added, from those on the grid, int8."""
+    return codes.view(torch.uint8) ^ 128 if bits == 8 else (codes + (1 << (bits - 1))).view(torch.uint8)

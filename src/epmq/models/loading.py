@@ -17,6 +17,9 @@ from epmq.models.meta import named_class, no_larger
 # Formats of compressed-tensors that are unpacked here, and what they call the tensors of a weight.
 FORMATS = ("pack-quantized", "int-quantized", "mixed-precision")
 LEAVES = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+# Field of a `quantization_config` that names the layers whose modules store [in, out], such as GPT-2's `Conv1D`; codes
+# are [out, in] all the same. compressed-tensors and transformers let it be.
+TRANSPOSED = "transposed"
 
 
 def load_model(path: str | Path, config: dict[str, Any], **settings: Any) -> Any:
@@ -35,11 +38,30 @@ def load_model(path: str | Path, config: dict[str, Any], **settings: Any) -> Any
     with error_context(path, "transformers cannot load this model"), bounds:
         if quantization.get("format") not in FORMATS:
             return model_class.from_pretrained(path, **settings).eval()
-        plain = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
-        del plain.quantization_config
         readers = plain_tensors(checkpoint, quantization, stored_dtype(config))
         state = {name: read() for name, read in readers.items()}
-        return model_class.from_pretrained(None, config=plain, state_dict=state, **settings).eval()
+        model = model_class.from_pretrained(None, config=plain_config(path), state_dict=state, **settings).eval()
+        take_generation_settings(model, checkpoint.path)
+        return model
+
+
+def plain_config(path: str | Path) -> Any:
+    """The config of a packed checkpoint, without what says how it is packed."""
+    import transformers
+
+    config: Any = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
+    del config.quantization_config
+    return config
+
+
+def take_generation_settings(model: Any, path: Path) -> None:
+    """Let a model that was not loaded from a folder generate as that folder's `generation_config.json` says."""
+    import transformers
+
+    file = path / "generation_config.json"
+    if model.can_generate() and file.exists():
+        with error_context(file, "transformers cannot read it"):
+            model.generation_config = transformers.GenerationConfig.from_pretrained(path)
 
 
 def why_not_direct(path: str | Path, config: dict[str, Any]) -> str | None:
@@ -56,10 +78,12 @@ def why_not_direct(path: str | Path, config: dict[str, Any]) -> str | None:
         with redirect_stderr(io.StringIO()), ExitStack() as stack:  # the loader's progress bars, and its messages
             stack.callback(log.set_verbosity, log.get_verbosity())
             log.set_verbosity(log.CRITICAL)
-            model_class.from_pretrained(path, trust_remote_code=False)
+            _, found = model_class.from_pretrained(path, trust_remote_code=False, output_loading_info=True)
     except (ValueError, AttributeError, KeyError, TypeError, RuntimeError) as error:
         return f"{type(error).__name__} in transformers {transformers.__version__}"
-    return None
+    # It warns and takes random weights in the place of what it cannot unpack, such as a layer that is stored [in, out].
+    unread = [name for name in found["unexpected_keys"] if name.endswith(".weight_packed")]
+    return f"{len(unread)} packed weights are not read by transformers {transformers.__version__}" if unread else None
 
 
 def stored_dtype(config: dict[str, Any]) -> torch.dtype | None:
@@ -90,7 +114,7 @@ def plain_tensors(
 def unpacked_weight(
     checkpoint: Checkpoint, layer: str, quantization: dict[str, Any], dtype: torch.dtype | None = None
 ) -> Tensor:
-    """The plain weight [out, in] of one quantized layer, by compressed-tensors' own code.
+    """The plain weight of one quantized layer as its module stores it, by compressed-tensors' own code.
 
     It is computed in `dtype`, as transformers does, which casts the scales when it loads them; None is their own.
     """
@@ -102,7 +126,7 @@ def unpacked_weight(
     packed = {leaf: checkpoint.tensor(f"{layer}.{leaf}") for leaf in LEAVES if f"{layer}.{leaf}" in checkpoint}
     packed["weight_scale"] = packed["weight_scale"].to(dtype)
     weight: Tensor = compressor.decompress(packed, QuantizationScheme.model_validate(group))["weight"]
-    return weight
+    return weight.T.contiguous() if layer in quantization.get(TRANSPOSED, ()) else weight
 
 
 def group_of(layer: str, quantization: dict[str, Any]) -> dict[str, Any]:

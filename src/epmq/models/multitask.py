@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from epmq.models.checkpoint import read_config, resolve
 from epmq.models.heads import Head, load_head, read_head_file
 from epmq.models.loading import load_model
 from epmq.models.meta import empty_model, named_class, no_larger, rename, set_tensor
+from epmq.models.packed_loading import load_packed
 from epmq.models.replay import replaying
 from epmq.models.tasks import input_names, task_of_class
 
@@ -25,6 +26,8 @@ HEADS = "heads"
 WHOLE = ("class", "number", "labels")
 # Inputs that `answer` takes at once.
 BATCH = 32
+# How weights may be kept in memory.
+WEIGHTS = ("plain", "packed", "packed-exact")
 
 
 class NativeHead(nn.Module):
@@ -49,9 +52,10 @@ class NativeHead(nn.Module):
         parameters = list(backbone.parameters())
         # While a model is being built its blocks are empty, and embeddings keep the dtype on disk.
         sample = next((parameter for parameter in reversed(parameters) if not parameter.is_meta), torch.empty(0))
-        entries = 64 * sum(tensor.numel() for tensor in [*parameters, *tensors.values()])
+        held = [*parameters, *backbone.buffers(), *tensors.values()]  # codes of packed weights are buffers
+        entries = 64 * sum(tensor.numel() for tensor in held)
         with error_context(f"the config of {architecture}", "transformers cannot build it"):
-            bounds = no_larger("it", len(parameters) + len(tensors), entries)
+            bounds = no_larger("it", len(held), entries)
             self.model: Any = empty_model(task_class, transformers.AutoConfig.for_model(**config), bounds)
         self.task = task_of_class(architecture, self.model.config)
         self._takes = _inputs_of(self.model)
@@ -118,7 +122,7 @@ def put_around(model: Any, backbone: nn.Module) -> list[str]:
     prefix = model.base_model_prefix
     inner, shared = getattr(model, prefix, model), getattr(backbone, prefix, backbone)
     named = dict(backbone.named_children())
-    alike = [name for name, part in inner.named_children() if type(named.get(name)) is type(part)]
+    alike = [name for name, part in inner.named_children() if isinstance(named.get(name), type(part))]
     whole = inner is not model and (shared is not backbone or type(shared) is type(inner))
     if whole or not alike or not (inner is model or len(alike) == len(list(inner.children()))):
         setattr(model, prefix, shared)
@@ -313,20 +317,36 @@ def best_choices(scores: Iterable[Tensor], inputs: Sequence[Any]) -> list[int]:
 
 
 def load(
-    path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | str | None = None
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | str | None = None,
+    weights: Literal["plain", "packed", "packed-exact"] = "plain",
 ) -> MultiTaskModel:
     """Load a checkpoint written by epmq, a directory or Hub id: the model and the head of every task.
 
-    `dtype` is what is computed in: by default float32 on a CPU and the stored dtype elsewhere.
+    Args:
+        path: of the checkpoint.
+        device: where the model is to be.
+        dtype: what is computed in: by default float32 on a CPU and the stored dtype elsewhere.
+        weights: how they are kept in memory. `plain`: made of their codes once. `packed`: as codes; kernels of PyTorch
+            multiply few rows by them, such as a token that is generated, in bfloat16 (each product is off by about 0.3
+            percent), and for many rows, or where a layer has no kernel, its weight is made for the call.
+            `packed-exact`: as codes, without kernels: outputs are those of `plain`.
 
     Raises:
         FileNotFoundError: no such directory, or it holds no model.
+        ValueError: `weights` is none of these, or the checkpoint has no codes to keep.
     """
+    if weights not in WEIGHTS:
+        raise InputError(f"weights: {weights!r} is not one of {', '.join(WEIGHTS)}")
     path = resolve(path)
     config = read_config(path / "config.json")
     if dtype is None:
         dtype = torch.float32 if torch.device(device).type == "cpu" else "auto"
-    backbone = load_model(path, config, dtype=dtype).to(device)
+    if weights == "plain":
+        backbone = load_model(path, config, dtype=dtype).to(device)
+    else:
+        backbone = load_packed(path, device, dtype, kernels=weights == "packed")
     heads = {file.stem: load_any_head(file, backbone) for file in sorted((path / HEADS).glob("*.safetensors"))}
     return MultiTaskModel(backbone, heads, load_processor(path))
 

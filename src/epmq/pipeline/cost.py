@@ -32,10 +32,10 @@ from epmq.models.checkpoint import bits_per_weight, byte_size
 from epmq.pipeline.budget import check_budget, limit_bytes
 from epmq.pipeline.exporting import check_targets
 from epmq.pipeline.layout import stored_parts
+from epmq.pipeline.opening import note_unopened
 from epmq.pipeline.output import form_of, parameters_of, weight_specs
 from epmq.pipeline.prepare import Objects, PreparedRun, prepare
 from epmq.pipeline.run import TRIED, calibration_batches, calibration_engine
-from epmq.pipeline.trial import note_unopened
 from epmq.quantization.grid import BITS
 from epmq.recipe import Recipe
 from epmq.recipe_file import load_recipe

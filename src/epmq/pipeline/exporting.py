@@ -104,9 +104,12 @@ def contents_of(source: CodedCheckpoint) -> Contents:
     checkpoint, layers = source.checkpoint, dict[str, Coded]()
     for layer, grid in source.grids.items():
         scale = checkpoint.dtype(f"{layer}.weight_scale") or torch.float32
-        form = Form(grid, source.dtype or scale, scale, table=f"{layer}.weight" in checkpoint)
-        layers[layer] = Coded(source.shape(layer), form)
-    return Contents(checkpoint.config, layers, {name: checkpoint.shape(name) for name in source.plain})
+        dtype, table = source.dtype or scale, f"{layer}.weight" in checkpoint
+        form = Form(grid, dtype, scale, layer in source.transposed, table)
+        values = checkpoint.tensor(f"{layer}.weight_scale")
+        layers[layer] = Coded(source.shape(layer), form, values.half().to(values.dtype).equal(values))
+    plain = {name: checkpoint.shape(name) for name in source.plain}
+    return Contents(checkpoint.config, layers, plain, load_processor(checkpoint.path))
 
 
 def contents_to_come(run: PreparedRun) -> Contents:
@@ -116,10 +119,11 @@ def contents_to_come(run: PreparedRun) -> Contents:
     for name in run.layout.quantized():
         form, (rows, columns) = form_of(run, name), shape(f"{name}.weight")
         matrix = (columns, rows) if form.transposed else (rows, columns)
-        layers[written[f"{name}.weight"].removesuffix(".weight")] = Coded(matrix, form)
+        stored = written[f"{name}.weight"].removesuffix(".weight")
+        layers[stored] = Coded(matrix, form, form.scale == torch.float16)
     plain = {stored: spec[1] for stored, spec in weight_specs(run).items() if DTYPES[spec[0]].is_floating_point}
     plain = {name: size for name, size in plain.items() if not name.endswith("_scale")}
-    return Contents(run.experts.config, layers, plain)
+    return Contents(run.experts.config, layers, plain, run.plan.processor)
 
 
 def stored_examples(folder: Path) -> list[dict[str, Any]]:
@@ -139,7 +143,9 @@ def stored_examples(folder: Path) -> list[dict[str, Any]]:
                 found += encode(examples, processor, TRIED, recipe.max_length)
     except (EpmqError, OSError, KeyError):
         found = []
-    return found or list(encode(made_examples(processor, use), processor, TRIED))
+    if found or processor is None:  # without a tokenizer, there is nothing to make inputs of
+        return found
+    return list(encode(made_examples(processor, use), processor, TRIED))
 
 
 def _first(batches: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:

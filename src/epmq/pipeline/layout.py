@@ -97,14 +97,14 @@ class LayoutPlanner:
         """What a module's weight is to the quantizer; None if it is none that is quantized."""
         settings = self._settings
         if layer in self._blocks:
-            return _Part(settings.grid, "group_size", in_block=True)
+            return _Part(settings.block_grid, "group_size", in_block=True)
         aliases = [alias.removesuffix(".weight") for alias in self._aliases[f"{layer}.weight"]]
         if self._tables.intersection(aliases):
             return self._table(aliases)
         if layer in self._output:
             return _Part(settings.part_grid(settings.output_layer), "output_layer")
         if isinstance(self._modules.get(layer), LINEAR) and not self._in_block(layer):
-            grid, columns = settings.grid, self._shape(layer)[1]
+            grid, columns = settings.block_grid, self._shape(layer)[1]
             if grid is not None and grid.group_size != -1 and columns % grid.group_size:
                 grid = replace(grid, group_size=-1)
             return _Part(grid, "group_size")
@@ -181,7 +181,7 @@ class LayoutPlanner:
         override = None if number is None else self._settings.overrides[number]
         grid, field = part.grid, f"quantize.{part.field}"
         if override is not None:
-            grid, field = override.grid(part.grid or self._settings.grid), f"quantize.overrides.{number}"
+            grid, field = override.grid(part.grid or self._settings.block_grid), f"quantize.overrides.{number}"
         if grid is not None:
             with error_context(f"{field}: {layer}"):
                 grid.width(self._shape(layer)[1])

@@ -29,9 +29,9 @@ from epmq.pipeline.evaluation import evaluate_model
 from epmq.pipeline.exporting import check_targets, write_targets
 from epmq.pipeline.journal import Journal, Workdir, hash_batches, remove_stale_workdir, resumable
 from epmq.pipeline.metrics import metrics_of
+from epmq.pipeline.opening import note_unopened
 from epmq.pipeline.output import QuantizedWeights, parameters_of, weight_specs, write_merged, write_rest
 from epmq.pipeline.prepare import Objects, PreparedRun, prepare
-from epmq.pipeline.trial import note_unopened
 from epmq.pipeline.verify import WrongOutputError, check_processor, check_reloaded
 from epmq.recipe import Recipe
 from epmq.recipe_file import load_recipe

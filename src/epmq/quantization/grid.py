@@ -1,7 +1,7 @@
 """The quantization grid and what lies on it."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -95,10 +95,21 @@ class QuantizedTensor:
         """(codes − zero point) · scale, [out, in], computed in `dtype`, as compressed-tensors does."""
         rows, columns = self.codes.shape
         scale = self.scale.to(self.dtype or self.scale.dtype)
-        grouped = self.codes.reshape(rows, -1, self.grid.width(columns)).to(scale.dtype)
+        # By way of float32 a processor makes half precision of int8 five times as fast, and of such a number exactly.
+        codes = self.codes.float() if self.codes.device.type == "cpu" else self.codes
+        grouped = codes.reshape(rows, scale.shape[1], self.grid.width(columns)).to(scale.dtype)
         if not self.grid.symmetric:
             grouped = grouped - self.zero_point.to(scale.dtype).unsqueeze(-1)
         return (grouped * scale.unsqueeze(-1)).reshape(rows, columns)
+
+    def to(self, device: torch.device) -> "QuantizedTensor":
+        """The same on a device."""
+        tensors = {name: getattr(self, name).to(device) for name in ("codes", "scale", "zero_point")}
+        return replace(self, **tensors)
+
+    def rows(self, rows: slice | Tensor) -> "QuantizedTensor":
+        """Some rows of it."""
+        return replace(self, codes=self.codes[rows], scale=self.scale[rows], zero_point=self.zero_point[rows])
 
     def split(self, rows: list[int]) -> "list[QuantizedTensor]":
         """Cut stacked layers apart again; `rows` are their output sizes."""

@@ -14,7 +14,7 @@ from epmq.pipeline.prepare import PreparedRun
 
 def note_unopened(run: PreparedRun) -> None:
     """Note it where transformers alone cannot open what a run will write."""
-    with tempfile.TemporaryDirectory(prefix="epmq-trial-") as name:
+    with tempfile.TemporaryDirectory(prefix="epmq-opening-") as name:
         folder = Path(name)
         write_config(run, folder)
         config = read_json(folder / "config.json")
