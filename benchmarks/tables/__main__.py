@@ -29,6 +29,7 @@ SECTIONS: dict[str, Callable[[Any], str]] = {
     "whole_run": speed.whole_run_table,
     "merging": speed.merging_table,
     "device": speed.device_table,
+    "runtimes": speed.runtimes_tables,
     "faults": faults.faults_table,
 }
 

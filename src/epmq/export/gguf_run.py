@@ -5,7 +5,7 @@ import subprocess
 import sys
 import tempfile
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -262,6 +262,35 @@ def _serve(task: dict[str, Any]) -> dict[str, list[Any]]:
         likeliest = found["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
         answers.append({"ids": [one["id"] for one in likeliest], "logprobs": [one["logprob"] for one in likeliest]})
     return {"answers": answers, "tokens": [_tokens(server.listening_address, text) for text in task["texts"]]}
+
+
+def open_runner(path: Path, threads: int) -> tuple[Callable[[dict[str, Tensor], int], object], bool]:
+    """What runs a file on inputs of a model, or lets it write so many tokens to the first text; and whether it writes.
+
+    llama.cpp is in this process.
+    """
+    import gguf
+    import xllamacpp
+
+    encodes = any("pooling" in name or name.startswith("bert.") for name in gguf.GGUFReader(path).fields)
+    params = xllamacpp.CommonParams()
+    params.model.path, params.warmup, params.fit_params = str(path), False, False
+    params.n_ctx, params.n_parallel, params.n_batch, params.n_ubatch = 4096, 1, 4096, 4096
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+    params.embedding = encodes
+    server = xllamacpp.Server(params)
+
+    def texts(inputs: dict[str, Tensor]) -> list[list[int]]:
+        return [ids[mask.bool()].tolist() for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"])]
+
+    def encode(inputs: dict[str, Tensor], tokens: int) -> object:
+        return server.handle_embeddings({"input": texts(inputs)})
+
+    def write(inputs: dict[str, Tensor], tokens: int) -> object:
+        wanted = {"prompt": texts(inputs)[0], "n_predict": tokens, "temperature": 0.0, "ignore_eos": True}
+        return server.handle_completions({**wanted, "cache_prompt": False, "stream": False})
+
+    return (encode, False) if encodes else (write, True)
 
 
 def _tokens(address: str, text: str) -> list[int]:

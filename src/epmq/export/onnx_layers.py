@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from epmq.models.codes import pack_bytes, unsigned
 from epmq.models.meta import rename, tied_names
 from epmq.quantization.grid import Grid, QuantizedTensor
 
@@ -36,17 +37,6 @@ def block_of(grid: Grid, columns: int) -> int:
     return min(BLOCKS, key=row_bytes)
 
 
-def pack(codes: Tensor, bits: int) -> Tensor:
-    """Signed codes [rows, columns] int8 as bytes [rows, ⌈columns·bits/8⌉] uint8: plus 2^(bits−1), low bits first."""
-    per = 8 // bits
-    unsigned = (codes.to(torch.int16) + (1 << (bits - 1))).to(torch.uint8)
-    unsigned = nn.functional.pad(unsigned, (0, -unsigned.shape[1] % per))
-    packed = torch.zeros(len(codes), unsigned.shape[1] // per, dtype=torch.uint8)
-    for place in range(per):
-        packed |= unsigned[:, place::per] << (place * bits)
-    return packed
-
-
 def blocks_of(weight: QuantizedTensor) -> dict[str, Any]:
     """A weight [out, in] in the operators' form.
 
@@ -61,9 +51,9 @@ def blocks_of(weight: QuantizedTensor) -> dict[str, Any]:
     times = blocks if weight.grid.group_size == -1 else weight.grid.group_size // block
     scales, zeros = (part.repeat_interleave(times, 1)[:, :blocks] for part in (weight.scale.float(), weight.zero_point))
     return {
-        "codes": pack(codes, bits),
+        "codes": pack_bytes(unsigned(codes, bits), bits),
         "scales": scales.contiguous(),
-        "zero_points": None if weight.grid.symmetric else pack(zeros, bits),
+        "zero_points": None if weight.grid.symmetric else pack_bytes(unsigned(zeros, bits), bits),
         "bits": bits,
         "block": block,
     }

@@ -92,6 +92,19 @@ class CodedCheckpoint:
         yield from (f"{layer}.weight" for layer in self.grids)
 
 
+class Float32Checkpoint(CodedCheckpoint):
+    """The same model without codes: all that is a float is float32."""
+
+    def __init__(self, source: CodedCheckpoint) -> None:
+        super().__init__(source.checkpoint.path)
+        self.plain, self.grids, self._source = list(source.weights()), {}, source
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor by its name in full precision."""
+        tensor = self._source.tensor(name)
+        return tensor.float() if torch.is_floating_point(tensor) else tensor
+
+
 def _grid(weights: dict[str, Any], where: str) -> Grid:
     """The grid that a config group says weights lie on."""
     strategy, kind, actorder = (weights.get(name) for name in ("strategy", "type", "actorder"))

@@ -3,8 +3,9 @@
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,16 +16,24 @@ from rich.table import Column, Table
 from safetensors.torch import save_file
 from torch import Tensor
 
-from epmq.errors import EnvironmentFault
-from epmq.export import onnx
+from epmq.errors import EnvironmentFault, InputError
+from epmq.export import gguf, onnx, onnx_int8
 from epmq.files import read_json, write_json
-from epmq.models.codes import CodedCheckpoint
-from epmq.pipeline.exporting import stored_examples
+from epmq.models.codes import CodedCheckpoint, Float32Checkpoint
+from epmq.pipeline.exporting import contents_of, stored_examples
 from epmq.reporting.report import REPORT
 from epmq.runtime import hardware, now, progress_bars, versions
 
 # Examples of a large batch, and tokens that a language model writes to each text.
 LARGE, WRITTEN = 32, 48
+# What is shown of a row → its field, and what that is divided by.
+FIGURES: dict[str, tuple[str, float]] = {
+    "MB": ("bytes", 1e6),
+    "private MB": ("private_mb", 1),
+    "resident MB": ("resident_mb", 1),
+    "ms, one example": ("latency_ms", 1),
+    "a second": ("throughput", 1),
+}
 CODES, FLOAT32 = "codes", "float32"
 SECONDS = 1800
 
@@ -34,9 +43,9 @@ class Subject:
     """What is measured.
 
     Attributes:
-        runtime: `torch`, `torch, packed`, `onnx` or `onnx-int8`.
+        runtime: `torch`, `torch, packed`, `onnx`, `onnx-int8` or `llama.cpp`.
         weights: `codes` or `float32`.
-        folder: of the checkpoint, or of the graphs.
+        folder: of the checkpoint, or of the files of the runtime.
         bytes: of the files with weights.
     """
 
@@ -55,9 +64,10 @@ def bench(path: str | Path, *, threads: int = 1, progress: bool = True) -> list[
         progress: show progress bars.
 
     Returns:
-        a row a subject: runtime, weights, bytes, `private_mb` (memory that the process has for itself, beyond what it
-        had before it opened the model), `latency_ms` of one example, `throughput` and its unit: examples a second in
-        batches of 32, or tokens a second that a language model writes to one text.
+        a row a subject: runtime, weights, bytes, `private_mb` and `resident_mb` (memory that the process has for
+        itself, and all that it has, mapped files too, beyond what it had before it opened the model), `latency_ms` of
+        one example, `throughput` and its unit: examples a second in batches of 32, or tokens a second that a language
+        model writes to one text.
 
     Raises:
         InputError: the checkpoint is none.
@@ -78,17 +88,19 @@ def bench(path: str | Path, *, threads: int = 1, progress: bool = True) -> list[
 
 def bench_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """The rows for the terminal, the ratio to float32 in the same runtime behind each figure."""
-    names = ("MB", "memory MB", "ms, one example")
-    table = Table("runtime", "weights", *(Column(name, justify="right") for name in (*names, "a second")))
+    table = Table("runtime", "weights", *(Column(name, justify="right") for name in FIGURES))
     plain = {row["runtime"].partition("-")[0].partition(",")[0]: row for row in rows if row["weights"] == FLOAT32}
     for row in rows:
         other = plain.get(row["runtime"].partition("-")[0].partition(",")[0], row)
-        figures = (row["bytes"] / 1e6, row["private_mb"], row["latency_ms"], row["throughput"])
-        others = (other["bytes"] / 1e6, other["private_mb"], other["latency_ms"], other["throughput"])
-        shown = [f"{one:.1f}" + ("" if other is row else f" ({one / two:.2f}×)") for one, two in zip(figures, others)]
-        shown[-1] += f" {row['unit'].partition(' ')[0]}"
-        table.add_row(row["runtime"], row["weights"], *shown)
+        table.add_row(row["runtime"], row["weights"], *figures_beside(row, other))
     return table
+
+
+def figures_beside(row: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """A row's `FIGURES`, each with its ratio to that of another row, where that is not the same."""
+    pairs = [(row[name] / divisor, other[name] / divisor) for name, divisor in FIGURES.values()]
+    shown = [f"{one:.1f}" + ("" if other is row else f" ({one / two:.2f}×)") for one, two in pairs]
+    return [*shown[:-1], f"{shown[-1]} {row['unit'].partition(' ')[0]}"]
 
 
 def _save_inputs(examples: Sequence[Mapping[str, Any]], work: Path) -> None:
@@ -107,18 +119,38 @@ def _subjects(source: CodedCheckpoint, work: Path, bar: Progress) -> Iterator[Su
     entries += sum(rows * columns for rows, columns in map(source.shape, source.grids))
     yield Subject("torch", FLOAT32, str(folder), 4 * entries)
     yield Subject("torch, packed", CODES, str(folder), size)
-    if not all(find_spec(package) for package in (*onnx.PACKAGES, onnx.RUNTIME)):
-        return
-    for runtime, weights, level in (
-        ("onnx", FLOAT32, None),
-        ("onnx", CODES, onnx.EXACT),
-        ("onnx-int8", CODES, onnx.INTEGER),
-    ):
+    for runtime, weights, write in _writers(source):
         place = work / f"{runtime}-{weights}"
         place.mkdir()
-        with bar.console.status(f"export to {runtime}"):
-            files = onnx.write_graphs(source, place, level, "")
+        shown = bar.add_task(f"export to {runtime}", total=1)
+        files = write(place)
+        bar.advance(shown)
         yield Subject(runtime, weights, str(place), sum(file.stat().st_size for file in files))
+
+
+def _writers(source: CodedCheckpoint) -> Iterator[tuple[str, str, Callable[[Path], list[Path]]]]:
+    """Runtime, weights, and what writes the files, of all runtimes that are installed and take the model."""
+    for target, runtime, forms in (
+        (onnx, "onnx", {FLOAT32: None, CODES: onnx.EXACT}),
+        (onnx_int8, "onnx-int8", {CODES: onnx.INTEGER}),
+    ):
+        if _fits(target, source):
+            for weights, level in forms.items():
+                yield runtime, weights, partial(onnx.write_graphs, source, level=level, ending="")
+    if _fits(gguf, source):
+        yield "llama.cpp", FLOAT32, lambda folder: [gguf.write_file(Float32Checkpoint(source), folder)]
+        yield "llama.cpp", CODES, lambda folder: [gguf.write_file(source, folder)]
+
+
+def _fits(target: Any, source: CodedCheckpoint) -> bool:
+    """Whether a runtime is installed and takes a checkpoint."""
+    if not all(find_spec(package) for package in (*target.PACKAGES, target.RUNTIME)):
+        return False
+    try:
+        target.check(contents_of(source))
+    except InputError:
+        return False
+    return True
 
 
 def _measured(subject: Subject, source: CodedCheckpoint, work: Path, threads: int) -> dict[str, Any]:

@@ -27,15 +27,16 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(task["threads"])
     one, large = (load_file(Path(task["inputs"], f"{name}.safetensors")) for name in ("one", "large"))
     process = psutil.Process()
-    before = process.memory_full_info().uss
+    before = process.memory_full_info()
     run, writes = open_model(task)
     tokens = task["written"] if writes else 0
     with torch.no_grad():
         latency = seconds_of(lambda: run(one, tokens))
         throughput = tokens / latency if writes else len(next(iter(large.values()))) / seconds_of(lambda: run(large, 0))
-        memory = process.memory_full_info().uss
+        memory = process.memory_full_info()
     return {
-        "private_mb": (memory - before) / 1e6,
+        "private_mb": (memory.uss - before.uss) / 1e6,
+        "resident_mb": (memory.rss - before.rss) / 1e6,
         "latency_ms": 1000 * (latency / tokens if writes else latency),
         "throughput": throughput,
         "unit": "tokens a second" if writes else "examples a second",
@@ -56,6 +57,10 @@ def seconds_of(run: Callable[[], object]) -> float:
 
 def open_model(task: dict[str, Any]) -> tuple[Callable[[Inputs, int], object], bool]:
     """What runs a model on inputs, or lets it write so many tokens; and whether it writes."""
+    if task["runtime"] == "llama.cpp":
+        from epmq.export.gguf_run import open_runner
+
+        return open_runner(next(Path(task["folder"]).glob("*.gguf")), task["threads"])
     from epmq.export.onnx import named_outputs, open_session, run_session
     from epmq.models.multitask import load
 
