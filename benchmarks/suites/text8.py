@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.suites.build import QUICK_SIZES
-from benchmarks.suites.fetch import debian, npm
+from benchmarks.suites.fetch import debian
 from epmq.demo.texts import (
     MAX_LENGTH,
     MAX_WORDS,
@@ -32,6 +32,7 @@ from epmq.demo.texts import (
     tidy,
     write_task,
 )
+from epmq.packages import npm
 
 NAME = "text8"
 SETTINGS: dict[str, Any] = {"epochs": 2, "learning_rate": 1e-4, "batch_size": 32}

@@ -25,7 +25,7 @@ from PIL import ImageFont
 
 from benchmarks.suites import dinov2
 from benchmarks.suites.build import QUICK_SIZES
-from benchmarks.suites.fetch import debian, npm
+from benchmarks.suites.fetch import debian
 from benchmarks.suites.images import (
     Pool,
     debian_version,
@@ -42,6 +42,7 @@ from benchmarks.suites.images import (
     write_splits,
 )
 from epmq.demo.fetch import pypi
+from epmq.packages import npm
 
 NAME = "vision8"
 POOLING = "cls"

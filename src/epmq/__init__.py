@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from epmq.pipeline.cost import dry_run
     from epmq.pipeline.evaluation import evaluate_checkpoint, evaluate_experts
     from epmq.pipeline.exporting import export_checkpoint
+    from epmq.pipeline.paging import page_checkpoint
     from epmq.pipeline.run import merge, run
     from epmq.recipe import Recipe
     from epmq.recipe_file import load_recipe
@@ -34,6 +35,7 @@ __all__ = [
     "load",
     "load_recipe",
     "merge",
+    "page_checkpoint",
     "run",
 ]
 
@@ -48,6 +50,7 @@ _HOME = {
     "load": "epmq.models.multitask",
     "load_recipe": "epmq.recipe_file",
     "merge": "epmq.pipeline.run",
+    "page_checkpoint": "epmq.pipeline.paging",
     "run": "epmq.pipeline.run",
 }
 

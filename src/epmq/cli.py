@@ -175,17 +175,9 @@ def evaluate(
     if as_json:
         print(json.dumps(columns, indent=2))
         return
-    from rich.table import Table
+    from epmq.reporting.scores import score_table
 
-    from epmq.reporting.scores import score_title, shown_scores
-
-    scores = [shown_scores(column) for column in columns.values()]
-    table = Table("task", *columns, title=score_title(columns[str(checkpoint)]["metric"]), title_justify="left")
-    for task in scores[0]:
-        if task == "mean":
-            table.add_section()
-        table.add_row(task, *(column[task] for column in scores))
-    _print(table)
+    _print(score_table(columns))
 
 
 @app.command(epilog=examples("compare"))
@@ -242,6 +234,20 @@ def bench(
     from epmq.pipeline.bench import bench_table
 
     _print(bench_table(epmq.bench(checkpoint, threads=threads, progress=not quiet)))
+
+
+@app.command(epilog=examples("page"))
+def page(
+    checkpoint: Annotated[Path, Argument(help="a checkpoint of format: pack-quantized, or its export to onnx")],
+    output: Annotated[
+        Path | None, Option("--output", "-o", help="where to write; by default CHECKPOINT-page beside it")
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Write a page that answers all tasks in a browser, on the machine of whoever opens it, without any network."""
+    from epmq.pipeline.paging import page_line
+
+    _print(page_line(epmq.page_checkpoint(checkpoint, output, progress=not quiet)))
 
 
 @app.command(epilog=examples("inspect"))

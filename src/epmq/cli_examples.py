@@ -21,6 +21,9 @@ epmq export merged-4bit --to gguf -o merged-gguf
 epmq export merged-4bit --to vllm
 epmq bench merged-4bit
 epmq bench merged-4bit --threads 4
+epmq page merged-4bit
+epmq page merged-4bit -o page --quiet
+epmq page merged-4bit-onnx
 epmq inspect merged-4bit
 epmq inspect merged-4bit --layers
 epmq inspect models/base

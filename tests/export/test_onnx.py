@@ -81,8 +81,14 @@ def test_blocks_hold_the_codes(bits, group_size, symmetric):
 
 
 def test_a_row_with_one_scale_is_cut_where_that_takes_the_fewest_bytes():
-    assert block_of(Grid(4, -1), 384) == 128 and block_of(Grid(4, -1), 1024) == 1024
+    assert block_of(Grid(4, -1), 384) == 128 and block_of(Grid(4, -1), 1024) == 256
     assert block_of(Grid(2, -1), 1024) == 256 and block_of(Grid(8, 64), 384) == 64
+
+
+def test_a_group_larger_than_browsers_take_is_cut():
+    weight = rtn(torch.randn(3, 1024), Grid(4, 512))
+    form = blocks_of(weight)
+    assert form["block"] == 256 and torch.equal(form["scales"], weight.scale.repeat_interleave(2, 1))
 
 
 @pytest.fixture(scope="module")

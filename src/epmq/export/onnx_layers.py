@@ -1,7 +1,7 @@
 """Layers and tables as onnxruntime's operators on codes: `MatMulNBits` and `GatherBlockQuantized`.
 
 The operators are those of `com.microsoft` (docs/ContribOperators.md of onnxruntime): codes unsigned, low bits first, in
-blocks of 16 to 1024 columns that share a scale and a zero point.
+blocks of columns that share a scale and a zero point.
 """
 
 from collections.abc import Iterable, Mapping
@@ -15,9 +15,8 @@ from epmq.models.meta import rename, tied_names
 from epmq.quantization.grid import Grid, QuantizedTensor
 
 DOMAIN = "com.microsoft"
-# Sizes of blocks; of 2 bits to 256 alone.
-BLOCKS = (16, 32, 64, 128, 256, 512, 1024)
-LARGEST_OF_2_BITS = 256
+# Sizes of blocks. At 4 and 8 bits onnxruntime 1.32 takes 512 and 1024 as well; 1.30 does not, the newest in browsers.
+BLOCKS = (16, 32, 64, 128, 256)
 
 
 def stored_bits(grid: Grid) -> int:
@@ -26,17 +25,16 @@ def stored_bits(grid: Grid) -> int:
 
 
 def block_of(grid: Grid, columns: int) -> int:
-    """Columns of a block: those of a group; where a row has one scale, those that take the fewest bytes."""
+    """Columns of a block: a group or a part of it; where a row has one scale, those that take the fewest bytes."""
     if grid.group_size != -1:
-        return grid.group_size
+        return min(grid.group_size, BLOCKS[-1])
     bits = stored_bits(grid)
-    allowed = [block for block in BLOCKS if bits > 2 or block <= LARGEST_OF_2_BITS]
 
     def row_bytes(block: int) -> int:
         blocks = -(-columns // block)
         return blocks * (block * bits // 8 + 4)
 
-    return min(allowed, key=row_bytes)
+    return min(BLOCKS, key=row_bytes)
 
 
 def blocks_of(weight: QuantizedTensor) -> dict[str, Any]:
@@ -46,11 +44,12 @@ def blocks_of(weight: QuantizedTensor) -> dict[str, Any]:
         `codes` [out, blocks · block · bits/8] uint8, `scales` [out, blocks] float32, `zero_points`
         [out, ⌈blocks·bits/8⌉] uint8 or None on a symmetric grid, `bits` and `block`.
     """
-    rows, columns = weight.codes.shape
+    columns = weight.codes.shape[1]
     bits, block = stored_bits(weight.grid), block_of(weight.grid, columns)
     blocks = -(-columns // block)
     codes = nn.functional.pad(weight.codes, (0, blocks * block - columns))
-    scales, zeros = (part.expand(rows, blocks) for part in (weight.scale.float(), weight.zero_point))
+    times = blocks if weight.grid.group_size == -1 else weight.grid.group_size // block
+    scales, zeros = (part.repeat_interleave(times, 1)[:, :blocks] for part in (weight.scale.float(), weight.zero_point))
     return {
         "codes": pack_bytes(unsigned(codes, bits), bits),
         "scales": scales.contiguous(),

@@ -23,6 +23,7 @@ NEEDS = {
     "span": "rows with columns 'question', 'context' and 'answers' (or what question, context and references name)",
     "choice": "rows with a text, 'choices' and a label (or the columns that text, choices and label name)",
 }
+NO_CONFIG = "transformers makes no config of that of its task class"
 
 
 def task_of(expert: ExpertReader) -> Task | None:
@@ -31,16 +32,21 @@ def task_of(expert: ExpertReader) -> Task | None:
     Raises:
         MissingError, InputError: the head's file or config cannot be read; it is named.
     """
-    file, settings, config = expert.head_file, expert.head_config, None
-    if file is not None:
-        settings = read_head_file(file)[1]
-        if "architecture" not in settings:
-            return load_head(file).task
-        config = settings.get("config")
-    if settings is None:
+    if expert.head_file is not None:
+        return task_of_head(expert.head_file)
+    if expert.head_config is None:
         return None
-    with error_context(file or expert.path, "transformers makes no config of that of its task class"):
-        return task_of_settings(settings, config)
+    with error_context(expert.path, NO_CONFIG):
+        return task_of_settings(expert.head_config)
+
+
+def task_of_head(file: Path) -> Task:
+    """What the head in a file answers; errors as in `task_of`."""
+    settings = read_head_file(file)[1]
+    if "architecture" not in settings:
+        return load_head(file).task
+    with error_context(file, NO_CONFIG):
+        return task_of_settings(settings, settings.get("config"))
 
 
 def calibration_inputs(batch: dict[str, Any], task: Task | None, model: Any) -> dict[str, Any]:

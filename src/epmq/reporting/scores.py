@@ -2,7 +2,10 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 # Metrics of which 1 is the best: tasks that are scored by them have a mean, whichever it is in each.
 SHARES = ("accuracy", "f1", "exact_match", "spearman", "pearson")
@@ -63,3 +66,17 @@ def shown_scores(report: Mapping[str, Any]) -> dict[str, str]:
 def gap_recovered(method: float, gptq: float, experts: float) -> float | None:
     """(method − GPTQ on the merged model) / (experts − GPTQ on the merged model); None where there is no gap."""
     return None if experts == gptq else (method - gptq) / (experts - gptq)
+
+
+def score_table(columns: Mapping[str, Mapping[str, Any]]) -> "Table":
+    """Scores side by side: title of a column → what an evaluation gave; all of the same tasks."""
+    from rich.table import Table
+
+    scores = [shown_scores(column) for column in columns.values()]
+    title = score_title(next(iter(columns.values()))["metric"])
+    table = Table("task", *columns, title=title, title_justify="left")
+    for task in scores[0]:
+        if task == "mean":
+            table.add_section()
+        table.add_row(task, *(column[task] for column in scores))
+    return table
