@@ -91,12 +91,12 @@ def write(source: CodedCheckpoint, folder: Path) -> list[Path]:
     return [write_file(source, folder)]
 
 
-def write_file(source: CodedCheckpoint, folder: Path) -> Path:
-    """Write a checkpoint's file into a folder; one that has no codes is written in the dtypes that it has."""
+def write_file(source: CodedCheckpoint, folder: Path, plain: bool = False) -> Path:
+    """Write a checkpoint's file into a folder; `plain`: `model-f32.gguf`, all its weights in float32."""
     import gguf
 
     config = complete(source.config)
-    entries = _entries(source, config)
+    entries = _entries(source, config, plain)
     if TABLE not in entries:
         raise InputError(f"{source.checkpoint.path}: there is no table of tokens")
     kind = _kind_of_most(entries)
@@ -120,14 +120,14 @@ def write_file(source: CodedCheckpoint, folder: Path) -> Path:
     return path
 
 
-def _entries(source: CodedCheckpoint, config: Any) -> dict[str, _Entry]:
+def _entries(source: CodedCheckpoint, config: Any, plain: bool) -> dict[str, _Entry]:
     """Name in the file → tensor, in the order of the blocks' names on disk."""
     names, entries = Names(config), dict[str, _Entry]()
     for name in source.weights():
         stored, layer = names.get(name), name.removesuffix(".weight")
         if stored is None or stored in entries:  # a table under another name
             continue
-        if layer in source.grids:
+        if layer in source.grids and not plain:
             kind, (rows, columns) = block_type(source.grids[layer], source.shape(layer)[1]), source.shape(layer)
             if kind is None:
                 raise InputError(f"gguf cannot hold {layer} on its grid")
@@ -135,7 +135,7 @@ def _entries(source: CodedCheckpoint, config: Any) -> dict[str, _Entry]:
             parts = partial(_coded_parts, source, config, layer, kind)
             entries[stored] = _Entry(kind.name, (rows, width), np.uint8, parts)
         else:
-            entries[stored] = _plain_entry(partial(_read_plain, source, config, name))
+            entries[stored] = _plain_entry(partial(_read_plain, source, config, name, plain))
     for stored, tensor in extra_tensors(config).items():
         entries[stored] = _plain_entry(partial(_same, tensor))
     return entries
@@ -152,8 +152,9 @@ def _coded_parts(source: CodedCheckpoint, config: Any, layer: str, kind: BlockTy
     yield from pack_rows(weight, kind)
 
 
-def _read_plain(source: CodedCheckpoint, config: Any, name: str) -> Tensor:
-    return stored_plain(config, name, source.tensor(name))
+def _read_plain(source: CodedCheckpoint, config: Any, name: str, plain: bool) -> Tensor:
+    tensor = stored_plain(config, name, source.tensor(name))
+    return tensor.float() if plain else tensor
 
 
 def _same(tensor: Tensor) -> Tensor:

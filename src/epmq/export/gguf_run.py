@@ -1,6 +1,7 @@
 """A GGUF file tried in llama.cpp, in a process of its own: where a file is wrong, llama.cpp ends its process."""
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -9,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +59,9 @@ def compare_next_tokens(
         rounded = _next_tokens(model, sequences)
     texts = Texts(source, sequences)
     likeliest = min(LIKELIEST, len(ours[0]))
-    found, tokens = run(path, "next", [ids.tolist() for ids in prompts], texts.texts, likeliest=likeliest)
+    found, tokens = run(
+        path, "next", [ids.tolist() for ids in prompts], texts.texts, likeliest=likeliest, letter=texts.letter
+    )
     same, divergences, errors, expected = 0, list[float](), list[float](), list[float]()
     for scores, other, answer in zip(ours, rounded, found):
         ids, theirs = torch.tensor(answer["ids"]), torch.tensor(answer["logprobs"], dtype=torch.float64)
@@ -153,18 +156,29 @@ class Texts:
     Args:
         source: directory of the tokenizer; without one there are no texts.
         sequences: tokens.
+
+    Attributes:
+        texts: one a sequence.
+        letter: a token that is a text for itself.
     """
 
     def __init__(self, source: Path, sequences: Sequence[Tensor]) -> None:
         tokenizer = tokenizer_of(load_processor(source))
-        decode = tokenizer.decode if tokenizer is not None else None
-        self.texts = [decode(ids, skip_special_tokens=True) for ids in sequences] if decode is not None else []
+        known = sequences if tokenizer is not None else []
+        self.texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in known]
         self._tokens = [tokenizer(text)["input_ids"] for text in self.texts]
+        self.letter = next((i for i in range(len(tokenizer)) if _is_text(tokenizer, i)), 0) if known else 0
 
     def share(self, tokens: list[list[int]]) -> float | None:
         """The share of texts that were cut into the same tokens; None if there are no texts."""
         same = sum(mine == theirs for mine, theirs in zip(self._tokens, tokens))
         return same / len(self.texts) if self.texts else None
+
+
+def _is_text(tokenizer: Any, token: int) -> bool:
+    """Whether a token alone is a text of letters, and nothing special."""
+    text: str = tokenizer.decode([token]).strip()
+    return text.isascii() and text.isalpha() and token not in tokenizer.all_special_ids
 
 
 def _with_right_texts(path: Path, measured: dict[str, Any]) -> dict[str, Any]:
@@ -240,8 +254,11 @@ def _words(measured: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value:.3g}" for name, value in measured.items() if isinstance(value, float))
 
 
-def _serve(task: dict[str, Any]) -> dict[str, list[Any]]:
-    """The answers to a task, by llama.cpp in this process."""
+def _serve(task: dict[str, Any], place: Path) -> NoReturn:
+    """Write the answers to a task, by llama.cpp in this process, which ends here.
+
+    To take the server down in order has been seen to wait for ever.
+    """
     import xllamacpp
 
     params = xllamacpp.CommonParams()
@@ -258,10 +275,14 @@ def _serve(task: dict[str, Any]) -> dict[str, list[Any]]:
             answers.append(server.handle_embeddings({"input": [prompt]})["data"][0]["embedding"])
             continue
         wanted = {"prompt": prompt, "n_predict": 1, "n_probs": task["likeliest"], "temperature": 0.0}
-        found = server.handle_completions({**wanted, "cache_prompt": False, "stream": False})
+        # It answers no end of a text and no part of a letter; what is chosen changes no probability.
+        wanted |= {"logit_bias": [[task["letter"], 1e6]], "cache_prompt": False, "stream": False}
+        found = server.handle_completions(wanted)
         likeliest = found["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
         answers.append({"ids": [one["id"] for one in likeliest], "logprobs": [one["logprob"] for one in likeliest]})
-    return {"answers": answers, "tokens": [_tokens(server.listening_address, text) for text in task["texts"]]}
+    tokens = [_tokens(server.listening_address, text) for text in task["texts"]]
+    write_json(place, {"answers": answers, "tokens": tokens})
+    os._exit(0)
 
 
 def open_runner(path: Path, threads: int) -> tuple[Callable[[dict[str, Tensor], int], object], bool]:
@@ -303,5 +324,4 @@ def _tokens(address: str, text: str) -> list[int]:
 
 
 if __name__ == "__main__":
-    given, wanted = map(Path, sys.argv[1:])
-    write_json(wanted, _serve(read_json(given)))
+    _serve(read_json(Path(sys.argv[1])), Path(sys.argv[2]))
