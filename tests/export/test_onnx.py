@@ -97,7 +97,8 @@ def exported(pool, tmp_path_factory) -> tuple[Path, Path]:
     out = tmp_path_factory.mktemp("onnx") / "out"
     quantize = {"method": "rtn", "symmetric": False, "group_size": 32, "embeddings": 3}
     report = epmq.run(recipe_for(pool, quantize=quantize, formats=["onnx"], output=str(out)), progress=False)
-    assert report["exports"][0]["verified"]["largest_error"] < 1e-5
+    verified = report["exports"][0]["verified"]
+    assert verified["examples"] > 0 and verified["largest_error"] < 1e-5
     assert report["exports"][0]["bytes"] == (out / "onnx" / "model_q4.onnx").stat().st_size
     return out, out / "onnx" / "model_q4.onnx"
 

@@ -42,6 +42,8 @@ def check(contents: Contents) -> None:
     takes = getattr(named_class(architecture), "main_input_name", None)
     if takes not in MAIN_INPUTS:
         raise InputError(f"onnx: {architecture} takes {takes}; written are models of {' or '.join(MAIN_INPUTS)}")
+    if contents.processor is None:
+        raise InputError("onnx: base and experts have no tokenizer or image processor to make inputs with")
 
 
 def write(source: CodedCheckpoint, folder: Path) -> list[Path]:
@@ -155,6 +157,8 @@ def verify_graphs(
             largest = max(largest, float(ours.abs().max()))
             agree += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
             count += ours.argmax(-1).numel()
+    if not count:
+        raise RuntimeError(f"{folder}: there is nothing to try the graphs on")
     relative = error / max(largest, 1e-12)
     if tolerance is not None and not relative <= tolerance:
         raise RuntimeError(f"{folder}: onnxruntime is off by {relative:.2g} of the largest score; nothing is kept")

@@ -78,6 +78,7 @@ def write_targets(run: PreparedRun, folder: Path, bar: Progress) -> list[dict[st
         return []
     source = CodedCheckpoint(folder)
     examples = [batch for batches in run.calibration.values() for batch in _first(batches)]
+    examples = examples or stored_examples(folder)  # what is rounded to nearest is not calibrated
     return [write_target(name, source, folder, examples, bar) for name in run.recipe.formats]
 
 
