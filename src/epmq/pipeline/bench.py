@@ -64,10 +64,10 @@ def bench(path: str | Path, *, threads: int = 1, progress: bool = True) -> list[
         progress: show progress bars.
 
     Returns:
-        a row a subject: runtime, weights, bytes, `private_mb` and `resident_mb` (memory that the process has for
-        itself, and all that it has, mapped files too, beyond what it had before it opened the model), `latency_ms` of
-        one example, `throughput` and its unit: examples a second in batches of 32, or tokens a second that a language
-        model writes to one text.
+        a row a subject: runtime, weights, bytes, `private_mb` and `resident_mb` (what the process holds for itself, and
+        all that it holds, mapped files too, with a model that has run one example, beyond what it held before),
+        `latency_ms` of one example, `throughput` and its unit: examples a second in batches of 32, or tokens a second
+        that a language model writes to one text.
 
     Raises:
         InputError: the checkpoint is none.

@@ -32,8 +32,8 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
     tokens = task["written"] if writes else 0
     with torch.no_grad():
         latency = seconds_of(lambda: run(one, tokens))
+        memory = process.memory_full_info()  # a large batch's own tensors are none of the model's
         throughput = tokens / latency if writes else len(next(iter(large.values()))) / seconds_of(lambda: run(large, 0))
-        memory = process.memory_full_info()
     return {
         "private_mb": (memory.uss - before.uss) / 1e6,
         "resident_mb": (memory.rss - before.rss) / 1e6,
