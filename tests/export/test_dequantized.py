@@ -6,28 +6,35 @@ from transformers import GPT2Config, GPT2Model
 from epmq.export import dequantized
 from epmq.export.form import Form
 from epmq.models.checkpoint import DTYPES
+from epmq.models.codes import CodedCheckpoint
+from epmq.models.multitask import load
 from epmq.pipeline.run import run
 from epmq.quantization.grid import Grid
 from tests.kit.quantized import quantized_tensor
 
 
-def test_layers_that_are_no_linear_are_written_plain_or_refused(tmp_path):
-    """GPT-2's `Conv1D` stores the transpose, which pack-quantized has no form for."""
+@pytest.mark.parametrize("output_format", ["dequantized", "pack-quantized"])
+def test_layers_that_store_the_transpose_are_written_as_they_are(tmp_path, output_format):
+    """GPT-2's `Conv1D` stores [in, out]: packed, only `epmq.load` and what reads codes know it."""
     config = GPT2Config(vocab_size=32, n_positions=16, n_embd=64, n_layer=2, n_head=4)
     GPT2Model(config).save_pretrained(tmp_path / "base")
     for seed, task in enumerate(("one", "two")):
         perturbed(GPT2Model.from_pretrained(tmp_path / "base"), seed).save_pretrained(tmp_path / task)
     experts = [{"name": task, "model": str(tmp_path / task)} for task in ("one", "two")]
     recipe = {"base": str(tmp_path / "base"), "experts": experts, "quantize": {"method": "rtn", "bits": 8}}
-    output = {"output": str(tmp_path / "out")}
-    run({**recipe, **output, "format": "dequantized"}, progress=False, evaluate=False)
-    merged = GPT2Model.from_pretrained(tmp_path / "out")
+    output = {"output": str(tmp_path / "out"), "format": output_format}
+    report = run({**recipe, **output}, progress=False, evaluate=False)
+    merged = load(tmp_path / "out").backbone
+    unread = [note for note in report["notes"] if "8 packed weights are not read by transformers" in note]
+    assert len(unread) == (output_format == "pack-quantized")
     for name, weight in GPT2Model.from_pretrained(tmp_path / "one").state_dict().items():
         assert merged.state_dict()[name].shape == weight.shape
         assert (merged.state_dict()[name] - weight).abs().max() < 0.15, name
-    with pytest.raises(ValueError, match=r"pack-quantized.*h\.0\.attn\.c_attn|h\.0\.attn\.c_attn.*pack-quantized"):
-        run({**recipe, "output": str(tmp_path / "packed")}, progress=False, evaluate=False)
-    assert not (tmp_path / "packed").exists()
+    if output_format == "pack-quantized":
+        source = CodedCheckpoint(tmp_path / "out")
+        for name in source.weights():
+            assert torch.equal(source.tensor(name).float(), merged.state_dict()[name]), name
+        assert source.codes("h.0.attn.c_attn").codes.shape == (192, 64)
 
 
 @pytest.mark.parametrize("transposed", [False, True])

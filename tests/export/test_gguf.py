@@ -11,46 +11,17 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import padded_batches
 from families import FAMILIES, decoder
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from packed_models import byte_pairs, packed
 
-from epmq import run
 from epmq.errors import InputError
 from epmq.export import gguf as target
-from epmq.export.gguf_models import complete, extra_tensors, query_factor, row_order
+from epmq.export.gguf_models import complete, row_order
 from epmq.models.codes import CodedCheckpoint
+from epmq.models.heads import Head, save_head
 from epmq.pipeline.exporting import contents_of, export_checkpoint
 
 gguf = pytest.importorskip("gguf")
-
-GRID = {"bits": 4, "group_size": 32}
-
-
-def byte_pairs() -> PreTrainedTokenizerFast:
-    """A tokenizer of byte pairs with 32 tokens."""
-    tokens = ["<pad>", "<s>", "</s>", "Ċ", "Ġ", *"abcdefghijklmnopqrstuvwxy", "ab", "cd"]
-    core = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, [("a", "b"), ("c", "d")]))
-    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
-
-
-def packed(folder: Path, model: Any, tokenizer: bool = False, **quantize: Any) -> CodedCheckpoint:
-    """A model, rounded to nearest and packed. Its norms are not ones, and its attention is not flat."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(6) if parameter.ndim > 1 else parameter.add_(
-                0.3 * torch.randn(parameter.shape, generator=generator)
-            )
-    model.save_pretrained(folder / "base")
-    if tokenizer:
-        byte_pairs().save_pretrained(folder / "base")
-    experts = [{"name": "one", "model": str(folder / "base")}]
-    recipe = {"base": str(folder / "base"), "experts": experts, "output": str(folder / "packed")}
-    run({**recipe, "quantize": {"method": "rtn", **GRID, **quantize}}, evaluate=False, progress=False)
-    return CodedCheckpoint(folder / "packed")
 
 
 def tensors_of(file: Path) -> dict[str, tuple[str, np.ndarray]]:
@@ -95,31 +66,8 @@ def test_every_code_of_a_family_is_in_the_file(tmp_path, family):
         assert np.array_equal(found[names.get(name)][1], source.tensor(name).float().numpy() + 1)
 
 
-def test_llama_turns_neighbours():
-    """Rows of two halves of a head, one after the other, become pairs."""
-    config = complete({"model_type": "llama", "hidden_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1})
-    assert row_order(config, "model.layers.0.self_attn.q_proj.weight").tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
-    assert row_order(config, "model.layers.0.self_attn.k_proj.bias").tolist() == [0, 2, 1, 3]
-    assert row_order(config, "model.layers.0.self_attn.v_proj.weight") is None
-    assert row_order(complete({"model_type": "qwen2"}), "model.layers.0.self_attn.q_proj.weight") is None
-
-
-def test_llama_3_slows_its_low_frequencies_down():
-    scaling = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    scaling["original_max_position_embeddings"] = 8192
-    config = complete({"model_type": "llama", "head_dim": 64, "rope_parameters": scaling})
-    factors = extra_tensors(config)["rope_freqs.weight"]
-    assert factors.shape == (32,) and factors[0] == 1 and factors[-1] == 8 and bool((factors.diff() >= -1e-6).all())
-
-
-def test_the_largest_gemmas_scale_queries_by_their_width():
-    sizes = {"hidden_size": 5376, "num_attention_heads": 32, "head_dim": 128, "query_pre_attn_scalar": 168}
-    assert query_factor(complete({"model_type": "gemma3_text", "num_hidden_layers": 62, **sizes})) == 1
-    assert query_factor(complete({"model_type": "gemma3_text", "num_hidden_layers": 26, **sizes})) == (128 / 168) ** 0.5
-
-
 def test_settings_and_tokens_are_in_the_file(tmp_path):
-    source = packed(tmp_path, FAMILIES["llama"].build(), tokenizer=True)
+    source = packed(tmp_path, FAMILIES["llama"].build(), byte_pairs())
     (file,) = target.write(source, tmp_path)
     fields = fields_of(file)
     for name, value in {
@@ -216,27 +164,6 @@ def test_scales_that_are_in_a_wider_dtype_may_fit(tmp_path):
         target.check(contents_of(source))
 
 
-@pytest.mark.parametrize("family", ["llama", "bert"])
-def test_llama_cpp_computes_the_same(tmp_path, family):
-    pytest.importorskip("xllamacpp")
-    source = packed(tmp_path, FAMILIES[family].build(), tokenizer=family == "llama")
-    found = target.verify(target.write(source, tmp_path)[0].parent, source.checkpoint.path, padded_batches(1))
-    assert found["examples"] == 4
-    if family == "bert":
-        assert found["cosine"] > 0.999
-    else:
-        assert abs(found["error"] - found["expected"]) < 0.01 and found["kl"] < 0.001 and found["texts"] == 1
-
-
-def test_rows_in_another_order_are_found(tmp_path, monkeypatch):
-    pytest.importorskip("xllamacpp")
-    source = packed(tmp_path, FAMILIES["llama"].build(), tokenizer=True)
-    monkeypatch.setattr(target, "row_order", lambda config, name: None)
-    target.write(source, tmp_path)
-    with pytest.raises(RuntimeError, match="gives other next tokens than epmq"):
-        target.verify(tmp_path, source.checkpoint.path, padded_batches(1))
-
-
 def test_gpt2_is_packed_and_exported(tmp_path):
     """Its `Conv1D` layers store [in, out]; their codes are [out, in]."""
     source = packed(tmp_path, FAMILIES["gpt2"].build())
@@ -244,3 +171,21 @@ def test_gpt2_is_packed_and_exported(tmp_path):
     result = export_checkpoint(tmp_path / "packed", "gguf", tmp_path / "out", progress=False)
     assert result["bytes"] == (tmp_path / "out" / "model-q4_0.gguf").stat().st_size
     assert isinstance(transformers.AutoConfig.from_pretrained(tmp_path / "out"), transformers.GPT2Config)
+
+
+def test_the_same_file_may_be_in_float32(tmp_path):
+    source = packed(tmp_path, FAMILIES["smollm2"].build())
+    file = target.write_file(source, tmp_path, plain=True)
+    found = tensors_of(file)
+    assert file.name == "model-f32.gguf" and {kind for kind, _ in found.values()} == {"F32"}
+    assert np.array_equal(found["token_embd.weight"][1], source.tensor("model.embed_tokens.weight").float().numpy())
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_an_encoder_pools_as_all_its_heads_do(tmp_path, pooling):
+    assert target.pooling_of(tmp_path) is None
+    (tmp_path / "heads").mkdir()
+    save_head(Head(torch.ones(2, 4), torch.ones(2), pooling), tmp_path / "heads" / "one.safetensors")
+    assert target.pooling_of(tmp_path) == pooling
+    save_head(Head(torch.ones(2, 4), torch.ones(2), "cls_mean"), tmp_path / "heads" / "two.safetensors")
+    assert target.pooling_of(tmp_path) is None

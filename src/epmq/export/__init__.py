@@ -17,8 +17,6 @@ from epmq.quantization.grid import QuantizedTensor
 class Format(Protocol):
     """What a format's module has. Weights go by their layers' names on disk, and are [out, in]."""
 
-    HOLDS_TRANSPOSED: bool  # whether it can hold the weight of a layer that stores it as [in, out]
-
     def specs(self, layer: str, shape: tuple[int, int], form: Form) -> dict[str, TensorSpec]:
         """Name → dtype and shape of the tensors that stand for a weight."""
 

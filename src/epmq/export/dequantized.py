@@ -9,8 +9,6 @@ from epmq.export.form import Form
 from epmq.models.checkpoint import DTYPE_NAMES, TensorSpec
 from epmq.quantization.grid import QuantizedTensor
 
-HOLDS_TRANSPOSED = True
-
 
 def specs(layer: str, shape: tuple[int, int], form: Form) -> dict[str, TensorSpec]:
     """One tensor; see `epmq.export.Format`."""

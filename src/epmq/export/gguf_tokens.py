@@ -30,7 +30,9 @@ SPLITS: dict[tuple[str, ...], str] = {
     (_MARKED % (f"{_ENDINGS}?", f"{_ENDINGS}?") + r"|\p{N}{1,3}" + _MARKED_REST,): "gpt-4o",
 }
 # Other ways of writing the same pattern.
-SAME = {"'(?i:[sdmt]|ll|ve|re)": _ENDINGS, "?+": "?", "++": "+", "(?:'[sS]|'[tT]|'[rR][eE]": "(?i:'s|'t|'re"}
+SAME = {"'(?i:[sdmt]|ll|ve|re)": _ENDINGS, "?+": "?", "++": "+"}
+# Llama 3 takes words that are tokens as they are; others split as it does, and always merge.
+MERGING = {"llama-bpe": "dbrx"}
 # What llama.cpp takes for the space in front of a word, and kinds of tokens as ggml numbers them.
 SPACE = "▁"
 NORMAL, UNKNOWN, CONTROL, ADDED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
@@ -85,7 +87,9 @@ def _cut(content: Mapping[str, Any]) -> Vocabulary:
         return _unigrams(content)
     if kind == "BPE" and any(step["type"] == "ByteLevel" for step in steps):
         merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
-        return Vocabulary("gpt2", merges=merges, settings={"ggml.pre": _pre(steps)})
+        name = _pre(steps)
+        name = name if model.get("ignore_merges") else MERGING.get(name, name)
+        return Vocabulary("gpt2", merges=merges, settings={"ggml.pre": name})
     if kind == "BPE" and model.get("byte_fallback"):
         return _pieces(content)
     raise InputError(f"gguf cannot hold a tokenizer of type {kind}: llama.cpp has none like it")

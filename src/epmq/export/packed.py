@@ -11,7 +11,6 @@ from epmq.models.checkpoint import TensorSpec
 from epmq.models.loading import TRANSPOSED
 from epmq.quantization.grid import Grid, QuantizedTensor
 
-HOLDS_TRANSPOSED = True
 PACKED, INT8 = "pack-quantized", "int-quantized"
 # Entries that are packed at once.
 CHUNK = 1 << 22

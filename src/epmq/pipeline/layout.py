@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from epmq.errors import InputError, error_context
-from epmq.export import FORMATS
 from epmq.merging.experts import ExpertSet
 from epmq.merging.merged import MergedWeights
 from epmq.method_settings import QuantizeSettings
@@ -275,13 +274,3 @@ def fit_dtypes(layout: Layout, experts: ExpertSet, merged: MergedWeights, settin
             of[name] = replace(storage, dtype=stored)
             experts.notes.append(f"{name} reaches {largest:.3g}, more than float16 holds: it is stored as it was")
     return replace(layout, of=of)
-
-
-def check_format(layout: Layout, experts: ExpertSet, output_format: str) -> None:
-    """Check that a format can hold every tensor that is quantized; an InputError names one that it cannot."""
-    if FORMATS[output_format].HOLDS_TRANSPOSED:
-        return
-    for name in layout.quantized():
-        layer = experts.model.get_submodule(name)
-        if is_transposed(layer):
-            raise InputError(f"format: {output_format} cannot hold {name}, a {type(layer).__name__}: use dequantized")

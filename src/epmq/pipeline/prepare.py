@@ -33,7 +33,7 @@ from epmq.models.storage import Layout
 from epmq.models.tasks import Task
 from epmq.pipeline import tasks
 from epmq.pipeline.inputs import Batches, ModelInputs
-from epmq.pipeline.layout import LayoutPlanner, check_format, fit_dtypes
+from epmq.pipeline.layout import LayoutPlanner, fit_dtypes
 from epmq.pipeline.metrics import metric_of
 from epmq.pipeline.processor import OutputProcessor, output_processor
 from epmq.pipeline.verify import opened_from
@@ -85,7 +85,7 @@ def prepare(
     planner = LayoutPlanner(experts, recipe.quantize) if recipe.quantize.method != "none" else None
     if planner is not None:
         _check_settings(recipe)
-        check_format(planner.layout(), experts, recipe.format)
+        planner.layout()  # what does not fit is an error before any data is read
         for note in _untouched(experts):
             experts.notes.depart(note)
     experts.notes += check_relation(experts)
