@@ -25,6 +25,8 @@ def shallow(family: str) -> Any:
     """A model of a family with one block in each stack: tracing takes a time that grows with them."""
     torch.manual_seed(0)
     config = FAMILIES[family].build().config
+    if hasattr(config, "stage_names"):  # a backbone's features are counted by its blocks
+        return FAMILIES[family].build()
     for part in {id(one): one for one in (config, *vars(config).values()) if hasattr(one, "to_dict")}.values():
         for name, value in part.to_dict().items():
             if name.endswith(COUNTS) and value == 2:
@@ -43,7 +45,8 @@ def quantized(model: Any, folder: Path, **quantize: Any) -> Path:
     return folder / "out"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+# SmolLM2 is of Llama's class, with a tied output layer as Gemma's.
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "smollm2"])
 def test_a_family_runs_in_onnxruntime(family, tmp_path, monkeypatch):
     batches = [dict(batch) for batch in FAMILIES[family].batches()]
     for batch in batches:
@@ -129,6 +132,7 @@ def test_a_finished_checkpoint_is_exported_whole_or_not_at_all(exported, tmp_pat
     def fails(*_: Any) -> None:
         raise RuntimeError("off by far")
 
+    monkeypatch.setattr(onnx, "write", lambda source, folder: [])
     monkeypatch.setattr(onnx, "verify", fails)
     with pytest.raises(RuntimeError, match="off by far"):
         epmq.export_checkpoint(exported[0], "onnx", tmp_path / "new", progress=False)

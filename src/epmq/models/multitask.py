@@ -17,7 +17,6 @@ from epmq.models.checkpoint import read_config, resolve
 from epmq.models.heads import Head, load_head, read_head_file
 from epmq.models.loading import load_model
 from epmq.models.meta import empty_model, named_class, no_larger, rename, set_tensor
-from epmq.models.packed_loading import load_packed
 from epmq.models.replay import replaying
 from epmq.models.tasks import input_names, task_of_class
 
@@ -346,6 +345,8 @@ def load(
     if weights == "plain":
         backbone = load_model(path, config, dtype=dtype).to(device)
     else:
+        from epmq.models.packed_loading import load_packed  # imports transformers, which looking does without
+
         backbone = load_packed(path, device, dtype, kernels=weights == "packed")
     heads = {file.stem: load_any_head(file, backbone) for file in sorted((path / HEADS).glob("*.safetensors"))}
     return MultiTaskModel(backbone, heads, load_processor(path))
