@@ -30,6 +30,7 @@ SECTIONS: dict[str, Callable[[Any], str]] = {
     "merging": speed.merging_table,
     "device": speed.device_table,
     "runtimes": speed.runtimes_tables,
+    "page": speed.page_table,
     "faults": faults.faults_table,
 }
 

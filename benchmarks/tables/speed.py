@@ -186,3 +186,13 @@ def runtimes_tables(rows: list[dict[str, Any]]) -> str:
         heads = [[row["runtime"], row["weights"], str(row["heads"]), f"{row['latency_ms']:.1f}"] for row in many]
         parts += ["", table(["runtime", "weights", "heads", "ms, one example"], heads)]
     return "\n".join([*parts, "", measured(rows)])
+
+
+def page_table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: pages in a browser."""
+    head = ["page", "tasks", "inputs", "labels as in Python", "MB in all", "ms, one input", "errors in the console"]
+    lines = []
+    for row in rows:
+        cells = [row["suite"], str(row["tasks"]), str(row["inputs"]), f"{row['same']} of {row['labels']}"]
+        lines.append([*cells, f"{row['bytes'] / 1e6:.1f}", f"{row['ms']:.0f}", str(len(row["console"]))])
+    return "\n".join([table(head, lines), "", measured(rows)])

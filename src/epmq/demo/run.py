@@ -73,7 +73,8 @@ def run_demo(output: str | Path = "epmq-demo") -> dict[str, Measured]:
     console.print(comparison_table(columns, f"{BITS} bits where quantized, Task Arithmetic 0.3"))
     console.print(
         f"One model for {len(DEMO_TASKS)} tasks at {BITS} bits: {best} ({time.perf_counter() - start:.0f} s). "
-        f"Look inside with [cyan]epmq inspect {best}[/cyan], or use it:\n\n"
+        f"Look inside with [cyan]epmq inspect {best}[/cyan], try it in a browser with [cyan]epmq page {best}[/cyan], "
+        "or use it:\n\n"
         f'  import epmq\n  model = epmq.load("{best}")\n'
         f'  model.answer("movies", ["a film to remember", "two hours I will never get back"])\n'
     )
