@@ -1,8 +1,8 @@
 """`python -m benchmarks.speed.page`: pages of `epmq page` in Chromium, opened from the disk with no network.
 
-For the demo's four tasks and for vision8's eight, rounded to 4 bits: are the labels on the page those of `epmq.load`, on
-test texts and pictures of every task; how long an answer takes, and how large the page is. Needs Chromium, npm and node;
-what came out goes to `benchmarks/results/page.json`.
+For the demo's four tasks and for vision8's eight, rounded to 4 bits: are the labels on the page those of `epmq.load`,
+on test texts and pictures of every task; how long an answer takes, and how large the page is. Needs Chromium, npm and
+node; what came out goes to `benchmarks/results/page.json`.
 """
 
 from __future__ import annotations
