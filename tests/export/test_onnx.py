@@ -10,7 +10,7 @@ from conftest import recipe_for
 from families import FAMILIES
 
 import epmq
-from epmq.export.onnx_layers import block_of, blocks_of
+from epmq.export.onnx_layers import block_of, blocks_of, halves
 from epmq.export.target import Contents
 from epmq.models.checkpoint import COUNTS
 from epmq.quantization.grid import BITS, Grid
@@ -81,6 +81,17 @@ def test_blocks_hold_the_codes(bits, group_size, symmetric):
     assert np.array_equal(codes, weight.codes.numpy())
     spread = [np.repeat(part, form["block"], axis=1)[:, :96] for part in (zeros, form["scales"].numpy())]
     assert np.array_equal((codes - spread[0]).astype(np.float32) * spread[1], weight.dequantize().numpy())
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_8_bits_are_two_halves(symmetric):
+    torch.manual_seed(0)
+    weight = rtn(3 * torch.randn(6, 64) + 1, Grid(8, 32, symmetric))
+    upper, lower = halves(weight)
+    assert all(part.codes.min() >= -8 and part.codes.max() <= 7 for part in (upper, lower))
+    assert all(part.zero_point.min() >= -8 and part.zero_point.max() <= 7 for part in (upper, lower))
+    both = upper.dequantize().double() + lower.dequantize().double()
+    assert torch.allclose(both, weight.dequantize().double(), rtol=1e-6, atol=1e-6)
 
 
 def test_a_row_with_one_scale_is_cut_where_that_takes_the_fewest_bytes():

@@ -16,7 +16,7 @@ from epmq.data.encoding import encode
 from epmq.data.made import made_examples
 from epmq.errors import InputError
 from epmq.export.onnx_graph import Graph, save_graph
-from epmq.export.onnx_layers import give_codes, layers_of, stored_bits
+from epmq.export.onnx_layers import EXACT, give_codes, layers_of, stored_bits
 from epmq.export.target import Contents, Verified
 from epmq.files import write_json
 from epmq.models.checkpoint import architecture_of
@@ -30,8 +30,6 @@ EXTRA, RUNTIME = "onnx", "onnxruntime"
 # What models take, first of all, whose graphs can be traced on made-up examples.
 MAIN_INPUTS = ("input_ids", "pixel_values")
 FOLDER, TASKS = "onnx", "tasks.json"
-# accuracy_level of MatMulNBits: 0 multiplies in the inputs' own dtype, 4 rounds them to 8 bits.
-EXACT, INTEGER = 0, 4
 # Largest difference over the largest score that another order of sums may make.
 TOLERANCE = 1e-4
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from epmq.export import onnx
+from epmq.export.onnx_layers import INTEGER
 from epmq.export.target import Verified
 from epmq.models.codes import CodedCheckpoint
 
@@ -16,7 +17,7 @@ check = onnx.check
 
 def write(source: CodedCheckpoint, folder: Path) -> list[Path]:
     """See `epmq.export.target.Target`."""
-    return onnx.write_graphs(source, folder, onnx.INTEGER, ENDING)
+    return onnx.write_graphs(source, folder, INTEGER, ENDING)
 
 
 def verify(folder: Path, source: Path, examples: Sequence[dict[str, Any]]) -> Verified:

@@ -5,6 +5,7 @@ blocks of columns that share a scale and a zero point.
 """
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from epmq.models.meta import rename, tied_names
 from epmq.quantization.grid import Grid, QuantizedTensor
 
 DOMAIN = "com.microsoft"
+# accuracy_level of MatMulNBits: 0 multiplies in the inputs' own dtype, 4 rounds them to 8 bits.
+EXACT, INTEGER = 0, 4
 # Sizes of blocks. At 4 and 8 bits onnxruntime 1.32 takes 512 and 1024 as well; 1.30 does not, the newest in browsers.
 BLOCKS = (16, 32, 64, 128, 256)
 
@@ -59,32 +62,65 @@ def blocks_of(weight: QuantizedTensor) -> dict[str, Any]:
     }
 
 
-class CodedLayer(nn.Module):
-    """What a layer becomes that multiplies by codes; its own weight is not read any more."""
+def halves(weight: QuantizedTensor) -> list[QuantizedTensor]:
+    """A weight of 8 bits as the sum of two of 4: 16 · (upper half of each code) + (lower half), exactly.
+
+    onnxruntime (1.32) has kernels for 4 bits and float32 inputs; of 8 bits it unpacks the layer for every product.
+    """
+    grid = replace(weight.grid, bits=4, symmetric=False)
+    parts = [(weight.codes >> 4, weight.zero_point >> 4), ((weight.codes & 15) - 8, (weight.zero_point & 15) - 8)]
+    scales = (16 * weight.scale.float(), weight.scale.float())
+    return [QuantizedTensor(codes, scale, zero, grid) for (codes, zero), scale in zip(parts, scales, strict=True)]
+
+
+class Product(nn.Module):
+    """Products with a weight [out, in] in codes, as one operator of the graph.
+
+    Args:
+        weight: the codes.
+        level: accuracy level of the operator.
+    """
 
     codes: Tensor
     scales: Tensor
     zero_points: Tensor | None
-    bits: int
-    block: int
-    level: int
-    size: tuple[int, int]
-    bias: Tensor | None
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        """The product with the weight, and the bias, as one operator of the graph."""
-        rows, columns = self.size
-        codes = self.codes.reshape(rows, -1, self.block * self.bits // 8)
-        attributes: dict[str, Any] = {"K": columns, "N": rows, "bits": self.bits, "block_size": self.block}
+    def __init__(self, weight: QuantizedTensor, level: int) -> None:
+        super().__init__()
+        form, (rows, columns) = blocks_of(weight), weight.codes.shape
+        self.rows = rows
+        facts = {"K": columns, "N": rows, "bits": form["bits"], "block_size": form["block"]}
+        self.attributes: dict[str, Any] = {**facts, "accuracy_level": level}
+        self.register_buffer("codes", form["codes"].reshape(rows, -1, form["block"] * form["bits"] // 8))
+        self.register_buffer("scales", form["scales"])
+        self.register_buffer("zero_points", form["zero_points"])
+
+    def forward(self, inputs: Tensor, bias: Tensor | None) -> Tensor:
+        """[..., in] → [..., out]."""
         product: Tensor = torch.onnx.ops.symbolic(
             f"{DOMAIN}::MatMulNBits",
-            [inputs, codes, self.scales, self.zero_points, None, self.bias],
-            attributes | {"accuracy_level": self.level},
+            [inputs, self.codes, self.scales, self.zero_points, None, bias],
+            self.attributes,
             dtype=inputs.dtype,
-            shape=(*inputs.shape[:-1], rows),
+            shape=(*inputs.shape[:-1], self.rows),
             version=1,
         )
         return product
+
+
+class CodedLayer(nn.Module):
+    """What a layer becomes that multiplies by codes; its own weight is not read any more."""
+
+    products: nn.ModuleList
+    bias: Tensor | None
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """The product with the weight, and the bias."""
+        first, *others = self.products
+        found: Tensor = first(inputs, self.bias)
+        for product in others:
+            found = found + product(inputs, None)
+        return found
 
 
 class CodedTable(nn.Embedding):
@@ -120,15 +156,18 @@ def give_codes(layer: nn.Module, weight: QuantizedTensor, level: int) -> None:
     own = type(layer)
     bases = (kind,) if own is nn.Embedding else (kind, own) if kind is CodedLayer else (own, kind)
     layer.__class__ = type(f"Coded{own.__name__}", bases, {})
+    if kind is CodedLayer:
+        split = weight.grid.bits == 8 and level == EXACT
+        parts = halves(weight) if split else [weight]
+        layer.products = nn.ModuleList(Product(part, level) for part in parts)
+        return
     form: Any = blocks_of(weight)
-    columns = weight.codes.shape[1]
-    if kind is CodedTable:  # its rows have no padding
-        form["codes"] = form["codes"][:, : -(-columns * form["bits"] // 8)].contiguous()
+    # the rows of a table have no padding
+    form["codes"] = form["codes"][:, : -(-weight.codes.shape[1] * form["bits"] // 8)].contiguous()
     for name in ("codes", "scales", "zero_points"):
         layer.register_buffer(name, form[name], persistent=False)
-    facts = {"bits": form["bits"], "block": form["block"], "level": level, "size": (len(weight.codes), columns)}
-    for name, value in facts.items():
-        setattr(layer, name, value)
+    for name in ("bits", "block"):
+        setattr(layer, name, form[name])
 
 
 def layers_of(model: Any, stored: Iterable[str]) -> Mapping[str, str]:

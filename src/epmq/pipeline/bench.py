@@ -18,6 +18,7 @@ from torch import Tensor
 
 from epmq.errors import EnvironmentFault, InputError
 from epmq.export import gguf, onnx, onnx_int8
+from epmq.export.onnx_layers import EXACT, INTEGER
 from epmq.files import read_json, write_json
 from epmq.models.codes import CodedCheckpoint, Float32Checkpoint
 from epmq.pipeline.exporting import contents_of, stored_examples
@@ -131,8 +132,8 @@ def _subjects(source: CodedCheckpoint, work: Path, bar: Progress) -> Iterator[Su
 def _writers(source: CodedCheckpoint) -> Iterator[tuple[str, str, Callable[[Path], list[Path]]]]:
     """Runtime, weights, and what writes the files, of all runtimes that are installed and take the model."""
     for target, runtime, forms in (
-        (onnx, "onnx", {FLOAT32: None, CODES: onnx.EXACT}),
-        (onnx_int8, "onnx-int8", {CODES: onnx.INTEGER}),
+        (onnx, "onnx", {FLOAT32: None, CODES: EXACT}),
+        (onnx_int8, "onnx-int8", {CODES: INTEGER}),
     ):
         if _fits(target, source):
             for weights, level in forms.items():
