@@ -8,11 +8,12 @@ export TOKENIZERS_PARALLELISM = false
 # Processes that run tests side by side, one thread each: two torch processes with two threads each are slower.
 WORKERS ?= 2
 
-.PHONY: help demo test test-oldest check lint types layers tables docs dist bench suites peers clean
+.PHONY: help demo test test-all test-oldest check lint types layers tables docs dist bench suites peers clean
 
 help:
 	@echo "make demo         merge and quantize four experts on real data, and compare (first time: trains the experts)"
 	@echo "make test         make check, and all tests"
+	@echo "make test-all     the same with long tests that are like others"
 	@echo "make check        lint, types, layers of imports, tables that follow from the results"
 	@echo "make test-oldest  the end-to-end tests on the oldest versions that pyproject.toml allows"
 	@echo "make docs         the documentation as a site, in site/"
@@ -59,6 +60,10 @@ tables: $(VENV)/.dev
 
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+# Those that are left out of `test`, too.
+test-all: check
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m ''
 
 test-oldest: $(OLDEST)/.installed
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n $(WORKERS) tests/pipeline/test_run.py tests/models/test_families.py tests/export

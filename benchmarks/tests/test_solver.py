@@ -9,6 +9,7 @@ from epmq.quantization.gptq import gptq
 
 
 @pytest.mark.slow
+@pytest.mark.rare
 def test_a_row_says_what_was_measured(monkeypatch):
     def peer(weight, hessian):
         damped = hessian + solver_worker.DAMPING * hessian.diagonal().mean() * torch.eye(len(hessian))

@@ -45,8 +45,23 @@ def quantized(model: Any, folder: Path, **quantize: Any) -> Path:
     return folder / "out"
 
 
-# SmolLM2 is of Llama's class, with a tied output layer as Gemma's.
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "smollm2"])
+# Families whose graphs have nothing that those of others do not have.
+LIKE_OTHERS = (
+    "roberta",
+    "distilbert",
+    "vit",
+    "clip_vision",
+    "flan_t5",
+    "smollm2",
+    "qwen2",
+    "qwen3",
+    "mistral",
+    "gemma",
+)
+ALL = [pytest.param(family, marks=pytest.mark.rare if family in LIKE_OTHERS else ()) for family in FAMILIES]
+
+
+@pytest.mark.parametrize("family", ALL)
 def test_a_family_runs_in_onnxruntime(family, tmp_path, monkeypatch):
     batches = [dict(batch) for batch in FAMILIES[family].batches()]
     for batch in batches:

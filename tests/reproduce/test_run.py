@@ -139,7 +139,10 @@ def test_what_is_nowhere_is_named(hub, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "tasks", "published"),
-    [("clip-vit-l14-20", 20, {"experts": 93.5}), ("flan-t5-base-glue", 8, {"task_arithmetic-gptq-4": 78.26})],
+    [
+        pytest.param("clip-vit-l14-20", 20, {"experts": 93.5}, marks=pytest.mark.rare),
+        ("flan-t5-base-glue", 8, {"task_arithmetic-gptq-4": 78.26}),
+    ],
 )
 def test_the_other_tables_run_too(tmp_path, name, tasks, published):
     table = load_table(name)
@@ -160,6 +163,7 @@ def test_the_other_tables_run_too(tmp_path, name, tasks, published):
 
 
 @pytest.mark.slow
+@pytest.mark.rare
 def test_a_table_that_lm_eval_scores(tmp_path):
     table = load_table("llama-mergebench")
     build(table, tmp_path / "hub", rows=24)
