@@ -10,13 +10,13 @@ from conftest import recipe_for
 from families import FAMILIES
 
 import epmq
+from epmq.export import onnx
 from epmq.export.onnx_layers import block_of, blocks_of, halves
 from epmq.export.target import Contents
 from epmq.models.checkpoint import COUNTS
 from epmq.quantization.grid import BITS, Grid
 from epmq.quantization.rtn import rtn
 
-onnx = pytest.importorskip("epmq.export.onnx", exc_type=ImportError)
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
 
