@@ -27,9 +27,8 @@ from benchmarks.records import provenance, read_rows
 from benchmarks.suites.build import suite_dir
 from epmq.data.encoding import encode
 from epmq.data.examples import Examples
-from epmq.demo.run import _prepare as demo_pool
-from epmq.demo.run import _recipe as demo_recipe
-from epmq.export import onnx
+from epmq.demo.run import demo_pool, demo_recipe
+from epmq.export.onnx_graph import open_session, run_session
 from epmq.files import cache_dir, write_json
 from epmq.pipeline.bench import bench
 
@@ -50,13 +49,14 @@ def agreement(checkpoint: Path, target: str) -> dict[str, Any]:
     """Share of the labels of 1,000 test texts that are those of `epmq.load`, and how far scores are off."""
     folder = checkpoint.with_name(target)
     epmq.export_checkpoint(checkpoint, target, folder)
-    session = onnx.open_session(next((folder / "onnx").glob("*.onnx")))
+    session = open_session(next((folder / "onnx").glob("*.onnx")))
     model, same, total, error, largest = epmq.load(checkpoint), 0, 0, 0.0, 0.0
     for batch in encode(Examples("text", test_texts()), model.processor, BATCH, 64):
         inputs = {one.name: batch[one.name] for one in session.get_inputs()}
         with torch.no_grad():
             ours = model.all_scores(**inputs)
-        for mine, theirs in zip(ours.values(), onnx.run_session(session, inputs, list(ours)), strict=True):
+        found = run_session(session, inputs)
+        for mine, theirs in ((scores, found[task]) for task, scores in ours.items()):
             same, total = same + int((mine.argmax(1) == theirs.argmax(1)).sum()), total + len(mine)
             error, largest = max(error, float((mine - theirs).abs().max())), max(largest, float(mine.abs().max()))
     return {"agreement": same / total, "labels": total, "max_error": error / largest, "against": "epmq.load"}

@@ -7,7 +7,7 @@ from typing import Any
 from benchmarks.speed.growth import EXPECTED, GROWN, exponent, grown
 from benchmarks.speed.whole_run import OWN
 from benchmarks.tables.markdown import measured, table
-from epmq.pipeline.bench import FIGURES, figures_beside
+from epmq.pipeline.bench import FIGURES, figures_of
 
 
 def shapes_table(rows: list[dict[str, Any]]) -> str:
@@ -175,11 +175,9 @@ def runtimes_tables(rows: list[dict[str, Any]]) -> str:
     """Markdown: models in the runtimes, with ratios to float32 in the same one; and what heads cost."""
     lines = []
     for row in (row for row in rows if "heads" not in row):
-        family = row["runtime"].partition("-int8")[0].partition(",")[0]
-        alike = [one for one in rows if one["suite"] == row["suite"] and one["runtime"] == family]
-        plain = next((one for one in alike if one["weights"] == "float32"), row)
+        figures = figures_of(row, [one for one in rows if one["suite"] == row["suite"]])
         agreed = f"{100 * row['agreement']:.1f} % of {row['labels']}" if "agreement" in row else "–"
-        lines.append([row["suite"], row["runtime"], row["weights"], *figures_beside(row, plain), agreed])
+        lines.append([row["suite"], row["runtime"], row["weights"], *figures, agreed])
     parts = [table(["model", "runtime", "weights", *FIGURES, "labels as in PyTorch"], lines)]
     many = [row for row in rows if "heads" in row]
     if many:

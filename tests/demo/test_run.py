@@ -21,7 +21,7 @@ def small_demo(pool, tmp_path, monkeypatch):
         record = json.dumps({"base_test": 0.4, "test": 0.6})
         (tmp_path / "pool" / "experts" / task / "training.json").write_text(record)
     monkeypatch.setattr(demo, "fetch_packages", lambda: None)
-    monkeypatch.setattr(demo, "_prepare", lambda: tmp_path / "pool")
+    monkeypatch.setattr(demo, "demo_pool", lambda: tmp_path / "pool")
     monkeypatch.setattr(demo, "DEMO_TASKS", ("one", "two"))
     return tmp_path / "demo"
 

@@ -1,4 +1,6 @@
 import json
+import tempfile
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -72,6 +74,30 @@ def test_a_run_writes_it_beside_its_output(pool: Path, tmp_path: Path) -> None:
     report = epmq.run({**recipe, "output": str(tmp_path / "out")}, progress=False, evaluate=False)
     assert [one["target"] for one in report["exports"]] == ["gptq"]
     assert (tmp_path / "out" / "gptq" / "model.safetensors").exists()
+
+
+def test_a_mere_merge_is_written_for_no_runtime(pool: Path, tmp_path: Path) -> None:
+    recipe = recipe_for(pool, quantize={"method": "rtn", "group_size": 32}, formats=["gptq"])
+    report = epmq.merge({**recipe, "output": str(tmp_path / "out")}, progress=False)
+    assert report["exports"] == [] and not (tmp_path / "out" / "gptq").exists()
+
+
+def test_an_export_that_was_stopped_is_in_no_output(pool: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    recipe = recipe_for(pool, quantize={"method": "rtn", "group_size": 32}, output=str(tmp_path / "out"))
+
+    def begin(source: CodedCheckpoint, folder: Path) -> list[Path]:
+        (folder / "gptq").mkdir()
+        (folder / "gptq" / "model.safetensors").write_bytes(b"half of it")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(gptq, "write", begin)
+        # as if it was killed: nothing is cleared away
+        patch.setattr(tempfile, "TemporaryDirectory", lambda **where: nullcontext(tempfile.mkdtemp(**where)))
+        epmq.run({**recipe, "formats": ["gptq"]}, progress=False, evaluate=False)
+    report = epmq.run(recipe, progress=False, evaluate=False)
+    assert any("were finished by a run that was stopped" in note for note in report["notes"])
+    assert not (tmp_path / "out" / "gptq").exists() and [file.name for file in tmp_path.iterdir()] == ["out"]
 
 
 def test_words_are_filled_from_their_low_bits() -> None:

@@ -62,11 +62,11 @@ def run_demo(output: str | Path = "epmq-demo") -> dict[str, Measured]:
             raise OutputExistsError(f"{output} exists and is not from an earlier demo: choose another --output")
         shutil.rmtree(output)
     fetch_packages()
-    root = _prepare()
+    root = demo_pool()
     columns = _trained_columns(root)
     folders = {method: output / title.lower() for method, title in TITLES.items()}
     for method, folder in folders.items():
-        report = run(_recipe(root, quantize={"method": method, "bits": BITS}, output=str(folder)))
+        report = run(demo_recipe(root, quantize={"method": method, "bits": BITS}, output=str(folder)))
         columns[TITLES[method]] = measured(report)
     write_json(output / RESULTS, columns)
     console, best = Console(), folders["expert_guided"]
@@ -93,7 +93,7 @@ def _trained_columns(root: Path) -> dict[str, Measured]:
     }
 
 
-def _prepare() -> Path:
+def demo_pool() -> Path:
     """Build the demo's pool in `$EPMQ_CACHE/demo`, with a bar a step; later calls find it. Returns its folder."""
     root = cache_dir() / "demo"
     with step_bars(Console(stderr=True)) as report:
@@ -105,7 +105,7 @@ def _prepare_task(task: str, folder: Path) -> None:
     write_task(DEMO_TASKS[task](), folder, DEMO_SIZES)
 
 
-def _recipe(root: Path, **fields: Any) -> Recipe:
+def demo_recipe(root: Path, **fields: Any) -> Recipe:
     """The experts of the pool, calibrated on training data and evaluated on the test's."""
     experts = []
     for task in DEMO_TASKS:

@@ -14,7 +14,7 @@ from epmq.export.form import in_block
 from epmq.export.target import Coded, Contents, refuse_grid
 from epmq.files import write_json
 from epmq.models.checkpoint import DTYPE_NAMES, TensorSpec
-from epmq.models.codes import CodedCheckpoint
+from epmq.models.codes import CodedCheckpoint, pack_bytes
 from epmq.models.side_files import CONFIG, copy_files, side_files
 from epmq.models.writer import CheckpointWriter
 from epmq.quantization.grid import Grid, QuantizedTensor
@@ -136,10 +136,8 @@ def layer_tensors(layer: str, weight: QuantizedTensor, group: int) -> dict[str, 
 
 def pack_rows(codes: Tensor, bits: int) -> Tensor:
     """Unsigned codes [rows, columns] int32 as words [rows · bits / 32, columns] int32, first rows in the low bits."""
-    words = torch.zeros(len(codes) * bits // WORD, codes.shape[1], dtype=torch.int32)
-    for place in range(WORD // bits):
-        words |= codes[place :: WORD // bits] << (place * bits)
-    return words
+    packed = pack_bytes(codes.T.to(torch.uint8), bits).flatten()
+    return packed.view(torch.int32).reshape(codes.shape[1], -1).T
 
 
 def _common_grid(layers: Mapping[str, Coded]) -> Grid:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from epmq.data.encoding import encode
 from epmq.data.made import made_examples
 from epmq.errors import InputError
-from epmq.export.onnx_graph import Graph, save_graph
+from epmq.export.onnx_graph import Graph, open_session, run_session, save_graph
 from epmq.export.onnx_layers import EXACT, give_codes, layers_of, stored_bits
 from epmq.export.target import Contents, Verified
 from epmq.files import write_json
@@ -164,7 +164,7 @@ def verify_graphs(
         "runtime": f"onnxruntime {onnxruntime.__version__}",
         "examples": sum(len(next(iter(batch.values()))) for batch in examples),
         "largest_error": float(f"{relative:.2g}"),
-        "same_answers": round(agree / max(count, 1), 4),
+        "same_answers": round(agree / count, 4),
     }
 
 
@@ -177,22 +177,7 @@ def both_outputs(
 
         yield written_scores(model, sessions, batch)
         return
-    inputs = {one.name: batch[one.name] for one in sessions["model"].get_inputs()}
+    found = run_session(sessions["model"], batch)
     with torch.no_grad():
-        expected = named_outputs(model, inputs)
-    yield from zip(expected.values(), run_session(sessions["model"], inputs, list(expected)), strict=True)
-
-
-def run_session(session: Any, inputs: Mapping[str, Tensor], outputs: list[str] | None = None) -> list[Tensor]:
-    """The outputs of a graph, all by default."""
-    found = session.run(outputs, {name: value.numpy() for name, value in inputs.items()})
-    return [torch.from_numpy(one) for one in found]
-
-
-def open_session(file: Path) -> Any:
-    """A graph in onnxruntime, on the CPU: as many threads as torch has, and no messages but errors."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 3
-    return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        expected = named_outputs(model, {one.name: batch[one.name] for one in sessions["model"].get_inputs()})
+    yield from ((value, found[name]) for name, value in expected.items())

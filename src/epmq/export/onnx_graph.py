@@ -1,4 +1,4 @@
-"""A model, or a part of it, as an ONNX file: traced, with the sizes named that may change."""
+"""A model, or a part of it, as an ONNX file: traced, with the sizes named that may change; and run in onnxruntime."""
 
 import logging
 import warnings
@@ -59,6 +59,22 @@ def save_graph(graph: Graph, file: Path) -> None:
     assert program is not None
     graph.change(program.model)
     program.save(str(file))
+
+
+def open_session(file: Path) -> Any:
+    """A graph in onnxruntime, on the CPU: as many threads as torch has, and no messages but errors."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 3
+    return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+
+
+def run_session(session: Any, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The outputs of a graph by name; of the inputs it takes those that it asks for."""
+    taken = {one.name: inputs[one.name].numpy() for one in session.get_inputs()}
+    names = [one.name for one in session.get_outputs()]
+    return dict(zip(names, map(torch.from_numpy, session.run(names, taken)), strict=True))
 
 
 @contextmanager

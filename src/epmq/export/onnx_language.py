@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
 
-from epmq.export.onnx_graph import Graph
+from epmq.export.onnx_graph import Graph, run_session
 from epmq.models.multitask import MultiTaskModel
 
 PAST, PRESENT = "past_key_values", "present"
@@ -45,35 +45,45 @@ class Decoder(nn.Module):
         cache = DynamicCache(list(zip(past[::2], past[1::2], strict=True)))
         given = {name: value for name, value in inputs.items() if name in takes}
         outputs = self.backbone(**given, past_key_values=cache, use_cache=True)
-        return outputs.logits, *cached(outputs.past_key_values)
+        return outputs.logits, *cached(outputs.past_key_values).values()
 
 
 def decoder_graph(model: MultiTaskModel) -> Graph:
     """The graph of a decoder."""
-    ids = torch.arange(2, 2 + BATCH * (CACHED + TOKENS)).reshape(BATCH, -1) % model.backbone.config.vocab_size
+    ids = _ids(model, CACHED + TOKENS)
     with torch.no_grad():
         filled = cached(model.backbone(input_ids=ids[:, :CACHED], use_cache=True).past_key_values)
     inputs = {
         "input_ids": ids[:, CACHED:],
         "attention_mask": torch.ones_like(ids),
         "position_ids": torch.arange(CACHED, CACHED + TOKENS).repeat(BATCH, 1),
-        **dict(zip(cache_names(PAST, len(filled) // 2), filled, strict=True)),
+        **{f"{PAST}.{name}": tensor for name, tensor in filled.items()},
     }
     dynamic: dict[str, dict[int, str]] = {name: {0: "batch", 2: "past_sequence_length"} for name in inputs}
     tokens = {0: "batch", 1: "sequence_length"}
     dynamic |= {"input_ids": tokens, "position_ids": tokens, "attention_mask": {0: "batch", 1: ""}}
-    outputs = ["logits", *cache_names(PRESENT, len(filled) // 2)]
+    outputs = ["logits", *(f"{PRESENT}.{name}" for name in filled)]
     return Graph(Decoder(model.backbone), inputs, outputs, dynamic)
 
 
-def cached(cache: Any) -> list[Any]:
-    """Key and value of each layer of a cache, one after the other."""
-    return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+def _ids(model: MultiTaskModel, tokens: int) -> Tensor:
+    """Tokens of some texts."""
+    ids: Tensor = torch.arange(2, 2 + BATCH * tokens).reshape(BATCH, -1) % model.backbone.config.vocab_size
+    return ids
 
 
-def cache_names(prefix: str, layers: int, part: str = "") -> list[str]:
-    """Names of key and value of each layer."""
-    return [f"{prefix}.{layer}.{part}{leaf}" for layer in range(layers) for leaf in LEAVES]
+def cached(cache: Any) -> dict[str, Tensor]:
+    """Key and value of each layer of a cache by the ends of their names: `0.key`; with an encoder `0.encoder.key`."""
+    parts = {"": cache}
+    if isinstance(cache, EncoderDecoderCache):
+        parts = {".decoder": cache.self_attention_cache, ".encoder": cache.cross_attention_cache}
+    layers: Any = zip(*(part.layers for part in parts.values()), strict=True)
+    return {
+        f"{number}{part}.{leaf}": getattr(layer, f"{leaf}s")
+        for number, both in enumerate(layers)
+        for part, layer in zip(parts, both, strict=True)
+        for leaf in LEAVES
+    }
 
 
 class Encoder(nn.Module):
@@ -90,7 +100,7 @@ class Encoder(nn.Module):
 
 def encoder_graph(model: MultiTaskModel) -> Graph:
     """The graph of an encoder–decoder's encoder."""
-    ids = torch.arange(2, 2 + BATCH * ENCODED).reshape(BATCH, -1)
+    ids = _ids(model, ENCODED)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     sizes = {0: "batch_size", 1: "encoder_sequence_length"}
     return Graph(Encoder(model.backbone.get_encoder()), inputs, ["last_hidden_state"], dict.fromkeys(inputs, sizes))
@@ -156,15 +166,14 @@ class SecondDecoder(nn.Module):
             layer.length = encoder_attention_mask.shape[1]
         cache = EncoderDecoderCache(_cache(past[0::4], past[1::4], DynamicLayer), across)
         cache.is_updated = dict.fromkeys(cache.is_updated, False)  # else what comes in is taken as it is
-        outputs = self.backbone(
+        logits = self.backbone(
             encoder_outputs=(encoder_hidden_states,),
             attention_mask=encoder_attention_mask,
             decoder_input_ids=input_ids,
             past_key_values=cache,
             use_cache=True,
-        )
-        pairs: Any = zip(cache.self_attention_cache.layers, cache.cross_attention_cache.layers, strict=True)
-        return outputs.logits, *(tensor for pair in pairs for layer in pair for tensor in (layer.keys, layer.values))
+        ).logits
+        return logits, *cached(cache).values()
 
 
 def _cache(keys: Sequence[Tensor], values: Sequence[Tensor], kind: type[DynamicLayer]) -> Cache:
@@ -179,28 +188,25 @@ def _cache(keys: Sequence[Tensor], values: Sequence[Tensor], kind: type[DynamicL
 
 def second_decoder_graph(model: MultiTaskModel) -> Graph:
     """The graph of an encoder–decoder's decoder."""
-    ids = torch.arange(2, 2 + BATCH * ENCODED).reshape(BATCH, -1)
+    ids = _ids(model, ENCODED)
     with torch.no_grad():
         encoded = model.backbone.get_encoder()(input_ids=ids).last_hidden_state
         filled = model.backbone(
             encoder_outputs=(encoded,), decoder_input_ids=ids[:, :CACHED], use_cache=True
         ).past_key_values
-    layers, past = len(filled.self_attention_cache.layers), dict[str, Tensor]()
-    for part, cache in (("decoder.", filled.self_attention_cache), ("encoder.", filled.cross_attention_cache)):
-        past |= zip(cache_names(PAST, layers, part), cached(cache), strict=True)
-    names = [f"{PAST}.{i}.{part}.{leaf}" for i in range(layers) for part in ("decoder", "encoder") for leaf in LEAVES]
+    past = {f"{PAST}.{name}": tensor for name, tensor in cached(filled).items()}
     inputs = {
         "encoder_attention_mask": torch.ones_like(ids),
         "input_ids": ids[:, :TOKENS],
         ENCODED_TEXT: encoded,
-        **{name: past[name] for name in names},
+        **past,
     }
     lengths = {"decoder": "past_decoder_sequence_length", "encoder": "encoder_sequence_length_out"}
-    dynamic: dict[str, dict[int, str]] = {name: {0: "batch_size", 2: lengths[name.split(".")[2]]} for name in names}
+    dynamic: dict[str, dict[int, str]] = {name: {0: "batch_size", 2: lengths[name.split(".")[2]]} for name in past}
     dynamic["input_ids"] = {0: "batch_size", 1: "decoder_sequence_length"}
     dynamic["encoder_attention_mask"] = {0: "batch_size", 1: "encoder_sequence_length"}
     dynamic[ENCODED_TEXT] = {0: "batch_size", 1: "encoder_sequence_length_new"}
-    outputs = ["logits", *(name.replace(PAST, PRESENT) for name in names)]
+    outputs = ["logits", *(name.replace(PAST, PRESENT) for name in past)]
     return Graph(SecondDecoder(model.backbone), inputs, outputs, dynamic, make_once)
 
 
@@ -234,7 +240,7 @@ def _second_scores(
     given = {name: batch[name] for name in ("input_ids", "attention_mask")}
     ids = batch["labels"].clamp(min=0) if "labels" in batch else given["input_ids"]
     expected = model.backbone(**given, decoder_input_ids=ids).logits
-    (encoded,) = _run(sessions["encoder_model"], given).values()
+    (encoded,) = run_session(sessions["encoder_model"], given).values()
 
     def step(tokens: slice, past: dict[str, Tensor]) -> dict[str, Tensor]:
         text = {"encoder_attention_mask": given["attention_mask"], ENCODED_TEXT: encoded}
@@ -248,26 +254,29 @@ def _in_two_steps(session: Any, step: Callable[[slice, dict[str, Tensor]], dict[
     """Scores [batch, tokens, vocabulary] of a text whose second half follows with a cache."""
     half, past, scores = ids.shape[1] // 2, _empty(session, len(ids)), []
     for tokens in (slice(0, half), slice(half, ids.shape[1])):
-        outputs = _run(session, step(tokens, past))
+        outputs = run_session(session, step(tokens, past))
         scores.append(outputs.pop("logits"))
         past = {name.replace(PRESENT, PAST): value for name, value in outputs.items()}
     return torch.cat(scores, dim=1)
 
 
 def write_greedily(sessions: Mapping[str, Any], inputs: Mapping[str, Tensor], count: int) -> Tensor:
-    """The likeliest next tokens [batch, count] of texts, one after the other, from their graphs."""
+    """The likeliest next tokens [batch, count] int64 of texts, one after the other, from their graphs.
+
+    Whatever an encoder–decoder's own first token is, it begins with token 0: this is for measuring.
+    """
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     fixed: dict[str, Tensor] = {}
     session = sessions.get("model")
     if session is None:
         session, encoder = sessions["decoder_model_merged"], sessions["encoder_model"]
-        fixed = {"encoder_attention_mask": mask, ENCODED_TEXT: _run(encoder, inputs)["last_hidden_state"]}
+        fixed = {"encoder_attention_mask": mask, ENCODED_TEXT: run_session(encoder, inputs)["last_hidden_state"]}
         ids = torch.zeros(len(ids), 1, dtype=torch.int64)
     past, written = _empty(session, len(ids)), list[Tensor]()
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     for _ in range(count):
         step = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-        outputs = _run(session, {**step, **fixed, **past})
+        outputs = run_session(session, {**step, **fixed, **past})
         ids = outputs.pop("logits")[:, -1:].argmax(-1)
         past = {name.replace(PRESENT, PAST): value for name, value in outputs.items()}
         mask, positions = torch.cat([mask, torch.ones_like(ids)], dim=1), positions[:, -1:] + 1
@@ -279,9 +288,3 @@ def _empty(session: Any, batch: int) -> dict[str, Tensor]:
     """A cache with nothing in it."""
     inputs = [one for one in session.get_inputs() if one.name.startswith(PAST)]
     return {one.name: torch.zeros(batch, one.shape[1], 0, one.shape[3]) for one in inputs}
-
-
-def _run(session: Any, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    taken = {one.name: inputs[one.name].numpy() for one in session.get_inputs()}
-    names = [one.name for one in session.get_outputs()]
-    return dict(zip(names, map(torch.from_numpy, session.run(names, taken)), strict=True))

@@ -6,7 +6,6 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from epmq.errors import EnvironmentFault, InputError
-from epmq.export import gguf, onnx, onnx_int8
+from epmq.export import gguf, onnx
 from epmq.export.onnx_layers import EXACT, INTEGER
+from epmq.export.target import Contents, find_target, has_runtime
 from epmq.files import read_json, write_json
 from epmq.models.codes import CodedCheckpoint, Float32Checkpoint
 from epmq.pipeline.exporting import contents_of, stored_examples
@@ -36,6 +36,8 @@ FIGURES: dict[str, tuple[str, float]] = {
     "a second": ("throughput", 1),
 }
 CODES, FLOAT32 = "codes", "float32"
+# Runtime, weights, and accuracy level of the graphs that onnxruntime is given.
+GRAPHS = (("onnx", FLOAT32, None), ("onnx", CODES, EXACT), ("onnx-int8", CODES, INTEGER))
 SECONDS = 1800
 
 
@@ -90,15 +92,15 @@ def bench(path: str | Path, *, threads: int = 1, progress: bool = True) -> list[
 def bench_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """The rows for the terminal, the ratio to float32 in the same runtime behind each figure."""
     table = Table("runtime", "weights", *(Column(name, justify="right") for name in FIGURES))
-    plain = {row["runtime"].partition("-")[0].partition(",")[0]: row for row in rows if row["weights"] == FLOAT32}
     for row in rows:
-        other = plain.get(row["runtime"].partition("-")[0].partition(",")[0], row)
-        table.add_row(row["runtime"], row["weights"], *figures_beside(row, other))
+        table.add_row(row["runtime"], row["weights"], *figures_of(row, rows))
     return table
 
 
-def figures_beside(row: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """A row's `FIGURES`, each with its ratio to that of another row, where that is not the same."""
+def figures_of(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A row's `FIGURES`, each with its ratio to that of float32 in the same runtime, where that is among the rows."""
+    runtime = row["runtime"].removesuffix("-int8").removesuffix(", packed")
+    other = next((one for one in rows if (one["runtime"], one["weights"]) == (runtime, FLOAT32)), row)
     pairs = [(row[name] / divisor, other[name] / divisor) for name, divisor in FIGURES.values()]
     shown = [f"{one:.1f}" + ("" if other is row else f" ({one / two:.2f}×)") for one, two in pairs]
     return [*shown[:-1], f"{shown[-1]} {row['unit'].partition(' ')[0]}"]
@@ -131,27 +133,23 @@ def _subjects(source: CodedCheckpoint, work: Path, bar: Progress) -> Iterator[Su
 
 def _writers(source: CodedCheckpoint) -> Iterator[tuple[str, str, Callable[[Path], list[Path]]]]:
     """Runtime, weights, and what writes the files, of all runtimes that are installed and take the model."""
-    for target, runtime, forms in (
-        (onnx, "onnx", {FLOAT32: None, CODES: EXACT}),
-        (onnx_int8, "onnx-int8", {CODES: INTEGER}),
-    ):
-        if _fits(target, source):
-            for weights, level in forms.items():
-                yield runtime, weights, partial(onnx.write_graphs, source, level=level, ending="")
-    if _fits(gguf, source):
+    contents = contents_of(source)
+    if _fits("onnx", contents):
+        for runtime, weights, level in GRAPHS:
+            yield runtime, weights, partial(onnx.write_graphs, source, level=level, ending="")
+    if _fits("gguf", contents):
         yield "llama.cpp", FLOAT32, lambda folder: [gguf.write_file(Float32Checkpoint(source), folder)]
         yield "llama.cpp", CODES, lambda folder: [gguf.write_file(source, folder)]
 
 
-def _fits(target: Any, source: CodedCheckpoint) -> bool:
-    """Whether a runtime is installed and takes a checkpoint."""
-    if not all(find_spec(package) for package in (*target.PACKAGES, target.RUNTIME)):
-        return False
+def _fits(name: str, contents: Contents) -> bool:
+    """Whether the runtime of a target is installed and takes a checkpoint."""
     try:
-        target.check(contents_of(source))
+        target = find_target(name)
+        target.check(contents)
     except InputError:
         return False
-    return True
+    return has_runtime(target)
 
 
 def _measured(subject: Subject, source: CodedCheckpoint, work: Path, threads: int) -> dict[str, Any]:

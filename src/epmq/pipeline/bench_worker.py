@@ -64,7 +64,8 @@ def open_model(task: dict[str, Any]) -> tuple[Callable[[Inputs, int], object], b
         from epmq.export.gguf_run import open_runner
 
         return open_runner(next(Path(task["folder"]).glob("*.gguf")), task["threads"])
-    from epmq.export.onnx import named_outputs, open_session, run_session
+    from epmq.export.onnx import named_outputs
+    from epmq.export.onnx_graph import open_session, run_session
     from epmq.models.multitask import load
 
     if task["runtime"].startswith("torch"):
@@ -74,8 +75,7 @@ def open_model(task: dict[str, Any]) -> tuple[Callable[[Inputs, int], object], b
     sessions = {file.name.partition("_q")[0]: open_session(file) for file in Path(task["folder"]).glob("*/*.onnx")}
     session = sessions.get("model")
     if session is not None and not any(one.name == "position_ids" for one in session.get_inputs()):
-        names = [one.name for one in session.get_inputs()]
-        return (lambda inputs, _: run_session(session, {name: inputs[name] for name in names})), False
+        return (lambda inputs, _: run_session(session, inputs)), False
     from epmq.export.onnx_language import write_greedily
 
     return (lambda inputs, tokens: write_greedily(sessions, inputs, tokens)), True

@@ -1,6 +1,7 @@
 """A finished checkpoint, written for the runtimes where people run models, and tried in them."""
 
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -72,14 +73,23 @@ def check_targets(run: PreparedRun) -> None:
             find_target(name).check(contents_to_come(run))
 
 
-def write_targets(run: PreparedRun, folder: Path, bar: Progress) -> list[dict[str, Any]]:
-    """Write a run's output for all its targets, into the output itself; as `export` returns them."""
-    if not run.recipe.formats:
-        return []
+def write_targets(run: PreparedRun, folder: Path, scratch: Path, bar: Progress) -> list[dict[str, Any]]:
+    """Write a run's output for all its targets, into the output itself; as `export_checkpoint` returns them.
+
+    They are written in `scratch`, a folder on the same disk, and moved when they are whole: what a run that is killed
+    has begun is in no output.
+    """
     source = CodedCheckpoint(folder)
     examples = [batch for batches in run.calibration.values() for batch in _first(batches)]
     examples = examples or stored_examples(folder)  # what is rounded to nearest is not calibrated
-    return [write_target(name, source, folder, examples, bar) for name in run.recipe.formats]
+    with tempfile.TemporaryDirectory(dir=scratch) as name:
+        work = Path(name)
+        written = [write_target(target, source, work, examples, bar) for target in run.recipe.formats]
+        for file in [file for file in work.rglob("*") if file.is_file()]:
+            place = folder / file.relative_to(work)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            file.replace(place)
+    return written
 
 
 def write_target(

@@ -94,6 +94,7 @@ def run(
             check_budget(prepared)
             check_targets(prepared)
         stack.enter_context(gc_frozen())  # all modules are imported
+        exports: list[dict[str, Any]] = []
         if isinstance(prepared.recipe.quantize, Unquantized):
             folder = stack.enter_context(whole_directory(recipe.output))
             with clocks.phase("merge and quantize"):
@@ -108,8 +109,10 @@ def run(
             folder = workdir.output
             with clocks.phase("merge and quantize"):
                 written = write_quantized(prepared, workdir, batches, bar)
+            if prepared.recipe.formats:
+                with clocks.phase("export"):
+                    exports = write_targets(prepared, folder, workdir.kept, bar)
         check_processor(folder, prepared.experts, prepared.plan.processor)
-        exports = write_targets(prepared, folder, bar)
         report = {**_report(prepared, written, clocks), "exports": exports}
         if prepared.evaluation:
             with clocks.phase("evaluate"):
@@ -121,7 +124,7 @@ def run(
 
 def merge(recipe: str | Path | dict[str, Any] | Recipe, *, progress: bool = True, **settings: Any) -> dict[str, Any]:
     """Merge only: write the full-precision merged checkpoint; scored only if asked for. Else as `run`."""
-    unquantized = load_recipe(recipe).model_copy(update={"quantize": Unquantized()})
+    unquantized = load_recipe(recipe).model_copy(update={"quantize": Unquantized(), "formats": []})
     return run(unquantized, progress=progress, **{"evaluate": False, **settings})
 
 
