@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -39,6 +40,15 @@ def held(module: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
+def linear(weight: QuantizedTensor, bias: torch.Tensor | None = None, **settings: Any) -> PackedLinear:
+    rows, columns = weight.codes.shape
+    layer, packed = nn.Linear(columns, rows, bias=bias is not None), PackedWeight(weight, **settings)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.to(packed.dtype), requires_grad=False)
+    pack(layer, packed)
+    return layer
+
+
 def assert_same(one: QuantizedTensor, other: QuantizedTensor) -> None:
     assert (one.grid, one.dtype, one.scale.dtype) == (other.grid, other.dtype, other.scale.dtype)
     assert all(torch.equal(getattr(one, name), getattr(other, name)) for name in ("codes", "scale", "zero_point"))
@@ -51,7 +61,7 @@ def test_a_layer_computes_what_the_plain_one_does(monkeypatch, grid, shape):
     if grid.group_size > 0 and shape[1] % grid.group_size:
         return
     weight, bias = coded(*shape, grid), torch.randn(shape[0])
-    exact, quick = PackedLinear(weight, bias, kernels=False), PackedLinear(weight, bias)
+    exact, quick = linear(weight, bias, kernels=False), linear(weight, bias)
     plain = weight.dequantize().float()
     for layer in (exact, quick):
         assert_same(layer.quantized(), weight)
@@ -76,9 +86,9 @@ def test_a_layer_holds_as_many_bytes_as_the_file(grid):
     groups = columns // grid.width(columns)
     zeros = 0 if grid.symmetric else rows * -(-groups * grid.bits // 8)
     on_disk = rows * columns * grid.bits // 8 + 2 * rows * groups + zeros
-    exact = held(PackedLinear(weight, kernels=False))
+    exact = held(linear(weight, kernels=False))
     assert exact <= on_disk + 2 * rows  # zero points of a row of few groups fill up to three bytes
-    quick = PackedLinear(weight)
+    quick = linear(weight)
     # A kernel's scales and zero points are two numbers of bfloat16 for each of its own groups.
     kernel = 4 * rows * (columns // min(256, grid.width(columns))) if quick.packed.has_kernel and grid.bits == 4 else 0
     assert held(quick) == exact + kernel
@@ -87,14 +97,15 @@ def test_a_layer_holds_as_many_bytes_as_the_file(grid):
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_a_table_makes_the_rows_that_are_looked_up(grid):
     weight, ids = coded(30, 64, grid), torch.randint(0, 30, (2, 5))
-    table = PackedEmbedding(weight)
+    table = nn.Embedding(30, 64)
+    pack(table, PackedWeight(weight, kernels=False, table=True))
     assert torch.equal(table(ids), functional.embedding(ids, weight.dequantize().float()))
     assert table(ids[:0]).shape == (0, 5, 64) and (table.num_embeddings, table.embedding_dim) == (30, 64)
     assert_same(table.quantized(), weight)
 
 
 def test_a_weight_is_made_when_something_computes_with_it():
-    layer = PackedLinear(coded(8, 32, Grid(2, 32)), dtype=torch.bfloat16)
+    layer = linear(coded(8, 32, Grid(2, 32)), dtype=torch.bfloat16)
     weight, plain = layer.weight, layer.packed.dequantize()
     assert isinstance(weight, LazyWeight) and (weight.dtype, weight.shape) == (torch.bfloat16, (8, 32))
     assert weight.device == torch.device("cpu") and "shape=(8, 32)" in repr(weight)
@@ -150,7 +161,7 @@ def test_a_layer_that_stores_its_weight_transposed():
 
 def test_codes_and_scales_outlive_a_cast():
     weight = coded(64, 64, Grid(4, 32, False))
-    layer = PackedLinear(weight, torch.randn(64))
+    layer = linear(weight, torch.randn(64))
     layer.bfloat16()
     assert_same(layer.quantized(), weight)
     assert layer.weight.dtype == layer.bias.dtype == layer(torch.randn(2, 64).bfloat16()).dtype == torch.bfloat16
@@ -158,7 +169,7 @@ def test_codes_and_scales_outlive_a_cast():
 
 
 def test_gradients_of_inputs_are_exact():
-    layer, inputs = PackedLinear(coded(64, 64, Grid(4, 32))), torch.randn(2, 64, requires_grad=True)
+    layer, inputs = linear(coded(64, 64, Grid(4, 32))), torch.randn(2, 64, requires_grad=True)
     layer(inputs).sum().backward()
     assert torch.equal(inputs.grad, layer.packed.dequantize().sum(0).expand(2, -1))
 
@@ -166,7 +177,7 @@ def test_gradients_of_inputs_are_exact():
 def test_a_layer_is_packed_anew_on_another_device():
     weight = coded(64, 64, Grid(4, 32, False))
     with pretended_accelerator() as name:
-        layer = PackedLinear(weight).to(name)
+        layer = linear(weight).to(name)
         assert {layer.packed.scale.device.type, layer.weight.device.type} == {name}
         assert isinstance(layer.packed.held, Bytes)  # there are no kernels there
         inputs = torch.randn(2, 64)
@@ -179,7 +190,7 @@ def test_a_layer_is_packed_anew_on_another_device():
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_a_layer_on_a_gpu(grid):
     weight, inputs = coded(256, 512, grid), torch.randn(70, 512)
-    layer = PackedLinear(weight).to("cuda")
+    layer = linear(weight).to("cuda")
     assert_same(layer.quantized().to(torch.device("cpu")), weight)
     for rows in (2, 70):
         expected = functional.linear(inputs[:rows].cuda(), weight.dequantize().float().cuda())

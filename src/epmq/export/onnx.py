@@ -16,7 +16,7 @@ from epmq.data.encoding import encode
 from epmq.data.made import made_examples
 from epmq.errors import InputError
 from epmq.export.onnx_graph import Graph, open_session, run_session, save_graph
-from epmq.export.onnx_layers import EXACT, give_codes, layers_of, stored_bits
+from epmq.export.onnx_layers import EXACT, put_operators, stored_bits
 from epmq.export.target import Contents, Verified
 from epmq.files import write_json
 from epmq.models.checkpoint import architecture_of
@@ -54,11 +54,11 @@ def write_graphs(source: CodedCheckpoint, folder: Path, level: int | None, endin
 
     `level` is the accuracy level of products by codes; None writes the weights in float32 in the place of codes.
     """
-    model = load(source.checkpoint.path)
+    model = load(source.checkpoint.path, weights="plain" if level is None else "packed-exact")
     if hasattr(model.backbone, "set_attn_implementation"):
         model.backbone.set_attn_implementation("eager")  # T5's positions are lost in sdpa's graph
     if level is not None:
-        put_codes(model.backbone, source, level)
+        put_operators(model.backbone, level)
     files = {}
     for name, graph in graphs_of(model).items():
         file = files[name] = folder / FOLDER / f"{name}_q{main_bits(source)}{ending}.onnx"
@@ -87,13 +87,6 @@ def main_bits(source: CodedCheckpoint) -> int:
     """The bits that most layers are stored in: transformers.js finds a file by them."""
     counts = Counter(stored_bits(grid) for grid in source.grids.values())
     return counts.most_common(1)[0][0]
-
-
-def put_codes(model: Any, source: CodedCheckpoint, level: int) -> None:
-    """Let the quantized layers and tables of a model compute from a checkpoint's codes."""
-    for name, disk in layers_of(model, source.weights()).items():
-        if disk in source.grids:
-            give_codes(model.get_submodule(name), source.codes(disk), level)
 
 
 class Scores(nn.Module):

@@ -4,7 +4,6 @@ The operators are those of `com.microsoft` (docs/ContribOperators.md of onnxrunt
 blocks of columns that share a scale and a zero point.
 """
 
-from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from epmq.models.codes import pack_bytes, unsigned
-from epmq.models.meta import rename, tied_names
+from epmq.models.packed import PackedWeight
 from epmq.quantization.grid import Grid, QuantizedTensor
 
 DOMAIN = "com.microsoft"
@@ -108,74 +107,85 @@ class Product(nn.Module):
         return product
 
 
-class CodedLayer(nn.Module):
-    """What a layer becomes that multiplies by codes; its own weight is not read any more."""
-
-    products: nn.ModuleList
-    bias: Tensor | None
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """The product with the weight, and the bias."""
-        first, *others = self.products
-        found: Tensor = first(inputs, self.bias)
-        for product in others:
-            found = found + product(inputs, None)
-        return found
-
-
-class CodedTable(nn.Embedding):
-    """What a table becomes that is looked up in codes; its own weight is not read any more."""
+class Table(nn.Module):
+    """Rows of a weight [rows, features] in codes, looked up by one operator of the graph."""
 
     codes: Tensor
     scales: Tensor
     zero_points: Tensor | None
-    bits: int
-    block: int
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Rows of the table, as one operator of the graph."""
-        attributes: dict[str, Any] = {"gather_axis": 0, "quantize_axis": 1, "block_size": self.block, "bits": self.bits}
+    def __init__(self, weight: QuantizedTensor) -> None:
+        super().__init__()
+        form, self.features = blocks_of(weight), weight.codes.shape[1]
+        facts = {"gather_axis": 0, "quantize_axis": 1, "block_size": form["block"], "bits": form["bits"]}
+        self.attributes: dict[str, Any] = facts
+        # its rows have no padding
+        self.register_buffer("codes", form["codes"][:, : -(-self.features * form["bits"] // 8)].contiguous())
+        self.register_buffer("scales", form["scales"])
+        self.register_buffer("zero_points", form["zero_points"])
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """[...] → [..., features]."""
         zeros = [] if self.zero_points is None else [self.zero_points]
         rows: Tensor = torch.onnx.ops.symbolic(
             f"{DOMAIN}::GatherBlockQuantized",
-            [self.codes, input, self.scales, *zeros],
-            attributes,
+            [self.codes, ids, self.scales, *zeros],
+            self.attributes,
             dtype=torch.float32,
-            shape=(*input.shape, self.embedding_dim),
+            shape=(*ids.shape, self.features),
             version=1,
         )
         return rows
 
 
-def give_codes(layer: nn.Module, weight: QuantizedTensor, level: int) -> None:
-    """Let a linear layer or a table compute from codes. `level` is the accuracy level of its products.
+class GraphWeight(nn.Module):
+    """What takes the place of a `PackedWeight` in a graph: operators on its codes.
 
-    Its class becomes one of both: what a class adds to the look-up, such as Gemma's factor, stays.
+    Args:
+        packed: the weight.
+        level: accuracy level of products.
+        multiplied, table: whether layers multiply by it, and whether rows of it are looked up.
     """
-    kind = CodedTable if isinstance(layer, nn.Embedding) else CodedLayer
-    own = type(layer)
-    bases = (kind,) if own is nn.Embedding else (kind, own) if kind is CodedLayer else (own, kind)
-    layer.__class__ = type(f"Coded{own.__name__}", bases, {})
-    if kind is CodedLayer:
-        split = weight.grid.bits == 8 and level == EXACT
-        parts = halves(weight) if split else [weight]
-        layer.products = nn.ModuleList(Product(part, level) for part in parts)
-        return
-    form: Any = blocks_of(weight)
-    # the rows of a table have no padding
-    form["codes"] = form["codes"][:, : -(-weight.codes.shape[1] * form["bits"] // 8)].contiguous()
-    for name in ("codes", "scales", "zero_points"):
-        layer.register_buffer(name, form[name], persistent=False)
-    for name in ("bits", "block"):
-        setattr(layer, name, form[name])
+
+    def __init__(self, packed: PackedWeight, level: int, multiplied: bool, table: bool) -> None:
+        super().__init__()
+        weight = packed.quantized()
+        parts = halves(weight) if weight.grid.bits == 8 and level == EXACT else [weight]
+        self.products = nn.ModuleList(Product(part, level) for part in parts if multiplied)
+        self.table = Table(weight) if table else None
+        self.shape, self.dtype, self.scale = packed.shape, packed.dtype, packed.scale
+        self.dequantize = packed.dequantize
+
+    def suits(self, inputs: Tensor) -> bool:
+        """Whether its products are by codes: all are."""
+        return True
+
+    def linear(self, inputs: Tensor, bias: Tensor | None) -> Tensor:
+        """As of `PackedWeight`."""
+        first, *others = self.products
+        found: Tensor = first(inputs, bias)
+        for product in others:
+            found = found + product(inputs, None)
+        return found
+
+    by_kernel = linear
+
+    def lookup(self, ids: Tensor) -> Tensor:
+        """As of `PackedWeight`."""
+        assert self.table is not None
+        rows: Tensor = self.table(ids)
+        return rows
 
 
-def layers_of(model: Any, stored: Iterable[str]) -> Mapping[str, str]:
-    """Layer or table of a model → its name on disk, tied ones included; `stored` are names of weights on disk."""
-    names = rename(model, stored)[0]
-    names |= {name: names[leader] for name, leader in tied_names(model).items() if leader in names}
-    return {
-        name.removesuffix(".weight"): disk.removesuffix(".weight")
-        for name, disk in names.items()
-        if name.endswith(".weight")
-    }
+def put_operators(model: nn.Module, level: int) -> None:
+    """Let the layers and tables of a model that is held in codes compute by operators of a graph."""
+    holders: dict[PackedWeight, list[nn.Module]] = {}
+    for module in model.modules():
+        packed = getattr(module, "packed", None)
+        if isinstance(packed, PackedWeight):
+            holders.setdefault(packed, []).append(module)
+    for packed, modules in holders.items():
+        tables = [isinstance(module, nn.Embedding) for module in modules]
+        made = GraphWeight(packed, level, not all(tables), any(tables))
+        for module in modules:
+            module.packed = made

@@ -156,92 +156,48 @@ class LazyWeight(Tensor):
         return func(*plain[0], **plain[1])
 
 
-class PackedLinear(nn.Linear):
-    """A linear layer whose weight is kept in codes.
-
-    Args:
-        weight: the codes [out, in], or those that another layer has, too.
-        bias: [out], or None.
-        dtype: what is computed in, where `weight` is no `PackedWeight`.
-        kernels: as of `PackedWeight`.
+class InCodes:
+    """What layers and tables have in common whose weight is kept in codes; `pack` makes them.
 
     Attributes:
         packed: the weight; `weight` is a tensor that is made when something computes with it.
-        bias: a parameter, or None.
     """
 
     packed: PackedWeight
 
-    def __init__(
-        self,
-        weight: QuantizedTensor | PackedWeight,
-        bias: Tensor | None = None,
-        dtype: torch.dtype = torch.float32,
-        kernels: bool = True,
-    ) -> None:
-        nn.Module.__init__(self)
-        if isinstance(weight, QuantizedTensor):
-            weight = PackedWeight(weight, dtype, kernels)
-        self.packed = weight
-        self.out_features, self.in_features = self.packed.shape
-        own = None if bias is None else nn.Parameter(bias.to(self.packed.dtype), requires_grad=False)
-        self.register_parameter("bias", own)
-
     @property
-    def weight(self) -> Tensor:  # type: ignore[override]
-        """[out, in]."""
+    def weight(self) -> Tensor:
+        """[out, in], or [rows, features]."""
         return LazyWeight(self.packed)
 
     def quantized(self) -> QuantizedTensor:
         """The weight's codes [out, in], scales and zero points [out, groups]."""
         return self.packed.quantized()
+
+
+class PackedLinear(InCodes, nn.Linear):  # type: ignore[override]
+    """A linear layer whose weight is kept in codes."""
 
     def forward(self, input: Tensor) -> Tensor:
         """As of `nn.Linear`."""
         return self.packed.linear(input, self.bias)
 
 
-class PackedEmbedding(nn.Embedding):
-    """A table whose rows are kept in codes, and made when they are looked up; arguments as of `PackedLinear`."""
-
-    packed: PackedWeight
-
-    def __init__(self, weight: QuantizedTensor | PackedWeight, dtype: torch.dtype = torch.float32) -> None:
-        nn.Module.__init__(self)
-        if isinstance(weight, QuantizedTensor):
-            weight = PackedWeight(weight, dtype, kernels=False, table=True)
-        self.packed = weight
-        self.num_embeddings, self.embedding_dim = self.packed.shape
-        self.padding_idx, self.max_norm, self.norm_type = None, None, 2.0
-        self.scale_grad_by_freq = self.sparse = False
-
-    @property
-    def weight(self) -> Tensor:  # type: ignore[override]
-        """[rows, features]."""
-        return LazyWeight(self.packed)
-
-    def quantized(self) -> QuantizedTensor:
-        """The table's codes [rows, features], scales and zero points [rows, groups]."""
-        return self.packed.quantized()
+class PackedEmbedding(InCodes, nn.Embedding):  # type: ignore[override]
+    """A table whose rows are kept in codes, and made when they are looked up."""
 
     def forward(self, input: Tensor) -> Tensor:
         """As of `nn.Embedding`."""
         return self.packed.lookup(input)
 
 
-class PackedConv1D(Conv1D):
+class PackedConv1D(InCodes, Conv1D):
     """A linear layer that stores its weight as [in, out], such as GPT-2's, whose weight is kept in codes [out, in]."""
-
-    packed: PackedWeight
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """[in, out]."""
         return LazyWeight(self.packed, transposed=True)
-
-    def quantized(self) -> QuantizedTensor:
-        """The weight's codes [out, in], scales and zero points [out, groups]."""
-        return self.packed.quantized()
 
     def forward(self, x: Tensor) -> Tensor:
         """As of `Conv1D`."""
