@@ -3,7 +3,8 @@
 * `demo`: the four experts of `epmq demo` on MiniLM, expert-guided at 4 bits, in every runtime that is installed, beside
   the same model in float32 in the same runtime (`epmq bench`, one thread); and how many labels of 1,000 test texts are
   those of `epmq.load`.
-* `smollm2`: SmolLM2-135M rounded to 4 bits in groups of 32, the same.
+* `smollm2`: three experts of SmolLM2-135M, merged and rounded to 4 bits in groups of 32, the same; and the perplexity
+  of 160 test texts a task in llama.cpp beside that of `epmq.load`.
 * `heads`: what 8 heads cost over one, in PyTorch and in onnxruntime.
 
 Every part that is done goes to `benchmarks/results/runtimes.json`; `python -m benchmarks.tables` makes the table.
@@ -24,16 +25,18 @@ from rich.console import Console
 import epmq
 from benchmarks import RESULTS
 from benchmarks.records import provenance, read_rows
+from benchmarks.suites import causal3, language
 from benchmarks.suites.build import suite_dir
 from epmq.data.encoding import encode
 from epmq.data.examples import Examples
 from epmq.demo.run import demo_pool, demo_recipe
+from epmq.export.gguf_run import log_perplexity
 from epmq.export.onnx_graph import open_session, run_session
 from epmq.files import cache_dir, write_json
 from epmq.pipeline.bench import bench
 
 PATH = RESULTS / "runtimes.json"
-TEXTS, BATCH, HEADS = 1000, 32, 8
+TEXTS, BATCH, HEADS, PASSAGES = 1000, 32, 8, 160
 
 
 def demo(work: Path) -> list[dict[str, Any]]:
@@ -73,14 +76,29 @@ def test_texts() -> list[str]:
 
 
 def smollm2(work: Path) -> list[dict[str, Any]]:
-    """SmolLM2-135M in every runtime: speed and size do not depend on how its codes were chosen."""
-    base = str(suite_dir("causal3") / "base")
-    quantize = {"method": "rtn", "bits": 4, "group_size": 32}
-    recipe = {"base": base, "experts": [{"name": "base", "model": base}], "quantize": quantize}
-    report = epmq.run(recipe | {"output": str(work / "smollm2"), "formats": ["gguf"]}, evaluate=False)
-    found = {"llama.cpp": report["exports"][0]["verified"]}
+    """Three experts of SmolLM2-135M merged, in every runtime; and the perplexity of their test texts in llama.cpp."""
+    root = suite_dir("causal3")
+    experts = [{"name": task, "model": str(root / "experts" / task)} for task in causal3.TASKS]
+    recipe = {"base": str(root / "base"), "experts": experts, "output": str(work / "smollm2"), "formats": ["gguf"]}
+    report = epmq.run(recipe | {"quantize": {"method": "rtn", "bits": 4, "group_size": 32}}, evaluate=False)
+    [file] = (work / "smollm2").glob("*/*.gguf")
+    found = {"llama.cpp": report["exports"][0]["verified"] | {"log_perplexity": perplexities(work / "smollm2", file)}}
     rows = bench(work / "smollm2")
     return [row | ({"verified": found.get(row["runtime"])} if row["weights"] == "codes" else {}) for row in rows]
+
+
+def perplexities(checkpoint: Path, file: Path) -> dict[str, dict[str, float]]:
+    """Task → mean log-perplexity of its first test texts by `epmq.load` and by llama.cpp."""
+    model, found = epmq.load(checkpoint), {}
+    for task in causal3.TASKS:
+        rows = language.read_rows(suite_dir("causal3") / "data" / task, "test")[:PASSAGES]
+        batches = list(encode(language.examples_of(rows, causal3.KIND), model.processor, BATCH, causal3.MAX_LENGTH))
+        sequences = [ids[mask.bool()] for one in batches for ids, mask in zip(one["input_ids"], one["attention_mask"])]
+        with torch.no_grad():
+            scores = [model(input_ids=ids[None]).logits[0, :-1].log_softmax(-1) for ids in sequences]
+        given = torch.cat([score.gather(1, ids[1:, None]) for score, ids in zip(scores, sequences)])
+        found[task] = {"epmq.load": -float(given.mean()), "llama.cpp": log_perplexity(file, sequences)}
+    return found
 
 
 def heads(work: Path) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from benchmarks.speed.growth import EXPECTED, GROWN, exponent, grown
@@ -183,6 +184,12 @@ def runtimes_tables(rows: list[dict[str, Any]]) -> str:
     if many:
         heads = [[row["runtime"], row["weights"], str(row["heads"]), f"{row['latency_ms']:.1f}"] for row in many]
         parts += ["", table(["runtime", "weights", "heads", "ms, one example"], heads)]
+    verified = [row["verified"] for row in rows if row.get("verified")]
+    found = next((one["log_perplexity"] for one in verified if "log_perplexity" in one), {})
+    if found:
+        head = ["perplexity of test texts", *next(iter(found.values())), "ratio"]
+        values = [(task, *map(math.exp, one.values())) for task, one in found.items()]
+        parts += ["", table(head, [[task, f"{a:.3f}", f"{b:.3f}", f"{b / a:.4f}"] for task, a, b in values])]
     return "\n".join([*parts, "", measured(rows)])
 
 

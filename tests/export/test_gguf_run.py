@@ -8,7 +8,9 @@ from packed_models import byte_pairs, packed
 from transformers import BertTokenizerFast
 
 from epmq.export import gguf as target
-from epmq.export.gguf_run import run
+from epmq.export.gguf_run import log_perplexity, run
+from epmq.files import read_json
+from epmq.models.loading import load_model
 
 pytest.importorskip("gguf")
 pytest.importorskip("xllamacpp")
@@ -25,6 +27,17 @@ def test_decoders_give_the_same_next_tokens(tmp_path, monkeypatch):
     target.write(source, tmp_path)
     with pytest.raises(RuntimeError, match="gives other next tokens than epmq"):
         target.verify(tmp_path, source.checkpoint.path, batches)
+
+
+def test_the_perplexity_of_texts_is_that_of_pytorch(tmp_path):
+    source, (batch,) = packed(tmp_path, FAMILIES["llama"].build(), byte_pairs()), padded_batches(1)
+    [path] = target.write(source, tmp_path)
+    model = load_model(source.checkpoint.path, read_json(source.checkpoint.path / "config.json"))
+    sequences = [ids[mask.bool()] for ids, mask in zip(batch["input_ids"], batch["attention_mask"])]
+    with torch.no_grad():
+        scores = [model(input_ids=ids[None]).logits[0, :-1].log_softmax(-1) for ids in sequences]
+    given = torch.cat([score.gather(1, ids[1:, None]) for score, ids in zip(scores, sequences)])
+    assert log_perplexity(path, sequences) == pytest.approx(-float(given.mean()), rel=1e-3)
 
 
 def test_encoders_give_the_same_features(tmp_path):

@@ -188,6 +188,17 @@ def _with_right_texts(path: Path, measured: dict[str, Any]) -> dict[str, Any]:
     return measured
 
 
+def log_perplexity(path: Path, sequences: Sequence[Tensor]) -> float:
+    """Mean negative log-likelihood, in nats, that llama.cpp gives the tokens of sequences after their first.
+
+    Raises:
+        RuntimeError: llama.cpp cannot open the file.
+    """
+    found, _ = run(path, "given", [ids.tolist() for ids in sequences])
+    values = torch.tensor([value for answer in found for value in answer], dtype=torch.float64)
+    return -float(values.mean())
+
+
 def try_loading(path: Path) -> dict[str, Any]:
     """Open a file that llama.cpp's server cannot run, as an encoder–decoder or a decoder without a tokenizer.
 
@@ -208,7 +219,8 @@ def run(
     """What llama.cpp gives for prompts, and the tokens that it cuts texts into; in another process.
 
     Args:
-        what: `next` gives ids and logprobs of the likeliest next tokens, `embedding` the mean features, `open` nothing.
+        what: `next` gives ids and logprobs of the likeliest next tokens, `given` the logprobs of a prompt's own tokens
+            but the first, `embedding` the mean features, `open` nothing.
         prompts: tokens.
 
     Raises:
@@ -273,16 +285,24 @@ def _serve(task: dict[str, Any], place: Path) -> NoReturn:
     for prompt in task["prompts"]:
         if task["what"] == "embedding":
             answers.append(server.handle_embeddings({"input": [prompt]})["data"][0]["embedding"])
-            continue
-        wanted = {"prompt": prompt, "n_predict": 1, "n_probs": task["likeliest"], "temperature": 0.0}
-        # It answers no end of a text and no part of a letter; what is chosen changes no probability.
-        wanted |= {"logit_bias": [[task["letter"], 1e6]], "cache_prompt": False, "stream": False}
-        found = server.handle_completions(wanted)
-        likeliest = found["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
-        answers.append({"ids": [one["id"] for one in likeliest], "logprobs": [one["logprob"] for one in likeliest]})
+        elif task["what"] == "given":
+            pairs = [(prompt[:place], prompt[place]) for place in range(1, len(prompt))]
+            answers.append([_next_token(server, start, token, 1)["logprob"] for start, token in pairs])
+        else:
+            # It answers no end of a text and no part of a letter.
+            likeliest = _next_token(server, prompt, task["letter"], task["likeliest"])["top_logprobs"]
+            answers.append({"ids": [one["id"] for one in likeliest], "logprobs": [one["logprob"] for one in likeliest]})
     tokens = [_tokens(server.listening_address, text) for text in task["texts"]]
     write_json(place, {"answers": answers, "tokens": tokens})
     os._exit(0)
+
+
+def _next_token(server: Any, prompt: list[int], token: int, likeliest: int) -> dict[str, Any]:
+    """What a server says of a token after a prompt: it is made to choose that one, which changes no probability."""
+    wanted = {"prompt": prompt, "n_predict": 1, "n_probs": likeliest, "temperature": 0.0, "stream": False}
+    wanted |= {"logit_bias": [[token, 1e6]], "cache_prompt": likeliest == 1}  # a text's next prompt is one token longer
+    found: dict[str, Any] = server.handle_completions(wanted)["choices"][0]["logprobs"]["content"][0]
+    return found
 
 
 def open_runner(path: Path, threads: int) -> tuple[Callable[[dict[str, Tensor], int], object], bool]:
