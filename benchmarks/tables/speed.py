@@ -185,7 +185,7 @@ def runtimes_tables(rows: list[dict[str, Any]]) -> str:
         heads = [[row["runtime"], row["weights"], str(row["heads"]), f"{row['latency_ms']:.1f}"] for row in many]
         parts += ["", table(["runtime", "weights", "heads", "ms, one example"], heads)]
     verified = [row["verified"] for row in rows if row.get("verified")]
-    found = next((one["log_perplexity"] for one in verified if "log_perplexity" in one), {})
+    found: dict[str, Any] = next((one["log_perplexity"] for one in verified if "log_perplexity" in one), {})
     if found:
         head = ["perplexity of test texts", *next(iter(found.values())), "ratio"]
         values = [(task, *map(math.exp, one.values())) for task, one in found.items()]
