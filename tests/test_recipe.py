@@ -6,8 +6,9 @@ import pytest
 from made_recipes import changed, parent_of, smallest
 from pydantic import ValidationError
 
-from epmq.method_settings import Quantize, settings_classes
+from epmq.merge_settings import settings_classes
 from epmq.quantization.grid import Grid
+from epmq.quantize_settings import Quantize
 from epmq.recipe import Recipe
 from epmq.recipe_file import load_recipe
 

@@ -65,6 +65,7 @@ MODULES = {
     "lineage.py": "merging/compatibility.py",
     "lm_scores.py": "reproduce/lm_eval.py",
     "merging.py": "merging/methods.py",
+    "method_settings.py": "merge_settings.py or quantize_settings.py",
     "moments.py": "quantization/hessian.py",
     "plan.py": "pipeline/cost.py",
     "products.py": "matmul.py",

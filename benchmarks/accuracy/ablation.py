@@ -20,7 +20,7 @@ from benchmarks.accuracy.compare import SAMPLES, TEST_SAMPLES, is_language, meas
 from benchmarks.records import provenance, read_rows
 from benchmarks.suites.__main__ import SUITES, build
 from epmq.files import write_json
-from epmq.method_settings import BY_HEADS
+from epmq.quantize_settings import BY_HEADS
 from epmq.reporting.scores import show_score
 
 PATH = RESULTS / "ablation.json"

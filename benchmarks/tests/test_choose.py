@@ -9,7 +9,7 @@ from benchmarks import RESULTS
 from benchmarks.accuracy import choose
 from benchmarks.accuracy.choose import CANDIDATES
 from benchmarks.accuracy.compare import GUIDED, is_language
-from epmq.method_settings import ExpertGuided
+from epmq.quantize_settings import ExpertGuided
 
 
 def test_candidates_that_are_there_are_not_measured_again(tmp_path, monkeypatch):

@@ -8,7 +8,8 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from epmq.errors import InputError
-from epmq.method_settings import ExpertGuided, Guided, Merge, Quantize, TaskArithmetic, settings_classes
+from epmq.merge_settings import Merge, TaskArithmetic, settings_classes
+from epmq.quantize_settings import ExpertGuided, Guided, Quantize
 from epmq.storage_settings import Strict
 
 

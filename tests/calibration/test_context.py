@@ -6,8 +6,8 @@ from conftest import recipe_for
 from epmq.calibration.context import CalibrationContext
 from epmq.merging.compatibility import open_experts
 from epmq.merging.merged import MergedWeights
-from epmq.method_settings import quantize_settings
 from epmq.models.storage import Layout
+from epmq.quantize_settings import quantize_settings
 from epmq.recipe_file import load_recipe
 
 

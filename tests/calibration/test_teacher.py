@@ -7,8 +7,8 @@ from conftest import recipe_for
 
 from epmq.calibration.sequential import Batch
 from epmq.calibration.teacher import Teacher, equals_merge
+from epmq.merge_settings import Average
 from epmq.merging.merged import MergedWeights
-from epmq.method_settings import Average
 from epmq.models.blocks import linears
 from epmq.models.heads import Head
 from epmq.models.hooks import watch

@@ -8,10 +8,10 @@ from checkpoints import edit_weights, weights, with_nan
 from conftest import perturbed, recipe_for, tiny_bert
 from merges import open_folder, recipe_of
 
+from epmq.merge_settings import Average, Dare, Ties
 from epmq.merging.compatibility import open_experts
+from epmq.merging.entrywise import dare, ties
 from epmq.merging.merged import MergedWeights
-from epmq.merging.methods import dare, ties
-from epmq.method_settings import Average, Dare, Ties
 from epmq.pipeline.run import merge
 from epmq.recipe_file import load_recipe
 

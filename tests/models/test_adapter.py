@@ -17,8 +17,8 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import BertModel
 
+from epmq.merge_settings import TaskArithmetic
 from epmq.merging.merged import MergedWeights
-from epmq.method_settings import TaskArithmetic
 from epmq.models.adapter import CONFIG, Adapter
 
 TARGETS = {

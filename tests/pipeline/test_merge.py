@@ -9,7 +9,7 @@ from conftest import recipe_for
 from transformers import BertModel
 
 import epmq
-from epmq.merging import methods
+from epmq.merging import entrywise
 from epmq.pipeline.run import merge
 
 MERGES: list[dict[str, Any]] = [
@@ -38,7 +38,7 @@ def merged_by_hand(base: dict, experts: list[dict], settings: dict[str, Any]) ->
         return {name: base[name] + sum(s * t[name] for s, t in zip(scaling, tau)) for name in base}
     if method == "dare":
         extra = {key: value for key, value in settings.items() if key != "method"}
-        return {name: methods.dare(base[name], [e[name] for e in experts], name=name, **extra) for name in base}
+        return {name: entrywise.dare(base[name], [e[name] for e in experts], name=name, **extra) for name in base}
     merged = {}
     whole = [torch.cat([vector.flatten() for vector in t.values()]).abs().sort(descending=True).values for t in tau]
     for name in base:

@@ -4,9 +4,9 @@ import pytest
 import torch
 from conftest import recipe_for
 
-from epmq.method_settings import quantize_settings
 from epmq.models.checkpoint import Checkpoint, byte_size
 from epmq.pipeline.run import run
+from epmq.quantize_settings import quantize_settings
 from epmq.reporting.report import (
     FLOAT16_MAX,
     block_losses,

@@ -10,8 +10,8 @@ from epmq.calibration.offload import Offloader
 from epmq.calibration.teacher import Teacher
 from epmq.merging.experts import ExpertSet
 from epmq.merging.readers import TensorReader
-from epmq.method_settings import Guidance, Quantize
 from epmq.models.storage import Layout
+from epmq.quantize_settings import Guidance, Quantize
 
 
 @dataclass

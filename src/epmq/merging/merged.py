@@ -2,18 +2,19 @@
 
 import inspect
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from epmq.merging import methods
+from epmq.merge_settings import MatrixSettings, Merge, Ties
 from epmq.merging.experts import ExpertSet
+from epmq.merging.methods import METHODS
 from epmq.merging.readers import ExpertReader
-from epmq.merging.trim import Pair, magnitude_threshold
-from epmq.method_settings import Merge, Ties
+from epmq.merging.trim import Pair, magnitude_threshold, task_vector
+from epmq.models.blocks import LINEAR, as_matrix
 from epmq.models.checkpoint import is_finite
 
 # Entries of a tensor that are read at once when it is merged.
@@ -25,9 +26,8 @@ class MergedWeights:
 
     def __init__(self, experts: ExpertSet, settings: Merge, seed: int = 0) -> None:
         self._experts, self._base, self._settings, self._seed = experts, experts.base, settings, seed
-        self._method = getattr(methods, settings.method)
-        # A draw is one for the whole tensor.
-        self._draws = "seed" in inspect.signature(self._method).parameters
+        self._method = METHODS[settings.method]
+        self._draws = "seed" in inspect.signature(self._method.entries).parameters
         self._thresholds: list[float] | None = None
 
     def prepare(self) -> None:
@@ -53,19 +53,41 @@ class MergedWeights:
         if self._base.dtype(name) is None:
             yield self._base.tensor(name)
             return
-        merge = partial(self._method, **self._arguments(name))
+        merge = self._merge_of(name)
         for rows in self._portions(name):
             base = self._base.tensor(name, rows)
             experts = [self._of(expert, name, rows, base) for expert in self._experts.experts.values()]
             yield self._finite(name, merge(base, experts))
 
     def _portions(self, name: str) -> Iterator[slice | None]:
-        """The rows of a tensor in portions; None for one that is merged as a whole: small, no float, or drawn for."""
-        shape = self._base.shape(name)
-        if self._draws or self._base.dtype(name) is None or math.prod(shape) <= ROWS:
+        """The rows of a tensor in portions; None for one that is merged as a whole: small, no float, or a matrix."""
+        shape, whole = self._base.shape(name), self._method.whole or self._layer(name) is not None
+        if whole or self._base.dtype(name) is None or math.prod(shape) <= ROWS:
             return iter([None])
         step = max(1, ROWS // math.prod(shape[1:]))
         return (slice(start, start + step) for start in range(0, shape[0], step))
+
+    def _layer(self, name: str) -> Any:
+        """The linear layer whose weight has this name, if the method sees it as a matrix."""
+        path, _, leaf = name.rpartition(".")
+        if self._method.matrix is None or leaf != "weight":
+            return None
+        module = self._experts.model.get_submodule(path)
+        return module if isinstance(module, LINEAR) else None
+
+    def _merge_of(self, name: str) -> Callable[[Tensor, Sequence[Tensor]], Tensor]:
+        """What merges a tensor: its base and its experts to the merged one, in the base's dtype."""
+        layer = self._layer(name)
+        if layer is None:
+            return partial(self._method.entries, **self._arguments(name))
+        return partial(self._merge_matrix, layer)
+
+    def _merge_matrix(self, layer: Any, base: Tensor, experts: Sequence[Tensor]) -> Tensor:
+        """Merge the weight of a linear layer, as it is stored."""
+        assert self._method.matrix is not None and isinstance(self._settings, MatrixSettings)
+        vectors = [as_matrix(layer, task_vector(base, expert)) for expert in experts]
+        merged = self._method.matrix(vectors, **self._settings.matrix_arguments())
+        return as_matrix(layer, merged).mul(self._settings.scaling).add_(base).to(base.dtype)
 
     def _arguments(self, name: str) -> dict[str, Any]:
         arguments, settings = self._settings.arguments(), self._settings

@@ -8,7 +8,6 @@ from epmq.errors import EpmqError, InputError, OutputExistsError
 from epmq.files import differences, read_json, write_json
 from epmq.merging.compatibility import open_experts
 from epmq.merging.experts import ExpertSet
-from epmq.method_settings import Gptq, Quantize, QuantizeSettings, RoundToNearest, Unquantized
 from epmq.models.checkpoint import (
     Checkpoint,
     TensorSpec,
@@ -19,6 +18,7 @@ from epmq.models.checkpoint import (
 )
 from epmq.pipeline.evaluation import evaluate_experts
 from epmq.pipeline.run import run
+from epmq.quantize_settings import Gptq, Quantize, QuantizeSettings, RoundToNearest, Unquantized
 from epmq.recipe import Recipe
 from epmq.recipe_file import load_recipe
 from epmq.reporting.comparison import Measured, measured

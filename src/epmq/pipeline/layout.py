@@ -12,11 +12,11 @@ from torch import nn
 from epmq.errors import InputError, error_context
 from epmq.merging.experts import ExpertSet
 from epmq.merging.merged import MergedWeights
-from epmq.method_settings import QuantizeSettings
 from epmq.models.blocks import LINEAR, block_linears, find_stacks, is_transposed
 from epmq.models.meta import token_tables, vocabulary
 from epmq.models.storage import Layout, Storage
 from epmq.quantization.grid import BITS, Grid
+from epmq.quantize_settings import QuantizeSettings
 from epmq.storage_settings import PLAIN, Override, PartGrid, describe
 
 # What a plan tells the storage of.

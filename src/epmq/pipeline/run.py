@@ -19,7 +19,6 @@ from epmq.data.encoding import split_first, to_device
 from epmq.errors import InputError
 from epmq.files import hash_file, whole_directory, write_json
 from epmq.merging.readers import TensorReader, guiding_head
-from epmq.method_settings import Unquantized
 from epmq.models.blocks import find_stacks
 from epmq.models.checkpoint import bits_per_weight, model_files
 from epmq.models.multitask import load
@@ -33,6 +32,7 @@ from epmq.pipeline.opening import note_unopened
 from epmq.pipeline.output import QuantizedWeights, parameters_of, weight_specs, write_merged, write_rest
 from epmq.pipeline.prepare import Objects, PreparedRun, prepare
 from epmq.pipeline.verify import WrongOutputError, check_processor, check_reloaded
+from epmq.quantize_settings import Unquantized
 from epmq.recipe import Recipe
 from epmq.recipe_file import load_recipe
 from epmq.reporting import report as reporting

@@ -12,7 +12,7 @@ from epmq.storage_settings import PLAIN, describe
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from epmq.method_settings import Quantize
+    from epmq.quantize_settings import Quantize
 
 # Files of an output that tell of times, and so differ from run to run.
 REPORT, PAGE, CARD = TIMED = ("report.json", "report.html", "README.md")

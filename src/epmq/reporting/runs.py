@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from epmq.errors import InputError, MissingError, error_context
-from epmq.method_settings import Merge, settings_classes
+from epmq.merge_settings import Merge, settings_classes
 from epmq.reporting.report import REPORT, grid_text, stored_by_depth
 from epmq.reporting.scores import gap_recovered, score_title, show_score
 

@@ -16,8 +16,9 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from epmq.errors import InputError, MissingError
 from epmq.files import read_yaml
-from epmq.method_settings import Merge, Quantize, quantize_settings
+from epmq.merge_settings import Merge
 from epmq.models.checkpoint import INDEX, SINGLE, resolve
+from epmq.quantize_settings import Quantize, quantize_settings
 from epmq.recipe import Data, Expert, Recipe, Sections, explain
 from epmq.reproduce.zeroshot import check_template
 from epmq.storage_settings import Strict

@@ -6,19 +6,10 @@ import pytest
 from made_recipes import smallest
 from pydantic import ValidationError
 
-from epmq.merging import methods
-from epmq.method_settings import (
-    BY_HEADS,
-    Dare,
-    ExpertGuided,
-    Guidance,
-    Merge,
-    Quantize,
-    Ties,
-    quantize_settings,
-    settings_classes,
-)
+from epmq.merge_settings import Dare, Merge, Ties, settings_classes
+from epmq.merging.methods import METHODS
 from epmq.quantization.grid import BITS, GROUP_SIZES, Grid
+from epmq.quantize_settings import BY_HEADS, ExpertGuided, Guidance, Quantize, quantize_settings
 from epmq.recipe_file import load_recipe
 
 # Fields of the guided quantizers, with a value that each may have.
@@ -110,11 +101,17 @@ def test_settings_are_arguments_of_the_merge_method(merge, expected):
 
 
 @pytest.mark.parametrize("method", settings_classes(Merge))
-def test_every_merge_method_has_a_function_that_takes_its_settings(method):
-    settings, function = settings_classes(Merge)[method](), getattr(methods, method)
+def test_every_merge_method_has_functions_that_take_its_settings(method):
+    settings, functions = settings_classes(Merge)[method](), METHODS[method]
+    _takes(functions.entries, settings.arguments())
+    if functions.matrix is not None:
+        _takes(functions.matrix, settings.matrix_arguments())
+
+
+def _takes(function, arguments):
     parameters = inspect.signature(function).parameters
-    assert settings.arguments().keys() <= parameters.keys()
-    for name, value in settings.arguments().items():
+    assert arguments.keys() <= parameters.keys()
+    for name, value in arguments.items():
         assert parameters[name].kind is inspect.Parameter.KEYWORD_ONLY and parameters[name].default == value
 
 

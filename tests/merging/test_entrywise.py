@@ -7,12 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft.utils import merge_utils as peft
 
-from epmq.merging import methods as merging
-from epmq.merging.methods import average, dare, disjoint_mean, task_arithmetic
-from epmq.merging.methods import ties as ties_merge
-from epmq.method_settings import Merge, settings_classes
+from epmq.merging import entrywise as merging
+from epmq.merging import methods
+from epmq.merging.entrywise import average, dare, disjoint_mean, task_arithmetic
+from epmq.merging.entrywise import ties as ties_merge
 
-METHODS = {name: getattr(merging, name) for name in settings_classes(Merge)}
+METHODS = {name: method.entries for name, method in methods.METHODS.items()}
 BASE = torch.tensor([1.0, 2.0, 3.0, 4.0])
 TAU = torch.tensor([[0.5, -1.0, 0.0, 2.0], [1.5, 3.0, -0.25, -2.0]])
 EXPERTS = [BASE + tau for tau in TAU]

@@ -1,85 +1,18 @@
-"""The settings of every method of merging and of quantizing: a class each, with defaults and descriptions.
+"""The settings of every method of quantizing: a class each, with defaults and descriptions.
 
-To add a method, write such a class, add it to `Merge` or `Quantize` below, and write its function.
+To add a method, write such a class, add it to `Quantize` below, and write its function.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field, TypeAdapter, field_validator, model_validator
+from pydantic import Field, TypeAdapter, model_validator
 
 from epmq.errors import InputError
-from epmq.storage_settings import PLAIN, StorageSettings, Strict
-
-Scaling = float | list[float]
-
-
-class MergeSettings(Strict):
-    """What all merge methods have in common; the function of the same name is in `epmq.merging.methods`."""
-
-    method: str
-
-    def arguments(self) -> dict[str, Any]:
-        """Keyword arguments of the method's function."""
-        return self.model_dump(exclude={"method", "trim"})
-
-
-class Average(MergeSettings):
-    """The weighted mean of the experts; the base plays no part."""
-
-    method: Literal["average"] = "average"
-    weights: list[float] | None = Field(None, description="weight of each expert; equal if left out")
-
-    @field_validator("weights")
-    @classmethod
-    def _positive(cls, value: list[float] | None) -> list[float] | None:
-        if value is not None and (min(value, default=0) < 0 or sum(value) <= 0):
-            raise InputError("must not be negative, nor all zero")
-        return value
-
-
-class TaskArithmetic(MergeSettings):
-    """Base and scaled sum of the task vectors."""
-
-    method: Literal["task_arithmetic"] = "task_arithmetic"
-    scaling: Scaling = Field(0.3, description="factor on the task vectors, or a list with one an expert")
-
-
-class Ties(MergeSettings):
-    """Trim the task vectors, elect a sign, take the mean of what agrees."""
-
-    method: Literal["ties"] = "ties"
-    scaling: float = Field(1.0, description="factor on the merged task vector")
-    density: float = Field(0.2, gt=0, le=1, description="share that survives the trim")
-    agreed: Literal["mean", "sum"] = Field(
-        "mean", description="the mean of the entries that have the elected sign, or their sum"
-    )
-    trim: Literal["model", "tensor"] = Field("model", description="trim over the whole model or tensor by tensor")
-
-    @field_validator("scaling", mode="before")
-    @classmethod
-    def _one_number(cls, value: Any) -> Any:
-        if isinstance(value, list):
-            raise InputError("ties takes one number, not one an expert")
-        return value
-
-
-class Dare(MergeSettings):
-    """Drop entries of the task vectors at random, and rescale the others."""
-
-    method: Literal["dare"] = "dare"
-    scaling: Scaling = Field(0.3, description="factor on the task vectors, or a list with one an expert")
-    density: float = Field(0.5, gt=0, le=1, description="share that is kept")
-    combine: Literal["task_arithmetic", "ties"] = Field("task_arithmetic", description="what follows the drop")
-
-    @model_validator(mode="after")
-    def _one_number(self) -> Dare:
-        if self.combine == "ties" and isinstance(self.scaling, list):
-            raise InputError("scaling: dare with combine: ties takes one number, not one an expert")
-        return self
+from epmq.merge_settings import by_default
+from epmq.storage_settings import PLAIN, StorageSettings
 
 
 @dataclass(frozen=True)
@@ -231,23 +164,12 @@ class ExpertGuided(Guided):
         )
 
 
-def _by_default(method: str) -> BeforeValidator:
-    """Settings that name no method are of this one."""
-    return BeforeValidator(lambda value: {"method": method, **value} if isinstance(value, Mapping) else value)
-
-
-# The registry: a method is its class in one of these two lines, and its function.
-Merge = Annotated[Average | TaskArithmetic | Ties | Dare, Field(discriminator="method"), _by_default("task_arithmetic")]
+# The registry: a method is its class here, and its function.
 Quantize = Annotated[
     Unquantized | RoundToNearest | Gptq | EPmq | ExpertGuided,
     Field(discriminator="method"),
-    _by_default("expert_guided"),
+    by_default("expert_guided"),
 ]
-
-
-def settings_classes(union: Any) -> dict[str, type[BaseModel]]:
-    """Method → class of its settings, of `Merge` or `Quantize`."""
-    return {one.model_fields["method"].default: one for one in get_args(get_args(union)[0])}
 
 
 def quantize_settings(**fields: Any) -> Quantize:
