@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from epmq.merge_settings import MatrixSettings, Merge, Ties
 from epmq.merging.experts import ExpertSet
+from epmq.merging.low_rank import merge_factors
 from epmq.merging.methods import METHODS
 from epmq.merging.readers import ExpertReader
 from epmq.merging.trim import Pair, magnitude_threshold, task_vector
@@ -53,7 +54,11 @@ class MergedWeights:
         if self._base.dtype(name) is None:
             yield self._base.tensor(name)
             return
-        merge = self._merge_of(name)
+        layer = self._layer(name)
+        if layer is not None:
+            yield self._finite(name, self._merge_matrix(name, layer, self._base.tensor(name)))
+            return
+        merge = partial(self._method.entries, **self._arguments(name))
         for rows in self._portions(name):
             base = self._base.tensor(name, rows)
             experts = [self._of(expert, name, rows, base) for expert in self._experts.experts.values()]
@@ -75,18 +80,16 @@ class MergedWeights:
         module = self._experts.model.get_submodule(path)
         return module if isinstance(module, LINEAR) else None
 
-    def _merge_of(self, name: str) -> Callable[[Tensor, Sequence[Tensor]], Tensor]:
-        """What merges a tensor: its base and its experts to the merged one, in the base's dtype."""
-        layer = self._layer(name)
-        if layer is None:
-            return partial(self._method.entries, **self._arguments(name))
-        return partial(self._merge_matrix, layer)
-
-    def _merge_matrix(self, layer: Any, base: Tensor, experts: Sequence[Tensor]) -> Tensor:
+    def _merge_matrix(self, name: str, layer: Any, base: Tensor) -> Tensor:
         """Merge the weight of a linear layer, as it is stored."""
         assert self._method.matrix is not None and isinstance(self._settings, MatrixSettings)
-        vectors = [as_matrix(layer, task_vector(base, expert)) for expert in experts]
-        merged = self._method.matrix(vectors, **self._settings.matrix_arguments())
+        readers, settings = self._experts.experts.values(), self._settings.matrix_arguments()
+        factors = [found for found in (reader.factors(name) for reader in readers) if found is not None]
+        if len(factors) == len(readers):
+            merged = merge_factors(self._method.matrix, factors, **settings)
+        else:
+            experts = (self._of(reader, name, None, base) for reader in readers)
+            merged = self._method.matrix([as_matrix(layer, task_vector(base, one)) for one in experts], **settings)
         return as_matrix(layer, merged).mul(self._settings.scaling).add_(base).to(base.dtype)
 
     def _arguments(self, name: str) -> dict[str, Any]:

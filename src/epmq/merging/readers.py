@@ -144,6 +144,23 @@ class ExpertReader:
             return start
         return start.float() + adapter.change(stored, self.is_transposed(name), rows)
 
+    def factors(self, name: str) -> tuple[Tensor, Tensor] | None:
+        """s·B [out, r] and A [r, in] in float32, where an adapter adds their product to the base's tensor, and no more.
+
+        Rank 0 stands for a tensor that the adapter leaves alone; None for any other expert.
+        """
+        if self.adapter is None:
+            return None
+        stored = self.stored.get(name)
+        if stored is None:
+            shape = self._base.shape(name)
+            rows, columns = reversed(shape) if self.is_transposed(name) else shape
+            return torch.zeros(rows, 0), torch.zeros(0, columns)
+        if self.adapter.replaces(stored):
+            return None
+        scale, up, down = self.adapter.factors(stored)
+        return scale * up, down
+
     def is_transposed(self, name: str) -> bool:
         """Whether a module stores a weight as [in, out], or is an embedding: an adapter's change is then turned."""
         module = self._model.get_submodule(name.rpartition(".")[0])

@@ -117,17 +117,22 @@ class Adapter(Checkpoint):
         return super().tensor(self._parts[name]["full"], rows)
 
     def change(self, name: str, transposed: bool = False, rows: slice | None = None) -> Tensor:
-        """s·B·A in float32, or some rows of it: [out, in], or, `transposed`, [in, out] as of `Conv1D` and embeddings.
+        """s·B·A in float32, or some rows of it: [out, in]; `transposed` [in, out], as of `Conv1D` and embeddings."""
+        scale, up, down = self.factors(name)
+        part = slice(None) if rows is None else rows
+        return (scale * (up @ down[:, part])).T if transposed else scale * (up[part] @ down)
+
+    def factors(self, name: str) -> tuple[float, Tensor, Tensor]:
+        """s, B [out, r] and A [r, in] in float32.
 
         s is α/r, or α/√r with rslora (Kalajdzievski, arXiv 2312.03732).
         """
         down, up = (Checkpoint.tensor(self, self._parts[name][part]).float() for part in "AB")
         patterns: dict[str, float] = self.config.get("alpha_pattern") or {}
-        module, rank, part = name.rpartition(".")[0], len(down), slice(None) if rows is None else rows
+        module, rank = name.rpartition(".")[0], len(down)
         own = [value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)]
         alpha = own[0] if own else self.config.get("lora_alpha", 8)
-        scale = alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
-        return (scale * (up @ down[:, part])).T if transposed else scale * (up[part] @ down)
+        return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank), up, down
 
     def check_finite(self, names: Iterable[str] | None = None) -> None:
         """As `Checkpoint.check_finite`, of the factors."""
