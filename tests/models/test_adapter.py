@@ -17,7 +17,8 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import BertModel
 
-from epmq.merge_settings import TaskArithmetic
+from epmq.merge_settings import TaskArithmetic, Wudi
+from epmq.merging.matrices import wudi
 from epmq.merging.merged import MergedWeights
 from epmq.models.adapter import CONFIG, Adapter
 
@@ -102,6 +103,30 @@ def test_rows_of_an_adapter_are_those_of_the_whole(bases, tmp_path, monkeypatch,
     monkeypatch.setattr("epmq.merging.merged.ROWS", 200)
     for name, tensor in whole.items():
         torch.testing.assert_close(merged.tensor(name), tensor, rtol=0, atol=1e-6, msg=name)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_methods_that_see_matrices_merge_adapters_in_the_span_of_their_factors(bases, tmp_path, family):
+    model_class, folders = type(FAMILIES[family].build()), [tmp_path / "one", tmp_path / "two"]
+    for folder, targets in zip(folders, (TARGETS[family], TARGETS[family][:1])):
+        adapt(model_class.from_pretrained(bases[family]), folder, target_modules=targets)
+    opened = open_adapters(bases[family], *folders)
+    merged, names = MergedWeights(opened, Wudi()), [name for name in opened.names if name.endswith("weight")]
+    assert merged.uses_factors
+    changed = 0
+    for name in names:
+        base = opened.base.tensor(name)
+        vectors = [expert.tensor(name) - base for expert in opened.experts.values()]
+        turned = [vector.T if opened.experts["t0"].is_transposed(name) else vector for vector in vectors]
+        if any(vector.any() for vector in vectors):
+            expected = wudi(turned)
+            expected = base + (expected.T if opened.experts["t0"].is_transposed(name) else expected)
+            torch.testing.assert_close(merged.tensor(name), expected, rtol=1e-5, atol=1e-5, msg=name)
+            changed += 1
+        else:
+            assert torch.equal(merged.tensor(name), base)
+    assert changed >= 4
 
 
 @settings(deadline=None, max_examples=20)

@@ -31,6 +31,12 @@ class MergedWeights:
         self._draws = "seed" in inspect.signature(self._method.entries).parameters
         self._thresholds: list[float] | None = None
 
+    @property
+    def uses_factors(self) -> bool:
+        """Whether linear layers are merged in the span of the factors of LoRA adapters."""
+        readers = self._experts.experts.values()
+        return self._method.matrix is not None and all(reader.adapter is not None for reader in readers)
+
     def prepare(self) -> None:
         """Find TIES' thresholds over the whole model now, and not when they are first needed."""
         if isinstance(self._settings, Ties) and self._settings.trim == "model":

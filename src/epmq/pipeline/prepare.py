@@ -116,6 +116,10 @@ def prepare(
         experts.notes.refuse()
     scored = {expert.name: scored[expert.name] for expert in listed if expert.name in scored}
     merged = MergedWeights(experts, recipe.merge, recipe.seed)
+    if merged.uses_factors:
+        experts.notes.append(
+            f"all experts are LoRA adapters: {recipe.merge.method} merges in the span of their factors"
+        )
     layout = Layout()
     if planner is not None:
         late = None if stub is None else calls.late
