@@ -23,16 +23,22 @@ from benchmarks.suites.__main__ import SUITES, build
 from benchmarks.suites.build import suite_dir
 from benchmarks.suites.pool import pool_recipe
 from epmq.files import write_json
-from epmq.quantize_settings import BY_HEADS, ExpertGuided
 from epmq.models.multitask import load
 from epmq.pipeline.evaluation import evaluate_experts
 from epmq.pipeline.run import run
+from epmq.quantize_settings import BY_HEADS, ExpertGuided
 from epmq.reporting.scores import gap_recovered, show_score
 
 MERGES: dict[str, dict[str, Any]] = {
     "task_arithmetic": {"method": "task_arithmetic", "scaling": 0.3},
     "ties": {"method": "ties", "density": 0.2, "scaling": 1.0},
+    "wudi": {"method": "wudi"},
+    "tsv_m": {"method": "tsv_m"},
+    "iso_c": {"method": "iso_c"},
+    "iso_cts": {"method": "iso_cts"},
 }
+# Those of the large tables.
+TABLED = ("task_arithmetic", "ties")
 # Suites of language models are costly: one merge, and no 2 bits.
 LANGUAGE_MERGES = ("task_arithmetic",)
 # bits, group size, symmetric: one scale a row at 4 bits; a scale and a zero point a group of 64 below.
@@ -59,7 +65,7 @@ def default(suite: ModuleType) -> dict[str, Any]:
 
 def settings(suite: ModuleType) -> Iterator[tuple[str, dict[str, Any]]]:
     """Merge name and quantization settings of every row that is not a base or an expert."""
-    for merge in LANGUAGE_MERGES if is_language(suite) else MERGES:
+    for merge in LANGUAGE_MERGES if is_language(suite) else TABLED:
         yield merge, {"method": "none"}
         for bits, group_size, symmetric in GRIDS[:2] if is_language(suite) else GRIDS:
             for method in METHODS:
@@ -193,7 +199,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy.compare", description=__doc__)
     parser.add_argument("suite", choices=SUITES)
     parser.add_argument("--tasks", help="comma-separated names; all by default")
-    parser.add_argument("--merge", default=",".join(MERGES), help="comma-separated; all by default")
+    parser.add_argument("--merge", default=",".join(TABLED), help="comma-separated")
     parser.add_argument("--quick", action="store_true", help="the small form of the suite")
     parser.add_argument("--fresh", action="store_true", help="measure everything anew")
     parser.add_argument("--again", choices=METHODS, help="measure the rows of this method anew")

@@ -24,6 +24,7 @@ SECTIONS: dict[str, Callable[[Any], str]] = {
     "crossed": accuracy.crossed_table,
     "codes": accuracy.codes_table,
     "storage": accuracy.storage_tables,
+    "merges": accuracy.merges_table,
     "reproduce": speed.reproduce_table,
     "solver": speed.solver_table,
     "whole_run": speed.whole_run_table,

@@ -9,6 +9,7 @@ from typing import Any
 from benchmarks import RESULTS
 from benchmarks.accuracy.ablation import STEPS
 from benchmarks.accuracy.crossed import CHOSEN_ON, chosen
+from benchmarks.accuracy.merges import BASELINE, FULL, METHODS
 from benchmarks.accuracy.storage import SETS
 from benchmarks.records import read_rows
 from benchmarks.tables.markdown import SUITES, TITLES, grid, measured, metric, percent, score, table, used
@@ -94,6 +95,39 @@ def suite_rows(suite: str, method: str) -> tuple[dict[str, Any], float, float]:
     same = {"merge": "task_arithmetic", "bits": 4, "group_size": -1}
     by_method = {row["method"]: row for row in rows if same.items() <= row.items()}
     return by_method[method], by_method["gptq"]["mean"], next(row["mean"] for row in rows if row["merge"] == "experts")
+
+
+def merges_table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: a line a suite and merge: scores over the draws, the gap recovered, seconds and peak memory."""
+    methods = [method for method in METHODS if any(row["method"] == method for row in rows)]
+    head = ["suite", "merge", "draws"]
+    head += [cell for method in methods for cell in (method, "gap recovered", "s", "peak MB")]
+    lines = []
+    for suite in SUITES:
+        ours = [row for row in rows if row["suite"] == suite]
+        for merge in dict.fromkeys(row["merge"] for row in ours):
+            runs = {name: [row for row in ours if (row["merge"], row["method"]) == (merge, name)] for name in methods}
+            draws = " to ".join(sorted({str(len(of_method)) for of_method in runs.values() if of_method}))
+            cells = (cell for of_method in runs.values() for cell in merge_cells(of_method, ours))
+            lines.append([f"{suite}, {short_name(ours[0])}", merge, draws, *cells])
+    return "\n".join([table(head, lines), "", measured(rows)])
+
+
+def merge_cells(runs: list[dict[str, Any]], suite: list[dict[str, Any]]) -> list[str]:
+    """Scores of some runs of `benchmarks.accuracy.merges`, the gap that they recover on the same draws, and cost."""
+    if not runs:
+        return ["–"] * 4
+    means = {(row["merge"], row["method"], row["seed"]): row["mean"] for row in suite}
+    gaps = []
+    for run in runs:
+        start, end = means.get((*BASELINE, run["seed"])), means.get(("experts", FULL, run["seed"]))
+        gap = None if start is None or end is None else gap_recovered(run["mean"], start, end)
+        gaps += [] if gap is None or run["merge"] == "experts" else [gap]
+    costs = [
+        f"{statistics.mean(run[name] for run in runs):.0f}" if runs[0][name] is not None else "–"
+        for name in ("seconds", "peak_memory_mb")
+    ]
+    return [spread(runs), f"{percent(statistics.mean(gaps), 0)} %" if gaps else "–", *costs]
 
 
 def crossed_table(rows: list[dict[str, Any]]) -> str:

@@ -1,0 +1,101 @@
+"""`python -m benchmarks.accuracy.merges [SUITE …]`: which merge to start from, with and without the experts' guidance.
+
+Each merge in full precision, and at 4 bits with one scale a row: GPTQ with heads that follow where there are heads
+(plain GPTQ where there are none), and expert_guided with its default settings; on test data. Beside them the experts,
+and GPTQ on Task Arithmetic without heads, from which the share of the gap is counted that a row recovers. What draws
+no calibration data is measured once a draw of test data as well.
+
+Every run goes to `benchmarks/results/merges.json` when it is done; runs that are there already are kept unless
+`--fresh` is given. With `--validation` nothing is kept: scores on validation data, for choices. `python -m
+benchmarks.tables` makes the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import itertools
+from types import ModuleType
+from typing import Any
+
+from rich.console import Console
+
+from benchmarks import RESULTS
+from benchmarks.accuracy.compare import MERGES, SAMPLES, TEST_SAMPLES, is_language, measure
+from benchmarks.records import provenance, read_rows
+from benchmarks.suites.__main__ import SUITES, build
+from benchmarks.suites.pool import pool_recipe
+from epmq.files import write_json
+from epmq.pipeline.evaluation import evaluate_experts
+from epmq.reporting.scores import show_score
+
+PATH = RESULTS / "merges.json"
+SEEDS = (0, 1, 2)
+# Calibration examples a task: half of those of the large tables, so that three draws of every row are affordable.
+CALIBRATION = {suite: samples // 2 for suite, samples in SAMPLES.items()}
+FULL, FOLLOWING, GUIDED, PLAIN = "full precision", "GPTQ + heads", "expert-guided", "GPTQ"
+METHODS: dict[str, dict[str, Any]] = {
+    FULL: {"method": "none"},
+    FOLLOWING: {"method": "gptq", "bits": 4, "adapt_heads": True},
+    GUIDED: {"method": "expert_guided", "bits": 4},
+    PLAIN: {"method": "gptq", "bits": 4},
+}
+# From what the share of the gap is counted: GPTQ on this merge.
+BASELINE = ("task_arithmetic", PLAIN)
+
+
+def identity(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What tells runs apart."""
+    return row["suite"], row["merge"], row["method"], row["seed"]
+
+
+def rows_of(suite: ModuleType, merges: list[str]) -> list[tuple[str, str]]:
+    """Merge and method of each row, the experts first."""
+    methods = (FULL, PLAIN, GUIDED) if is_language(suite) else (FULL, FOLLOWING, GUIDED)
+    rows = [("experts", FULL), BASELINE, *itertools.product(merges, methods)]
+    return list(dict.fromkeys(rows))
+
+
+def run_row(suite: ModuleType, merge: str, method: str, fields: dict[str, Any]) -> dict[str, Any]:
+    """Measure one row."""
+    root, tasks = build(suite), list(suite.TASKS)
+    row: dict[str, Any] = {"suite": suite.NAME, "merge": merge, "method": method, "seed": fields["seed"]}
+    row |= {"bits": METHODS[method].get("bits"), "samples": fields["samples"]}
+    if merge == "experts":
+        data = getattr(suite, "DATA", None)
+        report = evaluate_experts(pool_recipe(root, tasks, max_length=suite.MAX_LENGTH, data=data, **fields))
+        row |= {"seconds": None, "peak_memory_mb": None, "bytes": None}
+    else:
+        report = measure(suite, root, tasks, merge, METHODS[method], **fields)
+        seconds = sum(report["seconds"][phase] for phase in ("open", "merge and quantize"))
+        row |= {"seconds": round(seconds, 1), "peak_memory_mb": report["peak_memory_mb"], "bytes": report["bytes"]}
+    return row | {"metric": report["metric"], "mean": report["mean_score"], "tasks": report["scores"], **provenance()}
+
+
+def main() -> None:
+    """Read the command line and measure the rows that are missing, a draw at a time."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy.merges", description=__doc__)
+    parser.add_argument("suites", nargs="*", default=SUITES, help="all by default")
+    parser.add_argument("--merges", nargs="*", default=list(MERGES), choices=list(MERGES), help="all by default")
+    parser.add_argument("--seeds", type=int, nargs="*", default=SEEDS, help="of the draws")
+    parser.add_argument("--fresh", action="store_true", help="measure everything anew")
+    parser.add_argument("--validation", action="store_true", help="on validation data; nothing is kept")
+    arguments = parser.parse_args()
+    if arguments.fresh:
+        write_json(PATH, [row for row in read_rows(PATH) if row["suite"] not in arguments.suites])
+    console, split = Console(stderr=True), "validation" if arguments.validation else "test"
+    for seed, name in itertools.product(arguments.seeds, arguments.suites):
+        suite = importlib.import_module(f"benchmarks.suites.{name}")
+        fields = {"seed": seed, "split": split, "test_samples": TEST_SAMPLES, "samples": CALIBRATION[name]}
+        done = set() if arguments.validation else {identity(row) for row in read_rows(PATH)}
+        for merge, method in rows_of(suite, arguments.merges):
+            if (name, merge, method, seed) in done:
+                continue
+            row = run_row(suite, merge, method, fields)
+            if not arguments.validation:
+                write_json(PATH, [*(kept for kept in read_rows(PATH) if identity(kept) != identity(row)), row])
+            console.print(f"{name} {merge}, {method} {seed}: {show_score(row['metric'], row['mean'])}")
+
+
+if __name__ == "__main__":
+    main()
