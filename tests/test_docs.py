@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 # Pages whose examples are run, one after the other, in one folder and one namespace a page.
 RUN = ("getting-started.md", "choosing.md", "extending.md", "report.md", "recipes.md")
-SLOW = {"recipes.md": pytest.mark.slow}
+SLOW = {"recipes.md": pytest.mark.rare}
 TASKS = {"sentiment": "one", "topic": "two"}
 
 

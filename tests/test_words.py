@@ -1,6 +1,7 @@
 """Code and pages use the words of the field: old names do not come back."""
 
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,7 @@ MODULES = {
 STILL_THERE: set[str] = set()
 
 
+@cache
 def lines(pages: bool) -> list[tuple[str, str]]:
     """(where, line) of the code, or of the pages."""
     paths = [ROOT / page for page in PAGES] + sorted((ROOT / "docs").glob("*.md"))

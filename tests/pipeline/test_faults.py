@@ -54,12 +54,12 @@ def test_the_number_of_threads_makes_no_difference(tmp_path):
     write_models(tmp_path)  # wide enough that LAPACK's Cholesky would be split among threads
     before = torch.get_num_threads()
     try:
-        for threads in (1, 2, 3):
+        for threads in (1, 3):
             torch.set_num_threads(threads)
             finish(tmp_path, f"out-{threads}")
     finally:
         torch.set_num_threads(before)
-    assert contents(tmp_path / "out-1") == contents(tmp_path / "out-2") == contents(tmp_path / "out-3")
+    assert contents(tmp_path / "out-1") == contents(tmp_path / "out-3")
 
 
 def test_the_order_of_tasks_and_a_second_run_make_no_difference(pool, tmp_path):

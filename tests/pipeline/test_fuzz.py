@@ -13,7 +13,7 @@ import json, torch
 from tests.kit.fuzz import failed, fuzz
 torch.set_num_threads(1)
 log = []
-counts = fuzz(150, seed=1, log=log)
+counts = fuzz(90, seed=1, log=log)
 print(json.dumps({**counts, "failed": [str(result) for result in log if failed(result)]}))
 """
 
@@ -29,5 +29,5 @@ def test_damaged_files_end_in_one_error():
         check=True,
     )
     counts = json.loads(done.stdout.splitlines()[-1])
-    assert counts["mutated_inputs"] == 150 and counts["refused"] > 50
+    assert counts["mutated_inputs"] == 90 and counts["refused"] > 30
     assert counts["failed"] == [] and counts["crashes"] == counts["hangs"] == counts["escapes"] == 0

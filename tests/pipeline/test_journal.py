@@ -54,32 +54,46 @@ def recipe(pool: Path, output: Path, settings: dict[str, Any], **fields: Any) ->
 
 @pytest.mark.parametrize("form", ["pack-quantized", "dequantized"])
 @pytest.mark.parametrize("settings", METHODS, ids=lambda s: "-".join(map(str, s.values())))
-@pytest.mark.parametrize("blocks", [1, 2])
-def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(pool, tmp_path, monkeypatch, settings, form, blocks):
+def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(pool, tmp_path, monkeypatch, settings, form):
+    """After the first block, and after the last one."""
     run(recipe(pool, tmp_path / "whole", settings, format=form), progress=False, evaluate=False)
-    with monkeypatch.context() as patch:
-        if blocks == 1:
-            stop_after(blocks, patch)
-        else:
-            patch.setattr(pipeline, "write_rest", lambda *args: (_ for _ in ()).throw(Stopped))
-        with pytest.raises(Stopped):
-            run(recipe(pool, tmp_path / "out", settings, format=form), progress=False, evaluate=False)
-    assert not (tmp_path / "out").exists()
-    if blocks == 1:
-        assert sorted(os.listdir(tmp_path / ".out.work" / BLOCKS)) == ["00000.json", "00001.json"]
-    solved, original = [], CalibrationEngine._quantize
-    monkeypatch.setattr(CalibrationEngine, "_quantize", lambda *args: solved.append(1) or original(*args))
-    report = run(recipe(pool, tmp_path / "out", settings, format=form), progress=False, evaluate=False)
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
-    assert sorted(os.listdir(tmp_path)) == ["out", "whole"]
-    assert len(solved) == (0 if settings["method"] == "rtn" else 2 - blocks)
-    assert f"{blocks} of 2 blocks were finished by a run that was stopped" in report["notes"]
     whole = json.loads((tmp_path / "whole" / "report.json").read_text())
+    for blocks in (1, 2):
+        fields = recipe(pool, tmp_path / "out", settings, format=form)
+        with monkeypatch.context() as patch:
+            stop_a_run(fields, tmp_path, patch, blocks)
+        with monkeypatch.context() as patch:
+            report, solved = go_on(fields, patch)
+        assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+        assert sorted(os.listdir(tmp_path)) == ["out", "whole"]
+        assert solved == (0 if settings["method"] == "rtn" else 2 - blocks)
+        assert f"{blocks} of 2 blocks were finished by a run that was stopped" in report["notes"]
+        assert steady(report["layers"]) == steady(whole["layers"]) and report["heads"] == whole["heads"]
+        shutil.rmtree(tmp_path / "out")
 
-    def steady(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        return [{**layer, "seconds": 0} for layer in layers]
 
-    assert steady(report["layers"]) == steady(whole["layers"]) and report["heads"] == whole["heads"]
+def stop_a_run(fields: dict[str, Any], folder: Path, patch: pytest.MonkeyPatch, blocks: int) -> None:
+    """Stop a run after one or both of its blocks."""
+    if blocks == 1:
+        stop_after(blocks, patch)
+    else:
+        patch.setattr(pipeline, "write_rest", interrupted)
+    with pytest.raises((Stopped, KeyboardInterrupt)):
+        run(fields, progress=False, evaluate=False)
+    assert not (folder / "out").exists()
+    if blocks == 1:
+        assert sorted(os.listdir(folder / ".out.work" / BLOCKS)) == ["00000.json", "00001.json"]
+
+
+def go_on(fields: dict[str, Any], patch: pytest.MonkeyPatch) -> tuple[dict[str, Any], int]:
+    """The report of a run that goes on, and how many blocks it has quantized."""
+    solved, original = [], CalibrationEngine._quantize
+    patch.setattr(CalibrationEngine, "_quantize", lambda *args: solved.append(1) or original(*args))
+    return run(fields, progress=False, evaluate=False), len(solved)
+
+
+def steady(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{**layer, "seconds": 0} for layer in layers]
 
 
 def test_a_run_that_is_stopped_while_it_is_scored_quantizes_nothing_again(pool, tmp_path, monkeypatch):
