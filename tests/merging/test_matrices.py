@@ -122,3 +122,16 @@ def test_methods_turn_with_the_bases_of_inputs_and_outputs(name):
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_nothing_learnt_stays_nothing(name):
     assert torch.equal(FUNCTIONS[name]([torch.zeros(6, 8)] * 3), torch.zeros(6, 8))
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_the_number_of_threads_makes_no_difference(name):
+    taus, before = vectors(3, (300, 200)), torch.get_num_threads()
+    try:
+        merged = []
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            merged.append(FUNCTIONS[name](taus))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*merged)

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from epmq.matmul import one_thread
+
 # s·B [out, r] and A [r, in] of τ = s·B·A.
 Factors = tuple[Tensor, Tensor]
 
@@ -33,5 +35,6 @@ def merge_factors(method: Callable[..., Tensor], factors: Sequence[Factors], **s
 
 def _basis(parts: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
     """An orthonormal basis [n, d] of the columns of K matrices [n, r_k], and their coordinates in it, K × [d, r_k]."""
-    basis, coordinates = torch.linalg.qr(torch.cat(list(parts), 1))
+    with one_thread():
+        basis, coordinates = torch.linalg.qr(torch.cat(list(parts), 1))
     return basis, coordinates.split([part.shape[1] for part in parts], 1)

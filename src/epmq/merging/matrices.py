@@ -13,6 +13,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from epmq.matmul import one_thread
+from epmq.quantization.factor import factorize
+
 # Singular values below this share of the largest are rounding errors of the Gram matrix in float64.
 NOTHING = 1e-7
 # Steps, and their size, of WUDI as it was published.
@@ -47,7 +50,7 @@ def wudi(vectors: Sequence[Tensor], *, ridge: float = 0.1, iterative: bool = Fal
     if level == 0:  # no expert has changed this layer
         return total
     hessian.diagonal().add_(level)
-    return total - torch.cholesky_solve(interference.T, torch.linalg.cholesky(hessian)).T
+    return total - factorize(hessian, act_order=False).solve(interference)
 
 
 def _descend(total: Tensor, vectors: Sequence[Tensor], shares: Sequence[Tensor]) -> Tensor:
@@ -110,7 +113,8 @@ def singular_triples(matrix: Tensor, count: int | None = None) -> tuple[Tensor, 
     """
     wide = matrix.shape[1] > matrix.shape[0]
     tall = (matrix.T if wide else matrix).double()
-    squares, vectors = torch.linalg.eigh(tall.T @ tall)
+    with one_thread():
+        squares, vectors = torch.linalg.eigh(tall.T @ tall)
     values = squares.clamp(min=0).sqrt().flip(0)[:count]
     values = values[values > NOTHING * values[:1]]
     vectors = vectors.flip(1)[:, : len(values)]

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from epmq.matmul import one_thread
+
 # Ridges that are tried, over the mean of the features' Gram diagonal.
 RIDGES = tuple(10 ** (power / 2) for power in range(-6, 5))
 
@@ -26,17 +28,6 @@ class RidgeFit:
     after: float
 
 
-def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues and eigenvectors by one thread: LAPACK rounds otherwise with another number of them."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        values, vectors = torch.linalg.eigh(matrix)
-    finally:
-        torch.set_num_threads(threads)
-    return values, vectors
-
-
 def fit_ridge(features: Tensor, scores: Tensor, weight: Tensor, bias: Tensor | None) -> RidgeFit:
     """Fit a linear map from features to scores, near the one there is, in float64.
 
@@ -54,7 +45,8 @@ def fit_ridge(features: Tensor, scores: Tensor, weight: Tensor, bias: Tensor | N
     if bias is not None:  # a constant feature of the usual size
         size = rows.square().mean().sqrt()
         rows = torch.cat([rows, size.expand(len(rows), 1)], dim=1)
-    values, vectors = _eigh(rows.T @ rows / len(rows))
+    with one_thread():
+        values, vectors = torch.linalg.eigh(rows.T @ rows / len(rows))
     rotated = rows @ vectors
     cross = missing.T @ rotated / len(rows)
 
