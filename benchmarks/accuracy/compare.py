@@ -23,10 +23,10 @@ from benchmarks.suites.__main__ import SUITES, build
 from benchmarks.suites.build import suite_dir
 from benchmarks.suites.pool import pool_recipe
 from epmq.files import write_json
-from epmq.quantize_settings import BY_HEADS, ExpertGuided
 from epmq.models.multitask import load
 from epmq.pipeline.evaluation import evaluate_experts
 from epmq.pipeline.run import run
+from epmq.quantize_settings import BY_HEADS, ExpertGuided
 from epmq.reporting.scores import gap_recovered, show_score
 
 MERGES: dict[str, dict[str, Any]] = {
