@@ -5,15 +5,24 @@ To add a method, write such a class, add it to `Merge` below, and write its func
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, field_validator, model_validator
 
 from epmq.errors import InputError
 from epmq.storage_settings import Strict
 
 Scaling = float | list[float]
+
+
+def _not_negative(value: list[float]) -> list[float]:
+    if min(value, default=0) < 0 or sum(value) <= 0:
+        raise InputError("must not be negative, nor all zero")
+    return value
+
+
+Weights = Annotated[list[float], AfterValidator(_not_negative)]
 
 
 class MergeSettings(Strict):
@@ -24,6 +33,14 @@ class MergeSettings(Strict):
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of the method's function."""
         return self.model_dump(exclude={"method", "trim"})
+
+    def check_experts(self, count: int) -> None:
+        """Refuse a number of experts that cannot be merged so, with an InputError."""
+
+    def reordered(self, order: Sequence[int]) -> MergeSettings:
+        """The same for experts in another order; expert k was the one numbered `order[k]`."""
+        lists = {name: [value[k] for k in order] for name, value in self if isinstance(value, list)}
+        return self.model_copy(update=lists)
 
 
 class MatrixSettings(MergeSettings):
@@ -46,14 +63,7 @@ class Average(MergeSettings):
     """The weighted mean of the experts; the base plays no part."""
 
     method: Literal["average"] = "average"
-    weights: list[float] | None = Field(None, description="weight of each expert; equal if left out")
-
-    @field_validator("weights")
-    @classmethod
-    def _positive(cls, value: list[float] | None) -> list[float] | None:
-        if value is not None and (min(value, default=0) < 0 or sum(value) <= 0):
-            raise InputError("must not be negative, nor all zero")
-        return value
+    weights: Weights | None = Field(None, description="weight of each expert; equal if left out")
 
 
 class TaskArithmetic(MergeSettings):
@@ -82,24 +92,109 @@ class Ties(MergeSettings):
         return value
 
 
-class Dare(MergeSettings):
-    """Drop entries of the task vectors at random, and rescale the others."""
+class DropSettings(MergeSettings):
+    """What methods have in common that drop entries of the task vectors, and then combine what is left."""
 
-    method: Literal["dare"] = "dare"
     scaling: Scaling = Field(0.3, description="factor on the task vectors, or a list with one an expert")
-    density: float = Field(0.5, gt=0, le=1, description="share that is kept")
-    combine: Literal["task_arithmetic", "ties"] = Field("task_arithmetic", description="what follows the drop")
+    combine: Literal["task_arithmetic", "ties", "ties_sum"] = Field(
+        "task_arithmetic", description="what follows the drop; ties_sum adds up what has the elected sign"
+    )
 
     @model_validator(mode="after")
-    def _one_number(self) -> Dare:
-        if self.combine == "ties" and isinstance(self.scaling, list):
-            raise InputError("scaling: dare with combine: ties takes one number, not one an expert")
+    def _one_number(self) -> DropSettings:
+        if self.combine != "task_arithmetic" and isinstance(self.scaling, list):
+            raise InputError(f"scaling: {self.method} with combine: {self.combine} takes one number, not one an expert")
         return self
 
 
-def by_default(method: str) -> BeforeValidator:
-    """Settings that name no method are of this one."""
-    return BeforeValidator(lambda value: {"method": method, **value} if isinstance(value, Mapping) else value)
+class Dare(DropSettings):
+    """Drop entries of the task vectors at random, and rescale the others."""
+
+    method: Literal["dare"] = "dare"
+    density: float = Field(0.5, gt=0, le=1, description="share that is kept")
+
+
+class Consensus(MergeSettings):
+    """The scaled sum of the task vectors, where enough tasks use an entry (Consensus Task Arithmetic)."""
+
+    method: Literal["consensus"] = "consensus"
+    scaling: float = Field(0.3, description="factor on the merged task vector")
+    threshold: float = Field(
+        0.4, ge=0, description="a task uses an entry that is at least so many times what the others add to it"
+    )
+    agreement: int = Field(2, ge=1, description="how many tasks must use an entry that is kept")
+
+    def check_experts(self, count: int) -> None:
+        if self.agreement > count:
+            raise InputError(f"merge.agreement: {self.agreement} tasks, but the experts are {count}")
+
+
+class Breadcrumbs(DropSettings):
+    """Drop the smallest and the largest entries of the task vectors, tensor by tensor."""
+
+    method: Literal["breadcrumbs"] = "breadcrumbs"
+    smallest: float = Field(0.85, ge=0, lt=1, description="share that is dropped for being small")
+    largest: float = Field(0.007, ge=0, lt=1, description="share that is dropped for being large")
+
+    @model_validator(mode="after")
+    def _something_is_left(self) -> Breadcrumbs:
+        if self.smallest + self.largest >= 1:
+            raise InputError(f"smallest, largest: {self.smallest} and {self.largest} leave nothing")
+        return self
+
+
+class Della(DropSettings):
+    """Drop entries at random, small ones of a row more often, rescale, elect a sign, take the mean of what agrees."""
+
+    method: Literal["della"] = "della"
+    scaling: Scaling = Field(1.0, description="factor on the merged task vector; a list only with task_arithmetic")
+    density: float = Field(0.5, gt=0, le=1, description="mean share that is kept")
+    window: float = Field(0.3, ge=0, lt=1, description="between the smallest's and the largest's chance to be kept")
+    combine: Literal["task_arithmetic", "ties", "ties_sum"] = Field(
+        "ties", description="what follows the drop; ties_sum adds up what has the elected sign"
+    )
+
+    @model_validator(mode="after")
+    def _chances(self) -> Della:
+        low, high = self.density - self.window / 2, self.density + self.window / 2
+        if low <= 0 or high > 1:
+            raise InputError(
+                f"window: entries would be kept with chances of {low:g} to {high:g} (density ± window/2), not 0 to 1"
+            )
+        return self
+
+
+class ModelStock(MergeSettings):
+    """Between the base and the mean of the experts, tensor by tensor: nearer to the mean, the more they agree."""
+
+    method: Literal["model_stock"] = "model_stock"
+
+    def check_experts(self, count: int) -> None:
+        if count < 2:
+            raise InputError(f"merge.method: model_stock merges two experts or more, not {count}")
+
+
+class Slerp(MergeSettings):
+    """Between two experts on an arc (spherical linear interpolation); the base plays no part."""
+
+    method: Literal["slerp"] = "slerp"
+    t: float = Field(0.5, ge=0, le=1, description="0 is the first expert, 1 the second")
+
+    def check_experts(self, count: int) -> None:
+        if count != 2:
+            raise InputError(f"merge.method: slerp merges two experts, not {count}")
+
+    def reordered(self, order: Sequence[int]) -> MergeSettings:
+        # Rounded, so that 0.7 turned twice is 0.7.
+        return self if list(order) == [0, 1] else self.model_copy(update={"t": round(1 - self.t, 12)})
+
+
+class Karcher(MergeSettings):
+    """The mean of the experts on a sphere (Karcher mean); the base plays no part."""
+
+    method: Literal["karcher"] = "karcher"
+    weights: Weights | None = Field(None, description="weight of each expert; equal if left out")
+    steps: int = Field(10, ge=0, description="at most so many; 0 takes the direction of the mean of unit vectors")
 
 
 class Wudi(MatrixSettings):
@@ -129,11 +224,61 @@ class IsoCts(MatrixSettings):
     common: float = Field(0.8, ge=0, le=1, description="share of the singular values that the sum of all keeps")
 
 
+# Names that mergekit and FusionBench have for methods → the method here, and the settings that make it the same.
+ALIASES: dict[str, dict[str, Any]] = {
+    # mergekit
+    "linear": {"method": "average"},
+    "dare_linear": {"method": "dare", "combine": "task_arithmetic"},
+    "dare_ties": {"method": "dare", "combine": "ties_sum"},
+    "breadcrumbs_ties": {"method": "breadcrumbs", "combine": "ties_sum"},
+    "della_linear": {"method": "della", "combine": "task_arithmetic", "scaling": 0.3},
+    "multislerp": {"method": "karcher", "steps": 0},
+    # FusionBench
+    "simple_average": {"method": "average"},
+    "weighted_average": {"method": "average"},
+    "ties_merging": {"method": "ties", "agreed": "sum", "scaling": 0.3},
+    "task_singular_vector": {"method": "tsv_m"},
+    "TaskSingularVectorMerging": {"method": "tsv_m"},
+    "TSVM": {"method": "tsv_m"},
+    "isotropic_merging/iso_c": {"method": "iso_c"},
+    "isotropic_merging/iso_cts": {"method": "iso_cts"},
+    "ISO_C_Merge": {"method": "iso_c"},
+    "ISO_CTS_Merge": {"method": "iso_cts"},
+    "wudi_merging": {"method": "wudi", "iterative": True},
+}
+
+
+def by_default(method: str, aliases: Mapping[str, Mapping[str, Any]] | None = None) -> BeforeValidator:
+    """Settings that name no method are of this one; those of an alias are its method's, under what was set."""
+
+    def named(value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        name = value.get("method", method)
+        implied = (aliases or {}).get(name) if isinstance(name, str) else None
+        return {"method": name, **value} if implied is None else {**implied, **value, "method": implied["method"]}
+
+    return BeforeValidator(named)
+
+
 # The registry: a method is its class here, and its functions in `epmq.merging.methods`.
 Merge = Annotated[
-    Average | TaskArithmetic | Ties | Dare | Wudi | TsvM | IsoC | IsoCts,
+    Average
+    | TaskArithmetic
+    | Ties
+    | Dare
+    | Consensus
+    | Breadcrumbs
+    | Della
+    | ModelStock
+    | Slerp
+    | Karcher
+    | Wudi
+    | TsvM
+    | IsoC
+    | IsoCts,
     Field(discriminator="method"),
-    by_default("task_arithmetic"),
+    by_default("task_arithmetic", ALIASES),
 ]
 
 

@@ -119,7 +119,7 @@ class Recipe(Strict):
         "memory", description="where calibration activations wait: memory, or disk (files beside the output; CPU only)"
     )
     device: str = Field("auto", description="auto, cpu, cuda, mps")
-    seed: int = Field(0, description="of the calibration draw and of dare")
+    seed: int = Field(0, description="of the calibration draw, of dare and of della")
 
     @model_validator(mode="after")
     def _fits(self) -> Recipe:
@@ -134,6 +134,7 @@ class Recipe(Strict):
         for field, values in self._per_expert().items():
             if len(values) != len(names):
                 raise InputError(f"merge.{field}: {len(values)} values for {len(names)} experts")
+        self.merge.check_experts(len(names))
         weights = self._task_weights()
         if weights is not None:
             if set(weights) != set(names):
@@ -152,9 +153,8 @@ class Recipe(Strict):
     def ordered(self) -> Recipe:
         """The same with the experts by name, so that the order in which they are listed makes no difference."""
         order = sorted(range(len(self.experts)), key=lambda k: self.experts[k].name)
-        lists = {field: [values[k] for k in order] for field, values in self._per_expert().items()}
         experts = [self.experts[k] for k in order]
-        return self.model_copy(update={"experts": experts, "merge": self.merge.model_copy(update=lists)})
+        return self.model_copy(update={"experts": experts, "merge": self.merge.reordered(order)})
 
     def resolved(self, heads: bool) -> Recipe:
         """The same with everything filled in that depends on the checkpoints: on whether all heads can follow."""

@@ -9,10 +9,22 @@ from peft.utils import merge_utils as peft
 
 from epmq.merging import entrywise as merging
 from epmq.merging import methods
-from epmq.merging.entrywise import average, dare, disjoint_mean, task_arithmetic
+from epmq.merging.entrywise import average, breadcrumbs, consensus, dare, della, disjoint_mean, task_arithmetic
 from epmq.merging.entrywise import ties as ties_merge
 
 METHODS = {name: method.entries for name, method in methods.METHODS.items()}
+# For these, of the base, only dtype and device matter.
+WITHOUT_BASE = ("average", "slerp", "karcher")
+# Settings by which a single expert is the merge.
+BE_THE_EXPERT = {
+    "average": {},
+    "karcher": {},
+    "ties": {"density": 1.0},
+    "dare": {"density": 1.0, "scaling": 1.0},
+    "consensus": {"agreement": 1, "scaling": 1.0},
+    "breadcrumbs": {"smallest": 0.0, "largest": 0.0, "scaling": 1.0},
+    "della": {"density": 1.0, "window": 0.0},
+}
 BASE = torch.tensor([1.0, 2.0, 3.0, 4.0])
 TAU = torch.tensor([[0.5, -1.0, 0.0, 2.0], [1.5, 3.0, -0.25, -2.0]])
 EXPERTS = [BASE + tau for tau in TAU]
@@ -79,6 +91,91 @@ def test_dare_by_hand(monkeypatch):
     close(dare(BASE, EXPERTS, density=0.5, scaling=[1.0, 0.0], name="w"), [2.0, 2.0, 3.0, 8.0])
     close(dare(BASE, EXPERTS, density=0.5, scaling=1.0, name="w", combine="ties"), [3.0, 8.0, 2.5, 8.0])
 
+    # As mergekit's dare_ties: what agrees is added up.
+    close(dare(BASE, EXPERTS, density=0.5, scaling=1.0, name="w", combine="ties_sum"), [5.0, 8.0, 2.5, 8.0])
+
+
+def test_consensus_by_hand():
+    # With λ = 0.3 the first task uses all but its third entry, the second all four; the sum is [2, 2, -0.25, 0].
+    close(consensus(BASE, EXPERTS, scaling=1.0, threshold=0.3), [3.0, 4.0, 3.0, 4.0])
+    close(consensus(BASE, EXPERTS, scaling=0.5, threshold=0.3, agreement=1), [2.0, 3.0, 2.875, 4.0])
+    # With λ = 0.5 the first task uses its last entry alone.
+    close(consensus(BASE, EXPERTS, scaling=1.0, threshold=0.5), BASE)
+    close(consensus(BASE, EXPERTS, scaling=0.7, threshold=0.0), task_arithmetic(BASE, EXPERTS, scaling=0.7))
+
+
+def test_consensus_is_the_published_form():
+    base = torch.randn(40, 30)
+    experts = [base + torch.randn(40, 30) for _ in range(4)]
+    merged = base + sum(expert - base for expert in experts)
+    used = sum((base - expert).abs() > 0.6 * (merged - expert).abs() for expert in experts)
+    assert len(used.unique()) == 5
+    expected = base + 0.3 * (used >= 3) * (merged - base)
+    close(consensus(base, experts, scaling=0.3, threshold=0.6, agreement=3), expected)
+
+
+def test_breadcrumbs_by_hand():
+    base, sizes = torch.zeros(10), torch.arange(1.0, 11.0) * torch.tensor([1.0, -1.0] * 5)
+    middle = sizes * torch.tensor([0.0, 0, 0, 1, 1, 1, 1, 1, 0, 0])
+    close(breadcrumbs(base, [sizes], scaling=1.0, smallest=0.3, largest=0.2), middle)
+    close(breadcrumbs(base, [sizes, -sizes], scaling=[0.5, 0.2], smallest=0.3, largest=0.2), 0.3 * middle)
+    close(breadcrumbs(base, [sizes, sizes], scaling=1.0, smallest=0.3, largest=0.2, combine="ties"), middle)
+    # Equal magnitudes share one fate, or a tensor of one magnitude would lose all of it.
+    close(breadcrumbs(base, [torch.ones(10)], scaling=1.0, smallest=0.3, largest=0.2), torch.ones(10))
+
+
+@pytest.mark.parametrize("combine", ["task_arithmetic", "ties_sum"])
+def test_breadcrumbs_is_mergekits(combine):
+    base, experts = two_tasks(20, 10)
+    kept = []
+    for expert in experts:
+        order = (expert - base).abs().flatten().argsort()
+        mask = torch.zeros(200)
+        mask[order[60:-20]] = 1  # density 0.6, gamma 0.1
+        kept.append((expert - base) * mask.view(20, 10))
+    agrees = [vector.sign() == (sum(kept) >= 0) * 2 - 1 for vector in kept]
+    total = sum(kept) if combine == "task_arithmetic" else sum(vector * yes for vector, yes in zip(kept, agrees))
+    found = breadcrumbs(base, experts, scaling=0.4, smallest=0.3, largest=0.1, combine=combine)
+    close(found, base + 0.4 * total)
+
+
+def published_magprune(tau: torch.Tensor, density: float, window: float, key: str) -> torch.Tensor:
+    """Row by row: ranks from the smallest on, chances from density − window/2 on, and a draw."""
+    chances = torch.empty_like(tau)
+    for row, sizes in zip(chances, tau.abs()):
+        row[sizes.argsort()] = (torch.arange(len(row)) / (len(row) - 1)) * window + density - window / 2
+    drawn = torch.rand(tau.shape, generator=torch.Generator().manual_seed(zlib.crc32(key.encode())))
+    return tau * (drawn < chances) / chances
+
+
+@pytest.mark.parametrize("combine", ["ties", "task_arithmetic"])
+def test_della_is_the_published_form(monkeypatch, combine):
+    base, experts = two_tasks(30, 16)
+    pruned = [published_magprune(expert - base, 0.6, 0.4, f"3/w/{k}") for k, expert in enumerate(experts)]
+    total = disjoint_mean(pruned) if combine == "ties" else sum(pruned)
+    settings = {"scaling": 0.7, "density": 0.6, "window": 0.4, "seed": 3, "name": "w", "combine": combine}
+    whole = della(base, experts, **settings)
+    torch.testing.assert_close(whole, base + 0.7 * total, rtol=1e-5, atol=1e-5)
+    monkeypatch.setattr(merging, "PIECE", 50)
+    assert torch.equal(della(base, experts, **settings), whole)
+
+
+def test_della_keeps_large_entries_more_often_and_the_mean():
+    base, expert = torch.zeros(100, 400), torch.linspace(1.0, 2.0, 400).repeat(100, 1)
+    merged = della(base, [expert], density=0.4, window=0.6)
+    kept = (merged != 0).float().mean(0)
+    # Five standard deviations of a mean of 10 000 draws; the chances are 0.1 to 0.7.
+    for part, chance in ((kept[:100], 0.175), (kept[-100:], 0.625), (kept, 0.4)):
+        assert abs(float(part.mean()) - chance) < 0.025
+    assert abs(float(merged.mean()) - 1.5) < 0.1
+
+
+def test_della_without_a_window_is_dare():
+    base, experts = two_tasks(50, 6)
+    for combine in merging.COMBINE:
+        settings = {"density": 0.5, "scaling": 0.3, "seed": 5, "name": "w", "combine": combine}
+        close(della(base, experts, window=0.0, **settings), dare(base, experts, **settings))
+
 
 def test_dare_keeps_the_share_and_the_mean():
     base, expert = torch.zeros(200, 100), torch.ones(200, 100)
@@ -95,17 +192,19 @@ def test_dare_that_keeps_all_is_task_arithmetic():
     assert torch.equal(dare(base, experts, density=1.0, scaling=0.3), task_arithmetic(base, experts, scaling=0.3))
 
 
-def test_dare_is_seeded_by_seed_name_and_expert_alone():
+@pytest.mark.parametrize("method", [dare, della])
+def test_a_draw_is_seeded_by_seed_name_and_expert_alone(method):
     base, experts = two_tasks(64, 64)
     state = torch.get_rng_state()
-    first = dare(base, experts, seed=1, name="a")
-    other_name, other_seed = dare(base, experts, seed=1, name="b"), dare(base, experts, seed=2, name="a")
+    first = method(base, experts, seed=1, name="a")
+    other_name, other_seed = method(base, experts, seed=1, name="b"), method(base, experts, seed=2, name="a")
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(99)
-    assert torch.equal(dare(base, experts, seed=1, name="a"), first)
+    assert torch.equal(method(base, experts, seed=1, name="a"), first)
     assert not torch.equal(other_name, first) and not torch.equal(other_seed, first)
     # Experts that are equal get masks of their own.
-    alone = [dare(base, experts[:1] * 2, scaling=scaling) - base for scaling in ([1.0, 0.0], [0.0, 1.0])]
+    total = {"combine": "task_arithmetic"}
+    alone = [method(base, experts[:1] * 2, scaling=scaling, **total) - base for scaling in ([1.0, 0.0], [0.0, 1.0])]
     assert not torch.equal(alone[0] == 0, alone[1] == 0)
 
 
@@ -163,13 +262,12 @@ def test_dare_is_pefts_under_the_same_masks(monkeypatch, combine):
     close(dare(base, experts, density=0.4, scaling=0.3, combine=combine), expected)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in ("slerp", "model_stock")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_one_expert_is_enough(method, dtype):
     base = torch.randn(4, 6).to(dtype)
     expert = (base + torch.randn(4, 6).to(dtype)).to(dtype)
-    settings = {"average": {}, "ties": {"density": 1.0}, "dare": {"density": 1.0, "scaling": 1.0}}
-    merged = METHODS[method](base, [expert], **settings.get(method, {"scaling": 1.0}))
+    merged = METHODS[method](base, [expert], **BE_THE_EXPERT.get(method, {"scaling": 1.0}))
     assert merged.dtype == dtype
     torch.testing.assert_close(merged, expert, rtol=1e-6, atol=1e-6)
 
@@ -184,10 +282,17 @@ def test_what_is_not_finite_stays_so(settings, value, where):
     tensors = [base, *experts]
     tensors[where][3, 2] = value
     merged = METHODS[method](base, experts, **given)
-    if method == "average" and where == 0:
+    if method in WITHOUT_BASE and where == 0:
         assert merged.isfinite().all()  # the base is not used
     else:
         assert not merged[3, 2].isfinite()
+
+
+def test_a_tensor_of_nan_alone_stays_so():
+    base, experts = two_tasks(40, 30)
+    experts[0].fill_(math.nan)
+    for method in METHODS.values():
+        assert method(base, experts).isnan().all()
 
 
 def test_infinities_that_cancel_stay_in_the_merge():
@@ -205,7 +310,7 @@ def test_the_inputs_are_left_alone(method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("shape", [(), (3,), (2, 3), (2, 1, 3, 3)])
+@pytest.mark.parametrize("shape", [(), (1,), (3,), (0,), (2, 3), (2, 1), (2, 1, 3, 3)])
 def test_tensors_of_any_shape(method, shape):
     base, experts = two_tasks(*shape)
     assert METHODS[method](base, experts).shape == base.shape
@@ -219,7 +324,12 @@ def test_tensors_of_any_shape(method, shape):
         (task_arithmetic, {"scaling": []}, "merge.scaling: 0 values for 2 experts"),
         (dare, {"scaling": [0.3]}, "merge.scaling: 1 values for 2 experts"),
         (dare, {"scaling": [0.3, 0.3], "combine": "ties"}, "merge.scaling: dare with combine: ties"),
-        (dare, {"combine": "average"}, "merge.combine: 'average'"),
+        (dare, {"combine": "average"}, "merge.combine: 'average' is not task_arithmetic, ties or ties_sum"),
+        (della, {"scaling": [0.3, 0.3]}, "merge.scaling: della with combine: ties"),
+        (della, {"density": 0.9}, "merge.window: chances of 0.75 to 1.05 are not in 0 to 1"),
+        (della, {"density": 0.1}, "merge.window: chances of -0.05 to 0.25"),
+        (breadcrumbs, {"smallest": 0.5, "largest": 0.5}, "merge.smallest, merge.largest: 0.5 and 0.5 leave nothing"),
+        (consensus, {"agreement": 3}, "merge.agreement: 3 tasks of 2"),
         (ties_merge, {"thresholds": [0.1]}, "shorter"),
     ],
 )

@@ -12,6 +12,7 @@ from epmq.merge_settings import Average, Dare, Ties
 from epmq.merging.compatibility import open_experts
 from epmq.merging.entrywise import dare, ties
 from epmq.merging.merged import MergedWeights
+from epmq.merging.methods import METHODS
 from epmq.pipeline.run import merge
 from epmq.recipe_file import load_recipe
 
@@ -34,7 +35,7 @@ def test_experts_of_other_dtypes_are_merged_in_float32(tmp_path, method):
         torch.testing.assert_close(tensor.float(), expected.bfloat16().float(), rtol=2**-7, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize("merge", [{"method": "ties"}, {"method": "ties", "trim": "tensor"}, {"method": "average"}])
+@pytest.mark.parametrize("merge", [{"method": "ties", "trim": "tensor"}, *({"method": method} for method in METHODS)])
 def test_rows_at_a_time_give_the_same_merge(pool, monkeypatch, merge):
     """What a large tensor goes through, on small ones."""
     recipe = load_recipe(recipe_for(pool, merge=merge))

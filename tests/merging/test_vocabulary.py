@@ -72,7 +72,7 @@ def test_other_tokens_of_the_same_numbers_have_rows_of_their_own(tmp_path):
     torch.testing.assert_close(out[TOKENS + 1], (one[TOKENS + 1] + two[TOKENS + 1]) / 2)
 
 
-@pytest.mark.parametrize("method", ["average", "ties", "dare"])
+@pytest.mark.parametrize("method", ["average", "ties", "dare", "slerp", "karcher"])
 def test_a_new_token_is_the_mean_of_those_who_have_it(tmp_path, method):
     """The experts number the tokens otherwise, and have no task vector for what the base lacks."""
     write_base(tmp_path)

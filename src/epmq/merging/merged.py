@@ -68,7 +68,9 @@ class MergedWeights:
         for rows in self._portions(name):
             base = self._base.tensor(name, rows)
             experts = [self._of(expert, name, rows, base) for expert in self._experts.experts.values()]
-            yield self._finite(name, merge(base, experts))
+            merged, new = merge(base, experts), self._new_rows(name, rows)
+            # The methods that look at lengths and angles would scale these as all other rows.
+            yield self._finite(name, merged if new is None else base.where(new, merged))
 
     def _portions(self, name: str) -> Iterator[slice | None]:
         """The rows of a tensor in portions; None for one that is merged as a whole: small, no float, or a matrix."""
@@ -122,11 +124,16 @@ class MergedWeights:
 
     def _of(self, expert: ExpertReader, name: str, rows: slice | None, base: Tensor) -> Tensor:
         """An expert's tensor, or some rows of it; rows of tokens that the base lacks change nothing in its mean."""
-        tensor, tokens = expert.tensor(name, rows), self._base.tokens
+        tensor, new = expert.tensor(name, rows), self._new_rows(name, rows)
+        return tensor if new is None else base.to(tensor.dtype).where(new, tensor)
+
+    def _new_rows(self, name: str, rows: slice | None) -> Tensor | None:
+        """Which rows of a table are of tokens that the base lacks; None if none are."""
+        tokens = self._base.tokens
         if tokens is None or name not in tokens.tables:
-            return tensor
+            return None
         new = tokens.lacking(name, rows)
-        return base.to(tensor.dtype).where(new, tensor) if new.any() else tensor
+        return new if new.any() else None
 
     def _finite(self, name: str, tensor: Tensor) -> Tensor:
         """Pass on what was made of the weights of one name, or say in an error which of them has NaN or Inf.

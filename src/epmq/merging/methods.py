@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from epmq.merging import entrywise, matrices
+from epmq.merging import entrywise, matrices, spherical
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,12 @@ METHODS: dict[str, Method] = {
     "task_arithmetic": Method(entrywise.task_arithmetic),
     "ties": Method(entrywise.ties),
     "dare": Method(entrywise.dare, whole=True),
+    "consensus": Method(entrywise.consensus),
+    "breadcrumbs": Method(entrywise.breadcrumbs, whole=True),
+    "della": Method(entrywise.della, whole=True),
+    "model_stock": Method(spherical.model_stock, whole=True),
+    "slerp": Method(spherical.slerp, whole=True),
+    "karcher": Method(spherical.karcher, whole=True),
     "wudi": Method(entrywise.mean_vector, matrices.wudi),
     "tsv_m": Method(entrywise.mean_vector, matrices.tsv_m),
     "iso_c": Method(entrywise.mean_vector, matrices.iso_c),

@@ -1,4 +1,4 @@
-"""TIES' trim over a whole model: the threshold of a task vector that is never whole in memory."""
+"""Trims over a tensor or a whole model: the threshold of a task vector that is never whole in memory."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -32,7 +32,7 @@ def magnitude_threshold(pairs: Callable[[], Iterable[Pair]], density: float) -> 
     Args:
         pairs: gives the base's and the expert's tensors piece by piece, the same ones each time it is called.
         density: share of entries that are at or above the threshold, 0 to 1 (equal ones are all kept); at 0 it is
-            infinite.
+            infinite. Where NaN are so many that no threshold has as many entries above it, it is NaN.
     """
     count, drawn = 0, []
     for base, expert in pairs():
@@ -51,6 +51,8 @@ def magnitude_threshold(pairs: Callable[[], Iterable[Pair]], density: float) -> 
         threshold = _rank_between(pairs, keep, low, high)
         if threshold is not None:
             return threshold
+        if low == 0 and high == math.inf:
+            return math.nan
         slack *= 8
 
 
