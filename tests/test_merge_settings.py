@@ -9,7 +9,8 @@ from epmq.recipe_file import load_recipe
 
 
 def recipe_with(*experts: str, **merge) -> Recipe:
-    return load_recipe(smallest(experts=[{"name": name, "model": name} for name in experts], merge=merge))
+    listed = [{"name": name, "model": name} for name in experts]
+    return load_recipe(smallest(experts=listed, merge=merge, quantize={"method": "none"}))
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ To add a method, write such a class, add it to `Merge` below, and write its func
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, field_validator, model_validator
 
@@ -27,6 +27,8 @@ Weights = Annotated[list[float], AfterValidator(_not_negative)]
 
 class MergeSettings(Strict):
     """What all merge methods have in common; their functions are in `epmq.merging.methods`."""
+
+    calibrates: ClassVar[bool] = False  # whether it looks at calibration data
 
     method: str
 
@@ -64,6 +66,34 @@ class Average(MergeSettings):
 
     method: Literal["average"] = "average"
     weights: Weights | None = Field(None, description="weight of each expert; equal if left out")
+
+
+class Regression(MergeSettings):
+    """What methods have in common that fit linear layers to the experts' outputs; all else is the experts' mean."""
+
+    calibrates: ClassVar[bool] = True
+    own_inputs: ClassVar[bool]  # whether an expert's outputs are on its own inputs
+
+    off_diagonal: float = Field(0.9, ge=0, le=1, description="factor on what lies off the diagonal of Gram matrices")
+
+    def arguments(self) -> dict[str, Any]:
+        return {}
+
+
+class RegMean(Regression):
+    """Layers give on each expert's inputs what the expert gives; needs calibration data."""
+
+    own_inputs: ClassVar[bool] = True
+
+    method: Literal["regmean"] = "regmean"
+
+
+class RegMeanPlusPlus(Regression):
+    """As regmean, on the inputs that the merged layers before give, block by block."""
+
+    own_inputs: ClassVar[bool] = False
+
+    method: Literal["regmean_pp"] = "regmean_pp"
 
 
 class TaskArithmetic(MergeSettings):
@@ -244,6 +274,7 @@ ALIASES: dict[str, dict[str, Any]] = {
     "isotropic_merging/iso_cts": {"method": "iso_cts"},
     "ISO_C_Merge": {"method": "iso_c"},
     "ISO_CTS_Merge": {"method": "iso_cts"},
+    "regmean_plusplus": {"method": "regmean_pp"},
     "wudi_merging": {"method": "wudi", "iterative": True},
 }
 
@@ -276,7 +307,9 @@ Merge = Annotated[
     | Wudi
     | TsvM
     | IsoC
-    | IsoCts,
+    | IsoCts
+    | RegMean
+    | RegMeanPlusPlus,
     Field(discriminator="method"),
     by_default("task_arithmetic", ALIASES),
 ]

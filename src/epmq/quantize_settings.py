@@ -26,11 +26,14 @@ class Guidance:
     stream: bool = False  # whether layers that write to the residual stream aim at the expert's own
     refit_heads: bool = False  # whether each task's head is fitted to the new model's features
     damping: float | None = None  # added to H's diagonal when codes are chosen, over its mean; None takes the ridge
+    own_inputs: bool = False  # whether moments are of the experts' own inputs, in the place of the merged model's
+    biases: bool = True  # whether targets hold the experts' biases
+    off_diagonal: float = 1.0  # factor on what lies off the diagonal of Gram matrices
 
     @property
     def runs_experts(self) -> bool:
         """Whether the experts run beside the merged model."""
-        return bool(self.features or self.stream or self.refit_heads)
+        return bool(self.features or self.stream or self.refit_heads or self.own_inputs)
 
 
 class QuantizeSettings(StorageSettings):

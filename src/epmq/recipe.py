@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
 from epmq.errors import InputError
-from epmq.merge_settings import Merge, TaskArithmetic, settings_classes
-from epmq.quantize_settings import ExpertGuided, Guided, Quantize
+from epmq.merge_settings import Merge, Regression, TaskArithmetic, settings_classes
+from epmq.quantize_settings import ExpertGuided, Guidance, Guided, Quantize, Unquantized
 from epmq.storage_settings import Strict
+
+# Methods of quantizing that go with merges on calibration data. Codes are chosen in the Hessian that the target was
+# fitted in: that of the quantized model's inputs, unless they are the experts' own.
+REGRESSION = {"regmean": ("none",), "regmean_pp": ("none", "gptq")}
+# RegMean has no anchor; this much of one holds what no input reaches.
+NO_RIDGE = 1e-6
+UNROUNDED = {"bits": 16, "embeddings": 16, "output_layer": 16, "rest": "as-stored", "scale_dtype": "as-stored"}
 
 
 class Data(Strict):
@@ -135,6 +143,9 @@ class Recipe(Strict):
             if len(values) != len(names):
                 raise InputError(f"merge.{field}: {len(values)} values for {len(names)} experts")
         self.merge.check_experts(len(names))
+        if isinstance(self.merge, Regression) and self.quantize.method not in REGRESSION[self.merge.method]:
+            takes = " or ".join(REGRESSION[self.merge.method])
+            raise InputError(f"merge.method: {self.merge.method} goes with quantize.method: {takes}")
         weights = self._task_weights()
         if weights is not None:
             if set(weights) != set(names):
@@ -151,10 +162,29 @@ class Recipe(Strict):
         return self.quantize.task_weights if isinstance(self.quantize, Guided) else None
 
     def ordered(self) -> Recipe:
-        """The same with the experts by name, so that the order in which they are listed makes no difference."""
+        """The same with the experts by name, so that the order in which they are listed makes no difference.
+
+        What merges on calibration data alone is a run whose layers are not rounded.
+        """
         order = sorted(range(len(self.experts)), key=lambda k: self.experts[k].name)
-        experts = [self.experts[k] for k in order]
-        return self.model_copy(update={"experts": experts, "merge": self.merge.reordered(order)})
+        update: dict[str, Any] = {"experts": [self.experts[k] for k in order], "merge": self.merge.reordered(order)}
+        if self.merge.calibrates and isinstance(self.quantize, Unquantized):
+            update["quantize"] = Unquantized.model_validate(UNROUNDED)
+        return self.model_copy(update=update)
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether a run looks at calibration data."""
+        return self.merge.calibrates or self.quantize.calibrates
+
+    @property
+    def guidance(self) -> Guidance:
+        """What calibration makes of the experts."""
+        guidance, merge = self.quantize.guidance(), self.merge
+        if not isinstance(merge, Regression):
+            return guidance
+        fit = replace(guidance, experts=True, ridge=NO_RIDGE, biases=False)
+        return replace(fit, own_inputs=merge.own_inputs, off_diagonal=merge.off_diagonal)
 
     def resolved(self, heads: bool) -> Recipe:
         """The same with everything filled in that depends on the checkpoints: on whether all heads can follow."""

@@ -17,7 +17,9 @@ def test_guidance_is_that_of_the_settings_and_nothing_runs_or_is_offloaded_by_de
     merged, cpu = MergedWeights(experts, recipe.merge), torch.device("cpu")
     for method in ("gptq", "e_pmq", "expert_guided"):
         settings = quantize_settings(method=method)
-        context = CalibrationContext(experts, merged, settings, Layout(), {"one": 0.5, "two": 0.5}, cpu)
+        context = CalibrationContext(
+            experts, merged, settings, settings.guidance(), Layout(), {"one": 0.5, "two": 0.5}, cpu
+        )
         assert context.guidance == settings.guidance() and context.guidance.experts == settings.guided
         assert context.teachers == {}
         large = torch.zeros(1 << 19)

@@ -12,7 +12,8 @@ from epmq.merging import methods
 from epmq.merging.entrywise import average, breadcrumbs, consensus, dare, della, disjoint_mean, task_arithmetic
 from epmq.merging.entrywise import ties as ties_merge
 
-METHODS = {name: method.entries for name, method in methods.METHODS.items()}
+# RegMean's is the average, under another name.
+METHODS = {name: one.entries for name, one in methods.METHODS.items() if not name.startswith("regmean")}
 # For these, of the base, only dtype and device matter.
 WITHOUT_BASE = ("average", "slerp", "karcher")
 # Settings by which a single expert is the merge.

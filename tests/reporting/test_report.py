@@ -65,9 +65,9 @@ def test_notes_on_layers():
     assert torch.finfo(torch.float16).max == FLOAT16_MAX
     layer = {"name": "a.query", "group": "query", "strength": None, "damping": 0.01, "rounded": 0, "largest": 1.0}
     settings = quantize_settings(method="gptq", damping=0.01)
-    assert layer_notes([layer], settings) == []
+    assert layer_notes([layer], settings.guidance()) == []
     layer |= {"damping": 0.1, "rounded": 2, "largest": 7e4}
-    assert layer_notes([layer, layer | {"name": "a.key", "damping": 0.01, "rounded": 0}], settings) == [
+    assert layer_notes([layer, layer | {"name": "a.key", "damping": 0.01, "rounded": 0}], settings.guidance()) == [
         "a.query: damping raised from 0.01 to 0.1 to factor its Hessian",
         "a.query: 2 rows are rounded to nearest, which loses less there",
         "a.query: inputs reach 7e+04, more than float16 holds: load the checkpoint with dtype float32 or bfloat16",

@@ -117,7 +117,8 @@ class LayerGroup:
             self.objective.add_target_task(moments, weight)
         else:
             expert = context.experts.experts[task]
-            weights, bias_delta = self._weights(expert).to(self.merged.device), self._bias_delta(expert)
+            weights = self._weights(expert).to(self.merged.device)
+            bias_delta = self._bias_delta(expert) if context.guidance.biases else None
             self.objective.add_task(moments, weight, weights, bias_delta, self.features)
 
     def _bias_delta(self, expert: ExpertReader) -> Tensor:
@@ -145,10 +146,11 @@ def collect(
     is first asked.
     """
     for task, batches in groupby(step.members, key=lambda member: member[1].task):
-        moments, teacher = Moments(group.columns, group.device), context.teachers.get(task)
+        moments = Moments(group.columns, group.device, context.guidance.off_diagonal)
+        teacher = context.teachers.get(task)
         if teacher is not None and teacher.step is None:
             teacher.run(step.name, points)
-        collector = InputCollector(step, group, moments, teacher)
+        collector = InputCollector(step, group, moments, teacher, context.guidance.own_inputs)
         for position, batch in batches:
             collector.add_batch(position, batch.index)
             step.offload(position)
@@ -160,14 +162,20 @@ def collect(
 class InputCollector:
     """Adds a layer's inputs to its moments, beside what the expert has in their place.
 
-    `aims` says whether the layer aims at a sum in the expert's residual stream.
+    `aims` says whether the layer aims at a sum in the expert's residual stream; with `own_inputs` the expert's take
+    the place of the layer's.
     """
 
     def __init__(
-        self, step: BlockStep | OutsideStep, group: "LayerGroup | TiledLayer", moments: Moments, teacher: Teacher | None
+        self,
+        step: BlockStep | OutsideStep,
+        group: "LayerGroup | TiledLayer",
+        moments: Moments,
+        teacher: Teacher | None,
+        own_inputs: bool = False,
     ) -> None:
         self._step: Any = step  # one that waits, where the target does
-        self._group, self._moments = group, moments
+        self._group, self._moments, self._own_inputs = group, moments, own_inputs
         self.aims = teacher is not None and group.target.add is not None
         self._teacher = teacher if group.target.points(group.features > 0) else None
         self._theirs: list[Tensor] = []  # what the expert has on the batch, in the order of calls
@@ -192,7 +200,10 @@ class InputCollector:
     def _add_inputs(self, inputs: Tensor) -> None:
         self._track_largest(inputs)
         theirs = self._theirs.pop(0) if self._theirs else None
-        drift = None if theirs is None or theirs.shape != inputs.shape else theirs.float() - inputs.float()
+        theirs = None if theirs is None or theirs.shape != inputs.shape else theirs
+        if self._own_inputs and theirs is not None:
+            inputs, theirs = theirs, None
+        drift = None if theirs is None else theirs.float() - inputs.float()
         self._moments.add(inputs, self._step.padding_mask(inputs), drift=drift)
 
     def _track_largest(self, inputs: Tensor) -> None:

@@ -21,16 +21,13 @@ class CalibrationContext:
     experts: ExpertSet
     merged: TensorReader
     settings: Quantize
+    guidance: Guidance  # what is made of the experts
     layout: Layout
     task_weights: dict[str, float]  # ω, which sum to 1
     device: torch.device  # where blocks and moments live
     offloader: Offloader = field(default_factory=Offloader)  # takes calibration activations while they wait
     calls: BlockCalls = field(default_factory=BlockCalls)  # as `try_forwards` found them
     teachers: dict[str, Teacher] = field(default_factory=dict)  # by task; empty where no expert runs
-
-    @property
-    def guidance(self) -> Guidance:
-        return self.settings.guidance()
 
     def tensor(self, name: str) -> Tensor:
         """A merged tensor; one that is not quantized in the dtype in which it is stored."""
@@ -39,4 +36,5 @@ class CalibrationContext:
     def features(self, layers: list[str]) -> float:
         """α, the share of the experts' own inputs in the targets; an output layer's are the experts' scores."""
         guidance = self.guidance
-        return 1.0 if guidance.runs_experts and layers == [self.layout.output_layer] else guidance.features
+        own = guidance.own_inputs or (guidance.runs_experts and layers == [self.layout.output_layer])
+        return 1.0 if own else guidance.features

@@ -38,6 +38,9 @@ METHODS: dict[str, Method] = {
     "model_stock": Method(spherical.model_stock, whole=True),
     "slerp": Method(spherical.slerp, whole=True),
     "karcher": Method(spherical.karcher, whole=True),
+    # In a run these are the anchor of what layers are fitted to, see `epmq.recipe.Recipe.guidance`.
+    "regmean": Method(entrywise.average),
+    "regmean_pp": Method(entrywise.average),
     "wudi": Method(entrywise.mean_vector, matrices.wudi),
     "tsv_m": Method(entrywise.mean_vector, matrices.tsv_m),
     "iso_c": Method(entrywise.mean_vector, matrices.iso_c),

@@ -124,7 +124,7 @@ def plan_table(plan: Plan) -> Table:
     table.add_row("model", f"{plan.blocks} blocks, {plan.layers} layers and tables to quantize")
     for part, stored in plan.stored.items():
         table.add_row(part, stored)
-    if quantize.calibrates:
+    if recipe.calibrates:
         table.add_row("calibration", f"about {plan.tokens} tokens, or images")
     table.add_section()
     for phase, seconds in plan.seconds.items():
@@ -149,7 +149,7 @@ def plan_of(prepared: PreparedRun, opening: float) -> Plan:
     experts, recipe = prepared.experts, prepared.recipe
     return_freed_memory()
     resident = memory_mb()
-    measured = _calibrated(prepared) if recipe.quantize.calibrates else _merged(prepared)
+    measured = _calibrated(prepared) if recipe.calibrates else _merged(prepared)
     written = sum(map(byte_size, weight_specs(prepared).values()))
     if prepared.layout.free:  # not known before every layer is measured; nearly all of what may be
         written = limit_bytes(prepared) or written

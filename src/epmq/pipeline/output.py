@@ -113,7 +113,7 @@ class QuantizedWeights:
 def weight_specs(run: PreparedRun) -> dict[str, TensorSpec]:
     """Stored name → dtype and shape of every tensor that a run writes, in the order in which they are written."""
     experts, layout = run.experts, run.layout
-    if run.recipe.quantize.method == "none":
+    if not layout.of:
         return {experts.written[name]: experts.base.spec(name) for name in experts.names}
     specs = dict[str, TensorSpec]()
     for name in experts.outside_names():

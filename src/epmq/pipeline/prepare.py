@@ -82,7 +82,7 @@ def prepare(
     _check_fields(recipe, calibration or {}, evaluation or {})
     listed, recipe = recipe.experts, recipe.ordered()
     experts = open_experts(recipe.base, recipe.experts, recipe.tokenizer, recipe.config)
-    planner = LayoutPlanner(experts, recipe.quantize) if recipe.quantize.method != "none" else None
+    planner = LayoutPlanner(experts, recipe.quantize) if recipe.quantize.method != "none" or recipe.calibrates else None
     if planner is not None:
         _check_settings(recipe)
         planner.layout()  # what does not fit is an error before any data is read
@@ -96,15 +96,15 @@ def prepare(
     inputs, scored = {}, {}
     for expert in recipe.experts:
         data = ExpertData(experts, recipe, expert, model_inputs, plan.templates.get(expert.name))
-        if recipe.quantize.calibrates:
+        if recipe.calibrates:
             inputs[expert.name] = data.calibration(calibration)
         if evaluate and (expert.evaluation is not None or expert.name in (evaluation or {})):
             scored[expert.name] = data.evaluation(evaluation)
         check_head(experts, expert.name, scored.get(expert.name))
-    stub = StubModel(experts) if recipe.quantize.calibrates else None
+    stub = StubModel(experts) if recipe.calibrates else None
     calls = BlockCalls() if stub is None else try_forwards(experts, inputs, stub)
     heads = all(expert.has_head for expert in experts.experts.values())
-    if heads and recipe.quantize.calibrates and recipe.quantize.guidance().refit_heads:
+    if heads and recipe.calibrates and recipe.guidance.refit_heads:
         heads = heads_follow(experts, inputs, stub)
     recipe = recipe.resolved(heads)
     _check_task_classes(experts, scored)
@@ -149,8 +149,9 @@ def _check_fields(recipe: Recipe, calibration: Objects, evaluation: Objects) -> 
         if name not in [expert.name for expert in recipe.experts]:
             raise InputError(f"data for {name!r}, but the recipe has no expert of that name")
     for expert in recipe.experts:
-        if recipe.quantize.calibrates and expert.calibration is None and expert.name not in calibration:
-            raise InputError(f"experts.{expert.name}.calibration: {recipe.quantize.method} needs calibration data")
+        if recipe.calibrates and expert.calibration is None and expert.name not in calibration:
+            method = recipe.quantize.method if recipe.quantize.calibrates else recipe.merge.method
+            raise InputError(f"experts.{expert.name}.calibration: {method} needs calibration data")
     device = select_device(recipe.device)
     if recipe.activations == "disk" and device.type != "cpu":
         raise InputError(f"activations: disk works on a CPU only, not on {device}")

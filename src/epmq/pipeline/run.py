@@ -95,7 +95,7 @@ def run(
             check_targets(prepared)
         stack.enter_context(gc_frozen())  # all modules are imported
         exports: list[dict[str, Any]] = []
-        if isinstance(prepared.recipe.quantize, Unquantized):
+        if not prepared.layout.of:
             folder = stack.enter_context(whole_directory(recipe.output))
             with clocks.phase("merge and quantize"):
                 written = Written(write_merged(prepared, folder, bar))
@@ -163,7 +163,7 @@ def write_quantized(prepared: PreparedRun, workdir: Workdir, batches: list[Batch
         finished = [Block(name, [LayerReport(**report) for report in reports]) for name, reports in done]
         engine = None
         solved: Iterable[Block] = round_blocks(prepared.experts, prepared.merged, prepared.layout, finished)
-        if recipe.quantize.calibrates:
+        if recipe.calibrates:
             solved = engine = calibration_engine(prepared, batches, finished, weights, workdir.output)
         try:
             layers = outside + _write_blocks(prepared, weights, solved, journal, bar)
@@ -193,7 +193,7 @@ def _write_blocks(
         layers += reports
         if number >= earlier:
             weights.write_block(block)
-            if not recipe.quantize.calibrates:
+            if not recipe.calibrates:
                 weights.check_block(block)
             journal.append(block.name, reports)
     if earlier:
@@ -215,6 +215,7 @@ def calibration_engine(
         experts,
         prepared.merged,
         recipe.quantize,
+        recipe.guidance,
         prepared.layout,
         {task: recipe.task_weight(task) for task in experts.experts},
         prepared.device,
@@ -264,7 +265,7 @@ def _report(prepared: PreparedRun, written: Written, clocks: "Clocks") -> dict[s
         "loss": sum(layer["loss"] or 0.0 for layer in layers),
         "layers": layers,
         "heads": written.heads,
-        "notes": prepared.experts.notes + reporting.layer_notes(layers, recipe.quantize),
+        "notes": prepared.experts.notes + reporting.layer_notes(layers, recipe.guidance),
     }
 
 

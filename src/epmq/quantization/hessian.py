@@ -23,10 +23,14 @@ class Moments:
 
     With x what the layers receive, these are Σ x xᵀ, Σ x and, if asked, Σ (x̃ − x) xᵀ, where x̃ is what the expert's
     own layers receive, and Σ y xᵀ, where y is what the layers are to give. `count` is n, the tokens seen.
+
+    Args:
+        columns: of x.
+        off_diagonal: factor on what lies off the diagonal of the Gram matrix (RegMean, arXiv 2212.09849, section 4).
     """
 
-    def __init__(self, columns: int, device: torch.device | str = "cpu") -> None:
-        self.count = 0
+    def __init__(self, columns: int, device: torch.device | str = "cpu", off_diagonal: float = 1.0) -> None:
+        self.count, self._off_diagonal = 0, off_diagonal
         self._total = torch.zeros(columns, device=device)
         self._gram = torch.zeros(columns, columns, device=device)
         self._input_drift: Tensor | None = None
@@ -72,6 +76,9 @@ class Moments:
         gram = self._gram / self.count
         for start, end in self._row_blocks():
             gram[end:, start:end] = gram[start:end, end:].T
+        if self._off_diagonal != 1:
+            diagonal = gram.diagonal().clone()
+            gram.mul_(self._off_diagonal).diagonal().copy_(diagonal)
         return gram
 
     @property

@@ -12,16 +12,15 @@ from epmq.storage_settings import PLAIN, describe
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from epmq.quantize_settings import Quantize
+    from epmq.quantize_settings import Guidance
 
 # Files of an output that tell of times, and so differ from run to run.
 REPORT, PAGE, CARD = TIMED = ("report.json", "report.html", "README.md")
 FLOAT16_MAX = 65504
 
 
-def layer_notes(layers: Sequence[dict[str, Any]], settings: Quantize) -> list[str]:
+def layer_notes(layers: Sequence[dict[str, Any]], guidance: Guidance) -> list[str]:
     """What a user should know of a report's layers that did not go as the settings ask for."""
-    guidance = settings.guidance()
     asked = {"strength": guidance.ridge, "damping": guidance.damping or guidance.ridge}
     raised = [
         f"{layer['name']}: {name} raised from {start:g} to {layer[name]:g} to factor its Hessian"

@@ -96,7 +96,7 @@ def forecast(name: str | Path | Table, options: RunOptions | None = None, *, pro
             opening = _opening_seconds(job.experts) if opening is None else opening
             result.plans[key] = plan = _plan(job, opening)
             if row.bits is not None and plan.tokens and not table.by_lm_eval:
-                forwards = len(table.tasks) * job.recipe.samples * (1 + plan.recipe.quantize.guidance().runs_experts)
+                forwards = len(table.tasks) * job.recipe.samples * (1 + plan.recipe.guidance.runs_experts)
                 result.scoring = plan.seconds["collect"] / forwards * SCORED
     return result
 
@@ -192,12 +192,12 @@ def _prepared_run(table: Table, recipe: Recipe) -> PreparedRun:
     experts = open_experts(recipe.base, recipe.experts, recipe.tokenizer, recipe.config)
     recipe = recipe.resolved(all(task.classes is not None for task in table.tasks.values()))
     calibration = {}
-    if recipe.quantize.calibrates:
+    if recipe.calibrates:
         batches = _random_batches(table.shapes["base"], experts.model.config, recipe.samples, recipe.batch_size)
         calibration = {expert.name: batches for expert in recipe.experts}
     merged, settings = MergedWeights(experts, recipe.merge, recipe.seed), recipe.quantize
     layout = Layout()
-    if settings.method != "none":
+    if settings.method != "none" or recipe.calibrates:
         layout = LayoutPlanner(experts, settings).layout()
     return PreparedRun(recipe, experts, merged, calibration, {}, layout=layout)
 
