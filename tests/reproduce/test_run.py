@@ -117,7 +117,8 @@ def test_rows_are_picked_by_name():
     table = load_table("clip-vit-b32-8")
     names = [row.name for row in RunOptions(["ties"], ["e_pmq"], [3, 4]).rows(table)]
     assert names == ["base", "experts", "ties", "ties-e_pmq-4", "ties-e_pmq-3"]
-    assert len(RunOptions().rows(table)) == 2 + 2 + 2 * 5 * 4
+    # Base and experts; seven merges; five of them with all quantizers, RegMean with none, RegMean++ with two GPTQs.
+    assert len(RunOptions().rows(table)) == 2 + 7 + (5 * 5 + 2) * 4
     for field, value in (("merges", "slerp"), ("methods", "awq"), ("bits", 5)):
         with pytest.raises(ValueError, match=f"the table has no {value}; it has "):
             RunOptions(**{field: [value]}).rows(table)

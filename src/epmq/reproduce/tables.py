@@ -19,7 +19,7 @@ from epmq.files import read_yaml
 from epmq.merge_settings import Merge
 from epmq.models.checkpoint import INDEX, SINGLE, resolve
 from epmq.quantize_settings import Quantize, quantize_settings
-from epmq.recipe import Data, Expert, Recipe, Sections, explain
+from epmq.recipe import REGRESSION, Data, Expert, Recipe, Sections, explain
 from epmq.reproduce.zeroshot import check_template
 from epmq.storage_settings import Strict
 
@@ -157,10 +157,18 @@ class Table(Strict):
         return self.experts.format(task=task) if isinstance(self.experts, str) else self.experts[task]
 
     def rows(self) -> list[Row]:
-        """All rows: base, experts, merges in full precision, then the grid, by bits."""
+        """All rows: base, experts, merges in full precision, then the grid, by bits.
+
+        A merge on calibration data goes with some quantizers only.
+        """
         rows = [Row(None, "base", None), Row(None, "experts", None)]
         rows += [Row(merge, "none", None) for merge in self.merges]
-        return rows + [Row(*pair, bits) for bits in self.bits for pair in product(self.merges, self.methods)]
+        pairs = [
+            (merge, method)
+            for (merge, settings), (method, quantize) in product(self.merges.items(), self.methods.items())
+            if quantize["method"] in REGRESSION.get(settings.method, (quantize["method"],))
+        ]
+        return rows + [Row(*pair, bits) for bits in self.bits for pair in pairs]
 
 
 @dataclass(frozen=True)
