@@ -78,7 +78,7 @@ def consensus(
 
     def add(base: Tensor, experts: Sequence[Tensor]) -> Tensor:
         tau = [expert.sub_(base) for expert in experts]
-        total = _sum(tau)
+        total = total_of(tau)
         votes = torch.zeros_like(total)
         for vector in tau:
             votes.add_(vector.abs() >= (total - vector).abs_().mul_(threshold))
@@ -262,7 +262,7 @@ def disjoint_mean(tau: Sequence[Tensor], agreed: str = "mean") -> Tensor:
     The elected sign is the sign of the sum; where the sum is 0 it is positive, so that no entry is lost. `tau` are
     trimmed task vectors, K tensors [*shape] float32; `agreed` is `mean` or `sum`.
     """
-    elected = _sum(tau).ge_(0).mul_(2).sub_(1)  # 1 or -1
+    elected = total_of(tau).ge_(0).mul_(2).sub_(1)  # 1 or -1
     same, votes = torch.zeros_like(elected), torch.zeros_like(elected)
     for vector in tau:
         share = (vector * elected).clamp_(min=0)
@@ -288,7 +288,8 @@ def _by_pieces(
     return merged
 
 
-def _sum(vectors: Sequence[Tensor]) -> Tensor:
+def total_of(vectors: Sequence[Tensor]) -> Tensor:
+    """The sum of K tensors of one shape, in new memory."""
     total = vectors[0].clone()
     for vector in vectors[1:]:
         total.add_(vector)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from epmq.matmul import one_thread
+from epmq.merging.entrywise import total_of
 from epmq.quantization.factor import factorize
 
 # Singular values below this share of the largest are rounding errors of the Gram matrix in float64.
@@ -36,7 +37,7 @@ def wudi(vectors: Sequence[Tensor], *, ridge: float = 0.1, iterative: bool = Fal
         iterative: as published instead: 300 steps of Adam from the sum of the task vectors.
         width: of the layer's inputs, if `vectors` are given in a smaller basis.
     """
-    total = _sum(vectors)
+    total = total_of(vectors)
     shares = [vector / vector.norm() if vector.any() else vector for vector in vectors]
     if iterative:
         return _descend(total, vectors, shares)
@@ -75,7 +76,7 @@ def tsv_m(vectors: Sequence[Tensor]) -> Tensor:
     """
     rank = min(vectors[0].shape) // len(vectors)
     if rank == 0:
-        return _sum(vectors) / len(vectors)
+        return total_of(vectors) / len(vectors)
     parts = [singular_triples(vector, rank) for vector in vectors]
     left, values, right = (torch.cat([part[i] for part in parts], -1) for i in range(3))
     return nearest_orthogonal(left) * values @ nearest_orthogonal(right).T
@@ -83,7 +84,7 @@ def tsv_m(vectors: Sequence[Tensor]) -> Tensor:
 
 def iso_c(vectors: Sequence[Tensor]) -> Tensor:
     """The sum of the task vectors with all singular values at their mean (Iso-C, arXiv 2502.04959, eq. 4)."""
-    total = _sum(vectors)
+    total = total_of(vectors)
     left, values, right = singular_triples(total)
     return values.mean() * left @ right.T
 
@@ -95,7 +96,7 @@ def iso_cts(vectors: Sequence[Tensor], *, common: float = 0.8) -> Tensor:
     task vector's part outside of them, the same number a task. U and V of all are made orthogonal, and all singular
     values are set to their mean.
     """
-    total, count = _sum(vectors), len(vectors)
+    total, count = total_of(vectors), len(vectors)
     size = min(total.shape)
     own = round((size - int(size * common)) / count)
     left, values, right = (part[..., : size - own * count] for part in singular_triples(total))
@@ -127,10 +128,3 @@ def nearest_orthogonal(matrix: Tensor) -> Tensor:
     """The matrix [m, n] with orthonormal columns (rows, where n > m) nearest to one: U Vᵀ of its SVD."""
     left, _, right = singular_triples(matrix)
     return left @ right.T
-
-
-def _sum(vectors: Sequence[Tensor]) -> Tensor:
-    total = vectors[0].clone()
-    for vector in vectors[1:]:
-        total.add_(vector)
-    return total
