@@ -79,6 +79,7 @@ def recipe_of(shape: Shape, root: Path, method: str, out: Path, device: str) -> 
     return {
         "base": str(root / "base"),
         "experts": [{"name": task, "model": str(root / task)} for task in tasks(shape)],
+        "merge": {"method": "task_arithmetic"},
         "quantize": {"method": method, "bits": GRID.bits, "group_size": GRID.group_size},
         "output": str(out),
         "device": device,

@@ -64,6 +64,7 @@ def measure(job: dict[str, int], root: Path) -> dict[str, Any]:
     recipe = {
         "base": str(root / "base"),
         "experts": [{"name": task, "model": str(root / task)} for task in tasks(made)],
+        "merge": {"method": "task_arithmetic"},
         "output": str(root / "out"),
         "device": "cpu",
     }

@@ -273,6 +273,7 @@ def measure(name: str, root: Path) -> dict[str, Any]:
     recipe = {
         "base": str(root / "base"),
         "experts": [{"name": task, "model": str(root / task)} for task in tasks(shape)],
+        "merge": {"method": "task_arithmetic"},
         "quantize": {"method": "expert_guided", "bits": 4, "group_size": -1},
         "output": str(root / "out"),
         "device": "cpu",

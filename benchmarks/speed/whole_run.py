@@ -74,6 +74,7 @@ def recipe(root: Path, tool: str, out: Path, device: str) -> dict[str, Any]:
     return {
         "base": str(root / "base"),
         "experts": [{"name": name, "model": str(path)} for name, path in models.items()],
+        "merge": {"method": "task_arithmetic"},
         "quantize": {**OURS[tool], "bits": 4, "group_size": 128},
         "output": str(out),
         "device": device,

@@ -29,6 +29,9 @@ class MergeSettings(Strict):
     """What all merge methods have in common; their functions are in `epmq.merging.methods`."""
 
     calibrates: ClassVar[bool] = False  # whether it looks at calibration data
+    # Where the strong anchor of expert_guided lies by default, over the merged task vector: near the full sum of the
+    # task vectors, of which Task Arithmetic takes 0.3, and methods that see matrices take most that does not interfere.
+    far_anchor: ClassVar[float] = 3.0
 
     method: str
 
@@ -50,6 +53,8 @@ class MatrixSettings(MergeSettings):
 
     All other tensors get the mean of the task vectors.
     """
+
+    far_anchor: ClassVar[float] = 1.8
 
     scaling: float = Field(1.0, description="factor on the merged task vector")
 
@@ -311,7 +316,7 @@ Merge = Annotated[
     | RegMean
     | RegMeanPlusPlus,
     Field(discriminator="method"),
-    by_default("task_arithmetic", ALIASES),
+    by_default("wudi", ALIASES),
 ]
 
 

@@ -51,8 +51,8 @@ class QuantizeSettings(StorageSettings):
         """What calibration does; of no use where nothing is calibrated."""
         return Guidance()
 
-    def defaults(self, heads: bool) -> dict[str, Any]:
-        """What settings that are left out are, by whether all experts have a head."""
+    def defaults(self, heads: bool, far_anchor: float = 3.0) -> dict[str, Any]:
+        """What settings that are left out are, by whether all experts have a head, and the merge's `far_anchor`."""
         return {}
 
 
@@ -133,8 +133,8 @@ class ExpertGuided(Guided):
     anchor_scale: float | None = Field(
         None,
         gt=0,
-        description="the anchor lies at base + this × (merged − base); by default 3 where all experts have heads that "
-        "follow, else 1",
+        description="the anchor lies at base + this × (merged − base); by default 3 (of wudi, tsv_m and iso 1.8) where "
+        "all experts have heads that follow, else 1",
     )
     expert_features: float | None = Field(
         None,
@@ -152,8 +152,9 @@ class ExpertGuided(Guided):
         "model's features",
     )
 
-    def defaults(self, heads: bool) -> dict[str, Any]:
-        return BY_HEADS[heads and self.adapt_heads]
+    def defaults(self, heads: bool, far_anchor: float = 3.0) -> dict[str, Any]:
+        follow = heads and self.adapt_heads
+        return BY_HEADS[follow] | ({"anchor_scale": far_anchor} if follow else {})
 
     def guidance(self) -> Guidance:
         return Guidance(

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from epmq.errors import InputError
-from epmq.merge_settings import Merge, Regression, TaskArithmetic, settings_classes
+from epmq.merge_settings import Merge, Regression, Wudi, settings_classes
 from epmq.quantize_settings import ExpertGuided, Guidance, Guided, Quantize, Unquantized
 from epmq.storage_settings import Strict
 
@@ -97,7 +97,7 @@ class Recipe(Strict):
 
     base: str = Field(description="the model that all experts were fine-tuned from: Hugging Face directory or Hub id")
     experts: list[Expert] = Field(min_length=1)
-    merge: Merge = TaskArithmetic()
+    merge: Merge = Wudi()
     quantize: Quantize = ExpertGuided()
     config: dict[str, Any] = Field(
         {},
@@ -188,7 +188,7 @@ class Recipe(Strict):
 
     def resolved(self, heads: bool) -> Recipe:
         """The same with everything filled in that depends on the checkpoints: on whether all heads can follow."""
-        defaults = self.quantize.defaults(heads)
+        defaults = self.quantize.defaults(heads, self.merge.far_anchor)
         missing = {name: value for name, value in defaults.items() if getattr(self.quantize, name) is None}
         return self.model_copy(update={"quantize": self.quantize.model_copy(update=missing)})
 
