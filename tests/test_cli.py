@@ -220,7 +220,7 @@ def test_eval_measures_a_checkpoint(call, finished):
 def test_inspect_shows_what_is_there(call, finished, pool):
     status, found, _ = call("inspect", finished / "out")
     assert status == 0
-    for text in ("BertModel", "4 bits, symmetric", "one, two", "task_arithmetic", "expert_guided", "mean accuracy"):
+    for text in ("BertModel", "4 bits, symmetric", "one, two", "wudi", "expert_guided", "mean accuracy"):
         assert text in found
     assert "encoder.layer.1.output.dense" not in found
     status, found, _ = call("inspect", finished / "out", "--layers")
@@ -234,7 +234,7 @@ def test_inspect_shows_what_is_there(call, finished, pool):
 
 
 def test_set_overrides_the_recipe(call, recipe, tmp_path):
-    changes = ["quantize.bits=3", "quantize.symmetric=false", "merge.scaling=[0.1, 0.2]", "samples=4", "seed=7"]
+    changes = ["quantize.bits=3", "quantize.symmetric=false", "merge.method=task_arithmetic", "merge.scaling=[0.1, 0.2]", "samples=4", "seed=7"]
     arguments = [part for change in changes for part in ("--set", change)]
     status, _, err = call("quantize", recipe, "-q", *arguments, "-s", f"output={tmp_path / 'elsewhere'}")
     assert (status, err) == (0, "")

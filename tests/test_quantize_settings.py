@@ -61,14 +61,15 @@ def test_each_guided_method_has_its_own_defaults():
 
 
 def test_the_anchor_is_resolved_by_whether_there_are_heads_that_follow():
-    def resolved(heads, **settings):
-        return load_recipe(smallest(quantize=settings)).resolved(heads).quantize
+    def resolved(heads, merge="task_arithmetic", **settings):
+        return load_recipe(smallest(quantize=settings, merge={"method": merge})).resolved(heads).quantize
 
-    def anchor(heads, **settings):
-        quantize = resolved(heads, **settings)
+    def anchor(heads, merge="task_arithmetic", **settings):
+        quantize = resolved(heads, merge, **settings)
         return quantize.anchor_strength, quantize.anchor_scale
 
     assert anchor(True) == (30, 3) and anchor(False) == (0.03, 1)
+    assert anchor(True, "wudi") == (30, 1.8) and anchor(False, "wudi") == (0.03, 1)
     assert anchor(True, adapt_heads=False) == (0.03, 1)
     assert anchor(True, anchor_scale=2) == (30, 2) and anchor(False, anchor_strength=0.5) == (0.5, 1)
     for method in ("e_pmq", "gptq"):
@@ -90,7 +91,7 @@ def test_what_calibration_does_follows_from_the_settings():
     [
         ({"method": "average"}, {"weights": None}),
         ({"method": "average", "weights": [1, 3]}, {"weights": [1, 3]}),
-        ({"scaling": [0.1, 0.2]}, {"scaling": [0.1, 0.2]}),
+        ({"method": "task_arithmetic", "scaling": [0.1, 0.2]}, {"scaling": [0.1, 0.2]}),
         ({"method": "ties"}, {"scaling": 1.0, "density": 0.2, "agreed": "mean"}),
         ({"method": "ties", "scaling": 0.0, "agreed": "sum"}, {"scaling": 0.0, "density": 0.2, "agreed": "sum"}),
         ({"method": "dare", "density": 0.9}, {"scaling": 0.3, "density": 0.9, "combine": "task_arithmetic"}),

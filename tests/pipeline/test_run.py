@@ -39,7 +39,7 @@ def plain(pool: Path, output: Path, **fields: Any) -> dict[str, torch.Tensor]:
 
 
 def test_the_report_says_what_was_done(pool, tmp_path):
-    recipe = recipe_for(pool, output=str(tmp_path / "out"), merge={"scaling": 0.4})
+    recipe = recipe_for(pool, output=str(tmp_path / "out"), merge={"method": "task_arithmetic", "scaling": 0.4})
     report = run(recipe, progress=False)
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == report
     assert epmq.load_recipe(report["recipe"]) == epmq.load_recipe(recipe).resolved(True)
