@@ -21,6 +21,8 @@ from epmq.models.packed import InCodes, PackedConv1D, PackedLinear, PackedWeight
 
 # Layers whose product is known; a subclass with a forward of its own keeps its scales.
 MULTIPLY = (PackedLinear.forward, PackedConv1D.forward)
+# The tensors of a head's last linear map.
+LEAVES = ("weight", "bias")
 
 
 class ScaledProduct(torch.autograd.Function):
@@ -109,13 +111,11 @@ class Student:
     def _take_head(self, task: str, head: Head | NativeHead) -> None:
         """Let the last linear map of a task's head be trained."""
         if isinstance(head, Head):
-            weight, bias = (nn.Parameter(plain.to(self.device, copy=True)) for plain in (head.weight, head.bias))
-            self.heads[task] = replace(head, weight=weight, bias=bias)
-            own: dict[str, nn.Parameter | None] = {"weight": weight, "bias": bias}
+            own: list[Any] = [nn.Parameter(plain.to(self.device, copy=True)) for plain in (head.weight, head.bias)]
+            self.heads[task] = replace(head, weight=own[0], bias=own[1])
         else:
-            layer = head.scoring
-            own = {} if layer is None else {"weight": layer.weight, "bias": layer.bias}
-        named = {self.HEAD.format(task, leaf): parameter for leaf, parameter in own.items()}
+            own = [getattr(head.scoring, leaf, None) for leaf in LEAVES]
+        named = {self.HEAD.format(task, leaf): parameter for leaf, parameter in zip(LEAVES, own)}
         self.parameters |= {name: one for name, one in named.items() if one is not None and name in self._dtypes}
 
     @property

@@ -35,6 +35,7 @@ from epmq.pipeline.layout import stored_parts
 from epmq.pipeline.opening import note_unopened
 from epmq.pipeline.output import form_of, parameters_of, weight_specs
 from epmq.pipeline.prepare import Objects, PreparedRun, prepare
+from epmq.pipeline.refining import check_refine
 from epmq.pipeline.run import TRIED, calibration_batches, calibration_engine
 from epmq.quantization.grid import BITS
 from epmq.recipe import Recipe
@@ -111,6 +112,7 @@ def dry_run(
         prepared = prepare(recipe, bar, calibration=calibration, strict=strict)
         check_budget(prepared)
         check_targets(prepared)
+        check_refine(prepared)
         note_unopened(prepared)
     return plan_of(prepared, clock(prepared.device) - start)
 

@@ -1,6 +1,7 @@
 """The step after quantization: what was written is trained towards the experts, without touching a code."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -58,6 +59,8 @@ def check_refine(run: PreparedRun) -> None:
     if not run.layout.quantized() and not run.layout.free:
         raise InputError("quantize.refine: nothing is quantized, so there are no codes to keep")
     for task, expert in run.experts.experts.items():
+        if not run.recipe.task_weight(task):
+            continue
         with error_context(f"experts.{task}.calibration"):
             hold_out(run.calibration[task])
         head = guiding_head(expert, Notes(), run.experts.model)
@@ -151,7 +154,11 @@ def _train(
             for step in steps:
                 distiller.step(*step)
                 bar.advance(shown)
-        losses.append(distiller.held_out_loss())
+        loss = distiller.held_out_loss()
+        if not math.isfinite(loss) and losses:
+            run.experts.notes.append(f"refine: no loss after epoch {len(losses)}; try a lower refine_learning_rate")
+            break
+        losses.append(loss)
         if losses[-1] == min(losses):
             best = student.stored()
         bar.update(shown, description=f"refine, held-out loss {losses[-1]:.4g} of {losses[0]:.4g}")
