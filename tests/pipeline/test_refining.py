@@ -15,7 +15,7 @@ import epmq
 from epmq.calibration.distill import Distiller
 from epmq.errors import InputError
 from epmq.models.codes import CodedCheckpoint
-from epmq.models.heads import load_head
+from epmq.models.heads import HEAD_FILE, Head, load_head, save_head
 from epmq.pipeline import refining
 from epmq.pipeline import run as pipeline
 from epmq.pipeline.journal import BLOCKS
@@ -222,14 +222,23 @@ def test_language_models_learn_the_next_token(tmp_path, name):
     assert report["refine"]["kept"] > 0 and min(losses) < losses[0], losses
 
 
-def test_pictures(tmp_path):
-    recipe = language_pool(tmp_path, "vit")
+def image_head(folder: Path, task: str, name: str) -> None:
+    """Put a head on an expert: a task class, or one on the pooled output, as CLIP's zero-shot heads are."""
+    torch.manual_seed(len(task))
+    if name == "vit":
+        config = transformers.ViTConfig.from_pretrained(folder / task, num_labels=3)
+        model = transformers.ViTForImageClassification.from_pretrained(folder / task, config=config)
+        model.save_pretrained(folder / task)
+    else:
+        head = Head(torch.randn(3, 16), torch.randn(3), "pooler", projection=torch.randn(16, 32))
+        save_head(head, folder / task / HEAD_FILE)
+
+
+@pytest.mark.parametrize("name", ["vit", "clip_vision"])
+def test_pictures(tmp_path, name):
+    recipe = language_pool(tmp_path, name)
     for task in ("one", "two"):
-        config = transformers.ViTConfig.from_pretrained(tmp_path / task, num_labels=3)
-        torch.manual_seed(len(task))
-        transformers.ViTForImageClassification.from_pretrained(tmp_path / task, config=config).save_pretrained(
-            tmp_path / task
-        )
+        image_head(tmp_path, task, name)
     pictures = {"pixel_values": torch.randn(7, 3, 28, 28)}
     settings = {**DISTILL, "refine_learning_rate": 3e-4}
     report = run({**recipe, "quantize": settings}, calibration=dict.fromkeys(("one", "two"), [pictures] * 6), **QUIET)
