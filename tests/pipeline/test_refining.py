@@ -20,6 +20,7 @@ from epmq.pipeline import refining
 from epmq.pipeline import run as pipeline
 from epmq.pipeline.journal import BLOCKS
 from epmq.pipeline.run import run
+from epmq.pipeline.verify import WrongOutputError
 from tests.kit.runs import contents
 
 QUIET: dict[str, Any] = {"progress": False, "evaluate": False}
@@ -157,6 +158,21 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(pool, refined, tmp_pat
     epochs = {"says": 2, "step": 2, "held_out_loss": 1}.get(name, 0)
     assert len(trained) == epochs * 6
     assert any("quantized by a run that was stopped" in note for note in report["notes"])
+
+
+def test_a_broken_output_is_not_kept(pool, refined, tmp_path, monkeypatch):
+    recipe = recipe_for(pool, output=str(tmp_path / "out"), quantize={**DISTILL, "method": "gptq"})
+
+    def garble(run, folder, student, tensors):
+        written(run, folder, student, {name: tensor * 2 for name, tensor in tensors.items()})
+
+    written = refining.write_refined
+    with monkeypatch.context() as patch:
+        patch.setattr(refining, "write_refined", garble)
+        with pytest.raises(WrongOutputError, match="nothing was published"):
+            run(recipe, **QUIET)
+    run(recipe, **QUIET)
+    assert contents(tmp_path / "out") == contents(refined)
 
 
 def test_the_same_bytes_twice(pool, refined, tmp_path):

@@ -32,7 +32,7 @@ from epmq.notes import Notes
 from epmq.pipeline.journal import Workdir
 from epmq.pipeline.output import weight_specs
 from epmq.pipeline.prepare import PreparedRun
-from epmq.pipeline.verify import check_reloaded
+from epmq.pipeline.verify import WrongOutputError, check_reloaded
 from epmq.quantize_settings import RefinedSettings
 from epmq.runtime import return_freed_memory
 
@@ -103,12 +103,10 @@ def refine(run: PreparedRun, workdir: Workdir, written: Mapping[str, Any], bar: 
         write_whole(file, _packed(student.start, {"written": written, "notes": list(run.experts.notes)}))
     with without_cache(student.backbone):
         losses, best = _train(run, workdir, student, bar)
-        kept = min(range(len(losses)), key=losses.__getitem__)
+        kept = losses.index(min(losses))
         if kept:
             write_refined(run, workdir.output, student, best)
-            first = to_device(run.calibration[next(iter(run.calibration))][0], run.device)
-            inputs = split_first([first], TRIED)[0]
-            check_reloaded(workdir.output, inputs, _last_output(run, student, best, inputs), run.calls)
+            _check_written(run, workdir, student, best)
     trained = sum(parameter.numel() for parameter in student.parameters.values())
     return {"held_out": losses, "kept": kept, "parameters": trained}
 
@@ -139,7 +137,7 @@ def _train(
     if file.exists():
         tensors, facts = _read(file)
         losses = facts["held_out"]
-        best = {name: tensors.pop(f"best/{name}") for name in student.start}
+        best = {name: tensors.pop(f"best/{name}").clone() for name in student.start}  # the file is replaced
         state = tensors
     if _is_over(losses, settings.refine_epochs):
         return losses, best
@@ -159,7 +157,7 @@ def _train(
             run.experts.notes.append(f"refine: no loss after epoch {len(losses)}; try a lower refine_learning_rate")
             break
         losses.append(loss)
-        if losses[-1] == min(losses):
+        if losses.index(min(losses)) == len(losses) - 1:  # nor as good as an earlier one
             best = student.stored()
         bar.update(shown, description=f"refine, held-out loss {losses[-1]:.4g} of {losses[0]:.4g}")
         kept = {f"best/{name}": tensor for name, tensor in best.items()}
@@ -256,6 +254,19 @@ def write_refined(run: PreparedRun, folder: Path, student: Student, tensors: Map
             stored, settings = read_head_file(file)
             write_head_file(draft, head.with_weights(stored, weight, bias), settings)
         draft.replace(file)
+
+
+def _check_written(run: PreparedRun, workdir: Workdir, student: Student, tensors: Mapping[str, Tensor]) -> None:
+    """Check that the output gives what the student gives with these tensors; if not, nothing of the run is kept."""
+    first = to_device(run.calibration[next(iter(run.calibration))][0], run.device)
+    inputs = split_first([first], TRIED)[0]
+    try:
+        check_reloaded(workdir.output, inputs, _last_output(run, student, tensors, inputs), run.calls)
+    except WrongOutputError:
+        for name in (START, STATE):
+            _file(workdir, name).unlink(missing_ok=True)
+        workdir.journal.clear()
+        raise
 
 
 def _last_output(run: PreparedRun, student: Student, tensors: Mapping[str, Tensor], inputs: Inputs) -> Tensor:
