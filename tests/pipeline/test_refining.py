@@ -1,5 +1,6 @@
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -175,10 +176,21 @@ def test_a_broken_output_is_not_kept(pool, refined, tmp_path, monkeypatch):
     assert contents(tmp_path / "out") == contents(refined)
 
 
-def test_the_same_bytes_twice(pool, refined, tmp_path):
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_the_same_bytes_with_any_number_of_threads(pool, refined, tmp_path, threads, count):
     torch.manual_seed(7)
-    run(recipe_for(pool, output=str(tmp_path / "out"), quantize={**DISTILL, "method": "gptq"}), **QUIET)
+    torch.set_num_threads(count)
+    report = run(recipe_for(pool, output=str(tmp_path / "out"), quantize={**DISTILL, "method": "gptq"}), **QUIET)
     assert contents(tmp_path / "out") == contents(refined)
+    assert report["refine"] == json.loads((refined / "report.json").read_text())["refine"]
+    assert torch.get_num_threads() == count
 
 
 def test_groups_zero_points_and_dtypes(pool, tmp_path):

@@ -14,10 +14,11 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from epmq import matmul
 from epmq.calibration.head_refit import CannotFollow, ScoredRows, linear_map, scored_rows
 from epmq.calibration.held_out import OutputLayer, Piece, Said, TaskPieces
 from epmq.calibration.masks import real_tokens
-from epmq.calibration.student import Student
+from epmq.calibration.student import Student, in_order
 from epmq.models.heads import Head
 from epmq.models.hooks import stops_before
 from epmq.models.multitask import NativeHead
@@ -82,6 +83,11 @@ def head_loss(kind: str | None, said: Said, taught: Said, spread: float = 1.0) -
     classes may be right, the divergence is of each by itself; of numbers, and of choices, which are scored one by one,
     the squared error alone counts, over `spread`, the variance of the expert's scores.
     """
+    with matmul.one_thread():  # sums depend on the number of threads
+        return _head_loss(kind, said, taught, spread)
+
+
+def _head_loss(kind: str | None, said: Said, taught: Said, spread: float) -> Tensor:
     total = torch.zeros((), device=(said.features if said.scores is None else said.scores).device)  # type: ignore[union-attr]
     if said.scores is not None and taught.scores is not None:
         scores, wanted = said.scores, taught.scores
@@ -115,7 +121,9 @@ def language_loss(hidden: Tensor, taught: Tensor, layer: OutputLayer, teacher: O
     def part(own: Tensor, experts: Tensor) -> Tensor:
         with torch.no_grad():
             wanted = teacher(experts)
-        return divergence(layer(own), wanted)
+        scores = layer(own)
+        with matmul.one_thread():
+            return divergence(scores, wanted)
 
     step = max(1, MOST_SCORES // classes)
     pairs = zip(hidden.split(step), taught.split(step))
@@ -191,11 +199,16 @@ class Distiller:
         """Train on one piece of a task."""
         own = self.tasks[task]
         self.optimizer.zero_grad(set_to_none=True)
-        (own.weight * self.loss(task, own.train[number])).backward()
+        loss = own.weight * self.loss(task, own.train[number])
+        with in_order():
+            loss.backward()
         self.optimizer.step()
 
     def held_out_loss(self) -> float:
-        """The loss on what is not trained on, as the model will be stored, the mean over tasks by their weights."""
+        """The loss on what is not trained on, as the model will be stored, the mean over tasks by their weights.
+
+        It has six digits: what is beyond them depends on the number of threads.
+        """
         total = 0.0
         with self.student.as_stored():
             for task, own in self.tasks.items():
@@ -203,7 +216,7 @@ class Distiller:
                 losses = [float(self.loss(task, piece)) for piece in own.held_out]
                 mean = sum(size * loss for size, loss in zip(sizes, losses)) / sum(sizes)
                 total += own.weight * mean / len(self.tasks)
-        return total
+        return float(f"{total:.6g}")
 
     def state(self) -> dict[str, Tensor]:
         """All that training goes on from: parameters, and the optimizer's moments and counts."""

@@ -25,6 +25,35 @@ MULTIPLY = (PackedLinear.forward, PackedConv1D.forward)
 LEAVES = ("weight", "bias")
 
 
+# Threads of products while all else is left to one; see `in_order`.
+_threads: list[int] = []
+
+
+@contextmanager
+def in_order() -> Iterator[None]:
+    """Leave sums of gradients to one thread in a `with` block: their last digits depend on the number of threads.
+
+    Products of `ScaledProduct`, which take most of the time, and do not depend on it, have all of them.
+    """
+    _threads.append(torch.get_num_threads())
+    try:
+        with matmul.one_thread():
+            yield
+    finally:
+        _threads.pop()
+
+
+@contextmanager
+def _all_threads() -> Iterator[None]:
+    """As many threads in a `with` block as there were outside of `in_order`."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(_threads[-1] if _threads else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 class ScaledProduct(torch.autograd.Function):
     """inputs · (weight in codes, each scale times its factor)ᵀ; the weight is made for the call, and again backwards.
 
@@ -34,29 +63,32 @@ class ScaledProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, factor: Tensor, packed: PackedWeight) -> Tensor:
-        rows, weight = inputs.reshape(-1, inputs.shape[-1]), packed.dequantize()
+        rows = inputs.reshape(-1, inputs.shape[-1])
         ctx.packed, ctx.shape = packed, inputs.shape
-        if factor.shape[1] == 1:  # the factor's gradient follows from the product, without a further one
-            product = matmul.linear(rows, weight)
-            ctx.save_for_backward(product, factor)
-            scaled = product * factor.T
-        else:
-            ctx.save_for_backward(rows, factor)
-            scaled = matmul.linear(rows, _times(weight, factor))
+        with _all_threads():
+            if factor.shape[1] == 1:  # the factor's gradient follows from the product, without a further one
+                saved = matmul.linear(rows, packed.dequantize())
+                scaled = saved * factor.T
+            else:
+                saved, scaled = rows, matmul.linear(rows, _times(packed.dequantize(), factor))
+        ctx.save_for_backward(saved, factor)
         return scaled.reshape(*inputs.shape[:-1], len(factor))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         saved, factor = ctx.saved_tensors
-        gradient, weight = gradient.reshape(-1, len(factor)), ctx.packed.dequantize()
-        if factor.shape[1] == 1:
+        gradient, of_factor, of_rows = gradient.reshape(-1, len(factor)), None, None
+        for_rows, for_factor, _ = ctx.needs_input_grad
+        with _all_threads():
+            weight = ctx.packed.dequantize()
+            if for_factor and factor.shape[1] > 1:
+                width = weight.shape[1] // factor.shape[1]
+                parts = zip(saved.split(width, 1), weight.split(width, 1))
+                of_factor = torch.stack([(matmul.matmul(gradient.T, own) * part).sum(1) for own, part in parts], 1)
+            if for_rows:
+                of_rows = matmul.linear(gradient, _times(weight, factor).T)
+        if for_factor and factor.shape[1] == 1:
             of_factor = (gradient * saved).sum(0)[:, None]
-            of_rows = matmul.linear(gradient * factor.T, weight.T) if ctx.needs_input_grad[0] else None
-        else:
-            width = weight.shape[1] // factor.shape[1]
-            parts = zip(saved.split(width, 1), weight.split(width, 1))
-            of_factor = torch.stack([(matmul.matmul(gradient.T, own) * part).sum(1) for own, part in parts], 1)
-            of_rows = matmul.linear(gradient, _times(weight, factor).T) if ctx.needs_input_grad[0] else None
         return None if of_rows is None else of_rows.reshape(ctx.shape), of_factor, None
 
 
@@ -91,9 +123,11 @@ class Student:
         model.requires_grad_(False)
         self.parameters: dict[str, nn.Parameter] = {}
         self._scaled: dict[str, PackedWeight] = {}
-        for name, layers in _products(model.backbone):
-            packed = self._scaled[name] = layers[0].packed
-            factor = self.parameters[name] = nn.Parameter(torch.ones_like(packed.scale, dtype=packed.dtype))
+        for name, layers, is_table in _products(model.backbone):
+            packed = layers[0].packed
+            factor = nn.Parameter(torch.ones_like(packed.scale, dtype=packed.dtype), requires_grad=False)
+            if not is_table:
+                self._scaled[name], self.parameters[name] = packed, factor
             for layer in layers:
                 layer.forward = partial(_multiply, layer, type(layer).forward, factor)
         for name, parameter in model.backbone.named_parameters():
@@ -161,15 +195,16 @@ class Student:
                 self.parameters[name].data.copy_(tensor)
 
 
-def _products(backbone: nn.Module) -> Iterator[tuple[str, list[Any]]]:
-    """The linear layers of each weight in codes that is no table's, with the name of the first of them."""
+def _products(backbone: nn.Module) -> Iterator[tuple[str, list[Any], bool]]:
+    """Linear layers by their weight in codes: the first one's name, all of them, whether it is a table as well."""
     holders: dict[PackedWeight, list[tuple[str, Any]]] = {}
     for name, module in backbone.named_modules():
         if isinstance(module, InCodes):
             holders.setdefault(module.packed, []).append((name, module))
     for held in holders.values():
-        if all(type(module).forward in MULTIPLY for _, module in held):
-            yield held[0][0], [module for _, module in held]
+        layers = [(name, module) for name, module in held if type(module).forward in MULTIPLY]
+        if layers:
+            yield layers[0][0], [module for _, module in layers], len(layers) < len(held)
 
 
 def _multiply(layer: Any, plain: Callable[..., Tensor], factor: Tensor, inputs: Tensor) -> Tensor:
