@@ -234,7 +234,14 @@ def test_inspect_shows_what_is_there(call, finished, pool):
 
 
 def test_set_overrides_the_recipe(call, recipe, tmp_path):
-    changes = ["quantize.bits=3", "quantize.symmetric=false", "merge.method=task_arithmetic", "merge.scaling=[0.1, 0.2]", "samples=4", "seed=7"]
+    changes = [
+        "quantize.bits=3",
+        "quantize.symmetric=false",
+        "merge.method=task_arithmetic",
+        "merge.scaling=[0.1, 0.2]",
+        "samples=4",
+        "seed=7",
+    ]
     arguments = [part for change in changes for part in ("--set", change)]
     status, _, err = call("quantize", recipe, "-q", *arguments, "-s", f"output={tmp_path / 'elsewhere'}")
     assert (status, err) == (0, "")

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, TypeAdapter, model_validator
+from pydantic import BeforeValidator, Field, TypeAdapter, model_validator
 
 from epmq.errors import InputError
 from epmq.merge_settings import by_default
@@ -41,6 +41,7 @@ class QuantizeSettings(StorageSettings):
 
     calibrates: ClassVar[bool] = False  # whether it looks at calibration data
     guided: ClassVar[bool] = False  # whether the experts set the targets
+    refines: ClassVar[bool] = False  # whether the quantized model may be trained towards the experts
 
     act_order: bool = Field(True, description="take columns by falling Hessian diagonal (static groups)")
     scales: Literal["search", "minmax"] = Field(
@@ -74,10 +75,28 @@ class RoundToNearest(QuantizeSettings):
         return self
 
 
-class Gptq(QuantizeSettings):
-    """GPTQ on the merged model."""
+def _written_off(value: Any) -> Any:
+    """YAML takes `off` for a truth value."""
+    return "off" if value is False else value
+
+
+class RefinedSettings(QuantizeSettings):
+    """What quantizers have in common whose model can be trained towards the experts when its codes are chosen."""
 
     calibrates: ClassVar[bool] = True
+    refines: ClassVar[bool] = True
+
+    refine: Annotated[Literal["off", "distill"], BeforeValidator(_written_off)] = Field(
+        "off",
+        description="distill: train scales, norms, biases and heads towards what each expert says to its calibration "
+        "examples; codes stay. An eighth of the examples decides how much of it is kept",
+    )
+    refine_epochs: int = Field(5, gt=0, description="how often refine goes through the examples at most")
+    refine_learning_rate: float = Field(1e-3, gt=0, description="step of refine (Adam)")
+
+
+class Gptq(RefinedSettings):
+    """GPTQ on the merged model."""
 
     method: Literal["gptq"] = "gptq"
     damping: float = Field(0.01, gt=0, description="added to the Hessian's diagonal, over its mean")
@@ -89,10 +108,9 @@ class Gptq(QuantizeSettings):
         return Guidance(refit_heads=self.adapt_heads, damping=self.damping)
 
 
-class Guided(QuantizeSettings):
+class Guided(RefinedSettings):
     """What quantizers have in common whose targets the experts set."""
 
-    calibrates: ClassVar[bool] = True
     guided: ClassVar[bool] = True
 
     task_weights: dict[str, float] | None = Field(None, description="weight of each task; equal if left out")

@@ -93,7 +93,11 @@ def test_the_order_of_experts_does_not_matter(pool, tmp_path):
         pool, output=str(tmp_path / "there"), merge={"method": "task_arithmetic", "scaling": [0.2, 0.6]}
     )
     merge(recipe, progress=False)
-    back = {"experts": recipe["experts"][::-1], "merge": {"method": "task_arithmetic", "scaling": [0.6, 0.2]}, "output": str(tmp_path / "back")}
+    back = {
+        "experts": recipe["experts"][::-1],
+        "merge": {"method": "task_arithmetic", "scaling": [0.6, 0.2]},
+        "output": str(tmp_path / "back"),
+    }
     merge({**recipe, **back}, progress=False)
     there, back = weights(tmp_path / "there"), weights(tmp_path / "back")
     for name, tensor in there.items():

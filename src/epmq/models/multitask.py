@@ -89,6 +89,12 @@ class NativeHead(nn.Module):
         layers = [(name, module) for name, module in self.model.named_modules() if isinstance(module, nn.Linear)]
         return next((layer for name, layer in reversed(layers) if f"{name}.weight" in heads), None)
 
+    def scoring_names(self) -> dict[str, str]:
+        """Weight and bias of the layer that gives the scores, where they are the head's → their names on disk."""
+        layers = [name for name, module in self.model.named_modules() if module is self.scoring]
+        leaves = [(leaf, f"{name}.{leaf}") for name in layers[:1] for leaf in ("weight", "bias")]
+        return {leaf: self.stored[name] for leaf, name in leaves if name in self.stored}
+
     def with_weights(self, tensors: dict[str, Tensor], weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
         """The head's tensors as they are on disk, with another weight and bias in the layer that gives the scores."""
         layer = next(name for name, module in self.model.named_modules() if module is self.scoring)

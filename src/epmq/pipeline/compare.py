@@ -24,7 +24,7 @@ from epmq.recipe_file import load_recipe
 from epmq.reporting.comparison import Measured, measured
 from epmq.reporting.page import render_page
 from epmq.reporting.report import PAGE, REPORT
-from epmq.reporting.runs import METHOD_TITLES, WITH_HEADS, Run, Scores
+from epmq.reporting.runs import METHOD_TITLES, WITH_HEADS, Run, Scores, method_title
 from epmq.storage_settings import PLAIN
 
 RESULTS = "compare.json"
@@ -90,16 +90,17 @@ def methods_of(recipe: Recipe, heads: bool) -> tuple[dict[str, Quantize], list[s
     """
     own, notes = recipe.quantize, list[str]()
     limited = own.budget is not None or own.size is not None
+    unrefined = dict.fromkeys(["refine"], "off")
     found: dict[str, Quantize] = {METHOD_TITLES["none"]: Unquantized()}
     if limited:
         notes.append("RTN is left out: it has no data on which bits could be chosen under a limit of size")
     else:
         found[METHOD_TITLES["rtn"]] = RoundToNearest(**{**_shared(own, RoundToNearest), "drop_unused": False})
-    found[METHOD_TITLES["gptq"]] = Gptq(**{**_shared(own, Gptq), "adapt_heads": False})
+    found[METHOD_TITLES["gptq"]] = Gptq(**{**_shared(own, Gptq), **unrefined, "adapt_heads": False})
     if heads:
-        found[METHOD_TITLES["gptq"] + WITH_HEADS] = Gptq(**{**_shared(own, Gptq), "adapt_heads": True})
+        found[METHOD_TITLES["gptq"] + WITH_HEADS] = Gptq(**{**_shared(own, Gptq), **unrefined, "adapt_heads": True})
     if own.method != "none" and own not in found.values():
-        found[METHOD_TITLES[own.method]] = own
+        found[method_title(own.model_dump())] = own
     return found, notes
 
 

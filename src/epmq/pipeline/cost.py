@@ -30,11 +30,13 @@ from epmq.merging.merged import MergedWeights
 from epmq.models.blocks import find_stacks
 from epmq.models.checkpoint import bits_per_weight, byte_size
 from epmq.pipeline.budget import check_budget, limit_bytes
+from epmq.pipeline.cost_refining import refining_cost
 from epmq.pipeline.exporting import check_targets
 from epmq.pipeline.layout import stored_parts
 from epmq.pipeline.opening import note_unopened
 from epmq.pipeline.output import form_of, parameters_of, weight_specs
 from epmq.pipeline.prepare import Objects, PreparedRun, prepare
+from epmq.pipeline.refining import check_refine, refines
 from epmq.pipeline.run import TRIED, calibration_batches, calibration_engine
 from epmq.quantization.grid import BITS
 from epmq.recipe import Recipe
@@ -111,6 +113,7 @@ def dry_run(
         prepared = prepare(recipe, bar, calibration=calibration, strict=strict)
         check_budget(prepared)
         check_targets(prepared)
+        check_refine(prepared)
         note_unopened(prepared)
     return plan_of(prepared, clock(prepared.device) - start)
 
@@ -150,6 +153,9 @@ def plan_of(prepared: PreparedRun, opening: float) -> Plan:
     return_freed_memory()
     resident = memory_mb()
     measured = _calibrated(prepared) if recipe.calibrates else _merged(prepared)
+    if refines(prepared):
+        measured.seconds["refine"], refining_mb = refining_cost(prepared, _first_blocks(prepared))
+        measured.memory_mb = max(measured.memory_mb, refining_mb)
     written = sum(map(byte_size, weight_specs(prepared).values()))
     if prepared.layout.free:  # not known before every layer is measured; nearly all of what may be
         written = limit_bytes(prepared) or written
@@ -303,11 +309,15 @@ class Sample:
     read: float = 0.0
 
 
+def _first_blocks(prepared: PreparedRun) -> ExpertSet:
+    return prepared.experts if prepared.calls.repeated else prepared.experts.first_blocks()
+
+
 def _calibrated(prepared: PreparedRun) -> Measured:
     """What a run with calibration data costs."""
     sizes = [_volume(batch) for batches in prepared.calibration.values() for batch in batches]
     most = max(_examples(batch) for batches in prepared.calibration.values() for batch in batches)
-    first = prepared.experts if prepared.calls.repeated else prepared.experts.first_blocks()
+    first = _first_blocks(prepared)
     merged = MergedWeights(first, prepared.recipe.merge, prepared.recipe.seed)
     return_freed_memory()
     start, share = memory_mb(), _entries(prepared.experts, prepared.experts.names) / _entries(first, first.names)

@@ -31,6 +31,7 @@ from epmq.pipeline.metrics import metrics_of
 from epmq.pipeline.opening import note_unopened
 from epmq.pipeline.output import QuantizedWeights, parameters_of, weight_specs, write_merged, write_rest
 from epmq.pipeline.prepare import Objects, PreparedRun, prepare
+from epmq.pipeline.refining import check_refine, read_quantized, refine, refines
 from epmq.pipeline.verify import WrongOutputError, check_processor, check_reloaded
 from epmq.quantize_settings import Unquantized
 from epmq.recipe import Recipe
@@ -93,6 +94,7 @@ def run(
             )
             check_budget(prepared)
             check_targets(prepared)
+            check_refine(prepared)
         stack.enter_context(gc_frozen())  # all modules are imported
         exports: list[dict[str, Any]] = []
         if not prepared.layout.of:
@@ -107,8 +109,7 @@ def run(
                 prepared = with_chosen_grids(prepared, batches, workdir.kept, bar)
                 note_unopened(prepared)
             folder = workdir.output
-            with clocks.phase("merge and quantize"):
-                written = write_quantized(prepared, workdir, batches, bar)
+            written = _quantize(prepared, workdir, batches, bar, clocks)
             if prepared.recipe.formats:
                 with clocks.phase("export"):
                     exports = write_targets(prepared, folder, workdir.kept, bar)
@@ -130,11 +131,15 @@ def merge(recipe: str | Path | dict[str, Any] | Recipe, *, progress: bool = True
 
 @dataclass
 class Written:
-    """What a run has written: bytes of all weights, a report a quantized layer, and how each task's head was fitted."""
+    """What a run has written: bytes of all weights, a report a quantized layer, and how each task's head was fitted.
+
+    `refined` is what `epmq.pipeline.refining.refine` tells, where it was asked for.
+    """
 
     bytes: int
     layers: list[dict[str, Any]] = field(default_factory=list)
     heads: dict[str, dict[str, float]] = field(default_factory=dict)
+    refined: dict[str, Any] = field(default_factory=dict)
 
 
 def calibration_batches(prepared: PreparedRun) -> list[Batch]:
@@ -146,6 +151,24 @@ def calibration_batches(prepared: PreparedRun) -> list[Batch]:
             inputs = split_first(inputs, TRIED)
         batches += [Batch(task, index, one) for index, one in enumerate(inputs)]
     return batches
+
+
+def _quantize(
+    prepared: PreparedRun, workdir: Workdir, batches: list[Batch], bar: Progress, clocks: "Clocks"
+) -> Written:
+    """Merge, quantize and, where that is asked for, refine into `workdir.output`."""
+    notes, before = prepared.experts.notes, read_quantized(workdir)
+    with clocks.phase("merge and quantize"):
+        if before is None:
+            written = write_quantized(prepared, workdir, batches, bar)
+        else:
+            written = Written(**before["written"])
+            notes += [note for note in before["notes"] if note not in notes]
+            notes.append("the model was quantized by a run that was stopped")
+    if refines(prepared):
+        with clocks.phase("refine"):
+            written.refined = refine(prepared, workdir, asdict(written), bar)
+    return written
 
 
 def write_quantized(prepared: PreparedRun, workdir: Workdir, batches: list[Batch], bar: Progress) -> Written:
@@ -265,6 +288,7 @@ def _report(prepared: PreparedRun, written: Written, clocks: "Clocks") -> dict[s
         "loss": sum(layer["loss"] or 0.0 for layer in layers),
         "layers": layers,
         "heads": written.heads,
+        **({"refine": written.refined} if written.refined else {}),
         "notes": prepared.experts.notes + reporting.layer_notes(layers, recipe.guidance),
     }
 

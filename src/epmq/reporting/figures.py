@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from epmq.reporting import charts
-from epmq.reporting.report import block_losses, block_of, layer_grid, stored_by_depth
+from epmq.reporting.report import block_losses, block_of, layer_grid, refine_line, stored_by_depth
 from epmq.reporting.runs import Run, Scores, common_score_title, gap, labels
 from epmq.reporting.scores import CORRELATIONS, SHARES
 
@@ -73,7 +73,7 @@ def draw_figures(runs: Sequence[Run], names: Sequence[str], experts: Scores | No
         figures.append(_sizes(sized, axis))
     else:
         missing.append("size against score (runs of several sizes)")
-    figures += [*_depths(runs, names), *_stored(runs, names)]
+    figures += [*_refined(runs, names), *_depths(runs, names), *_stored(runs, names)]
     if not any(run.report.get("layers") for run in runs):
         missing.append("loss by depth (a report with layers)")
     return figures, missing
@@ -121,6 +121,18 @@ def _sizes(runs: Sequence[Run], axis: ScoreAxis) -> Figure:
         series[run.title].append((run.bytes / 1e6, axis.value(run, run.mean), label))
     svg = charts.scatter(series, "MB", axis.unit("mean "), axis.show, STYLES, axis.log)
     return Figure(svg, "Size against score", "All weights of a checkpoint.")
+
+
+def _refined(runs: Sequence[Run], names: Sequence[str]) -> Iterator[Figure]:
+    """Held-out losses by epoch, of all runs that were trained towards the experts."""
+    found = {name: run.report["refine"] for name, run in zip(names, runs) if run.report.get("refine")}
+    if not found:
+        return
+    series = {name: [(float(epoch), loss) for epoch, loss in enumerate(one["held_out"])] for name, one in found.items()}
+    kept = [f"{name}: {refine_line(one)}" if len(runs) > 1 else refine_line(one) for name, one in found.items()]
+    caption = f"The loss on examples that are not trained on; 0 is the unrefined model. Kept: {'; '.join(kept)}."
+    svg = charts.lines(series, "epoch", "held-out loss", "{:.3g}".format)
+    yield Figure(svg, "Refined towards the experts", caption)
 
 
 def _depths(runs: Sequence[Run], names: Sequence[str]) -> Iterator[Figure]:

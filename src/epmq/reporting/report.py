@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
@@ -82,6 +82,14 @@ def size_text(size: int, bits: float | None) -> str:
     return f"{size / 1e6:.1f} MB" + ("" if bits is None else f", {bits:.2f} bits a weight")
 
 
+def refine_line(refined: Mapping[str, Any]) -> str:
+    """What became of training towards the experts, in a line."""
+    losses, kept = refined["held_out"], refined["kept"]
+    if not kept:
+        return f"nothing, as none of {len(losses) - 1} epochs was better"
+    return f"held-out loss {losses[0]:.4g} → {losses[kept]:.4g}, epoch {kept} of {len(losses) - 1}"
+
+
 def export_line(export: dict[str, Any]) -> str:
     """What became of an export, in a line."""
     size = f", {export['bytes'] / 1e6:.1f} MB" if export["bytes"] else ""
@@ -149,6 +157,8 @@ def summary_table(report: dict[str, Any]) -> Table:
     table.add_row("size", size_text(report["bytes"], report.get("bits_per_weight")))
     table.add_row("time", f"{sum(report['seconds'].values()):.1f} s")
     table.add_row("peak memory", f"{report['peak_memory_mb']:.0f} MB")
+    if report.get("refine"):
+        table.add_row("refine", refine_line(report["refine"]))
     for export in report.get("exports", ()):
         table.add_row("export", export_line(export))
     for note in report["notes"]:

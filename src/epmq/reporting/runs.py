@@ -1,7 +1,7 @@
 """Runs as a page compares them: read from reports and results files, named, and held against each other."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,20 @@ from epmq.reporting.scores import gap_recovered, score_title, show_score
 METHOD_TITLES = {"none": "merged", "rtn": "RTN", "gptq": "GPTQ", "e_pmq": "E-PMQ", "expert_guided": "expert-guided"}
 # … of GPTQ where heads follow the model, which they do only if they are told to.
 WITH_HEADS = " with heads"
+# … of a model that was trained towards the experts when its codes were chosen.
+REFINED = " refined"
+
+
+def method_title(quantize: Mapping[str, Any]) -> str:
+    """The method of a recipe's settings of quantization in words."""
+    method: str = quantize["method"]
+    heads = WITH_HEADS if method == "gptq" and quantize.get("adapt_heads") else ""
+    return METHOD_TITLES.get(method, method) + heads + (REFINED if is_refined(quantize) else "")
+
+
+def is_refined(quantize: Mapping[str, Any]) -> bool:
+    """Whether settings of quantization ask for training towards the experts."""
+    return bool(quantize.get("refine", "off") != "off")
 
 
 @dataclass(frozen=True)
@@ -84,8 +98,12 @@ class Run:
     @property
     def title(self) -> str:
         """The method in words."""
-        heads = self.method == "gptq" and self.report.get("recipe", {}).get("quantize", {}).get("adapt_heads")
-        return METHOD_TITLES.get(self.method, self.method) + (WITH_HEADS if heads else "")
+        return method_title(self.quantize)
+
+    @property
+    def quantize(self) -> dict[str, Any]:
+        """The settings of quantization, as far as they are known."""
+        return {"method": self.method, **self.report.get("recipe", {}).get("quantize", {})}
 
     @property
     def weights(self) -> str:
@@ -175,10 +193,10 @@ def common_score_title(runs: Sequence[Run]) -> str:
 
 
 def reference(run: Run, runs: Sequence[Run], method: str) -> Run | None:
-    """GPTQ of the same merge on the same grid, or with "none" the same merge in full precision."""
+    """GPTQ of the same merge on the same grid, unrefined, or with "none" the same merge in full precision."""
     for other in runs:
         scored = (other.metric, other.metrics) == (run.metric, run.metrics)
-        same = other.merge == run.merge and other.method == method and scored
+        same = other.merge == run.merge and other.method == method and scored and not is_refined(other.quantize)
         if same and (method == "none" or other.grid == run.grid) and other.scores.keys() == run.scores.keys():
             return other
     return None
