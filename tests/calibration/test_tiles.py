@@ -22,7 +22,7 @@ def test_tiles_give_the_codes_of_the_whole(tmp_path, method, monkeypatch):
     whole, tiled = (block.layers["lm_head"] for block in blocks)
     # Products of other shapes round otherwise, and a near tie falls to the other side.
     plain = whole.dequantize()
-    assert (tiled.dequantize() - plain).norm() < 0.01 * plain.norm()
+    assert (tiled.dequantize() - plain).norm() < 0.02 * plain.norm()
     before, after = (block.reports[0] for block in blocks)
     assert (before.tokens, before.shape) == (after.tokens, after.shape)
     assert after.loss == pytest.approx(before.loss, rel=0.1)

@@ -60,7 +60,7 @@ def test_an_adapter_brings_its_own_head(pool, tmp_path, fields):
 
 def test_adapters_and_whole_checkpoints_in_one_recipe(pool, tmp_path):
     classifier(pool, tmp_path / "lora", task_type="SEQ_CLS", bias="all")
-    recipe = recipe_for(pool, output=str(tmp_path / "out"))
+    recipe = recipe_for(pool, output=str(tmp_path / "out"), merge={"method": "task_arithmetic"})
     recipe["experts"][1]["model"] = str(tmp_path / "lora")
     report = run(recipe, progress=False)
     model = epmq.load(tmp_path / "out")
