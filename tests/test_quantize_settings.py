@@ -128,3 +128,13 @@ def test_every_quantizer_has_guidance():
 def test_ties_takes_one_scaling(settings):
     with pytest.raises(ValidationError, match="takes one number, not one an expert"):
         settings()
+
+
+def test_refining_is_off_unless_asked_for_and_yaml_may_say_so():
+    for method in ("gptq", "e_pmq", "expert_guided"):
+        assert quantize_settings(method=method).refine == quantize_settings(method=method, refine=False).refine == "off"
+        assert quantize_settings(method=method, refine="distill").refine_epochs == 5
+    assert "quantize.refine: rtn does not use it" in refusal("rtn", refine="distill")
+    assert "refine" in refusal("gptq", refine=True) and "refine" in refusal("gptq", refine="on")
+    assert "refine_epochs" in refusal("gptq", refine_epochs=0)
+    assert "refine_learning_rate" in refusal("gptq", refine_learning_rate=0)

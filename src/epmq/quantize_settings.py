@@ -92,7 +92,7 @@ class RefinedSettings(QuantizeSettings):
         "examples; codes stay. An eighth of the examples decides how much of it is kept",
     )
     refine_epochs: int = Field(5, gt=0, description="how often refine goes through the examples at most")
-    refine_learning_rate: float = Field(1e-3, gt=0, description="step of refine (Adam)")
+    refine_learning_rate: float = Field(3e-4, gt=0, description="step of refine (Adam)")
 
 
 class Gptq(RefinedSettings):

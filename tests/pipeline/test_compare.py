@@ -95,6 +95,10 @@ def test_methods_share_how_things_are_stored_and_the_recipes_own_comes_last(pool
     gptq = {"method": "gptq", "damping": 0.5}
     methods, _ = methods_of(load_recipe(recipe_for(pool, quantize=gptq)), heads=False)
     assert list(methods) == ["merged", "RTN", "GPTQ"] and methods["GPTQ"].damping == 0.5
+    refined = load_recipe(recipe_for(pool, quantize={**gptq, "refine": "distill"}))
+    methods, _ = methods_of(refined, heads=False)
+    assert list(methods)[-2:] == ["GPTQ", "GPTQ refined"] and methods["GPTQ refined"] == refined.quantize
+    assert methods["GPTQ"].refine == "off" and methods["GPTQ"].damping == refined.quantize.damping
     methods, notes = methods_of(load_recipe(recipe_for(pool, quantize={"budget": 4.0})), heads=False)
     assert list(methods) == ["merged", "GPTQ", "expert-guided"] and "RTN is left out" in notes[0]
 

@@ -25,7 +25,7 @@ from epmq.pipeline.verify import WrongOutputError
 from tests.kit.runs import contents
 
 QUIET: dict[str, Any] = {"progress": False, "evaluate": False}
-DISTILL = {"method": "expert_guided", "refine": "distill", "refine_epochs": 2}
+DISTILL = {"method": "expert_guided", "refine": "distill", "refine_epochs": 2, "refine_learning_rate": 1e-3}
 GROUPS = {"bits": 3, "group_size": 32, "symmetric": False}
 
 

@@ -97,3 +97,13 @@ def test_perplexities_have_an_axis_of_their_own():
     axis = ScoreAxis(RUNS)
     assert not axis.log and axis.unit("mean ") == "mean accuracy, %"
     assert axis.value(RUNS[0], 0.5) == pytest.approx(50) and axis.show(50.0) == "50"
+
+
+def test_refined_runs_show_their_held_out_losses():
+    refined = {"held_out": [0.3, 0.2, 0.25], "kept": 1, "parameters": 5}
+    runs = [replace(RUNS[0], report={"refine": refined}), replace(RUNS[1], report={"refine": {**refined, "kept": 0}})]
+    [figure] = [one for one in draw_figures(runs, ["a", "b"], None)[0] if one.title.startswith("Refined")]
+    assert marks(figure.svg) == 6
+    assert "a: held-out loss 0.3 → 0.2, epoch 1 of 2" in figure.caption and "b: nothing" in figure.caption
+    [figure] = [one for one in draw_figures(runs[:1], ["a"], None)[0] if one.title.startswith("Refined")]
+    assert figure.caption.endswith("Kept: held-out loss 0.3 → 0.2, epoch 1 of 2.")

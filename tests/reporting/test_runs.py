@@ -62,3 +62,10 @@ def test_gaps_are_those_of_the_benchmarks(suite):
     expected = [row["gap_recovered"] for row in rows if row["merge"] not in ("base", "experts")]
     gaps = [gap(run, runs, experts) for run in runs]
     assert [v for v in gaps if v is not None] == pytest.approx([v for v in expected if v is not None])
+
+
+def test_a_refined_run_is_named_and_no_reference():
+    plain = RUNS[1]
+    refined = replace(plain, report={"recipe": {"quantize": {"refine": "distill"}}})
+    assert (plain.title, refined.title) == ("GPTQ", "GPTQ refined")
+    assert reference(RUNS[2], [refined, plain], "gptq") is plain
