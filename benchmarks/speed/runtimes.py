@@ -81,7 +81,7 @@ def smollm2(work: Path) -> list[dict[str, Any]]:
     experts = [{"name": task, "model": str(root / "experts" / task)} for task in causal3.TASKS]
     recipe = {"base": str(root / "base"), "experts": experts, "output": str(work / "smollm2"), "formats": ["gguf"]}
     report = epmq.run(recipe | {"quantize": {"method": "rtn", "bits": 4, "group_size": 32}}, evaluate=False)
-    [file] = (work / "smollm2").glob("*/*.gguf")
+    [file] = (work / "smollm2").rglob("*.gguf")
     found = {"llama.cpp": report["exports"][0]["verified"] | {"log_perplexity": perplexities(work / "smollm2", file)}}
     rows = bench(work / "smollm2")
     return [row | ({"verified": found.get(row["runtime"])} if row["weights"] == "codes" else {}) for row in rows]
@@ -95,7 +95,7 @@ def perplexities(checkpoint: Path, file: Path) -> dict[str, dict[str, float]]:
         batches = list(encode(language.examples_of(rows, causal3.KIND), model.processor, BATCH, causal3.MAX_LENGTH))
         sequences = [ids[mask.bool()] for one in batches for ids, mask in zip(one["input_ids"], one["attention_mask"])]
         with torch.no_grad():
-            scores = [model(input_ids=ids[None]).logits[0, :-1].log_softmax(-1) for ids in sequences]
+            scores = [model.backbone(input_ids=ids[None]).logits[0, :-1].log_softmax(-1) for ids in sequences]
         given = torch.cat([score.gather(1, ids[1:, None]) for score, ids in zip(scores, sequences)])
         found[task] = {"epmq.load": -float(given.mean()), "llama.cpp": log_perplexity(file, sequences)}
     return found

@@ -76,15 +76,21 @@ class Head:
 
     def read(self, outputs: Any, mask: Tensor | None) -> Tensor:
         """Features, as `features` gives them, from a backbone's outputs: `pooler` takes its pooled output."""
+        return self.project(self.pooled(outputs, mask))
+
+    def pooled(self, outputs: Any, mask: Tensor | None) -> Tensor:
+        """What is pooled of a backbone's outputs, [batch, hidden]; heads with the same `pooling` have the same."""
         if self.pooling == POOLER:
-            return self._project(outputs.pooler_output)
-        return self.features(outputs.last_hidden_state, mask)
+            pooled: Tensor = outputs.pooler_output
+            return pooled
+        return pool(outputs.last_hidden_state, mask, self.pooling)
 
     def features(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
         """Pooled (and normalised) features in float32, [batch, features]; arguments as in `pool`."""
-        return self._project(pool(hidden, mask, self.pooling))
+        return self.project(pool(hidden, mask, self.pooling))
 
-    def _project(self, pooled: Tensor) -> Tensor:
+    def project(self, pooled: Tensor) -> Tensor:
+        """Features in float32 of what was pooled: projected and normalised, as the head asks for."""
         rows = pooled.float()
         if self.projection is not None:
             rows = rows @ self.projection.to(rows.device).T

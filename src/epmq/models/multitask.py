@@ -198,11 +198,16 @@ class MultiTaskModel(nn.Module):
 
     def all_scores(self, **inputs: Any) -> dict[str, Tensor]:
         """What `forward` gives for every task, task by task, from one run of the backbone."""
-        scores = {}
+        scores, pooled = dict[str, Tensor](), dict[str, Tensor]()
         with replaying(self.backbone) as replay:
             for task, head in self._heads.items():
                 with replay.head(head.changed if isinstance(head, NativeHead) else set()):
-                    scores[task] = self(task, **inputs)
+                    if not isinstance(head, Head):
+                        scores[task] = self(task, **inputs)
+                        continue
+                    if head.pooling not in pooled:
+                        pooled[head.pooling] = head.pooled(self.backbone(**inputs), inputs.get("attention_mask"))
+                    scores[task] = head.scores(head.project(pooled[head.pooling]))
         return scores
 
     def labels(self, task: str) -> list[str]:
