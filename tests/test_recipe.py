@@ -16,11 +16,7 @@ from epmq.recipe_file import load_recipe
 def test_defaults():
     recipe = load_recipe(smallest())
     assert recipe.quantize.block_grid == Grid(4, -1, True) and recipe.format == "pack-quantized"
-    assert (
-        recipe.merge.method == "wudi"
-        and recipe.merge.arguments() == {"scaling": 1.0}
-        and recipe.quantize.method == "expert_guided"
-    )
+    assert recipe.merge.arguments() == {"scaling": 0.3} and recipe.quantize.method == "expert_guided"
     assert (recipe.task_weight("one"), recipe.task_weight("two")) == (0.5, 0.5)
     assert load_recipe(recipe) is recipe
     assert load_recipe(recipe.model_dump(mode="json")) == recipe
