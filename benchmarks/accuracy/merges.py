@@ -12,7 +12,6 @@ benchmarks.tables` makes the table.
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import itertools
 from types import ModuleType
@@ -21,18 +20,15 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks import RESULTS
-from benchmarks.accuracy.compare import MERGES, SAMPLES, TEST_SAMPLES, is_language, measure
+from benchmarks.accuracy.compare import MERGES, TEST_SAMPLES, is_language, measure
+from benchmarks.accuracy.draws import CALIBRATION, draws_parser, forget_rows, keep_row
 from benchmarks.records import provenance, read_rows
-from benchmarks.suites.__main__ import SUITES, build
+from benchmarks.suites.__main__ import build
 from benchmarks.suites.pool import pool_recipe
-from epmq.files import write_json
 from epmq.pipeline.evaluation import evaluate_experts
 from epmq.reporting.scores import show_score
 
 PATH = RESULTS / "merges.json"
-SEEDS = (0, 1, 2)
-# Calibration examples a task: half of those of the large tables, so that three draws of every row are affordable.
-CALIBRATION = {suite: samples // 2 for suite, samples in SAMPLES.items()}
 FULL, FOLLOWING, GUIDED, PLAIN = "full precision", "GPTQ + heads", "expert-guided", "GPTQ"
 METHODS: dict[str, dict[str, Any]] = {
     FULL: {"method": "none"},
@@ -74,15 +70,11 @@ def run_row(suite: ModuleType, merge: str, method: str, fields: dict[str, Any]) 
 
 def main() -> None:
     """Read the command line and measure the rows that are missing, a draw at a time."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy.merges", description=__doc__)
-    parser.add_argument("suites", nargs="*", default=SUITES, help="all by default")
+    parser = draws_parser("python -m benchmarks.accuracy.merges", __doc__)
     parser.add_argument("--merges", nargs="*", default=list(MERGES), choices=list(MERGES), help="all by default")
-    parser.add_argument("--seeds", type=int, nargs="*", default=SEEDS, help="of the draws")
-    parser.add_argument("--fresh", action="store_true", help="measure everything anew")
-    parser.add_argument("--validation", action="store_true", help="on validation data; nothing is kept")
     arguments = parser.parse_args()
     if arguments.fresh:
-        write_json(PATH, [row for row in read_rows(PATH) if row["suite"] not in arguments.suites])
+        forget_rows(PATH, arguments.suites)
     console, split = Console(stderr=True), "validation" if arguments.validation else "test"
     for seed, name in itertools.product(arguments.seeds, arguments.suites):
         suite = importlib.import_module(f"benchmarks.suites.{name}")
@@ -93,7 +85,7 @@ def main() -> None:
                 continue
             row = run_row(suite, merge, method, fields)
             if not arguments.validation:
-                write_json(PATH, [*(kept for kept in read_rows(PATH) if identity(kept) != identity(row)), row])
+                keep_row(PATH, row, identity)
             console.print(f"{name} {merge}, {method} {seed}: {show_score(row['metric'], row['mean'])}")
 
 

@@ -13,7 +13,6 @@ benchmarks.tables` makes the tables.
 
 from __future__ import annotations
 
-import argparse
 import importlib
 from types import ModuleType
 from typing import Any
@@ -21,16 +20,13 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks import RESULTS
-from benchmarks.accuracy.compare import SAMPLES, TEST_SAMPLES, measure
+from benchmarks.accuracy.compare import TEST_SAMPLES, measure
+from benchmarks.accuracy.draws import CALIBRATION, draws_parser, forget_rows, keep_row
 from benchmarks.records import provenance, read_rows
-from benchmarks.suites.__main__ import SUITES, build
-from epmq.files import write_json
+from benchmarks.suites.__main__ import build
 from epmq.reporting.scores import show_score
 
 PATH = RESULTS / "storage.json"
-SEEDS = (0, 1, 2)
-# Calibration examples a task: half of those of the large tables, so that three draws of every row are affordable.
-CALIBRATION = {suite: samples // 2 for suite, samples in SAMPLES.items()}
 GROUPS = {"group_size": 64, "symmetric": False}
 
 
@@ -73,15 +69,11 @@ def run_row(suite: ModuleType, name: str, seed: int, limit: int | None, split: s
 
 def main() -> None:
     """Read the command line and measure the rows that are missing, a draw at a time."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy.storage", description=__doc__)
-    parser.add_argument("suites", nargs="*", default=SUITES, help="all by default")
+    parser = draws_parser("python -m benchmarks.accuracy.storage", __doc__)
     parser.add_argument("--sets", nargs="*", default=list(SETS), choices=list(SETS), help="all by default")
-    parser.add_argument("--seeds", type=int, nargs="*", default=SEEDS, help="of the draws")
-    parser.add_argument("--fresh", action="store_true", help="measure everything anew")
-    parser.add_argument("--validation", action="store_true", help="on validation data; nothing is kept")
     arguments = parser.parse_args()
     if arguments.fresh:
-        write_json(PATH, [row for row in read_rows(PATH) if row["suite"] not in arguments.suites])
+        forget_rows(PATH, arguments.suites)
     console, split = Console(stderr=True), "validation" if arguments.validation else "test"
     for seed in arguments.seeds:
         for suite in [importlib.import_module(f"benchmarks.suites.{name}") for name in arguments.suites]:
@@ -93,8 +85,7 @@ def main() -> None:
                 row = run_row(suite, name, seed, other["bytes"] if other else None, split)
                 done[identity(row)] = row
                 if not arguments.validation:
-                    others = [kept for kept in read_rows(PATH) if identity(kept) != identity(row)]
-                    write_json(PATH, [*others, row])
+                    keep_row(PATH, row, identity)
                 size = f"{row['bytes'] / 1e6:.2f} MB, {row['bits_per_weight']:.2f} bits"
                 console.print(f"{suite.NAME} {name} {seed}: {show_score(row['metric'], row['mean'])}, {size}")
 

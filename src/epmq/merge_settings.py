@@ -29,9 +29,8 @@ class MergeSettings(Strict):
     """What all merge methods have in common; their functions are in `epmq.merging.methods`."""
 
     calibrates: ClassVar[bool] = False  # whether it looks at calibration data
-    # Where the strong anchor of expert_guided lies by default, over the merged task vector: near the full sum of the
-    # task vectors, of which Task Arithmetic takes 0.3, and methods that see matrices take most that does not interfere.
-    far_anchor: ClassVar[float] = 3.0
+    # Where the strong anchor of expert_guided lies by default, over the merged task vector; None leaves it to that.
+    far_anchor: ClassVar[float | None] = None
 
     method: str
 
@@ -54,7 +53,7 @@ class MatrixSettings(MergeSettings):
     All other tensors get the mean of the task vectors.
     """
 
-    far_anchor: ClassVar[float] = 1.8
+    far_anchor: ClassVar[float | None] = 1.8  # they take most of the sum of the task vectors themselves
 
     scaling: float = Field(1.0, description="factor on the merged task vector")
 

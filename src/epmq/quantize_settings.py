@@ -52,7 +52,7 @@ class QuantizeSettings(StorageSettings):
         """What calibration does; of no use where nothing is calibrated."""
         return Guidance()
 
-    def defaults(self, heads: bool, far_anchor: float = 3.0) -> dict[str, Any]:
+    def defaults(self, heads: bool, far_anchor: float | None = None) -> dict[str, Any]:
         """What settings that are left out are, by whether all experts have a head, and the merge's `far_anchor`."""
         return {}
 
@@ -170,9 +170,9 @@ class ExpertGuided(Guided):
         "model's features",
     )
 
-    def defaults(self, heads: bool, far_anchor: float = 3.0) -> dict[str, Any]:
+    def defaults(self, heads: bool, far_anchor: float | None = None) -> dict[str, Any]:
         follow = heads and self.adapt_heads
-        return BY_HEADS[follow] | ({"anchor_scale": far_anchor} if follow else {})
+        return BY_HEADS[follow] | ({"anchor_scale": far_anchor} if follow and far_anchor is not None else {})
 
     def guidance(self) -> Guidance:
         return Guidance(

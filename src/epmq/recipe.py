@@ -11,14 +11,14 @@ from pydantic import Field, ValidationError, model_validator
 from epmq.errors import InputError
 from epmq.merge_settings import Merge, Regression, TaskArithmetic, settings_classes
 from epmq.quantize_settings import ExpertGuided, Guidance, Guided, Quantize, Unquantized
-from epmq.storage_settings import Strict
+from epmq.storage_settings import PLAIN, Strict
 
 # Methods of quantizing that go with merges on calibration data. Codes are chosen in the Hessian that the target was
 # fitted in: that of the quantized model's inputs, unless they are the experts' own.
 REGRESSION = {"regmean": ("none",), "regmean_pp": ("none", "gptq")}
 # RegMean has no anchor; this much of one holds what no input reaches.
 NO_RIDGE = 1e-6
-UNROUNDED = {"bits": 16, "embeddings": 16, "output_layer": 16, "rest": "as-stored", "scale_dtype": "as-stored"}
+UNROUNDED = {name: PLAIN for name in ("bits", "embeddings", "output_layer")} | {"rest": "as-stored"}
 
 
 class Data(Strict):

@@ -48,6 +48,13 @@ def test_wudi_as_published_descends_to_the_closed_form(monkeypatch):
     torch.testing.assert_close(wudi(taus, iterative=True), wudi(taus, ridge=1e-7), rtol=1e-3, atol=1e-3)
 
 
+def test_wudi_with_hardly_a_ridge_takes_a_larger_one():
+    """In float32 the Gram matrix of a wide layer is not positive definite without."""
+    taus = vectors(2, (4, 64))
+    merged = wudi(taus, ridge=1e-12)
+    assert merged.isfinite().all() and interference(merged, taus) < 1e-3 * interference(sum(taus), taus)
+
+
 def test_wudi_leaves_what_does_not_interfere():
     """Experts whose rows are orthogonal keep all that they learnt, and so does a single one."""
     one, two = torch.zeros(4, 6), torch.zeros(4, 6)

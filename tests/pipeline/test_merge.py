@@ -70,7 +70,10 @@ def test_merging_a_checkpoint_is_merging_its_tensors(pool, tmp_path, settings):
     BertModel.from_pretrained(tmp_path / "out")
 
 
-@pytest.mark.parametrize("settings", MERGES[::2], ids=str)
+MATRIX_MERGES = [{"method": "wudi"}, {"method": "tsv_m"}]
+
+
+@pytest.mark.parametrize("settings", [*MERGES[::2], *MATRIX_MERGES], ids=str)
 @pytest.mark.parametrize("change", [with_nan, lambda tensor: tensor.fill_(float("nan"))], ids=["one", "all"])
 def test_a_mere_merge_names_what_is_not_finite(own_pool, tmp_path, settings, change):
     """It looks while it merges."""

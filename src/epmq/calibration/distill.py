@@ -77,11 +77,18 @@ def last_hidden_states(model: Any, inputs: dict[str, Any]) -> Tensor:
 
 
 def head_loss(kind: str | None, said: Said, taught: Said, spread: float = 1.0) -> Tensor:
-    """How far a head is from what the expert's says, the mean over rows.
+    """How far a head is from what the expert's says, the mean over rows (Hinton et al., arXiv 1503.02531).
 
     KL(expert ‖ model) of the scores' softmax + 0.1 × their squared error + 1 − cosine of the features. Where several
     classes may be right, the divergence is of each by itself; of numbers, and of choices, which are scored one by one,
     the squared error alone counts, over `spread`, the variance of the expert's scores.
+
+    Args:
+        kind: what the head answers, as of `epmq.models.tasks`; None counts as a class.
+        said, taught: of the model and of the expert: features [rows, features] and scores [rows, classes].
+
+    Returns:
+        a number, float32.
     """
     with matmul.one_thread():  # sums depend on the number of threads
         return _head_loss(kind, said, taught, spread)

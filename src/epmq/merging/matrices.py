@@ -9,13 +9,16 @@ matrix, and exact to about 1e-8 of the largest singular value; what lies below c
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor
 
-from epmq.matmul import one_thread
+from epmq.errors import InputError
+from epmq.matmul import addmm_, matmul, one_thread
 from epmq.merging.entrywise import total_of
-from epmq.quantization.factor import factorize
+from epmq.quantization.factor import Factor, factorize
+from epmq.quantization.objective import damping_schedule
 
 # Singular values below this share of the largest are rounding errors of the Gram matrix in float64.
 NOTHING = 1e-7
@@ -24,10 +27,10 @@ STEPS, STEP_SIZE = 300, 1e-5
 
 
 def wudi(vectors: Sequence[Tensor], *, ridge: float = 0.1, iterative: bool = False, width: int | None = None) -> Tensor:
-    """The τ that interferes least with what each expert's layer reads (WUDI, arXiv 2503.08099, eq. 10 to 13).
+    """The τ that interferes least with what each expert's layer reads (WUDI, Cheng et al., arXiv 2503.08099).
 
     Minimises Σ_k ‖(τ − τ_k) τ_kᵀ‖² / ‖τ_k‖_F², where the rows of τ_k stand for the inputs of the layer. That is
-    RegMean (arXiv 2212.09849, eq. 2) with G_k = τ_kᵀτ_k / ‖τ_k‖_F² in the place of the Gram matrix of inputs, so it
+    RegMean (arXiv 2212.09849) with G_k = τ_kᵀτ_k / ‖τ_k‖_F² in the place of the Gram matrix of inputs, so it
     has a closed form: with H = Σ G_k and a ridge towards the sum, where nothing interferes,
     τ = (Σ τ_k G_k + λ̄ Σ τ_k) (H + λ̄ I)⁻¹, and λ̄ is `ridge` times the mean of H's diagonal.
 
@@ -36,40 +39,53 @@ def wudi(vectors: Sequence[Tensor], *, ridge: float = 0.1, iterative: bool = Fal
         ridge: pull towards the sum of the task vectors, over the mean of H's diagonal.
         iterative: as published instead: 300 steps of Adam from the sum of the task vectors.
         width: of the layer's inputs, if `vectors` are given in a smaller basis.
+
+    Raises:
+        InputError: H is not positive definite, whatever the ridge.
     """
     total = total_of(vectors)
-    shares = [vector / vector.norm() if vector.any() else vector for vector in vectors]
+    with one_thread():  # a long sum depends on the number of threads, too
+        sizes = [float(vector.square().sum()) or 1.0 for vector in vectors]
     if iterative:
-        return _descend(total, vectors, shares)
+        return _descend(total, vectors, sizes)
     # As a correction of the sum: τ = Σ τ_k − (Σ_k (Σ_j τ_j − τ_k) G_k) (H + λ̄ I)⁻¹.
     hessian, interference = total.new_zeros(total.shape[1], total.shape[1]), torch.zeros_like(total)
-    for vector, share in zip(vectors, shares):
-        gram = share.T @ share
+    for vector, size in zip(vectors, sizes):
+        gram = matmul(vector.T, vector).div_(size)
         hessian.add_(gram)
-        interference.addmm_(total - vector, gram)
-    level = ridge * float(hessian.trace()) / (width or len(hessian))
+        addmm_(interference, total - vector, gram)
+    level = float(hessian.trace()) / (width or len(hessian))
     if level == 0:  # no expert has changed this layer
         return total
-    hessian.diagonal().add_(level)
-    return total - factorize(hessian, act_order=False).solve(interference)
+    return total - _factor(hessian, level, ridge).solve(interference)
 
 
-def _descend(total: Tensor, vectors: Sequence[Tensor], shares: Sequence[Tensor]) -> Tensor:
-    """WUDI's loss, descended from the sum of the task vectors by Adam."""
+def _factor(hessian: Tensor, level: float, ridge: float) -> Factor:
+    """The factor of H + ridge · level · I, with a larger ridge where that is not positive definite in its dtype."""
+    diagonal = hessian.diagonal().clone()
+    for raised in damping_schedule(ridge):
+        hessian.diagonal().copy_(diagonal + raised * level)
+        with suppress(torch.linalg.LinAlgError):  # type: ignore[attr-defined]
+            return factorize(hessian, act_order=False)
+    raise InputError(f"WUDI's Hessian is not positive definite, even with {raised:g} times its mean diagonal")
+
+
+def _descend(total: Tensor, vectors: Sequence[Tensor], sizes: Sequence[float]) -> Tensor:
+    """WUDI's loss, descended from the sum of the task vectors by Adam; `sizes` are ‖τ_k‖_F²."""
     with torch.enable_grad():
         merged = total.clone().requires_grad_()
         optimizer = torch.optim.Adam([merged], lr=STEP_SIZE)
         for _ in range(STEPS):
             optimizer.zero_grad()
-            pairs = zip(vectors, shares)
-            loss = torch.stack([((merged - vector) @ share.T).square().sum() for vector, share in pairs]).sum()
+            pairs = zip(vectors, sizes)
+            loss = torch.stack([((merged - vector) @ vector.T).square().sum() / size for vector, size in pairs]).sum()
             loss.backward()
             optimizer.step()
     return merged.detach()
 
 
 def tsv_m(vectors: Sequence[Tensor]) -> Tensor:
-    """Each task's leading singular vectors, side by side and made orthogonal (TSV-Merge, arXiv 2412.00081, alg. 1).
+    """Each task's leading singular vectors, side by side and made orthogonal (TSV-Merge, arXiv 2412.00081).
 
     Of each of the K task vectors the first 1/K of the singular triples is kept; U and V of all together are replaced
     by the orthogonal matrices nearest to them (Procrustes).
@@ -83,14 +99,14 @@ def tsv_m(vectors: Sequence[Tensor]) -> Tensor:
 
 
 def iso_c(vectors: Sequence[Tensor]) -> Tensor:
-    """The sum of the task vectors with all singular values at their mean (Iso-C, arXiv 2502.04959, eq. 4)."""
+    """The sum of the task vectors with all singular values at their mean (Iso-C, arXiv 2502.04959)."""
     total = total_of(vectors)
     left, values, right = singular_triples(total)
     return values.mean() * left @ right.T
 
 
 def iso_cts(vectors: Sequence[Tensor], *, common: float = 0.8) -> Tensor:
-    """As `iso_c`, with a share of the space for directions of single tasks (Iso-CTS, arXiv 2502.04959, alg. 2).
+    """As `iso_c`, with a share of the space for directions of single tasks (Iso-CTS, arXiv 2502.04959).
 
     The first `common` of the singular triples of the sum are kept; the others make room for the first triples of each
     task vector's part outside of them, the same number a task. U and V of all are made orthogonal, and all singular

@@ -4,6 +4,7 @@ import inspect
 import math
 from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -94,10 +95,13 @@ class MergedWeights:
         readers, settings = self._experts.experts.values(), self._settings.matrix_arguments()
         factors = [found for found in (reader.factors(name) for reader in readers) if found is not None]
         if len(factors) == len(readers):
+            for part in chain.from_iterable(factors):
+                self._finite(name, part)  # LAPACK has its own words for what is not
             merged = merge_factors(self._method.matrix, factors, **settings)
         else:
             experts = (self._of(reader, name, None, base) for reader in readers)
-            merged = self._method.matrix([as_matrix(layer, task_vector(base, one)) for one in experts], **settings)
+            vectors = [self._finite(name, as_matrix(layer, task_vector(base, one))) for one in experts]
+            merged = self._method.matrix(vectors, **settings)
         return as_matrix(layer, merged).mul(self._settings.scaling).add_(base).to(base.dtype)
 
     def _arguments(self, name: str) -> dict[str, Any]:

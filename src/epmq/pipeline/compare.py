@@ -90,7 +90,7 @@ def methods_of(recipe: Recipe, heads: bool) -> tuple[dict[str, Quantize], list[s
     """
     own, notes = recipe.quantize, list[str]()
     limited = own.budget is not None or own.size is not None
-    unrefined = dict.fromkeys(["refine"], "off")
+    unrefined: dict[str, Any] = {"refine": "off"}
     found: dict[str, Quantize] = {METHOD_TITLES["none"]: Unquantized()}
     if limited:
         notes.append("RTN is left out: it has no data on which bits could be chosen under a limit of size")

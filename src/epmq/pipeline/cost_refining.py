@@ -101,7 +101,7 @@ def _passes(first: ExpertSet, inputs: dict[str, Any], device: torch.device) -> t
 
 def _making(run: PreparedRun) -> float:
     """Seconds a weight in which codes become numbers."""
-    grid = next((grid for grid in run.layout.quantized().values()), None)
+    grid = next(iter(run.layout.quantized().values()), None)
     if grid is None:
         return 0.0
     packed = PackedWeight(rtn(torch.randn(MADE), grid), kernels=False).to(run.device)

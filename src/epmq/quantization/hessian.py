@@ -26,7 +26,7 @@ class Moments:
 
     Args:
         columns: of x.
-        off_diagonal: factor on what lies off the diagonal of the Gram matrix (RegMean, arXiv 2212.09849, section 4).
+        off_diagonal: factor on what lies off the diagonal of the Gram matrix (RegMean, arXiv 2212.09849).
     """
 
     def __init__(self, columns: int, device: torch.device | str = "cpu", off_diagonal: float = 1.0) -> None:
