@@ -57,6 +57,7 @@ class PausedForward:
 
     layer: str
     inputs: Tensor
+    others: tuple[Any, ...] = ()  # positional arguments beside these
 
 
 # Where a batch's forward waits; None where it has left the last block.
@@ -336,6 +337,19 @@ class BlockStep:
             paused = self._paused[position] = self._resume(position)
         return paused.inputs if paused is not None and paused.layer == layer else None
 
+    def waiting(self, position: int) -> Tensor:
+        """The inputs of the layer that a batch waits before."""
+        paused = self._paused[position]
+        assert paused is not None
+        return paused.inputs
+
+    def routes(self, position: int) -> tuple[Tensor, Tensor]:
+        """What the router has chosen for a batch that waits before a mixture: experts and weights, [tokens, k] each."""
+        paused = self._paused[position]
+        assert paused is not None
+        chosen, weights = paused.others
+        return chosen, weights
+
     def release(self, layer: str) -> None:
         """Say that a layer of `pause_before` is what it is to be: batches go through it from now on."""
         self._ahead.discard(layer)
@@ -380,7 +394,7 @@ class BlockStep:
         if not self._calibrator.in_forward():
             return
         if layer in self._ahead:
-            self._calibrator.pause(PausedForward(layer, args[0]))
+            self._calibrator.pause(PausedForward(layer, args[0], args[1:]))
         else:
             self.missed[layer] += args[0].shape[:-1].numel()
 

@@ -19,6 +19,7 @@ from epmq.merging.readers import ExpertReader
 from epmq.models.blocks import LINEAR, as_matrix, find_stacks, is_transposed
 from epmq.models.checkpoint import DTYPE_NAMES, TensorSpec, count_parameters, is_finite
 from epmq.models.heads import load_head, save_head, write_head_file
+from epmq.models.mixtures import routers
 from epmq.models.multitask import HEADS, NativeHead
 from epmq.models.pieces import tensor_on_disk
 from epmq.models.side_files import copy_files
@@ -200,6 +201,10 @@ def write_config(run: PreparedRun, folder: Path) -> None:
         config = {"dtype": _dtype(run), **config} if "torch_dtype" not in config else config
         named = {*forms, *(name for form in forms.values() for name in form.followers)}
         ignored = [name for name, module in model.named_modules() if isinstance(module, LINEAR) and name not in named]
+        # To others the modules that choose experts are linear layers, too.
+        choosing = [name for name in routers(model) if f"{name}.weight" in run.experts.written]
+        choosing += [run.experts.written[f"{name}.weight"].removesuffix(".weight") for name in choosing]
+        ignored += dict.fromkeys(name for name in choosing if name not in ignored)
         # transformers looks a layer up by its name in the model; whoever reads the file alone, by the one in there
         stored = {run.experts.written[f"{name}.weight"].removesuffix(".weight"): form for name, form in forms.items()}
         settings = FORMATS[run.recipe.format].config({**forms, **stored}, ignored)
