@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -107,3 +108,24 @@ def test_what_is_lost_or_there_twice_is_an_error(tmp_path):
     change(tmp_path / "one", lambda tensors: tensors.update({more: tensors[matrix].clone()}))
     with pytest.raises(InputError, match=rf"expert one: tensor '{more}' has no counterpart in the base"):
         merged(tmp_path, method="average")
+
+
+@pytest.mark.parametrize("fused", [(), ("base",)])
+def test_an_adapter_may_change_the_matrix_of_an_expert(fused, tmp_path):
+    files = write_all(tmp_path, "qwen3_moe", fused)
+    name, shape = "model.layers.0.mlp.experts.1.up_proj", (32, 32)
+    factors = {"A": torch.randn(2, shape[1]), "B": torch.randn(shape[0], 2)}
+    (tmp_path / "lora").mkdir()
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["up_proj"]}
+    (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps(settings))
+    stored = {f"base_model.model.{name}.lora_{part}.weight": factor for part, factor in factors.items()}
+    save_file(stored, tmp_path / "lora" / "adapter_model.safetensors")
+    recipe: dict[str, Any] = {"base": str(tmp_path / "base"), "output": str(tmp_path / "out")}
+    recipe |= {"experts": [{"name": "lora", "model": str(tmp_path / "lora")}]}
+    recipe |= {"merge": {"method": "task_arithmetic", "scaling": 1.0}}
+    epmq.merge(recipe, progress=False)
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    expected = dict(files["base"])
+    place = expected["model.layers.0.mlp.experts.gate_up_proj"][1, 32:] if fused else expected[f"{name}.weight"]
+    place += factors["B"] @ factors["A"]
+    check_equal(found, expected)

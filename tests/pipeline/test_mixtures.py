@@ -104,6 +104,21 @@ def test_dequantized_weights_have_the_bases_form(family, tmp_path):
     assert torch.equal(logits(type(loaded).from_pretrained(tmp_path / "plain").eval()), logits(loaded))
 
 
+PLAIN = [
+    {"merge": {"method": "regmean"}, "quantize": {"method": "none"}},
+    {"quantize": {"method": "gptq", "overrides": [{"layers": "re:.*experts.*", "skip": True}], "rest": "as-stored"}},
+]
+
+
+@pytest.mark.parametrize("fields", PLAIN)
+def test_what_is_not_quantized_stays_fused(fields, tmp_path):
+    run(recipe_of("gpt_oss", tmp_path, **fields), calibration=CALIBRATION, **QUIET)
+    base, out = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "out"))
+    assert {name for name in base if ".experts." in name} == {name for name in out if ".experts." in name}
+    loaded, name = epmq.load(tmp_path / "out").backbone, "model.layers.1.mlp.experts.down_proj"
+    assert torch.equal(loaded.get_parameter(name), out[name])
+
+
 def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
     recipe = recipe_of("qwen2_moe", tmp_path)
     run({**recipe, "output": str(tmp_path / "whole")}, calibration=CALIBRATION, **QUIET)

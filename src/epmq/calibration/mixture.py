@@ -62,7 +62,7 @@ class RoutedTokens:
         if inputs is None:
             return
         self._members.append((position, batch))
-        chosen, mask = self._step.routes(position)[0], self._step.padding_mask(inputs)
+        chosen, mask = self._step.waiting(position).others[0], self._step.padding_mask(inputs)
         real = torch.arange(len(chosen), device=chosen.device)
         real = self._real[position] = real if mask is None else real[mask.reshape(-1)]
         flat, order = chosen[real].reshape(-1).sort(stable=True)
@@ -111,7 +111,10 @@ class RoutedTokens:
             for position, _ in batches:
                 seen += len(self._real[position])
                 rows = others(position)
-                inputs, theirs = self._step.waiting(position), self._theirs.get(position) if group.features else None
+                inputs, theirs = (
+                    self._step.waiting(position).inputs,
+                    self._theirs.get(position) if group.features else None,
+                )
                 if len(rows):
                     collector.add(inner(inputs[rows]), None if theirs is None else theirs_inner(theirs[rows]))
                     group.pooled += len(rows) - len(self.tokens(position, expert))
@@ -160,7 +163,7 @@ def lead(step: BlockStep, mixture: str, members: Sequence[tuple[int, Batch]], te
     """Take the tasks' own experts past a mixture with what the merged model's router has chosen for the same tokens."""
     for task, batches in groupby(members, key=lambda member: member[1].task):
         if teacher := teachers.get(task):
-            teacher.follow(mixture, {batch.index: step.routes(position) for position, batch in batches})
+            teacher.follow(mixture, {batch.index: step.waiting(position).others for position, batch in batches})
 
 
 def follow_routes(step: BlockStep | OutsideStep, teachers: Mapping[str, Teacher]) -> None:

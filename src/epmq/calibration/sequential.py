@@ -337,18 +337,11 @@ class BlockStep:
             paused = self._paused[position] = self._resume(position)
         return paused.inputs if paused is not None and paused.layer == layer else None
 
-    def waiting(self, position: int) -> Tensor:
-        """The inputs of the layer that a batch waits before."""
+    def waiting(self, position: int) -> PausedForward:
+        """Where a batch waits inside of the block, with the inputs of the layer that comes next."""
         paused = self._paused[position]
         assert paused is not None
-        return paused.inputs
-
-    def routes(self, position: int) -> tuple[Tensor, Tensor]:
-        """What the router has chosen for a batch that waits before a mixture: experts and weights, [tokens, k] each."""
-        paused = self._paused[position]
-        assert paused is not None
-        chosen, weights = paused.others
-        return chosen, weights
+        return paused
 
     def release(self, layer: str) -> None:
         """Say that a layer of `pause_before` is what it is to be: batches go through it from now on."""

@@ -61,7 +61,7 @@ class Teacher:
         self._kept: dict[int, dict[HookPoint, list[list[Tensor]]]] = {}
         self._mixture: str | None = None  # before which all batches wait
         self._undo = ExitStack()
-        self._routes: Mapping[int, tuple[Tensor, Tensor]] = {}
+        self._routes: Mapping[int, tuple[Any, ...]] = {}
 
     def run(self, block: str, points: Iterable[HookPoint]) -> None:
         """Run the block that the merged model is at on all batches, and keep what passes at some points.
@@ -93,7 +93,7 @@ class Teacher:
         names = [] if found is None else list(mixtures(found))
         return names[0] if len(names) == 1 else None
 
-    def follow(self, mixture: str, routes: Mapping[int, tuple[Tensor, Tensor]]) -> None:
+    def follow(self, mixture: str, routes: Mapping[int, tuple[Any, ...]]) -> None:
         """Run the rest of a block, from a mixture on that it waits before; else it has gone by its own router.
 
         Args:

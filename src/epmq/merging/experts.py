@@ -1,7 +1,7 @@
 """A base and its experts, opened: what they share, and how each is read."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -153,9 +153,14 @@ class ExpertSet:
             taken.add(written[name])
         return written
 
-    def write_matrices(self) -> None:
-        """Let what is written hold a matrix for each layer of each expert, also where the base's file fuses them."""
+    def write_matrices(self, layers: Collection[str]) -> None:
+        """Let what is written hold a matrix for each layer of an expert, where the base's file fuses some of `layers`.
+
+        They are named as transformers saves such a model, or as it calls them in the file of the base.
+        """
         fused = {name: piece for name, stored in self.written.items() if (piece := piece_of(stored)) is not None}
+        if not any(f"{layer}.weight" in fused for layer in layers):
+            return
         known = meta.matrices_on_disk(self.model) if fused else {}
         for name, piece in fused.items():
             expert = ".".join(name.split(".")[-3:])  # such as 3.up_proj.weight

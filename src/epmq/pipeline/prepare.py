@@ -84,10 +84,10 @@ def prepare(
     experts = open_experts(recipe.base, recipe.experts, recipe.tokenizer, recipe.config)
     planner = LayoutPlanner(experts, recipe.quantize) if recipe.quantize.method != "none" or recipe.calibrates else None
     if planner is not None:
-        if recipe.format != "dequantized":
-            experts.write_matrices()
         _check_settings(recipe)
-        planner.layout()  # what does not fit is an error before any data is read
+        first = planner.layout()  # what does not fit is an error before any data is read
+        if recipe.format != "dequantized":
+            experts.write_matrices({*first.quantized(), *first.free})
         for note in _untouched(experts):
             experts.notes.depart(note)
     experts.notes += check_relation(experts)

@@ -41,7 +41,8 @@ def layer_notes(layers: Sequence[dict[str, Any]], guidance: Guidance) -> list[st
     ]
     pooled = {layer["name"].rpartition(".")[0]: layer["tokens"] for layer in layers if layer.get("pooled")}
     none = sum(tokens == 0 for tokens in pooled.values())
-    few = f"{len(pooled)} experts of mixtures saw too few tokens ({none} saw none): others of their mixture count, too"
+    few = f"{len(pooled)} experts of mixtures saw too few tokens ({none} saw none): "
+    few += "they are solved on others of their mixture, too"
     return raised + rounded + too_large + [few] * bool(pooled)
 
 
