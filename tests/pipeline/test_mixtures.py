@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 import epmq
 from epmq.calibration import mixture as calibrated_mixture
 from epmq.models.mixtures import is_fused
+from epmq.pipeline import opening
 from epmq.pipeline.cost import dry_run
 from epmq.pipeline.journal import Journal
 from epmq.pipeline.run import run
@@ -75,7 +76,7 @@ def test_each_expert_is_calibrated_on_the_tokens_that_reach_it(family, tmp_path)
         for name in ("gate_proj", "up_proj", "down_proj"):
             layer = layers.pop(f"{expert}.{name}")
             assert layer["tokens"] == tokens and layer["bits"] == 4 and layer["loss"] is not None, expert
-            assert (layer["pooled"] > 0) == (tokens < 8)  # a quarter of 32 inputs
+            assert ("pooled" in layer) == (tokens < 8)  # a quarter of 32 inputs
     assert all(layer["tokens"] == total for name, layer in layers.items() if ".layers." in name)
     assert not any(name.endswith((".gate", ".router", "_gate")) for name in layers)  # what chooses stays as it is
 
@@ -102,6 +103,19 @@ def test_dequantized_weights_have_the_bases_form(family, tmp_path):
     assert base == plain
     loaded = epmq.load(tmp_path / "out").backbone
     assert torch.equal(logits(type(loaded).from_pretrained(tmp_path / "plain").eval()), logits(loaded))
+
+
+@pytest.mark.parametrize("largest", [opening.LARGEST, 0])
+def test_what_transformers_cannot_open_is_said_before(largest, tmp_path, monkeypatch):
+    """Of a large model by its shapes alone, that is without the memory that its experts would take."""
+    monkeypatch.setattr(opening, "LARGEST", largest)
+    recipe = recipe_of("gpt_oss", tmp_path, quantize={"method": "rtn", "symmetric": False, "embeddings": 16})
+    notes = dry_run(recipe, progress=False).notes
+    assert any("cannot open this packed model" in note for note in notes)
+    recipe = recipe_of(
+        "olmoe", tmp_path, quantize={"method": "rtn", "overrides": [{"layers": "re:.*experts.*", "bits": 8}]}
+    )
+    assert dry_run(recipe, progress=False).notes == []
 
 
 PLAIN = [
@@ -143,7 +157,7 @@ def test_what_is_too_little_is_solved_on_others_of_its_mixture(tmp_path, monkeyp
     report = run(recipe_of("olmoe", tmp_path, quantize={"method": "gptq"}), calibration=CALIBRATION, **QUIET)
     experts = [layer for layer in report["layers"] if ".experts." in layer["name"]]
     few = [layer for layer in experts if layer["tokens"] < 39]
-    assert few and all((layer["pooled"] > 0) == (layer in few) for layer in experts)
+    assert few and all(("pooled" in layer) == (layer in few) for layer in experts)
     assert all(layer["tokens"] + layer["pooled"] >= 64 for layer in few)
     none = sum(not layer["tokens"] for layer in few) // 3
     assert f"{len(few) // 3} experts of mixtures saw too few tokens ({none} saw none)" in " ".join(report["notes"])

@@ -91,8 +91,10 @@ def take_generation_settings(model: Any, path: Path) -> None:
             model.generation_config = transformers.GenerationConfig.from_pretrained(path)
 
 
-def why_not_direct(path: str | Path, config: dict[str, Any]) -> str | None:
+def why_not_direct(path: str | Path, config: dict[str, Any], shapes_only: bool = False) -> str | None:
     """Why plain `from_pretrained` cannot open a checkpoint, or None if it can.
+
+    With `shapes_only` nothing is computed, which takes no memory and finds less: not what goes wrong when it unpacks.
 
     transformers 5.21 to 5.23 refuse every pack-quantized model of which they split a tensor on load (DINOv2 is one,
     for the sake of its largest size); this is tried rather than listed, so that a mended version is noticed.
@@ -105,11 +107,14 @@ def why_not_direct(path: str | Path, config: dict[str, Any]) -> str | None:
         with redirect_stderr(io.StringIO()), ExitStack() as stack:  # the loader's progress bars, and its messages
             stack.callback(log.set_verbosity, log.get_verbosity())
             log.set_verbosity(log.CRITICAL)
-            _, found = model_class.from_pretrained(path, trust_remote_code=False, output_loading_info=True)
+            place = {"device_map": "meta"} if shapes_only else {}
+            _, found = model_class.from_pretrained(path, trust_remote_code=False, output_loading_info=True, **place)
     except (ValueError, AttributeError, KeyError, TypeError, RuntimeError) as error:
         return f"{type(error).__name__} in transformers {transformers.__version__}"
     # It warns and takes random weights in the place of what it cannot unpack, such as a layer that is stored [in, out].
-    unread = [name for name in found["unexpected_keys"] if name.endswith(".weight_packed")]
+    unread = {
+        name.rpartition(".")[0] for name in found["unexpected_keys"] if name.endswith((".weight_packed", ".weight"))
+    }
     return f"{len(unread)} packed weights are not read by transformers {transformers.__version__}" if unread else None
 
 
