@@ -13,6 +13,7 @@ PIECES = [
     Piece("a.experts.gate_up_proj", 3, 8, 1, 2),
     Piece("a.experts.gate_up_proj", 0, 8, 1, 2, interleaved=True, turned=True),
     Piece("a.experts.gate_up_proj_bias", 7, 8, 0, 2, interleaved=True, leaf="bias"),
+    Piece("a.experts.down_proj", 1, 8, unturned=(64, 32)),
     Piece("a.experts.3.w13.weight", part=1, parts=2),
 ]
 

@@ -64,8 +64,10 @@ class Origins:
         one = converter.operations[0]
         if known and kinds == ["Interleave"] and one.dim == 1 and not one.inverse and not turned and not interleaved:
             return self._pieces(stored, path, mixture, layers, leaf, interleaved=True)
-        if known and kinds == ["Transpose"] and {one.dim0, one.dim1} == {1, 2} and not one.check_dims:
-            return self._pieces(stored, path, mixture, layers, leaf, interleaved=interleaved, turned=not turned)
+        if known and kinds == ["Transpose"] and {one.dim0, one.dim1} == {1, 2} and not (one.check_dims and turned):
+            shape = mixture.fused_shapes()[parameter][1:] if one.check_dims else None
+            form = {"interleaved": interleaved, "turned": not turned and shape is None, "unturned": shape}
+            return self._pieces(stored, path, mixture, layers, leaf, **form)
         raise InputError(f"tensor {stored!r} is converted by transformers on load, which epmq does not do yet")
 
     def _index(self, stored: str, pattern: str) -> int:
@@ -88,7 +90,7 @@ class Origins:
 
     @staticmethod
     def _pieces(
-        stored: str, path: str, mixture: Mixture, layers: Sequence[str], leaf: str, **form: bool
+        stored: str, path: str, mixture: Mixture, layers: Sequence[str], leaf: str, **form: Any
     ) -> dict[str, str]:
         """The layers of all experts that lie in one tensor; `form` as in `Piece`."""
         return {

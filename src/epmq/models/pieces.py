@@ -8,7 +8,7 @@ from torch import Tensor
 
 from epmq.errors import InputError
 
-_NAME = re.compile(r"(.+)\[(\d*)/(\d*) (\d+)([:%])(\d+)(T?)\]\.(\w+)")
+_NAME = re.compile(r"(.+)\[(\d*)/(\d*) (\d+)([:%])(\d+)(T?)(?:\?(\d+)x(\d+))?\]\.(\w+)")
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Piece:
         interleaved: these are every so many rows; else they follow one another.
         turned: what lies there is [in, out].
         leaf: what the model calls it, `weight` or `bias`.
+        unturned: shape of an entry that is not turned, where that is told by it: one of another shape is.
     """
 
     tensor: str
@@ -34,12 +35,14 @@ class Piece:
     interleaved: bool = False
     turned: bool = False
     leaf: str = "weight"
+    unturned: tuple[int, int] | None = None
 
     @property
     def name(self) -> str:
         which = "/" if self.index is None else f"{self.index}/{self.count}"
         rows = f"{self.part}{'%' if self.interleaved else ':'}{self.parts}{'T' if self.turned else ''}"
-        return f"{self.tensor}[{which} {rows}].{self.leaf}"
+        shape = "" if self.unturned is None else f"?{self.unturned[0]}x{self.unturned[1]}"
+        return f"{self.tensor}[{which} {rows}{shape}].{self.leaf}"
 
     def shape(self, whole: tuple[int, ...]) -> tuple[int, ...]:
         """Its shape in a tensor of that shape.
@@ -50,14 +53,18 @@ class Piece:
         own = whole if self.index is None else whole[1:]
         if self.count is not None and (not whole or whole[0] != self.count):
             raise InputError(f"tensor {self.tensor!r} is {list(whole)}, and its config says {self.count} experts")
-        own = own[::-1] if self.turned else own
+        own = own[::-1] if self._is_turned(own) else own
         if len(own) != (2 if self.leaf == "weight" else 1) or own[0] % self.parts:
             raise InputError(f"tensor {self.tensor!r} is {list(whole)}, which is no {self.leaf} of {self.parts} parts")
         return own[0] // self.parts, *own[1:]
 
+    def _is_turned(self, entry: tuple[int, ...]) -> bool:
+        """Whether an entry of that shape is [in, out]."""
+        return self.turned if self.unturned is None else tuple(entry) != self.unturned
+
     def take(self, entry: Tensor) -> Tensor:
         """It, of the entry of the whole that it lies in: a view."""
-        own = entry.T if self.turned and entry.ndim == 2 else entry
+        own = entry.T if entry.ndim == 2 and self._is_turned(entry.shape) else entry
         if self.interleaved:
             return own[self.part :: self.parts]
         size = len(own) // self.parts
@@ -70,9 +77,10 @@ def piece_of(name: str) -> Piece | None:
     found = _NAME.fullmatch(name) if name.endswith(("].weight", "].bias")) else None
     if found is None:
         return None
-    tensor, index, count, part, kind, parts, turned, leaf = found.groups()
+    tensor, index, count, part, kind, parts, turned, rows, columns, leaf = found.groups()
     entry, entries = (int(index), int(count)) if index else (None, None)
-    return Piece(tensor, entry, entries, int(part), int(parts), kind == "%", bool(turned), leaf)
+    unturned = (int(rows), int(columns)) if rows else None
+    return Piece(tensor, entry, entries, int(part), int(parts), kind == "%", bool(turned), leaf, unturned)
 
 
 def tensor_on_disk(name: str) -> str:
