@@ -9,7 +9,7 @@ from conftest import recipe_for
 
 import epmq
 from epmq.errors import InputError
-from epmq.export import packed, vllm
+from epmq.export import onnx, packed, vllm
 from epmq.export.form import Form
 from epmq.export.target import Coded, Contents
 from epmq.quantization.grid import Grid
@@ -183,3 +183,9 @@ def test_experts_with_biases_are_refused() -> None:
     given = experts()
     with pytest.raises(InputError, match="vllm: it reads experts that have biases"):
         vllm.check(replace(given, plain={**given.plain, f"{FIRST}.bias": (64,)}))
+
+
+def test_a_graph_holds_no_mixture() -> None:
+    given = experts()
+    with pytest.raises(InputError, match=r"onnx: which experts of model\.layers\.0\.mlp\.experts are called"):
+        onnx.check(replace(given, config={"architectures": ["Qwen3MoeForCausalLM"]}))
