@@ -27,4 +27,5 @@ def test_cross_attention_reads_what_the_encoder_gives():
     assert torch.equal(padding_mask(arguments, states), SOURCE.bool())
     assert torch.equal(padding_mask(arguments, own), TARGET.bool())
     assert torch.equal(padding_mask(arguments, own.reshape(8, 3)), TARGET.bool())
+    assert torch.equal(padding_mask(arguments, own[:, None]), TARGET.bool())
     assert padding_mask({"attention_mask": torch.randn(2, 1, 4, 4)}, own) is None

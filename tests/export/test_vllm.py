@@ -9,7 +9,7 @@ from conftest import recipe_for
 
 import epmq
 from epmq.errors import InputError
-from epmq.export import packed, vllm
+from epmq.export import onnx, packed, vllm
 from epmq.export.form import Form
 from epmq.export.target import Coded, Contents
 from epmq.quantization.grid import Grid
@@ -140,3 +140,52 @@ def test_vllm_refuses_what_we_refuse() -> None:
     skipped = "model.layers.0.self_attn.q_proj"
     with pytest.raises(ValueError, match="same scheme"):
         scheme(ATTENTION, "model.layers.0.self_attn.qkv_proj", ignore=(skipped,))
+
+
+def experts(forms: dict[str, Form | None] | None = None, leaves: tuple[str, ...] = ("gate", "up", "down")) -> Contents:
+    """A decoder of one block with two experts, with other forms for some of their layers."""
+    names = [f"model.layers.0.mlp.experts.{expert}.{leaf}_proj" for expert in (0, 1) for leaf in leaves]
+    dense = dict.fromkeys(MLP)
+    return contents({**dense, **dict.fromkeys(names, HALF), **(forms or {})})
+
+
+FIRST = "model.layers.0.mlp.experts.0.up_proj"
+
+
+def test_mixtures_on_one_grid_pass() -> None:
+    vllm.check(experts())
+    vllm.check(experts(dict.fromkeys(ATTENTION, replace(HALF, grid=Grid(8)))))
+    plain = [f"model.layers.0.mlp.experts.{expert}.{leaf}_proj" for expert in (0, 1) for leaf in ("gate", "up", "down")]
+    vllm.check(experts(dict.fromkeys(plain)))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (experts({FIRST: replace(HALF, grid=Grid(8))}), "one layer of"),
+        (experts({FIRST.replace("up", "down"): None}), r"one layer of all experts of model\.layers\.0\.mlp\.experts"),
+        (
+            contents(dict.fromkeys([FIRST, FIRST.replace("0.up", "1.up")], replace(HALF, grid=Grid(4, 32, False)))),
+            "zero",
+        ),
+        (
+            experts(dict.fromkeys(ATTENTION, replace(HALF, grid=Grid(8))), leaves=("w1", "w2", "w3")),
+            "only where all linear layers are on it",
+        ),
+    ],
+)
+def test_other_mixtures_are_refused(given: Contents, message: str) -> None:
+    with pytest.raises(InputError, match=f"vllm: .*{message}"):
+        vllm.check(given)
+
+
+def test_experts_with_biases_are_refused() -> None:
+    given = experts()
+    with pytest.raises(InputError, match="vllm: it reads experts that have biases"):
+        vllm.check(replace(given, plain={**given.plain, f"{FIRST}.bias": (64,)}))
+
+
+def test_a_graph_holds_no_mixture() -> None:
+    given = experts()
+    with pytest.raises(InputError, match=r"onnx: which experts of model\.layers\.0\.mlp\.experts are called"):
+        onnx.check(replace(given, config={"architectures": ["Qwen3MoeForCausalLM"]}))

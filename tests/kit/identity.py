@@ -21,12 +21,13 @@ from epmq.recipe import Expert
 from tests.kit.architecture_kinds import Architecture
 from tests.kit.architectures import ARCHITECTURES
 from tests.kit.comparison import different, fine_tuned, gaps
+from tests.kit.mixture_layers import with_layers
 
 TOLERANCE = 1e-5
-# What may be refused, and the words that must say why: transformers fuses or splits tensors of some on load, and others
+# What may be refused, and the words that must say why: transformers splits tensors of some on load, and others
 # have no repeated blocks with linear layers.
 REFUSED = {
-    **dict.fromkeys(("qwen3moe", "mixtral", "nomic"), "converted by transformers on load"),
+    "nomic": "converted by transformers on load",
     **dict.fromkeys(("squeezebert", "resnet"), "no list of repeated blocks"),
 }
 # Tied or not, T5 computes something else; base and expert that differ in that may be refused.
@@ -72,8 +73,9 @@ def unlike_from_pretrained(architecture: Architecture, folder: Path) -> list[str
     experts = open_experts(str(folder / "base"), [Expert(name="one", model=str(folder / "expert"))])
     found = experts.whole_model(experts.base, torch.device("cpu"))
     wanted = getattr(transformers, architecture.model).from_pretrained(folder / "base").eval()
-    parts = different(found.state_dict(), wanted.state_dict(), 0.0)
-    parts += different(dict(found.named_buffers()), dict(wanted.named_buffers()), 0.0)
+    layers = with_layers(wanted)
+    parts = different(found.state_dict(), layers.state_dict(), 0.0)
+    parts += different(dict(found.named_buffers()), dict(layers.named_buffers()), 0.0)
     apart = gaps(found, wanted, architecture.batches())
     return sorted({*parts, *(name for name, value in apart.items() if value > TOLERANCE)})
 

@@ -56,6 +56,7 @@ class LayerGroup:
         merged: their merged weights, stacked, [out, in] float32.
         objective: collected task by task; its anchor is the merged weight, or further along the task vector.
         tokens: calibration tokens seen.
+        pooled: those of them that are other experts'.
         largest: the largest input there was, where the weights are stored in float16, which may not hold it.
     """
 
@@ -79,7 +80,7 @@ class LayerGroup:
         stored = zip(self.rows, (context.layout.of[f"{layer}.weight"] for layer in self.layers))
         self.parts = [Part(rows, one.grid, one.dtype or self.dtype, one.scale or self.dtype) for rows, one in stored]
         self.objective = Objective(self._anchor())
-        self.tokens, self.largest = 0, 0.0
+        self.tokens, self.largest, self.pooled = 0, 0.0, 0
 
     def _anchor(self) -> Tensor:
         scale = self._context.guidance.anchor_scale
@@ -107,9 +108,12 @@ class LayerGroup:
         factor, damping = self.objective.factor(guidance.damping or ridge or 0.0, settings.act_order)
         return Problem(target, ridge, factor, damping, self.objective.damped(damping))
 
-    def add_task(self, task: str, moments: Moments, aims: bool) -> None:
-        """Fold one task's moments into the objective; where the layers aim at a sum, they hold the targets."""
-        context, weight = self._context, self._context.task_weights[task]
+    def add_task(self, task: str, moments: Moments, aims: bool, share: float = 1.0) -> None:
+        """Fold one task's moments into the objective; where the layers aim at a sum, they hold the targets.
+
+        `share` is that of the task's tokens that the layers see.
+        """
+        context, weight = self._context, self._context.task_weights[task] * share
         self.tokens += moments.count
         if not context.guidance.experts:
             self.objective.add_task(moments, weight)
@@ -198,13 +202,17 @@ class InputCollector:
             self._add_inputs(inputs)
 
     def _add_inputs(self, inputs: Tensor) -> None:
-        self._track_largest(inputs)
         theirs = self._theirs.pop(0) if self._theirs else None
         theirs = None if theirs is None or theirs.shape != inputs.shape else theirs
+        self.add(inputs, theirs, self._step.padding_mask(inputs))
+
+    def add(self, inputs: Tensor, theirs: Tensor | None, mask: Tensor | None = None) -> None:
+        """Add inputs, and what the expert has on the same tokens, to the moments; `mask` as in `Moments.add`."""
+        self._track_largest(inputs)
         if self._own_inputs and theirs is not None:
             inputs, theirs = theirs, None
         drift = None if theirs is None else theirs.float() - inputs.float()
-        self._moments.add(inputs, self._step.padding_mask(inputs), drift=drift)
+        self._moments.add(inputs, mask, drift=drift)
 
     def _track_largest(self, inputs: Tensor) -> None:
         """Keep the largest input; asked only of float16, as it costs a pass and a wait for the device."""

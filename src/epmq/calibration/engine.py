@@ -13,6 +13,7 @@ from epmq.calibration.collect import LayerGroup, Problem, collect
 from epmq.calibration.context import CalibrationContext
 from epmq.calibration.grouping import LayerTarget, find_targets
 from epmq.calibration.head_refit import HeadFit, HeadRefitter
+from epmq.calibration.mixture import RoutedTokens, follow_routes
 from epmq.calibration.outside import OutsideStep
 from epmq.calibration.repeated import calibrator_of
 from epmq.calibration.sequential import Batch, BlockStep
@@ -51,6 +52,7 @@ class LayerReport:
     aims: bool = False  # whether it aims at a sum in the residual stream
     rounded: int = 0  # rows that are rounded to nearest after all, see `rtn_fallback`
     largest: float = 0.0  # the largest input, where the weights are stored in float16; else 0
+    pooled: int = 0  # tokens that go to other experts of its mixture and that it was solved on beside its own
 
 
 @dataclass
@@ -253,7 +255,10 @@ class CalibrationEngine:
         for task in dict.fromkeys(batch.task for _, batch in step.members):
             if teacher := context.teachers.get(task):
                 teacher.run(step.name, ())
-                teacher.end_block()
+        if context.teachers:
+            follow_routes(step, context.teachers)
+        for teacher in context.teachers.values():
+            teacher.end_block()
         return block
 
     def _names(self, step: BlockStep | OutsideStep) -> list[str]:
@@ -277,12 +282,15 @@ class CalibrationEngine:
         self._aimed |= any(target.add is not None for target in targets)
         if isinstance(step, BlockStep):
             step.pause_before(
-                [target.names[0] for target in targets if target.waits],
+                [target.place for target in targets if target.waits],
                 {target.add.skip_input for target in targets if target.add is not None},
             )
         points = [point for target in targets for point in self._points(step, target)]
         self.observe(step.name, "load")
         for target in targets:
+            if isinstance(step, BlockStep) and target.mixture is not None:
+                idle += self._quantize_mixture(step, target, points, block)
+                continue
             group = layer_group(context, step, target)
             collect(step, group, context, points)
             return_freed_memory()  # activations that stay lie between what is freed
@@ -296,12 +304,29 @@ class CalibrationEngine:
             step.release(group.names[0])
             del group
         self._round(step, idle, block)
-        self._note_routed([target.names[0] for target in targets if target.routed], step.name)
+        routed = [target for target in targets if target.routed and target.mixture is None]
+        self._note_routed([target.names[0] for target in routed], step.name)
         for teacher in context.teachers.values():
             teacher.end_block()
         return_freed_memory()
         self._take_rest(step, block)
         return block
+
+    def _quantize_mixture(
+        self, step: BlockStep, target: LayerTarget, points: Sequence[HookPoint], block: Block
+    ) -> list[str]:
+        """Solve the layers of a mixture's experts, one expert after the other; returns those that no batch comes by."""
+        idle, mixture = list[str](), RoutedTokens(step, target.place, self.context, points)
+        for group in mixture.groups(target.names):
+            self.observe(step.name, "collect")
+            if group.tokens:
+                with error_context(group.layers[0]):
+                    self._solve(step, group, block)
+            else:
+                idle += group.names
+            self.observe(step.name, "solve")
+        mixture.go_on()
+        return idle
 
     def _points(self, step: BlockStep | OutsideStep, target: LayerTarget) -> list[HookPoint]:
         """Where the experts' own values are asked for, for layers that share an input."""
@@ -342,7 +367,8 @@ class CalibrationEngine:
         problem, solved, merge_losses = self._solve_tiles(group)
         seconds = (time.perf_counter() - start) / len(group.names)
         strength, damping = problem.ridge, problem.damping
-        common = LayerReport("", [], group.names[0], strength=strength, damping=damping, tokens=group.tokens)
+        common = LayerReport("", [], group.names[0], strength=strength, damping=damping)
+        common = replace(common, tokens=group.tokens - group.pooled, pooled=group.pooled)
         common = replace(common, seconds=seconds, aims=group.target.add is not None, largest=group.largest)
         for layer, local, module, one, loss in zip(group.layers, group.names, group.modules, solved, merge_losses):
             if layer != self.context.layout.output_layer or one.codes is None:  # which nothing reads any more

@@ -14,6 +14,7 @@ from epmq.calibration.residual import ResidualAdd, find_residual_adds
 from epmq.calibration.sequential import BlockStep
 from epmq.models.blocks import InputGroup, input_groups, linears
 from epmq.models.hooks import HookPoint
+from epmq.models.mixtures import mixtures
 from epmq.models.storage import join
 
 
@@ -26,15 +27,25 @@ class LayerTarget:
         waits: whether every batch can wait before them: each is called once, on all tokens.
         routed: whether values decide which tokens they see, as in a mixture: an expert's own are others.
         add: the sum in the residual stream that the layer writes to and whose value in the expert it aims at, if any.
+        mixture: the mixture within the block whose experts' layers these are: what they share is its input, and each
+            expert sees a part of that.
     """
 
     names: list[str]
     waits: bool = True
     routed: bool = False
     add: ResidualAdd | None = None
+    mixture: str | None = None
+
+    @property
+    def place(self) -> str:
+        """Where batches wait, if they do."""
+        return self.mixture or self.names[0]
 
     def points(self, features: bool) -> list[HookPoint]:
         """Where the expert's own values are asked for, if anywhere: in the stream, or at the layers' inputs."""
+        if self.mixture is not None:
+            return [self.mixture] if features else []
         if self.add is not None:
             return [self.add.point]
         return [self.names[0]] if features and not self.routed else []
@@ -53,7 +64,7 @@ def find_targets(
     targets = []
     for target in found:
         names = [name for name in target.names if solves(join(step.name, name))]
-        targets += [replace(target, names=names)] if names else []
+        targets += [replace(target, names=names)] if names or target.mixture is not None else []
     return targets, [name for name in idle if solves(join(step.name, name))]
 
 
@@ -72,21 +83,29 @@ def _outside_targets(step: OutsideStep) -> tuple[list[LayerTarget], list[str]]:
 def _block_targets(step: BlockStep, stream: bool) -> tuple[list[LayerTarget], list[str]]:
     """As `find_targets`, of a block."""
     runs = [_Run(step, position) for position, _ in step.members[:1]]
-    groups = input_groups(step.block, *runs)
-    idle = {name for name, _ in linears(step.block)}.difference(*(group.names for group in groups))
+    units = mixtures(step.block) if step.lockstep else {}
+    groups = input_groups(step.block, *runs, units=units)
+    within = {name: [f"{name}.{local}" for local, _ in linears(unit)] for name, unit in units.items()}
+    called = {name for group in groups for name in (*group.names, *within.get(group.names[0], ()))}
+    idle = {name for name, _ in linears(step.block)} - called
     routed = not all(_on_all_tokens(group, runs) for group in groups) and _depends_on_values(step.block, runs)
     if idle or routed:  # other batches may come by, and on other tokens
         runs = [_Run(step, position) for position, _ in step.members]
-        groups = input_groups(step.block, *runs)
+        groups = input_groups(step.block, *runs, units=units)
         routed = routed or _depends_on_values(step.block, runs)
-        idle.difference_update(*(group.names for group in groups))
+        idle.difference_update(*((*group.names, *within.get(group.names[0], ())) for group in groups))
     targets = []
     for group in groups:
+        name = group.names[0]
+        if name in units:
+            targets.append(LayerTarget(within[name], routed=True, mixture=name))
+            continue
         chosen = routed and not _on_all_tokens(group, runs)
         targets.append(LayerTarget(group.names, step.lockstep and group.calls == 1 and not chosen, chosen))
-    alone = [target.names[0] for target in targets if len(target.names) == 1 and stream and target.waits]
+    single = [target for target in targets if len(target.names) == 1 and target.mixture is None]
+    alone = [target.names[0] for target in single if stream and target.waits]
     adds = find_residual_adds(step.block, alone, runs[0]) if alone else {}
-    targets = [LayerTarget(target.names, target.waits, target.routed, adds.get(target.names[0])) for target in targets]
+    targets = [replace(target, add=adds.get(target.place)) for target in targets]
     return targets, [name for name, _ in linears(step.block) if name in idle]
 
 

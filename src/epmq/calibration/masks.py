@@ -16,14 +16,16 @@ def padding_mask(arguments: dict[str, Any], inputs: Tensor) -> Tensor | None:
     """Which tokens of a layer's inputs are real: booleans [batch, tokens], or None if all are.
 
     The stack's own padding mask, or the encoder's where the inputs are the encoder's output (cross-attention).
-    Flattened inputs [batch·tokens, in] are recognised too. `arguments` are those of the part that holds the stack.
+    Flattened inputs [batch·tokens, in] are recognised too, and [batch, 1, tokens, in]. `arguments` are those of the
+    part that holds the stack.
     """
     states = arguments.get("encoder_hidden_states")
     crossing = isinstance(states, Tensor) and states.data_ptr() == inputs.data_ptr()
     mask = arguments.get("encoder_attention_mask" if crossing else "attention_mask")
     if not isinstance(mask, Tensor) or not is_padding_mask(mask):
         return None
-    if tuple(mask.shape) == tuple(inputs.shape[:-1]) or (inputs.ndim == 2 and mask.numel() == len(inputs)):
+    fits = tuple(mask.shape) == tuple(inputs.shape[:-1]) or (inputs.ndim == 2 and mask.numel() == len(inputs))
+    if fits or tuple(inputs.shape[:-1]) == (len(mask), 1, mask.shape[1]):  # one head, as of latent attention
         mask = mask.bool()
         return None if bool(mask.all()) else mask
     return None

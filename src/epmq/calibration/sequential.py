@@ -57,6 +57,7 @@ class PausedForward:
 
     layer: str
     inputs: Tensor
+    others: tuple[Any, ...] = ()  # positional arguments beside these
 
 
 # Where a batch's forward waits; None where it has left the last block.
@@ -336,6 +337,12 @@ class BlockStep:
             paused = self._paused[position] = self._resume(position)
         return paused.inputs if paused is not None and paused.layer == layer else None
 
+    def waiting(self, position: int) -> PausedForward:
+        """Where a batch waits inside of the block, with the inputs of the layer that comes next."""
+        paused = self._paused[position]
+        assert paused is not None
+        return paused
+
     def release(self, layer: str) -> None:
         """Say that a layer of `pause_before` is what it is to be: batches go through it from now on."""
         self._ahead.discard(layer)
@@ -380,7 +387,7 @@ class BlockStep:
         if not self._calibrator.in_forward():
             return
         if layer in self._ahead:
-            self._calibrator.pause(PausedForward(layer, args[0]))
+            self._calibrator.pause(PausedForward(layer, args[0], args[1:]))
         else:
             self.missed[layer] += args[0].shape[:-1].numel()
 

@@ -25,28 +25,28 @@ class TiledLayer:
 
     def __init__(self, context: CalibrationContext, step: BlockStep | OutsideStep, target: LayerTarget) -> None:
         self._context, self._step, self.target, self.names = context, step, target, target.names
-        self._moments: list[tuple[str, Moments]] = []
+        self._moments: list[tuple[str, Moments, float]] = []
         first = self._tile(0)
         self.layers, self.modules, self.features = first.layers, first.modules, first.features
         self.columns, self.device, self.dtype = first.columns, first.device, first.dtype
-        self.tokens, self.largest = 0, 0.0
+        self.tokens, self.largest, self.pooled = 0, 0.0, 0
 
     def _tile(self, start: int) -> LayerGroup:
         height = tile_height(self._step.block.get_submodule(self.names[0]).get_parameter("weight"))
         return LayerGroup(self._context, self._step, self.target, slice(start, start + height))
 
-    def add_task(self, task: str, moments: Moments, aims: bool) -> None:
-        """Keep one task's moments."""
+    def add_task(self, task: str, moments: Moments, aims: bool, share: float = 1.0) -> None:
+        """Keep one task's moments; arguments as in `LayerGroup.add_task`."""
         self.tokens += moments.count
-        self._moments.append((task, moments))
+        self._moments.append((task, moments, share))
 
     def tiles(self) -> Iterator[LayerGroup]:
         """The tiles, from the first rows to the last, each with all that was collected."""
         weight, before = self.modules[0].get_parameter("weight"), None
         for start in range(0, len(weight), tile_height(weight)):
             tile = self._tile(start)
-            for task, moments in self._moments:
-                tile.add_task(task, moments, aims=False)
+            for task, moments, share in self._moments:
+                tile.add_task(task, moments, aims=False, share=share)
             if before is not None:
                 tile.objective.take_factor(before.objective)
             yield tile

@@ -17,7 +17,7 @@ from epmq.data.made import made_examples
 from epmq.errors import InputError
 from epmq.export.onnx_graph import Graph, open_session, run_session, save_graph
 from epmq.export.onnx_layers import EXACT, put_operators, stored_bits
-from epmq.export.target import Contents, Verified
+from epmq.export.target import Contents, Verified, experts_of
 from epmq.files import write_json
 from epmq.models.checkpoint import architecture_of
 from epmq.models.codes import CodedCheckpoint
@@ -40,6 +40,9 @@ def check(contents: Contents) -> None:
     takes = getattr(named_class(architecture), "main_input_name", None)
     if takes not in MAIN_INPUTS:
         raise InputError(f"onnx: {architecture} takes {takes}; written are models of {' or '.join(MAIN_INPUTS)}")
+    mixture = next(iter(experts_of(contents)), None)
+    if mixture is not None:
+        raise InputError(f"onnx: which experts of {mixture} are called depends on values, and a graph holds one choice")
     if contents.processor is None:
         raise InputError("onnx: base and experts have no tokenizer or image processor to make inputs with")
 

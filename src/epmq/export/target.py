@@ -3,6 +3,7 @@
 To add one, write a module with the functions of `Target` and give it a line in `TARGETS`.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -14,6 +15,9 @@ from epmq.errors import InputError
 from epmq.export.form import Form
 from epmq.models.codes import CodedCheckpoint
 from epmq.quantization.grid import Grid
+
+# A layer of one of a mixture's experts: the mixture, within a block, and the expert's number.
+_EXPERT = re.compile(r"(.+\.\d+\..+)\.(\d+)\.\w+")
 
 
 @dataclass(frozen=True)
@@ -123,6 +127,20 @@ def find_target(name: str) -> Target:
 def has_runtime(target: Target) -> bool:
     """Whether what is written can be verified here."""
     return target.RUNTIME is not None and find_spec(target.RUNTIME) is not None
+
+
+def experts_of(contents: Contents) -> dict[str, list[str]]:
+    """The layers of experts by the mixtures that they are of, as their names on disk tell: `…experts.3.up_proj`."""
+    plain = [name.removesuffix(".weight") for name, shape in contents.plain.items() if len(shape) == 2]
+    found: dict[str, dict[str, list[str]]] = {}
+    for name in (*contents.layers, *plain):
+        if expert := _EXPERT.fullmatch(name):
+            found.setdefault(expert[1], {}).setdefault(expert[2], []).append(name)
+    return {  # of several experts, all of which have the same layers
+        mixture: [name for parts in own.values() for name in parts]
+        for mixture, own in found.items()
+        if len(own) > 1 and len({frozenset(name.rpartition(".")[2] for name in parts) for parts in own.values()}) == 1
+    }
 
 
 def refuse_grid(runtime: str, layer: str, grid: Grid, nearest: str | Grid) -> InputError:

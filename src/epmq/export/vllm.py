@@ -10,7 +10,7 @@ from pathlib import Path
 
 from epmq.errors import InputError
 from epmq.export.form import in_block
-from epmq.export.target import Coded, Contents, refuse_grid
+from epmq.export.target import Coded, Contents, experts_of, refuse_grid
 from epmq.models.codes import CodedCheckpoint
 from epmq.quantization.grid import Grid
 
@@ -31,6 +31,10 @@ OUTSIDE = ("lm_head", "pooler.dense")
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"))
 
 
+# What it calls the layers of experts when it looks for their grid, whatever files call them.
+EXPERT = {"gate_proj", "up_proj", "down_proj"}
+
+
 def check(contents: Contents) -> None:
     """Refuse what vLLM does not open: see `epmq.export.target.Target`."""
     model_type = contents.config.get("model_type")
@@ -45,6 +49,9 @@ def check(contents: Contents) -> None:
         grids = {part: contents.layers[part].grid if part in contents.layers else None for part in parts}
         if len(set(grids.values())) > 1:
             raise InputError(f"vllm: it makes one layer of {' and '.join(parts)}: they need one grid")
+    for mixture, parts in experts_of(contents).items():
+        if any(part in contents.layers for part in parts):
+            _check_mixture(mixture, parts, contents)
 
 
 def write(source: CodedCheckpoint, folder: Path) -> list[Path]:
@@ -61,6 +68,20 @@ def fused_layers(contents: Contents) -> Iterator[list[str]]:
         for leaves in FUSED:
             if leaf in leaves:
                 yield [part for one in leaves if (part := f"{module}.{one}") in names]
+
+
+def _check_mixture(mixture: str, parts: list[str], contents: Contents) -> None:
+    """Refuse a mixture that vLLM does not open as one layer."""
+    grids = {part: contents.layers[part].grid if part in contents.layers else None for part in parts}
+    if len(set(grids.values())) > 1:
+        raise InputError(f"vllm: it makes one layer of all experts of {mixture}: they need one grid")
+    if any(not grid.symmetric for grid in grids.values() if grid is not None):
+        raise InputError(f"vllm: it takes no zero points for experts ({mixture}): use symmetric: true")
+    if any(f"{part}.bias" in contents.plain for part in parts):
+        raise InputError(f"vllm: it reads experts that have biases ({mixture}) only as their own files hold them")
+    others = {coded.grid for name, coded in contents.layers.items() if in_block(name)}
+    if len(others) > 1 and {part.rpartition(".")[2] for part in parts} - EXPERT:
+        raise InputError(f"vllm: it finds the grid of {mixture} only where all linear layers are on it")
 
 
 def _is_table(name: str, coded: Coded, contents: Contents) -> bool:

@@ -1,14 +1,14 @@
 """A base and its experts, opened: what they share, and how each is read."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from epmq.errors import error_context
+from epmq.errors import InputError, error_context
 from epmq.merging.readers import BaseReader, ExpertReader, TensorReader, rows_of
 from epmq.merging.ties import asked_fields, follow_ties, is_one, own_ties
 from epmq.merging.token_rows import Vocabulary
@@ -18,6 +18,7 @@ from epmq.models.blocks import find_stacks
 from epmq.models.checkpoint import Checkpoint, architecture_of, resolve
 from epmq.models.config import changed
 from epmq.models.initial import fill_absent, initial_values
+from epmq.models.pieces import piece_of
 from epmq.notes import Notes
 from epmq.recipe import Expert
 
@@ -96,6 +97,9 @@ class ExpertSet:
         if base is not None and not meta.is_generator(architecture_of(checkpoint.config) or ""):
             # What has no output layer follows the base, whose config may tie what its file holds apart.
             ties = {name: leader for name, leader in ties.items() if is_one(base, name, leader)}
+        fused = next((piece.tensor for name in stored.values() if (piece := piece_of(name)) is not None), None)
+        if fused is not None and isinstance(checkpoint, Adapter):
+            raise InputError(f"{checkpoint.path}: it changes {fused!r}, which fuses experts: merge it with peft first")
         follow_ties(stored, ties)
         return stored, extra, ties
 
@@ -148,6 +152,19 @@ class ExpertSet:
             written[name] = name if name not in own and stored in taken else stored
             taken.add(written[name])
         return written
+
+    def write_matrices(self, layers: Collection[str]) -> None:
+        """Let what is written hold a matrix for each layer of an expert, where the base's file fuses some of `layers`.
+
+        They are named as transformers saves such a model, or as it calls them in the file of the base.
+        """
+        fused = {name: piece for name, stored in self.written.items() if (piece := piece_of(stored)) is not None}
+        if not any(f"{layer}.weight" in fused for layer in layers):
+            return
+        known = meta.matrices_on_disk(self.model) if fused else {}
+        for name, piece in fused.items():
+            expert = ".".join(name.split(".")[-3:])  # such as 3.up_proj.weight
+            self.written[name] = known.get(name, f"{piece.tensor.rpartition('.')[0]}.{expert}")
 
     @property
     def is_untied(self) -> bool:

@@ -4,7 +4,7 @@ Nothing here knows an architecture: blocks are the entries of the outermost `Mod
 and layers belong together when they receive the same tensor.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -109,12 +109,15 @@ class InputGroup:
     rows: tuple[tuple[int, ...], ...] = ()
 
 
-def input_groups(block: nn.Module, *runs: Callable[[], object]) -> list[InputGroup]:
+def input_groups(
+    block: nn.Module, *runs: Callable[[], object], units: Mapping[str, nn.Module] | None = None
+) -> list[InputGroup]:
     """The block's linear layers, put together where they receive the same input, in order of first call.
 
-    Each of `runs` calls the block once on real data. A layer that none of them calls is left out.
+    Each of `runs` calls the block once on real data. A layer that none of them calls is left out. Modules in `units`
+    stand for the layers in them, each in a group of its own.
     """
-    seen: list[dict[str, tuple[Any, ...]]] = [_inputs_of(block, run) for run in runs]
+    seen: list[dict[str, tuple[Any, ...]]] = [_inputs_of(block, run, units or {}) for run in runs]
     groups: dict[tuple[Any, ...], list[str]] = {}
     for name in dict.fromkeys(name for inputs in seen for name in inputs):
         groups.setdefault(tuple(inputs.get(name, ()) for inputs in seen), []).append(name)
@@ -128,7 +131,9 @@ def _group(names: list[str], inputs: Sequence[tuple[Any, ...]]) -> InputGroup:
     return InputGroup(names, calls.pop() if len(calls) == 1 else None, rows)
 
 
-def _inputs_of(block: nn.Module, run: Callable[[], object]) -> dict[str, tuple[Any, ...]]:
+def _inputs_of(
+    block: nn.Module, run: Callable[[], object], units: Mapping[str, nn.Module]
+) -> dict[str, tuple[Any, ...]]:
     """What each linear layer receives in a run, call by call: where the tensor lies and how it is laid out."""
     seen: dict[str, list[Tensor]] = {}
 
@@ -137,10 +142,15 @@ def _inputs_of(block: nn.Module, run: Callable[[], object]) -> dict[str, tuple[A
 
     # The tensors are kept until the end: a freed one could lend its address to another.
     with ExitStack() as hooks:
-        for name, module in linears(block):
+        inside = tuple(f"{name}." for name in units)
+        alone = [(name, layer) for name, layer in linears(block) if not name.startswith(inside)]
+        for name, module in [*alone, *units.items()]:
             hooks.enter_context(module.register_forward_pre_hook(note(name)))
         run()
-    return {name: tuple((x.data_ptr(), x.shape, x.stride(), x.dtype) for x in inputs) for name, inputs in seen.items()}
+    return {
+        name: tuple((x.data_ptr(), x.shape, x.stride(), name if name in units else x.dtype) for x in inputs)
+        for name, inputs in seen.items()
+    }
 
 
 def _linear_size(module: nn.Module) -> int:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from epmq.errors import InputError, MissingError, error_context, reason
 from epmq.files import read_json
+from epmq.models.pieces import Piece, piece_of
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Endings of the files of a model that are fetched and read, which are those of all tokenizers of transformers: never
@@ -192,7 +193,12 @@ class Checkpoint:
         return self._shard[name]
 
     def spec(self, name: str) -> TensorSpec:
-        """Dtype, as safetensors calls it, and shape of a tensor, from the header."""
+        """Dtype, as safetensors calls it, and shape of a tensor or a piece of one, from the header."""
+        piece = piece_of(name)
+        if piece is not None:
+            dtype, whole = self.spec(piece.tensor)
+            with error_context(str(self.path)):
+                return dtype, piece.shape(whole)
         header = self._open(self._shard_of(name)).get_slice(name)
         return header.get_dtype(), tuple(header.get_shape())
 
@@ -206,7 +212,10 @@ class Checkpoint:
         return DTYPES[dtype] if dtype in FLOATS else None
 
     def tensor(self, name: str, rows: slice | None = None) -> Tensor:
-        """Read one tensor, or some rows of it, along its first dimension; a KeyError where there is none."""
+        """Read one tensor or a piece of one, or some rows, along its first dimension; there is none: a KeyError."""
+        piece = piece_of(name)
+        if piece is not None:
+            return self._piece(piece, rows)
         shard = self._shard_of(name)
         if shard.endswith(PICKLES):
             pickled: Tensor = self._open(shard).get_tensor(name)
@@ -218,13 +227,28 @@ class Checkpoint:
             tensor: Tensor = file.get_tensor(name) if rows is None else file.get_slice(name)[rows]
             return tensor
 
+    def _piece(self, piece: Piece, rows: slice | None) -> Tensor:
+        """A piece of a tensor, or some rows of it; of the whole only the entry is read that it lies in."""
+        shard = self._shard_of(piece.tensor)
+        with error_context(self.path / shard, f"tensor {piece.tensor!r} cannot be read"):
+            pickled = shard.endswith(PICKLES)
+            whole: Any = self._open(shard).get_tensor(piece.tensor) if pickled else None
+            if whole is None:  # a map of its own, as above
+                file: Any = safe_open(str(self.path / shard), framework="pt")
+                whole = file.get_slice(piece.tensor)
+            entry: Tensor = whole[:] if piece.index is None else whole[piece.index : piece.index + 1][0]
+            own = piece.take(entry)
+            return (own if rows is None else own[rows]).contiguous()
+
     def check_finite(self, names: Iterable[str] | None = None) -> None:
         """Read all tensors once, or those of that name; one that has NaN or Inf is an error, which names it."""
         for name in self.names if names is None else names:
             tensor = Checkpoint.tensor(self, name)  # by its name on disk, in an adapter too
             if not is_finite(tensor):
                 bad = int((~torch.isfinite(tensor)).sum())
-                raise InputError(f"{self.path / self._shard[name]}: tensor {name!r} has {bad} NaN or Inf entries")
+                piece = piece_of(name)
+                shard = self._shard[name if piece is None else piece.tensor]
+                raise InputError(f"{self.path / shard}: tensor {name!r} has {bad} NaN or Inf entries")
 
 
 def is_finite(tensor: Tensor) -> bool:

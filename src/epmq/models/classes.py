@@ -11,6 +11,7 @@ from epmq.errors import InputError, error_context
 from epmq.models.checkpoint import FLOATS, Checkpoint, architecture_of
 from epmq.models.config import transformers_config
 from epmq.models.meta import backbone_class, has_task_head, is_generator, named_class, no_larger, rename
+from epmq.models.mixtures import unfuse
 
 
 def config_of(checkpoint: Checkpoint) -> Any:
@@ -23,7 +24,7 @@ def outline(model_class: Any, config: Any, checkpoint: Checkpoint) -> Any:
     """A model of a class with nothing allocated: names and shapes alone."""
     bounds = no_larger(checkpoint.path / checkpoint.CONFIG, len(checkpoint.names), checkpoint.bits)
     with bounds, torch.device("meta"):
-        return model_class._from_config(config, dtype=torch.float32)
+        return unfuse(model_class._from_config(config, dtype=torch.float32))
 
 
 def related_classes(config: Any, named: Any = None) -> list[Any]:

@@ -12,7 +12,11 @@ from torch import Tensor
 
 from epmq.errors import error_context
 from epmq.models.checkpoint import Checkpoint, architecture_of
-from epmq.models.meta import named_class, no_larger
+from epmq.models.classes import outline
+from epmq.models.meta import matrices_on_disk, named_class, no_larger, rename
+from epmq.models.mixtures import mixtures
+from epmq.models.origins import Origins
+from epmq.models.pieces import piece_of
 
 # Formats of compressed-tensors that are unpacked here, and what they call the tensors of a weight.
 FORMATS = ("pack-quantized", "int-quantized", "mixed-precision")
@@ -39,10 +43,33 @@ def load_model(path: str | Path, config: dict[str, Any], **settings: Any) -> Any
         if quantization.get("format") not in FORMATS:
             return model_class.from_pretrained(path, **settings).eval()
         readers = plain_tensors(checkpoint, quantization, stored_dtype(config))
-        state = {name: read() for name, read in readers.items()}
-        model = model_class.from_pretrained(None, config=plain_config(path), state_dict=state, **settings).eval()
+        state, plain = {name: read() for name, read in readers.items()}, plain_config(path)
+        fuse_experts(outline(model_class, plain, checkpoint), state)
+        model = model_class.from_pretrained(None, config=plain, state_dict=state, **settings).eval()
         take_generation_settings(model, checkpoint.path)
         return model
+
+
+def fuse_experts(model: Any, state: dict[str, Tensor]) -> None:
+    """Fuse in place what transformers does not fuse itself: matrices of experts that it never writes as such.
+
+    Args:
+        model: of the class that the state is of, with linear layers for experts.
+        state: tensors by their names on disk.
+    """
+    own, made = mixtures(model), rename(model, state)[0] if mixtures(model) else {}
+    converted = matrices_on_disk(model)
+    origins = Origins(own, [], [])
+    for name, (mixture, _) in origins.fused.items():
+        pieces = {layer: piece_of(piece) for layer, piece in origins.of(name, name, None).items()}
+        if any(layer in converted or made.get(layer) not in state for layer in pieces):
+            continue
+        shape = mixture.fused_shapes()[name.rpartition(".")[2]]
+        fused = torch.empty(shape, dtype=state[made[next(iter(pieces))]].dtype)
+        for layer, piece in pieces.items():
+            assert piece is not None and piece.index is not None
+            piece.take(fused[piece.index]).copy_(state.pop(made[layer]))
+        state[name] = fused
 
 
 def plain_config(path: str | Path) -> Any:
@@ -64,8 +91,10 @@ def take_generation_settings(model: Any, path: Path) -> None:
             model.generation_config = transformers.GenerationConfig.from_pretrained(path)
 
 
-def why_not_direct(path: str | Path, config: dict[str, Any]) -> str | None:
+def why_not_direct(path: str | Path, config: dict[str, Any], shapes_only: bool = False) -> str | None:
     """Why plain `from_pretrained` cannot open a checkpoint, or None if it can.
+
+    With `shapes_only` nothing is computed, which takes no memory and finds less: not what goes wrong when it unpacks.
 
     transformers 5.21 to 5.23 refuse every pack-quantized model of which they split a tensor on load (DINOv2 is one,
     for the sake of its largest size); this is tried rather than listed, so that a mended version is noticed.
@@ -78,11 +107,14 @@ def why_not_direct(path: str | Path, config: dict[str, Any]) -> str | None:
         with redirect_stderr(io.StringIO()), ExitStack() as stack:  # the loader's progress bars, and its messages
             stack.callback(log.set_verbosity, log.get_verbosity())
             log.set_verbosity(log.CRITICAL)
-            _, found = model_class.from_pretrained(path, trust_remote_code=False, output_loading_info=True)
+            place = {"device_map": "meta"} if shapes_only else {}
+            _, found = model_class.from_pretrained(path, trust_remote_code=False, output_loading_info=True, **place)
     except (ValueError, AttributeError, KeyError, TypeError, RuntimeError) as error:
         return f"{type(error).__name__} in transformers {transformers.__version__}"
     # It warns and takes random weights in the place of what it cannot unpack, such as a layer that is stored [in, out].
-    unread = [name for name in found["unexpected_keys"] if name.endswith(".weight_packed")]
+    unread = {
+        name.rpartition(".")[0] for name in found["unexpected_keys"] if name.endswith((".weight_packed", ".weight"))
+    }
     return f"{len(unread)} packed weights are not read by transformers {transformers.__version__}" if unread else None
 
 

@@ -13,6 +13,9 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from epmq.errors import InputError, error_context
 from epmq.models.checkpoint import Checkpoint, architecture_of
 from epmq.models.config import transformers_config
+from epmq.models.mixtures import mixtures, unfuse
+from epmq.models.origins import Origins
+from epmq.models.pieces import piece_of
 
 # Classes whose weights are all shared between experts: their own architecture is merged. Everything else that is not
 # a plain `…Model` has a task head; its backbone is merged and the head is kept apart.
@@ -119,20 +122,23 @@ def empty_model(model_class: Any, config: Any, bounds: AbstractContextManager[No
     with bounds, torch.device("meta"):
         model_class._from_config(config, **settings)
     with init_empty_weights(include_buffers=False):
-        return model_class._from_config(config, **settings).eval()
+        model = model_class._from_config(config, **settings).eval()
+    return unfuse(model)
 
 
 def rename(model: Any, stored: Iterable[str]) -> tuple[dict[str, str], list[str]]:
     """What a checkpoint calls the tensors of a model.
 
     transformers renames tensors when it loads (old layouts, prefixes of task classes); its own table is applied, so
-    that any checkpoint that `from_pretrained` reads is read here too, with a task head's tensors or without.
+    that any checkpoint that `from_pretrained` reads is read here too, with a task head's tensors or without. What is
+    fused on disk is found by the names of pieces (`epmq.models.pieces`).
 
     Returns:
         name in the model → name on disk, and the names on disk that the model does not have.
 
     Raises:
-        ValueError: transformers would convert (fuse, split, permute) a tensor on load; it is named.
+        ValueError: transformers would convert (split, permute) a tensor on load, other than those of experts; or the
+            experts of a mixture are there twice. It is named.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, rename_source_key
@@ -141,16 +147,41 @@ def rename(model: Any, stored: Iterable[str]) -> tuple[dict[str, str], list[str]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     renamings = [t for t in transforms if not isinstance(t, WeightConverter)]
     state = model.state_dict()
+    origins = Origins(mixtures(model), renamings, converters)
+    known = {**state, **origins.fused}
     stored_names, extra = dict[str, str](), list[str]()
     for name in stored:
-        renamed, converted = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
-        if converted is not None:
-            raise InputError(f"tensor {name!r} is converted by transformers on load, which epmq does not do yet")
-        if renamed in state:
+        renamed, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
+        if renamed in origins.fused:
+            found = origins.of(name, renamed, pattern)
+            twice = next((held for held in found if held in stored_names), None)
+            if twice is not None:
+                raise InputError(f"tensors {name!r} and {stored_names[twice]!r} are both {twice}")
+            stored_names |= found
+            extra += [] if found else [name]
+        elif renamed in state:
+            if pattern is not None:
+                raise InputError(f"tensor {name!r} is converted by transformers on load, which epmq does not do yet")
             stored_names[renamed] = name
         else:
             extra.append(name)
     return stored_names, extra
+
+
+def matrices_on_disk(model: Any) -> dict[str, str]:
+    """What transformers calls the matrices of experts when it saves a model: name in the model → name on disk.
+
+    Those that it saves as it fuses them are not in it.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    fused = {
+        f"{path}.{name}": torch.empty(shape, device="meta")
+        for path, mixture in mixtures(model).items()
+        for name, shape in mixture.fused_shapes().items()
+    }
+    saved = rename(model, revert_weight_conversion(model, fused))[0]
+    return {name: stored for name, stored in saved.items() if piece_of(stored) is None}
 
 
 def tied_names(model: Any) -> dict[str, str]:

@@ -6,7 +6,7 @@ of every number. Tensors may come in any order, and a file may be gone on with w
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -16,7 +16,8 @@ from torch import Tensor
 
 from epmq.errors import InputError
 from epmq.files import write_json
-from epmq.models.checkpoint import DTYPES, INDEX, SINGLE, TensorSpec, byte_size
+from epmq.models.checkpoint import DTYPE_NAMES, DTYPES, INDEX, SINGLE, TensorSpec, byte_size
+from epmq.models.pieces import Piece, piece_of
 
 # A shard of an output is full when it holds this much.
 SHARD_BYTES = 4 << 30
@@ -63,8 +64,13 @@ class CheckpointWriter(ExitStack):
     def write(self, name: str, parts: Tensor | Iterable[Tensor]) -> None:
         """Write one tensor, or its parts along its first dimension, of which one is in memory.
 
-        It is in the dtype of its spec; what has not the size of its spec is named in an InputError.
+        It is in the dtype of its spec; what has not the size of its spec is named in an InputError. The name may be
+        that of a piece of a tensor (`epmq.models.pieces`); the rest of that stays as it is.
         """
+        piece = piece_of(name)
+        if piece is not None:
+            self._write_piece(piece, parts)
+            return
         (handle, offset), size, written = self._offsets[name], byte_size(self.specs[name]), 0
         handle.seek(offset)
         for part in [parts] if isinstance(parts, Tensor) else parts:
@@ -77,11 +83,37 @@ class CheckpointWriter(ExitStack):
         if written != size:
             raise InputError(f"tensor {name!r} has {written} bytes, not the {size} expected")
 
-    def tensor(self, name: str) -> Tensor:
-        """Read back a tensor that has been written."""
-        (dtype, shape), (handle, offset) = self.specs[name], self._offsets[name]
+    def _write_piece(self, piece: Piece, parts: Tensor | Iterable[Tensor]) -> None:
+        """Write a piece of a tensor: what lies between its rows is read and written with them."""
+        tensor = torch.cat([parts] if isinstance(parts, Tensor) else list(parts)).detach().cpu()
+        (handle, offset), entry = self._entry(piece)
+        place = piece.take(entry)
+        if place.shape != tensor.shape:
+            raise InputError(f"tensor {piece.name!r} is {list(tensor.shape)}, not the {list(place.shape)} expected")
+        place.copy_(tensor)
         handle.seek(offset)
-        content = bytearray(handle.read(byte_size(self.specs[name])))
+        handle.write(entry.reshape(-1).view(torch.uint8).numpy().data)
+
+    def _entry(self, piece: Piece) -> tuple[tuple[BinaryIO, int], Tensor]:
+        """Where the entry begins that a piece lies in, and what is written there."""
+        (dtype, shape), (handle, offset) = self.specs[piece.tensor], self._offsets[piece.tensor]
+        piece.shape(shape)
+        if piece.index is not None:
+            shape = shape[1:]
+            offset += piece.index * byte_size((dtype, shape))
+        return (handle, offset), self._read(handle, offset, (dtype, shape))
+
+    def tensor(self, name: str) -> Tensor:
+        """Read back a tensor or a piece of one that has been written."""
+        piece = piece_of(name)
+        if piece is not None:
+            return piece.take(self._entry(piece)[1]).contiguous()
+        return self._read(*self._offsets[name], self.specs[name])
+
+    def _read(self, handle: BinaryIO, offset: int, spec: TensorSpec) -> Tensor:
+        dtype, shape = spec
+        handle.seek(offset)
+        content = bytearray(handle.read(byte_size(spec)))
         if not content:
             return torch.empty(shape, dtype=DTYPES[dtype])
         return torch.frombuffer(content, dtype=DTYPES[dtype]).reshape(shape)
@@ -99,6 +131,23 @@ class CheckpointWriter(ExitStack):
         if len(self.files) > 1:
             shards = {name: Path(self._offsets[name][0].name).name for name in self.specs}
             write_json(self.folder / INDEX, {"metadata": {"total_size": self.total}, "weight_map": shards})
+
+
+def specs_on_disk(specs: Mapping[str, TensorSpec], whole: Callable[[str], tuple[int, ...]]) -> dict[str, TensorSpec]:
+    """Dtypes and shapes of tensors on disk, in their order, from those of tensors and of pieces (`epmq.models.pieces`).
+
+    `whole` is the shape of a tensor that there are pieces of; its dtype is one that holds all of them.
+    """
+    found = dict[str, TensorSpec]()
+    for name, (dtype, shape) in specs.items():
+        piece = piece_of(name)
+        if piece is None:
+            found[name] = dtype, shape
+            continue
+        held = found.get(piece.tensor, (dtype, ()))[0]
+        both = torch.promote_types(DTYPES[held], DTYPES[dtype])
+        found[piece.tensor] = DTYPE_NAMES[both], whole(piece.tensor)
+    return found
 
 
 def _shards(specs: Mapping[str, TensorSpec], shard_bytes: int) -> list[dict[str, TensorSpec]]:

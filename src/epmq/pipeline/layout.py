@@ -14,6 +14,7 @@ from epmq.merging.experts import ExpertSet
 from epmq.merging.merged import MergedWeights
 from epmq.models.blocks import LINEAR, block_linears, find_stacks, is_transposed
 from epmq.models.meta import token_tables, vocabulary
+from epmq.models.mixtures import routers
 from epmq.models.storage import Layout, Storage
 from epmq.quantization.grid import BITS, Grid
 from epmq.quantize_settings import QuantizeSettings
@@ -48,6 +49,7 @@ class LayoutPlanner:
         self._experts, self._settings = experts, settings
         self._blocks = dict(block_linears(experts.model))
         self._modules = dict(experts.model.named_modules())
+        self._routers = set(routers(experts.model))
         self._aliases: dict[str, list[str]] = {name: [name] for name in experts.names}
         for name, leader in experts.tied.items():
             self._aliases.setdefault(leader, [leader]).append(name)
@@ -95,6 +97,8 @@ class LayoutPlanner:
     def _part(self, layer: str) -> _Part | None:
         """What a module's weight is to the quantizer; None if it is none that is quantized."""
         settings = self._settings
+        if layer in self._routers:
+            return None
         if layer in self._blocks:
             return _Part(settings.block_grid, "group_size", in_block=True)
         aliases = [alias.removesuffix(".weight") for alias in self._aliases[f"{layer}.weight"]]

@@ -19,9 +19,11 @@ from epmq.merging.readers import ExpertReader
 from epmq.models.blocks import LINEAR, as_matrix, find_stacks, is_transposed
 from epmq.models.checkpoint import DTYPE_NAMES, TensorSpec, count_parameters, is_finite
 from epmq.models.heads import load_head, save_head, write_head_file
+from epmq.models.mixtures import routers
 from epmq.models.multitask import HEADS, NativeHead
+from epmq.models.pieces import tensor_on_disk
 from epmq.models.side_files import copy_files
-from epmq.models.writer import CheckpointWriter
+from epmq.models.writer import CheckpointWriter, specs_on_disk
 from epmq.pipeline.prepare import PreparedRun
 from epmq.pipeline.processor import write_processor
 from epmq.pipeline.verify import WrongOutputError
@@ -112,6 +114,11 @@ class QuantizedWeights:
 
 def weight_specs(run: PreparedRun) -> dict[str, TensorSpec]:
     """Stored name → dtype and shape of every tensor that a run writes, in the order in which they are written."""
+    return specs_on_disk(_specs(run), run.experts.base.checkpoint.shape)
+
+
+def _specs(run: PreparedRun) -> dict[str, TensorSpec]:
+    """As `weight_specs`, with pieces of tensors on disk by their names."""
     experts, layout = run.experts, run.layout
     if not layout.of:
         return {experts.written[name]: experts.base.spec(name) for name in experts.names}
@@ -155,10 +162,13 @@ def form_of(run: PreparedRun, layer: str) -> Form:
 
 def write_merged(run: PreparedRun, folder: Path, bar: Progress) -> int:
     """Merge into `folder` without quantizing; returns the bytes of all weights."""
-    stored = {stored: name for name, stored in run.experts.written.items()}
+    held: dict[str, list[str]] = {}
+    for name, stored in run.experts.written.items():
+        held.setdefault(tensor_on_disk(stored), []).append(name)
     with CheckpointWriter(folder, weight_specs(run), reread=False) as writer:
-        for name in bar.track(writer.order, description="merge"):
-            writer.write(name, run.merged.parts(stored[name]))
+        for tensor in bar.track(writer.order, description="merge"):
+            for name in held[tensor]:
+                writer.write(run.experts.written[name], run.merged.parts(name))
         writer.finish()
         return writer.total
 
@@ -191,6 +201,10 @@ def write_config(run: PreparedRun, folder: Path) -> None:
         config = {"dtype": _dtype(run), **config} if "torch_dtype" not in config else config
         named = {*forms, *(name for form in forms.values() for name in form.followers)}
         ignored = [name for name, module in model.named_modules() if isinstance(module, LINEAR) and name not in named]
+        # To others the modules that choose experts are linear layers, too.
+        choosing = [name for name in routers(model) if f"{name}.weight" in run.experts.written]
+        choosing += [run.experts.written[f"{name}.weight"].removesuffix(".weight") for name in choosing]
+        ignored += dict.fromkeys(name for name in choosing if name not in ignored)
         # transformers looks a layer up by its name in the model; whoever reads the file alone, by the one in there
         stored = {run.experts.written[f"{name}.weight"].removesuffix(".weight"): form for name, form in forms.items()}
         settings = FORMATS[run.recipe.format].config({**forms, **stored}, ignored)

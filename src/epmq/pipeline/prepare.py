@@ -85,7 +85,9 @@ def prepare(
     planner = LayoutPlanner(experts, recipe.quantize) if recipe.quantize.method != "none" or recipe.calibrates else None
     if planner is not None:
         _check_settings(recipe)
-        planner.layout()  # what does not fit is an error before any data is read
+        first = planner.layout()  # what does not fit is an error before any data is read
+        if recipe.format != "dequantized":
+            experts.write_matrices({*first.quantized(), *first.free})
         for note in _untouched(experts):
             experts.notes.depart(note)
     experts.notes += check_relation(experts)

@@ -286,7 +286,7 @@ def _report(prepared: PreparedRun, written: Written, clocks: "Clocks") -> dict[s
         "seconds": clocks.seconds,
         "cpu_seconds": clocks.cpu_seconds,
         "loss": sum(layer["loss"] or 0.0 for layer in layers),
-        "layers": layers,
+        "layers": [{name: value for name, value in layer.items() if value or name != "pooled"} for layer in layers],
         "heads": written.heads,
         **({"refine": written.refined} if written.refined else {}),
         "notes": prepared.experts.notes + reporting.layer_notes(layers, recipe.guidance),

@@ -39,7 +39,11 @@ def layer_notes(layers: Sequence[dict[str, Any]], guidance: Guidance) -> list[st
         for layer in layers
         if layer["largest"] > FLOAT16_MAX and layer["name"].endswith(layer["group"])
     ]
-    return raised + rounded + too_large
+    pooled = {layer["name"].rpartition(".")[0]: layer["tokens"] for layer in layers if layer.get("pooled")}
+    none = sum(tokens == 0 for tokens in pooled.values())
+    few = f"{len(pooled)} experts of mixtures saw too few tokens ({none} saw none): "
+    few += "they are solved on others of their mixture, too"
+    return raised + rounded + too_large + [few] * bool(pooled)
 
 
 def block_of(name: str) -> str | None:
