@@ -70,9 +70,14 @@ def linears(module: nn.Module) -> list[tuple[str, nn.Module]]:
 def block_linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Full names and modules of the linear layers in the model's blocks: everything that is quantized."""
     for stack in find_stacks(model):
-        for index, block in enumerate(stack.blocks):
-            for name, linear in linears(block):
-                yield f"{stack.block_name(index)}.{name}", linear
+        yield from stack_linears(stack)
+
+
+def stack_linears(stack: Stack) -> Iterator[tuple[str, nn.Module]]:
+    """Full names and modules of the linear layers in a stack's blocks."""
+    for index, block in enumerate(stack.blocks):
+        for name, linear in linears(block):
+            yield f"{stack.block_name(index)}.{name}", linear
 
 
 def is_transposed(linear: nn.Module) -> bool:
