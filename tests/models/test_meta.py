@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from conftest import padded_batches, tiny_bert
-from families import FAMILIES, clip, clip_vision
+from families import FAMILIES, clip
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, BertModel
 
@@ -22,7 +22,6 @@ from epmq.models.meta import (
     no_larger,
     rename,
     set_tensor,
-    shared_checkpoint,
     tied_names,
     to_meta,
     vocabulary,
@@ -105,14 +104,6 @@ def test_nothing_is_refused_after_the_block():
     with pytest.raises(ValueError, match="here describes a weight"), no_larger("here", 1, 3):
         nn.Linear(2, 2)
     nn.Linear(2, 2)
-
-
-def test_a_part_is_shared_where_all_experts_are_that_part(tmp_path):
-    clip().save_pretrained(tmp_path / "whole")
-    clip_vision().save_pretrained(tmp_path / "part")
-    whole, part = Checkpoint(tmp_path / "whole"), Checkpoint(tmp_path / "part")
-    assert shared_checkpoint(whole, [part, part]) is part
-    assert shared_checkpoint(whole, [whole, part]) is whole and shared_checkpoint(whole, []) is whole
 
 
 def test_a_task_heads_tensors_are_extra(tmp_path):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from epmq.errors import InputError, MissingError, error_context, reason
 from epmq.files import read_json
+from epmq.models.parts import unwrapped, wrappers
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Endings of the files of a model that are fetched and read, which are those of all tokenizers of transformers: never
@@ -128,7 +129,9 @@ class Checkpoint:
         self.path = path.parent if str(source).endswith(PICKLES) else path
         self.config: dict[str, Any] = read_config(self.path / self.CONFIG)
         self._files: dict[str, Any] = {}
-        self._shard = self._read_index(path.name if path != self.path else None)
+        shard = self._read_index(path.name if path != self.path else None)
+        self._on_disk = unwrapped(shard)
+        self._shard = {name: shard[stored] for name, stored in self._on_disk.items()}
 
     def _read_index(self, named: str | None) -> dict[str, str]:
         if named and not named.endswith(".json"):
@@ -170,8 +173,13 @@ class Checkpoint:
 
     @property
     def names(self) -> list[str]:
-        """Names of all tensors, as on disk."""
+        """Names of all tensors, as on disk but for what programs that train put around modules."""
         return list(self._shard)
+
+    @property
+    def wrappers(self) -> list[str]:
+        """What was taken off the names: modules of programs that train."""
+        return wrappers(self._on_disk)
 
     @property
     def pickles(self) -> list[str]:
@@ -193,7 +201,7 @@ class Checkpoint:
 
     def spec(self, name: str) -> TensorSpec:
         """Dtype, as safetensors calls it, and shape of a tensor, from the header."""
-        header = self._open(self._shard_of(name)).get_slice(name)
+        header = self._open(self._shard_of(name)).get_slice(self._on_disk[name])
         return header.get_dtype(), tuple(header.get_shape())
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -207,15 +215,15 @@ class Checkpoint:
 
     def tensor(self, name: str, rows: slice | None = None) -> Tensor:
         """Read one tensor, or some rows of it, along its first dimension; a KeyError where there is none."""
-        shard = self._shard_of(name)
+        shard, stored = self._shard_of(name), self._on_disk.get(name, name)
         if shard.endswith(PICKLES):
-            pickled: Tensor = self._open(shard).get_tensor(name)
+            pickled: Tensor = self._open(shard).get_tensor(stored)
             return pickled if rows is None else pickled[rows]
         # A map for this tensor alone: pages that were read stay resident until their map is closed, and with one map
         # for the file all weights would be in the end.
         with error_context(self.path / shard, f"tensor {name!r} cannot be read"):
             file: Any = safe_open(str(self.path / shard), framework="pt")
-            tensor: Tensor = file.get_tensor(name) if rows is None else file.get_slice(name)[rows]
+            tensor: Tensor = file.get_tensor(stored) if rows is None else file.get_slice(stored)[rows]
             return tensor
 
     def check_finite(self, names: Iterable[str] | None = None) -> None:
