@@ -26,6 +26,7 @@ from epmq.models.meta import (
     to_meta,
     vocabulary,
 )
+from tests.kit.architectures import ARCHITECTURES
 
 CPU = torch.device("cpu")
 
@@ -147,3 +148,13 @@ def test_a_model_that_holds_used_rows_gives_the_same():
 
 def test_how_many_tokens_a_model_knows():
     assert [vocabulary(FAMILIES[family].build()) for family in ("bert", "clip", "dinov2")] == [32, 32, None]
+
+
+def test_tokens_stay_in_the_dtype_on_disk_and_other_embeddings_are_float32(tmp_path):
+    """DeBERTa multiplies by the table of its relative positions, without a look-up."""
+    ARCHITECTURES["debertav2"].build().half().save_pretrained(tmp_path)
+    checkpoint = Checkpoint(tmp_path)
+    meta = build_meta_model(checkpoint)
+    load_outside(meta, list(meta.state_dict()), checkpoint.tensor, CPU, {})
+    assert meta.embeddings.word_embeddings.weight.dtype == torch.float16
+    assert meta.encoder.rel_embeddings.weight.dtype == torch.float32

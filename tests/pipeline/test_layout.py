@@ -16,6 +16,7 @@ from epmq.pipeline.prepare import prepare
 from epmq.pipeline.run import merge, run
 from epmq.quantization.grid import Grid
 from epmq.recipe_file import load_recipe
+from tests.kit.architectures import ARCHITECTURES
 
 QUIET: dict[str, Any] = {"progress": False, "evaluate": False}
 TABLE, QUERY = "embeddings.word_embeddings", "encoder.layer.0.attention.self.query"
@@ -50,6 +51,14 @@ def test_by_default_tables_have_8_bits_and_the_rest_is_float16(pool):
         assert storage.dtype == (torch.float16 if plain else torch.float32), name
         assert storage.scale == (None if plain else torch.float16), name
     assert found.solves(QUERY) and not found.solves(TABLE) and found.late == () == found.dropped
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_a_model_without_blocks_is_not_quantized(tmp_path, method):
+    recipe = load_recipe(saved_recipe(tmp_path, ARCHITECTURES["resnet"].build, method))
+    data = {name: ARCHITECTURES["resnet"].batches() for name in ("one", "two")}
+    with pytest.raises(ValueError, match=r"ResNetModel has no list of repeated blocks .* quantize: use method: none"):
+        prepare(recipe, evaluate=False, calibration=data)
 
 
 @pytest.mark.parametrize("bits", [None, 8, 16])

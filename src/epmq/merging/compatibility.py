@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from epmq.errors import InputError, error_context
+from epmq.errors import InputError
 from epmq.merging.accounting import account_for_base, account_for_expert, listed, note_left_out, note_ties
 from epmq.merging.configs import check_configs, part_of
 from epmq.merging.experts import TABLES, ExpertSet
@@ -58,8 +58,7 @@ def _check_base(experts: ExpertSet) -> None:
             raise InputError(f"{base.path}: tensor {name!r} is {shape}, but {expected} by config.json")
         if torch.is_floating_point(state[name]) and base.dtype(name) is None:
             raise InputError(f"{base.path}: tensor {name!r} is {base.spec(name)[0]}, not float64, 32, 16 or bfloat16")
-    with error_context(str(base.path)):
-        inside = tuple(stack.name + "." for stack in find_stacks(experts.model))
+    inside = tuple(stack.name + "." for stack in find_stacks(experts.model))
     output = experts.output_layer()
     for name in [*experts.absent, *(name for name in base.stand_ins if name in experts.initial)]:
         if name in experts.computed:

@@ -19,6 +19,7 @@ from epmq.models.checkpoint import Checkpoint, architecture_of, resolve
 from epmq.models.config import changed
 from epmq.models.initial import fill_absent, initial_values
 from epmq.models.parts import place
+from epmq.models.towers import keep_first_blocks
 from epmq.notes import Notes
 from epmq.recipe import Expert
 
@@ -162,8 +163,7 @@ class ExpertSet:
         lacking = [expert.stored for expert in self.experts.values() if expert.adapter is None]
         unstored = {name for name in self.model.state_dict() if any(name not in stored for stored in lacking)}
         computed = {name for name in {*unstored, *self.absent} if classes.is_expected_missing(self.model, name)}
-        with error_context(str(self.base.path)):
-            inside = tuple(stack.name + "." for stack in find_stacks(self.model))
+        inside = tuple(stack.name + "." for stack in find_stacks(self.model))
         # A block's weight or a large table that is not there is an error, and need not be made.
         large = (*inside, *self.output_layer())
         started = {name for name in self.absent if not name.startswith(large) and not name.endswith(TABLES)}
@@ -229,8 +229,8 @@ class ExpertSet:
         """Another copy of the model without its weights; `tokens` is the size of another vocabulary."""
         model = meta.build_meta_model(self._shared, self._class, tokens or self._token_count)
         fill_absent(model, self.absent, self.initial, CPU)
-        for stack in find_stacks(model) if self._first_only else ():
-            del model.get_submodule(stack.name)[1:]
+        if self._first_only:
+            keep_first_blocks(model)
         return model
 
     def first_blocks(self) -> "ExpertSet":

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from epmq import matmul as products
-from epmq.errors import InputError
 
 LINEAR = (nn.Linear, Conv1D)
 # A list of modules with a smaller share of the model's linear weights than this is not a stack of blocks.
@@ -38,7 +37,7 @@ class Stack:
 
 
 def find_stacks(model: nn.Module) -> list[Stack]:
-    """The model's stacks of repeated blocks, in order of definition; a model that has none is a ValueError.
+    """The model's stacks of repeated blocks, in order of definition; none of a model without linear layers in a list.
 
     A list of lists, such as Funnel's, is no stack: those in it are.
     """
@@ -49,8 +48,6 @@ def find_stacks(model: nn.Module) -> list[Stack]:
         if isinstance(module, nn.ModuleList) and not inside and _linear_size(module) >= SMALLEST_SHARE * total:
             outermost.append(name)
             stacks += _innermost(name, module)
-    if not stacks:
-        raise InputError(f"{type(model).__name__} has no list of repeated blocks with linear layers to quantize")
     return stacks
 
 

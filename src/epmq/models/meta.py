@@ -189,9 +189,10 @@ def load_outside(
 ) -> None:
     """Put real tensors in the place of those outside of the blocks, and tie them.
 
-    Embeddings and the output layer stay in the dtype that they have on disk: read lazily (memory-mapped) and cast after
-    the look-up, a large vocabulary costs an expert no memory, and its output layer, which no calibration runs, costs
-    nothing.
+    Embeddings of tokens and the output layer stay in the dtype that they have on disk: read lazily (memory-mapped) and
+    cast after the look-up, a large vocabulary costs an expert no memory, and its output layer, which no calibration
+    runs, costs nothing. Other embeddings are small, and some are read without a look-up, such as DeBERTa's of relative
+    positions.
 
     Args:
         model: a model on the meta device.
@@ -199,10 +200,10 @@ def load_outside(
         read: gives the tensor of a name.
         tied: tied copy → the name it follows.
     """
-    output = model.get_output_embeddings()
+    output, tokens = model.get_output_embeddings(), vocabulary(model)
     for name in names:
         module = _owner(model, name)
-        if type(module) is nn.Embedding:
+        if type(module) is nn.Embedding and module.num_embeddings == tokens:
             module.register_forward_hook(lambda module, args, rows: rows.float())
         elif module is not output:
             materialize(model, [name], read, device)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from epmq.models.blocks import linears
+from epmq.models.blocks import find_stacks, linears
 from epmq.models.meta import is_generator
 
 
@@ -27,3 +27,17 @@ def _part(layer: str, decoder: str) -> str:
     names, others = layer.split("."), decoder.split(".")
     depth = next(number for number, name in enumerate(names) if name != others[number])
     return ".".join(names[: depth + 1])
+
+
+def keep_first_blocks(model: Any) -> None:
+    """Take all blocks but the first of each stack from a model; its towers count on no more, either.
+
+    A language model may ask for what the last block but one of a tower gives, by its config's number of layers.
+    """
+    parts = set(beside_language(model).values())
+    for stack in find_stacks(model):
+        del model.get_submodule(stack.name)[1:]
+    for part in parts:
+        for module in model.get_submodule(part).modules():
+            if getattr(getattr(module, "config", None), "num_hidden_layers", None):
+                module.config.num_hidden_layers = 1

@@ -44,11 +44,17 @@ class LayoutPlanner:
     Args:
         experts: base and experts, opened.
         settings: of the quantizer.
+
+    Raises:
+        InputError: the model has no blocks with linear layers, such as a network of convolutions.
     """
 
     def __init__(self, experts: ExpertSet, settings: QuantizeSettings) -> None:
         self._experts, self._settings = experts, settings
         self._blocks = dict(block_linears(experts.model))
+        if not self._blocks:
+            model = type(experts.model).__name__
+            raise InputError(f"{model} has no list of repeated blocks with linear layers to quantize: use method: none")
         self._modules = dict(experts.model.named_modules())
         self._beside = beside_language(experts.model)
         self._aliases: dict[str, list[str]] = {name: [name] for name in experts.names}
