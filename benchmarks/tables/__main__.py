@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks import RESULTS, ROOT
-from benchmarks.tables import accuracy, faults, speed
+from benchmarks.tables import accuracy, families, faults, speed
 from benchmarks.tables.markdown import SUITES
 
 README = ROOT / "benchmarks" / "README.md"
@@ -49,7 +49,7 @@ def replace_section(text: str, name: str, content: str) -> str:
 
 
 def main() -> None:
-    """Rewrite both READMEs and docs/choosing.md, or with --check say whether they are up to date."""
+    """Rewrite both READMEs, docs/choosing.md and docs/inputs.md, or with --check say whether they are up to date."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tables", description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; fail where a table is not up to date")
     arguments = parser.parse_args()
@@ -59,6 +59,10 @@ def main() -> None:
     texts = {path: path.read_text() for path in (README, ROOT / "README.md", ROOT / "docs" / "choosing.md")}
     for name, content in contents.items():
         texts[README] = replace_section(texts[README], name, SECTIONS[name](content))
+    inputs, found = ROOT / "docs" / "inputs.md", RESULTS / "families.json"
+    if found.exists():
+        content = families.families_table(json.loads(found.read_text()))
+        texts[inputs] = replace_section(inputs.read_text(), "families", content)
     for path, name, table in (
         (ROOT / "README.md", "summary", accuracy.summary),
         (ROOT / "docs" / "choosing.md", "bits", accuracy.bits_table),

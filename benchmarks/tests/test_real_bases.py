@@ -12,8 +12,9 @@ from transformers import AutoModel
 from benchmarks.suites import vision8
 from benchmarks.suites.build import whole_folder
 from epmq.calibration.sequential import Batch, SequentialCalibrator
-from epmq.data.encoding import encode, load_processor
+from epmq.data.encoding import encode
 from epmq.data.examples import Examples
+from epmq.data.processors import load_processor
 from epmq.demo import texts
 from epmq.files import cache_dir
 

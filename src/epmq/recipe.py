@@ -38,7 +38,7 @@ class Data(Strict):
         description="name of the label column (a class index or name, a number, or a list of classes), or of a column "
         "for each class",
     )
-    image: str = Field("image", description="name of the image column (a path beside the file, or a picture)")
+    image: str = Field("image", description="name of the image column: a path beside the file, a picture, or a list")
     messages: str = Field("messages", description="name of the column with chat messages")
     prompt: str | None = Field(
         None, description="a text made of columns, such as 'Is \"{sentence}\" good English?', in place of a text column"

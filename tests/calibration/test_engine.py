@@ -179,12 +179,27 @@ def test_layers_of_a_mixture_are_calibrated_on_whatever_tokens_reach_them(tmp_pa
 @pytest.mark.parametrize("method", ["e_pmq", "expert_guided"])
 def test_batches_need_not_call_the_same_blocks(tmp_path, method):
     calibration = {"one": [token_batch(1), image_text_batch(2)], "two": [token_batch(3)]}
-    prepared = prepared_run(tmp_path, llava, calibration, method)
+    tower = {"layers": "*vision_tower*", "bits": 8}
+    prepared = prepared_run(tmp_path, llava, calibration, method, overrides=[tower])
     _, batches, reports, _ = in_memory(prepared)
     reported = {report.name: report.tokens for report in reports}
     assert set(reported.values()) == {3 * 3 * 8, 3 * 5} and len(reported) == 2 * 6 + 2 * 7 + 1  # the output layer
     assert reported == tokens_seen(prepared, batches, set(reported))
     assert "model.vision_tower.encoder.layers is not calibrated on two" in " ".join(prepared.experts.notes)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pictures", [True, False])
+def test_experts_go_past_blocks_in_which_nothing_is_solved(tmp_path, pictures):
+    """A tower beside the language model is not quantized by default; then it needs no data either."""
+    batches = [token_batch(1), *([image_text_batch(2)] if pictures else [])]
+    prepared = prepared_run(tmp_path, llava, {"one": batches, "two": [token_batch(3)]}, "expert_guided")
+    _, _, reports, tensors = in_memory(prepared)
+    assert len(reports) == 2 * 7 + 1 and all(".language_model." in report.name for report in reports[:-1])
+    assert {report.tokens for report in reports} == {2 * 24 + 24 * pictures}
+    tower = [name for name in prepared.experts.names if ".vision_tower.encoder." in name]
+    assert all(torch.equal(tensors[name].float(), prepared.merged.tensor(name).half().float()) for name in tower)
+    assert not prepared.experts.notes.departures
 
 
 @torch.no_grad()

@@ -29,3 +29,13 @@ def test_cross_attention_reads_what_the_encoder_gives():
     assert torch.equal(padding_mask(arguments, own.reshape(8, 3)), TARGET.bool())
     assert torch.equal(padding_mask(arguments, own[:, None]), TARGET.bool())
     assert padding_mask({"attention_mask": torch.randn(2, 1, 4, 4)}, own) is None
+
+
+def test_where_a_part_gets_what_was_made_of_the_mask_the_models_own_counts():
+    """As in Gemma 3: a mask for each kind of attention, or one over pairs of tokens."""
+    own, given = torch.randn(2, 4, 3), {"attention_mask": SOURCE}
+    for made in ({"full_attention": torch.randn(2, 1, 4, 4)}, torch.randn(2, 1, 4, 4)):
+        assert torch.equal(padding_mask({"attention_mask": made}, own, given), SOURCE.bool())
+        assert padding_mask({"attention_mask": made}, torch.randn(2, 5, 3), given) is None
+        assert padding_mask({"attention_mask": made}, own, {**given, "decoder_input_ids": SOURCE}) is None
+    assert padding_mask({}, own, given) is None  # a tower beside the texts, of as many patches

@@ -3,7 +3,7 @@ import torch
 from families import FAMILIES
 
 from epmq.calibration.sequential import Batch, SequentialCalibrator
-from epmq.models.blocks import find_stacks, input_groups, linears
+from epmq.models.blocks import input_groups, linears
 
 
 def as_batches(inputs: list[dict[str, torch.Tensor]]) -> list[Batch]:
@@ -36,11 +36,6 @@ def test_layers_that_share_an_input_are_found():
         frozenset({"layer.1.EncDecAttention.q"}),
         frozenset({"layer.1.EncDecAttention.k", "layer.1.EncDecAttention.v"}),
     }
-
-
-def test_a_model_without_blocks_is_refused():
-    with pytest.raises(ValueError, match="no list of repeated blocks"):
-        find_stacks(torch.nn.Linear(2, 2))
 
 
 def embedded(family: str = "bert", count: int = 3):

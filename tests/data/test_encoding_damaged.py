@@ -5,11 +5,11 @@ import shutil
 from contextlib import suppress
 
 import pytest
-from conftest import word_tokenizer
 from transformers import BitImageProcessorPil
 
-from epmq.data.encoding import encode, load_processor, try_template
+from epmq.data.encoding import encode
 from epmq.data.examples import Examples
+from epmq.data.processors import load_processor
 
 
 @pytest.mark.parametrize("content", ["{", "null", "[]", '{"version": "1.0", "model": {}}', "[" * 100_000])
@@ -29,32 +29,6 @@ def test_code_beside_a_tokenizer_is_neither_run_nor_asked_about(pool, tmp_path, 
     with suppress(ValueError):
         load_processor(tmp_path / "base")
     assert not (tmp_path / "sprung").exists()
-
-
-@pytest.mark.parametrize(
-    "template",
-    [
-        "{% for",
-        "{{ messages[9].content.x }}",
-        "{{ 1 / 0 }}",
-        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-        2 * "{% for a in range(3000) %}" + 2 * "{% endfor %}",  # a second or so: what runs on would slow other tests
-        "{{ messages | tojson(indent=10**9) }}",
-        "{{ 'x' * 1000000000 }}",
-    ],
-)
-def test_a_chat_template_that_fails_or_never_ends_is_refused(monkeypatch, template):
-    monkeypatch.setattr("epmq.data.encoding.TEMPLATE_SECONDS", 0.1)
-    chats = Examples("chat", [[{"role": "user", "content": "the cat"}]])
-    with pytest.raises(ValueError, match="its chat template cannot be used"):
-        next(encode(chats, word_tokenizer(chat_template=template)))
-
-
-def test_a_template_that_would_fill_the_memory_is_not_started(monkeypatch):
-    tokenizer = word_tokenizer(chat_template="{{ 'x' * 10**9 }}")
-    monkeypatch.setattr(type(tokenizer), "apply_chat_template", None)
-    with pytest.raises(ValueError, match=r"large numbers: \*\*"):
-        try_template(tokenizer, [{"role": "user", "content": "the cat"}])
 
 
 @pytest.mark.parametrize("content", [b"", b"\x89PNG\r\n\x1a\n", b"no picture"])

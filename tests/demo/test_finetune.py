@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from epmq.data.encoding import encode, load_processor
+from epmq.data.encoding import encode
 from epmq.data.examples import Examples
+from epmq.data.processors import load_processor
 from epmq.demo import build as pools
 from epmq.demo.finetune import TrainingSettings, accuracy, class_mean_head, train_expert, training_order
 from epmq.demo.texts import TextTask, write_task

@@ -99,3 +99,8 @@ def texts_with_patches() -> Batches:
         batch["image_grid_thw"] = torch.tensor([[1, 4, 4]] * 2)
         batches.append(batch | {"mm_token_type_ids": (ids == PICTURE).int()})
     return batches
+
+
+def texts_with_listed_pictures() -> Batches:
+    """As Idefics takes them: a list of pictures for every text."""
+    return [{**batch, "pixel_values": batch["pixel_values"][:, None]} for batch in texts_with_pictures()()]

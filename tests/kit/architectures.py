@@ -23,12 +23,23 @@ from tests.kit.architecture_kinds import (
     TEXT,
     WAVE,
     Architecture,
+    Settings,
     decoder,
     encoder,
     grouped,
     image,
     seq2seq,
 )
+
+# The language model of Qwen2-VL and its like, and their tokens.
+PATCHED_TEXT: Settings = {
+    **{**GROUPED, "max_position_embeddings": 128},
+    "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0},
+}
+PATCHED: Settings = {
+    **{"image_token_id": PICTURE, "video_token_id": VIDEO},
+    **{"vision_start_token_id": PICTURE_START, "vision_end_token_id": PICTURE_END},
+}
 
 ENCODERS: dict[str, Architecture] = {
     "bert": encoder("Bert"),
@@ -58,7 +69,7 @@ ENCODERS: dict[str, Architecture] = {
         type_vocab_size=0,
         max_relative_positions=-1,
     ),
-    "deberta": encoder("Deberta", relative_attention=True, pos_att_type=["c2p", "p2c"], max_relative_positions=16),
+    "deberta": encoder("Deberta", relative_attention=True, pos_att_type=["c2p", "p2c"], max_relative_positions=12),
     "electra": encoder("Electra", embedding_size=32),
     "xlmr": encoder("XLMRoberta", max_position_embeddings=70),
     "mpnet": encoder("MPNet"),
@@ -186,6 +197,16 @@ DECODERS: dict[str, Architecture] = {
     ),
     "mamba": decoder("Mamba", mask=False, state_size=4, time_step_rank=4),
     "mamba2": decoder("Mamba2", mask=False, state_size=8, num_heads=8, head_dim=16, n_groups=1, chunk_size=8, expand=2),
+    "jamba": grouped(
+        "Jamba",
+        **{"num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 1},
+        **{"mamba_d_state": 4, "mamba_dt_rank": 4, "use_mamba_kernels": False},
+    ),
+    "bamba": grouped(
+        "Bamba",
+        **{"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 8},
+        **{"mamba_n_groups": 1, "mamba_chunk_size": 8},
+    ),
     "qwen3moe": grouped(
         "Qwen3Moe",
         moe_intermediate_size=32,
@@ -299,15 +320,40 @@ SEVERAL: dict[str, Architecture] = {
                 **{"depth": 2, "embed_dim": 32, "hidden_size": 64, "num_heads": 4, "mlp_ratio": 2, "patch_size": 4},
                 **{"spatial_merge_size": 2, "temporal_patch_size": 2, "in_channels": 3},
             },
-            "text_config": {
-                **{**GROUPED, "max_position_embeddings": 128},
-                "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0},
-            },
-            **{"image_token_id": PICTURE, "video_token_id": VIDEO},
-            **{"vision_start_token_id": PICTURE_START, "vision_end_token_id": PICTURE_END},
+            "text_config": PATCHED_TEXT,
+            **PATCHED,
         },
         batches.texts_with_patches,
     ),
+    "qwen25vl": Architecture(
+        "vision_language",
+        "Qwen2_5_VLForConditionalGeneration",
+        "Qwen2_5_VLConfig",
+        {
+            "vision_config": {
+                **{"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 4, "patch_size": 4},
+                **{"out_hidden_size": 64, "spatial_merge_size": 2, "temporal_patch_size": 2, "in_channels": 3},
+                **{"window_size": 16, "fullatt_block_indexes": [1]},
+            },
+            "text_config": PATCHED_TEXT,
+            **PATCHED,
+        },
+        batches.texts_with_patches,
+    ),
+    **{
+        name: Architecture(
+            "vision_language",
+            f"{prefix}ForConditionalGeneration",
+            f"{prefix}Config",
+            {
+                "vision_config": {**CLIP_TOWER, "image_size": 28, "patch_size": 14},
+                "text_config": {"model_type": "llama", **GROUPED, "max_position_embeddings": 64},
+                **{"scale_factor": 1, "image_token_id": PICTURE, "pad_token_id": 0},
+            },
+            batches.texts_with_listed_pictures,
+        )
+        for name, prefix in {"idefics3": "Idefics3", "smolvlm": "SmolVLM"}.items()
+    },
     "gemma3_vision": Architecture(
         "vision_language",
         "Gemma3ForConditionalGeneration",

@@ -8,13 +8,14 @@ import torch
 from conftest import perturbed, recipe_for, tiny_bert
 from hypothesis import given
 from hypothesis import strategies as st
-from merges import open_recipe
-from transformers import BertModel, CLIPConfig, CLIPModel
+from merges import open_folder, open_recipe
+from transformers import BertModel, CLIPConfig, CLIPModel, LlamaModel
 
 from epmq.merging.relation import check_relation, correlation
 from epmq.models.heads import HEAD_FILE, Head, save_head
 from epmq.pipeline.run import run
 from tests.kit import runs, wrong_merges
+from tests.kit.architectures import ARCHITECTURES
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "patch_size": 4}
 
@@ -163,3 +164,24 @@ def test_a_perturbed_model_is_related():
     base = tiny_bert()
     sample = base.encoder.layer[0].output.dense.weight.detach().clone()
     assert correlation(sample, perturbed(base, 1, 0.005).encoder.layer[0].output.dense.weight.detach()) > 0.9
+
+
+def test_convolutions_are_compared_where_there_are_no_linear_layers(tmp_path):
+    resnet = ARCHITECTURES["resnet"]
+    for name, seed in (("base", 0), ("one", 1)):
+        resnet.build(seed).save_pretrained(tmp_path / name)
+    with pytest.raises(
+        ValueError, match=r"expert one: its weights have a correlation of .* it was not fine-tuned from"
+    ):
+        check_relation(open_folder(tmp_path, "one"))
+
+
+def test_of_a_part_only_what_it_has_is_compared(tmp_path):
+    """The other layers are the base's, and would outvote its own."""
+    whole = ARCHITECTURES["llava"].build()
+    for name in ("base", "two"):
+        whole.save_pretrained(tmp_path / name)
+    torch.manual_seed(5)
+    LlamaModel(whole.config.text_config).save_pretrained(tmp_path / "one")
+    with pytest.raises(ValueError, match="expert one: its weights have a correlation of"):
+        check_relation(open_folder(tmp_path))

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 import epmq
-from epmq.data.encoding import load_processor
+from epmq.data.processors import load_processor
 from epmq.models.heads import HEAD_FILE
 from epmq.pipeline.evaluation import evaluate_experts
 from epmq.pipeline.run import merge, run

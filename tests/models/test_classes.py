@@ -9,7 +9,8 @@ import pytest
 import transformers
 from checkpoints import edit_config
 from conftest import tiny_bert
-from families import FAMILIES
+from families import FAMILIES, clip, clip_vision
+from transformers.models.bart.modeling_bart import BartEncoder
 
 from epmq.models.checkpoint import Checkpoint
 from epmq.models.classes import (
@@ -19,6 +20,7 @@ from epmq.models.classes import (
     name_class,
     outline,
     related_classes,
+    shared_checkpoint,
     shared_class,
     unread,
 )
@@ -99,3 +101,20 @@ def test_all_classes_of_a_config_are_known():
     names = [found.__name__ for found in related_classes(BERT)]
     assert {"BertModel", "BertForMaskedLM", "BertForQuestionAnswering"} <= set(names)
     assert not [name for name in names if name.endswith("PreTrainedModel")]
+
+
+def test_a_part_is_shared_where_all_experts_are_that_part(tmp_path):
+    clip().save_pretrained(tmp_path / "whole")
+    clip_vision().save_pretrained(tmp_path / "part")
+    whole, part = Checkpoint(tmp_path / "whole"), Checkpoint(tmp_path / "part")
+    assert shared_checkpoint(whole, [part, part]) is part
+    assert shared_checkpoint(whole, [whole, part]) is whole and shared_checkpoint(whole, []) is whole
+
+
+def test_a_half_of_an_encoder_decoder_is_shared_where_all_experts_are_that_half(tmp_path):
+    whole = saved(FAMILIES["bart"].build(), tmp_path / "whole")
+    half = saved(BartEncoder(FAMILIES["bart"].build().config), tmp_path / "half")
+    assert shared_checkpoint(whole, [half, half]) is half and shared_class(half, [half]) is BartEncoder
+    assert shared_checkpoint(whole, [half, whole]) is whole
+    backbone = saved(FAMILIES["bart"].build().model, tmp_path / "backbone")
+    assert shared_checkpoint(whole, [backbone]) is whole  # which lacks no block

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from conftest import padded_batches, tiny_bert
-from families import FAMILIES, clip, clip_vision
+from families import FAMILIES, clip
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, BertModel
 
@@ -22,11 +22,11 @@ from epmq.models.meta import (
     no_larger,
     rename,
     set_tensor,
-    shared_checkpoint,
     tied_names,
     to_meta,
     vocabulary,
 )
+from tests.kit.architectures import ARCHITECTURES
 
 CPU = torch.device("cpu")
 
@@ -107,14 +107,6 @@ def test_nothing_is_refused_after_the_block():
     nn.Linear(2, 2)
 
 
-def test_a_part_is_shared_where_all_experts_are_that_part(tmp_path):
-    clip().save_pretrained(tmp_path / "whole")
-    clip_vision().save_pretrained(tmp_path / "part")
-    whole, part = Checkpoint(tmp_path / "whole"), Checkpoint(tmp_path / "part")
-    assert shared_checkpoint(whole, [part, part]) is part
-    assert shared_checkpoint(whole, [whole, part]) is whole and shared_checkpoint(whole, []) is whole
-
-
 def test_a_task_heads_tensors_are_extra(tmp_path):
     BertForSequenceClassification(BertConfig(**tiny_bert().config.to_dict())).save_pretrained(tmp_path)
     stored, extra = rename(build_meta_model(Checkpoint(tmp_path)), Checkpoint(tmp_path).names)
@@ -156,3 +148,13 @@ def test_a_model_that_holds_used_rows_gives_the_same():
 
 def test_how_many_tokens_a_model_knows():
     assert [vocabulary(FAMILIES[family].build()) for family in ("bert", "clip", "dinov2")] == [32, 32, None]
+
+
+def test_tokens_stay_in_the_dtype_on_disk_and_other_embeddings_are_float32(tmp_path):
+    """DeBERTa multiplies by the table of its relative positions, without a look-up."""
+    ARCHITECTURES["debertav2"].build().half().save_pretrained(tmp_path)
+    checkpoint = Checkpoint(tmp_path)
+    meta = build_meta_model(checkpoint)
+    load_outside(meta, list(meta.state_dict()), checkpoint.tensor, CPU, {})
+    assert meta.embeddings.word_embeddings.weight.dtype == torch.float16
+    assert meta.encoder.rel_embeddings.weight.dtype == torch.float32

@@ -22,7 +22,8 @@ from transformers import (
 )
 
 import epmq
-from epmq.data.encoding import encode, load_processor
+from epmq.data.encoding import encode
+from epmq.data.processors import load_processor
 from epmq.data.readers import read_examples
 from epmq.models.checkpoint import Checkpoint
 from epmq.models.heads import HEAD_FILE, Head, load_head, save_head

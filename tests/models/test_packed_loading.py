@@ -18,7 +18,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import epmq
-from epmq.data.encoding import load_processor
+from epmq.data.processors import load_processor
 from epmq.export import packed
 from epmq.export.form import Form
 from epmq.models.blocks import linears

@@ -6,6 +6,8 @@ from test_cli import call  # noqa: F401
 
 import epmq
 from epmq.pipeline.cost import dry_run
+from tests.kit.architectures import ARCHITECTURES
+from tests.kit.identity import save_pair
 
 METHODS = {
     "none": {"method": "none"},
@@ -53,6 +55,16 @@ def test_every_family_can_be_planned(tmp_path, name):
     assert plan.blocks == sum(family.stacks.values())
     assert {"open", "merge", "collect", "solve", "write", "read back"} == plan.seconds.keys()
     assert plan.tokens > 0 and plan.output_bytes > 0
+
+
+@pytest.mark.parametrize(("name", "method"), [("resnet", "none"), ("llava", "expert_guided"), ("qwen2vl", "gptq")])
+def test_models_without_blocks_and_with_towers_can_be_planned(tmp_path, name, method):
+    architecture = ARCHITECTURES[name]
+    save_pair(architecture, tmp_path)
+    experts = [{"name": "one", "model": str(tmp_path / "expert")}]
+    recipe = {"base": str(tmp_path / "base"), "experts": experts, "quantize": {"method": method}}
+    plan = dry_run(recipe, calibration=None if method == "none" else {"one": architecture.batches()}, progress=False)
+    assert plan.seconds["merge"] > 0 and plan.blocks == (0 if name == "resnet" else 4)
 
 
 def test_a_dry_run_checks_what_a_run_checks(pool):

@@ -1,6 +1,7 @@
 """Examples are cut to what the model has positions for, and what it cannot take is refused before any compute."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,22 +11,21 @@ import torch
 from conftest import WORDS, perturbed, tiny_bert, word_tokenizer
 from families import FAMILIES, text_model
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import (
     CLIPConfig,
     CLIPImageProcessorPil,
     CLIPModel,
     CLIPProcessor,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
     RobertaConfig,
     RobertaModel,
     Wav2Vec2Config,
     Wav2Vec2FeatureExtractor,
     Wav2Vec2Model,
 )
+from vision_language import TEMPLATE, llava_model, llava_processor, write_rows
 
+import epmq
 from epmq.pipeline.prepare import PreparedRun, prepare
 from epmq.pipeline.run import run
 from epmq.recipe_file import load_recipe
@@ -173,33 +173,39 @@ def image_rows(folder: Path, text: str | None) -> Path:
     return rows(folder, *2 * [{"image": "a.png"} if text is None else {"image": "a.png", "text": text}])
 
 
-def llava(folder: Path) -> None:
+def llava(folder: Path, template: str | None = None) -> None:
     """A vision-language model, and its processor, which puts a token for each patch of a picture into the text."""
-    tokenizer = word_tokenizer()
-    tokenizer.add_tokens(["<image>"], special_tokens=True)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
-    number = tokenizer.convert_tokens_to_ids("<image>")
-    config = LlavaConfig(
-        vision_config={
-            "model_type": "clip_vision_model", "num_hidden_layers": 3, "image_size": 28, "patch_size": 14, **sizes
-        },
-        text_config=LlamaConfig(num_hidden_layers=2, vocab_size=32, **sizes),
-        image_token_id=number,
-        image_token_index=number,
-    )  # fmt: skip
-    processor = LlavaProcessor(
-        pictures(), tokenizer, 14, "default", image_token="<image>", num_additional_image_tokens=1
-    )
-    place(folder, LlavaForConditionalGeneration(config).eval(), processor)
+    processor = llava_processor(template)
+    place(folder, llava_model(processor), processor)
 
 
 def test_pictures_go_into_texts_by_the_joint_processor(tmp_path):
     llava(tmp_path)
-    report = run(recipe(tmp_path, image_rows(tmp_path, "user <image> the cat sat")), progress=False)
+    data, tower = image_rows(tmp_path, "user <image> the cat sat"), {"layers": "*vision_tower*", "bits": 8}
+    quantize = {"method": "gptq", "bits": 8, "group_size": 32, "overrides": [tower]}
+    report = run(recipe(tmp_path, data, quantize=quantize), progress=False)
     tokens = {layer["name"].partition(".layers")[0]: layer["tokens"] for layer in report["layers"]}
     assert set(tokens.values()) - {0} == {2 * 5, 2 * 8}  # four patches and the class; four patches and four words
     with pytest.raises(ValueError, match=r"LlavaProcessor cannot take them .* 0 <image> tokens"):
         prepared(recipe(tmp_path, image_rows(tmp_path, "the cat"), output=None))
+
+
+def test_a_vision_language_model_is_calibrated_on_conversations_with_and_without_pictures(tmp_path):
+    """Every token, those of pictures among them, and no padding; the tower stays as it is merged, but for its dtype."""
+    llava(tmp_path, TEMPLATE.replace("IMAGE", "<image>"))
+    said = [{"role": "user", "content": "the cat sat"}, {"role": "assistant", "content": "a dog"}]
+    two, one = {"messages": said, "image": ["0.png", "1.png"]}, {"messages": said[:1], "image": "0.png"}
+    data = write_rows(tmp_path, {"messages": said}, two, one)
+    settings = {"scored": True, "quantize": {"method": "expert_guided"}, "format": "pack-quantized"}
+    report = run(recipe(tmp_path, data, **settings), progress=False)
+    solved = [layer for layer in report["layers"] if layer["tokens"]]
+    assert {layer["tokens"] for layer in solved} == {7 + (7 + 8) + (4 + 4)} and len(solved) == 2 * 7 + 1
+    assert report["metric"] == "log_perplexity" and math.isfinite(report["scores"]["one"])
+    base, expert, out = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "one", "out"))
+    name = next(name for name in base if name.endswith("encoder.layers.0.mlp.fc1.weight"))
+    wanted = base[name] + 0.3 * (expert[name] - base[name])
+    assert out[name].dtype == torch.float16 and (out[name] - wanted).abs().max() < 1e-3
+    assert type(epmq.load(tmp_path / "out").processor).__name__ == "LlavaProcessor"
 
 
 def test_pictures_alone_are_no_input_of_a_model_of_texts(tmp_path):

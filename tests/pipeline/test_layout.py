@@ -7,7 +7,7 @@ import torch
 from checkpoints import edit_weights, weights
 from conftest import recipe_for, tiny_bert
 from families import FAMILIES
-from odd_families import saved_recipe
+from odd_families import llava, saved_recipe
 from transformers import AutoModelForCausalLM
 
 import epmq
@@ -16,6 +16,7 @@ from epmq.pipeline.prepare import prepare
 from epmq.pipeline.run import merge, run
 from epmq.quantization.grid import Grid
 from epmq.recipe_file import load_recipe
+from tests.kit.architectures import ARCHITECTURES
 
 QUIET: dict[str, Any] = {"progress": False, "evaluate": False}
 TABLE, QUERY = "embeddings.word_embeddings", "encoder.layer.0.attention.self.query"
@@ -50,6 +51,30 @@ def test_by_default_tables_have_8_bits_and_the_rest_is_float16(pool):
         assert storage.dtype == (torch.float16 if plain else torch.float32), name
         assert storage.scale == (None if plain else torch.float16), name
     assert found.solves(QUERY) and not found.solves(TABLE) and found.late == () == found.dropped
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_a_model_without_blocks_is_not_quantized(tmp_path, method):
+    recipe = load_recipe(saved_recipe(tmp_path, ARCHITECTURES["resnet"].build, method))
+    data = {name: ARCHITECTURES["resnet"].batches() for name in ("one", "two")}
+    with pytest.raises(ValueError, match=r"ResNetModel has no list of repeated blocks .* quantize: use method: none"):
+        prepare(recipe, evaluate=False, calibration=data)
+
+
+@pytest.mark.parametrize("bits", [None, 8, 16])
+def test_towers_beside_a_language_model_are_stored_as_norms_are_unless_an_override_names_them(tmp_path, bits):
+    overrides = [] if bits is None else [{"layers": "model.vision_tower.*", "bits": bits}]
+    recipe = saved_recipe(tmp_path, llava, "rtn")
+    recipe["quantize"] |= {"overrides": overrides, "embeddings": 16, "output_layer": 16}
+    prepared = prepare(load_recipe(recipe), evaluate=False)
+    tower, projector = "model.vision_tower.encoder.layers.1.mlp.fc1", "model.multi_modal_projector"
+    found, parts = prepared.layout, ["vision_tower", "multi_modal"][bits is not None :]
+    quantized = {name.split(".")[1] for name in found.quantized()}
+    assert quantized == {"language_model", *(["vision_tower"] if bits == 8 else [])}
+    assert found.solves(tower) == (bits is not None) and not found.solves(f"{projector}.linear_1")
+    assert found.of[f"{projector}.linear_1.weight"] == found.of["model.language_model.norm.weight"]
+    (note,) = [note for note in prepared.experts.notes if note.startswith("beside the language model, not quantized")]
+    assert [part for part in ("vision_tower", "multi_modal") if part in note] == parts
 
 
 def test_an_override_is_the_first_that_matches(pool):

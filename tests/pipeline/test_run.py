@@ -16,7 +16,8 @@ from greenlet import greenlet
 from transformers import BertModel
 
 import epmq
-from epmq.data.encoding import encode, load_processor
+from epmq.data.encoding import encode
+from epmq.data.processors import load_processor
 from epmq.data.readers import read_examples
 from epmq.pipeline.evaluation import evaluate_checkpoint
 from epmq.pipeline.run import merge, run

@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 
-from epmq.data.encoding import load_processor
+from epmq.data.processors import load_processor
 from epmq.models.heads import load_head, save_head
 from epmq.models.multitask import MultiTaskModel
 from epmq.reproduce import zeroshot

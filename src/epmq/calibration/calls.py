@@ -5,7 +5,7 @@ blocks only shapes are computed, on the meta device: they give noise. Outside of
 any size takes seconds and no memory.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 from epmq.data.encoding import split_first
 from epmq.errors import InputError, error_context, reason
 from epmq.merging.experts import ExpertSet
-from epmq.models.blocks import LINEAR, Stack, find_stacks, linears
+from epmq.models.blocks import LINEAR, Stack, find_stacks, linears, stack_linears
 from epmq.models.hooks import stops_before, without_cache
 from epmq.models.meta import load_outside, materialize, to_meta
 
@@ -65,7 +65,10 @@ class _Tried:
 
 
 def try_forwards(
-    experts: ExpertSet, calibration: Mapping[str, Sequence[dict[str, Any]]], stub: "StubModel | None" = None
+    experts: ExpertSet,
+    calibration: Mapping[str, Sequence[dict[str, Any]]],
+    stub: "StubModel | None" = None,
+    solves: Callable[[str], bool] = lambda layer: True,
 ) -> BlockCalls:
     """Run the model without its weights on every form of calibration inputs there is.
 
@@ -73,6 +76,7 @@ def try_forwards(
         experts: gives the model; what a task's data does not reach goes to its notes.
         calibration: task → inputs of the model, batch by batch.
         stub: the model without weights, where it is there already.
+        solves: whether the layer of that name is one to be solved, so that data has to reach it.
 
     Raises:
         InputError: the model does not take the inputs, or a stack of its blocks sees no data.
@@ -83,7 +87,7 @@ def try_forwards(
         with error_context(f"experts.{task}.calibration"):
             for inputs in forms(batches):
                 stub.run(inputs, tried[task])
-    _check_reached(experts, tried)
+    _check_reached(experts, tried, solves)
     sequences = [sequence for one in tried.values() for sequence in one.sequences]
     repeated = (name for sequence in sequences for name in sequence if sequence.count(name) > 1)
     early = dict.fromkeys(name for one in tried.values() for name in one.early)
@@ -276,16 +280,18 @@ def _filled(block: nn.Module) -> Iterator[None]:
         to_meta(block)
 
 
-def _check_reached(experts: ExpertSet, tried: Mapping[str, _Tried]) -> None:
-    """Check that every stack sees data; note whose data does not reach one that others' does."""
+def _check_reached(experts: ExpertSet, tried: Mapping[str, _Tried], solves: Callable[[str], bool]) -> None:
+    """Check that every stack with layers to solve sees data; note whose data does not reach one that others' does."""
     for stack in find_stacks(experts.model):
+        if not any(solves(name) for name, _ in stack_linears(stack)):
+            continue
         reaching = [task for task, one in tried.items() if any(_in(stack, name) for name in _blocks(one))]
         if not reaching:
             raise InputError(
                 f"calibration: no data reaches {stack.name} of {type(experts.model).__name__}: give examples with "
                 f"{_main_input(experts.model, stack)}, or use method: rtn"
             )
-        idle, total = _idle_share(stack, tried)
+        idle, total = _idle_share(stack, tried, solves)
         if len(idle) and sum(idle.values()) > IDLE * total:
             raise InputError(
                 f"calibration: no data reaches {len(idle)} linear layers of {stack.name}, such as {min(idle)}, more "
@@ -303,18 +309,13 @@ def _in(stack: Stack, name: str) -> bool:
     return name.startswith(stack.name + ".")
 
 
-def _idle_share(stack: Stack, tried: Mapping[str, _Tried]) -> tuple[dict[str, int], int]:
-    """Linear layers of a stack that see no data, with the size of their weights; and the size of all."""
+def _idle_share(stack: Stack, tried: Mapping[str, _Tried], solves: Callable[[str], bool]) -> tuple[dict[str, int], int]:
+    """Linear layers of a stack to be solved that see no data, with the size of their weights; and the size of all."""
     seen = {layer for one in tried.values() for layer in one.layers}
-    unknown = {name for one in tried.values() for name in one.unknown}
-    idle, total = dict[str, int](), 0
-    for index, block in enumerate(stack.blocks):
-        for local, layer in linears(block):
-            name, size = f"{stack.block_name(index)}.{local}", layer.get_parameter("weight").numel()
-            total += size
-            if name not in seen and stack.block_name(index) not in unknown:
-                idle[name] = size
-    return idle, total
+    unknown = tuple(f"{name}." for one in tried.values() for name in one.unknown)
+    sizes = {name: one.get_parameter("weight").numel() for name, one in stack_linears(stack) if solves(name)}
+    idle = {name: size for name, size in sizes.items() if name not in seen and not name.startswith(unknown)}
+    return idle, sum(sizes.values())
 
 
 def _main_input(model: nn.Module, stack: Stack) -> str:

@@ -214,7 +214,8 @@ class CalibrationEngine:
         for name in block_names(experts):
             if name in (context.calls.order or [name]):
                 continue
-            experts.notes.depart(f"no calibration data reaches {name}: it is rounded to nearest")
+            if any(context.layout.solves(f"{name}.{local}") for local, _ in linears(experts.model.get_submodule(name))):
+                experts.notes.depart(f"no calibration data reaches {name}: it is rounded to nearest")
             if number < len(self.finished):
                 yield self.finished[number]
             else:
@@ -252,14 +253,18 @@ class CalibrationEngine:
         if block.name != step.name or self.written is None:
             raise RuntimeError(f"the finished block is {block.name}, not {step.name}: begin anew with --restart")
         materialize(experts.model, self._names(step), self.written.tensor, context.device)
-        for task in dict.fromkeys(batch.task for _, batch in step.members):
-            if teacher := context.teachers.get(task):
-                teacher.run(step.name, ())
-        if context.teachers:
-            follow_routes(step, context.teachers)
-        for teacher in context.teachers.values():
-            teacher.end_block()
+        self._pass_teachers(step)
         return block
+
+    def _pass_teachers(self, step: BlockStep | OutsideStep) -> None:
+        """Take the experts past a block in which they are asked nothing."""
+        for task in dict.fromkeys(batch.task for _, batch in step.members):
+            if teacher := self.context.teachers.get(task):
+                teacher.run(step.name, ())
+        if self.context.teachers:
+            follow_routes(step, self.context.teachers)
+        for teacher in self.context.teachers.values():
+            teacher.end_block()
 
     def _names(self, step: BlockStep | OutsideStep) -> list[str]:
         """Names of the tensors that a step decides on."""
@@ -286,6 +291,8 @@ class CalibrationEngine:
                 {target.add.skip_input for target in targets if target.add is not None},
             )
         points = [point for target in targets for point in self._points(step, target)]
+        if not targets:
+            self._pass_teachers(step)
         self.observe(step.name, "load")
         for target in targets:
             if isinstance(step, BlockStep) and target.mixture is not None:

@@ -88,5 +88,5 @@ class RepeatedStep(BlockStep):
         """Nothing waits."""
 
     def padding_mask(self, inputs: Tensor) -> Tensor | None:
-        arguments = self._model.arguments
-        return padding_mask(arguments[self.stack.name], inputs) if self.stack.name in arguments else None
+        arguments, given = self._model.arguments, self.batches[self._model.position].inputs
+        return padding_mask(arguments[self.stack.name], inputs, given) if self.stack.name in arguments else None

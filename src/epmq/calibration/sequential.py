@@ -369,7 +369,7 @@ class BlockStep:
 
     def padding_mask(self, inputs: Tensor) -> Tensor | None:
         """As `padding_mask`, in the batch that runs."""
-        return padding_mask(self._entries[self.position].owner_arguments, inputs)
+        return padding_mask(self._entries[self.position].owner_arguments, inputs, self.batches[self.position].inputs)
 
     def offload(self, position: int) -> None:
         """Say that a batch is not asked for again before its next layer."""

@@ -1,128 +1,23 @@
-"""From examples to model inputs: tokenizers, processors of images, chat templates, packing."""
+"""From examples to model inputs: cut, padded, batched, packed."""
 
-import inspect
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from io import BytesIO
 from itertools import chain
-from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import numpy as np
 import torch
 
+from epmq.data.chats import render, template_of, try_template
 from epmq.data.examples import Examples
+from epmq.data.pictures import as_list, conversation, open_picture, pictures_in, placeholder_ids, placeholders
+from epmq.data.processors import PartProcessor, image_processor_of, tokenizer_of
 from epmq.data.windows import join_words
-from epmq.errors import InputError, error_context, reason
+from epmq.errors import InputError, error_context
 
-# Files of which one shows that there is a processor of images or audio, or a tokenizer.
-SETTINGS_FILES = ("preprocessor_config.json", "processor_config.json")
-TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "tekken.json", "bpe.codes")
-TEXT_ENDINGS = (".model", ".spm", ".tiktoken", ".tokenizer")
 # Tokens of a window where neither the recipe nor the tokenizer asks for fewer.
 WINDOW = 512
-# Far longer than a chat template needs for one conversation.
-TEMPLATE_SECONDS = 3
-# Of a number in a chat template.
-MOST_DIGITS = 6
 REFUSAL = "the base model's {} cannot take them"
-
-
-class PartProcessor:
-    """Tokenizer and image processor of a joint processor that cannot be opened here as a whole; `fault` says why."""
-
-    def __init__(self, tokenizer: Any, image_processor: Any, fault: str) -> None:
-        self.tokenizer, self.image_processor, self.fault = tokenizer, image_processor, fault
-
-
-def load_processor(directory: str | Path) -> Any:
-    """What lies in a model directory: a tokenizer, a processor of images or audio, both in one (CLIP), or None.
-
-    Where transformers cannot open it, or not without code that lies there, a ValueError names the directory; likewise
-    where the tokenizer knows no word, since its vocabulary is not there.
-    """
-    from transformers import AutoTokenizer
-
-    names = [file.name for file in Path(directory).iterdir()] if Path(directory).is_dir() else []
-    texts = any(name in TEXT_FILES or name.endswith(TEXT_ENDINGS) for name in names)
-    settings = any(name in SETTINGS_FILES for name in names)
-    if not settings and not texts:
-        return None
-    fault = "transformers cannot open the tokenizer or the processor"
-    with warnings.catch_warnings(), error_context(directory, fault):
-        warnings.simplefilter("ignore")
-        if not texts:  # transformers would make up a tokenizer without words
-            processor = _first_opened(directory)
-        elif not settings:
-            # Without a value, transformers asks on standard input whether code in the directory may run.
-            processor = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-        else:
-            processor = _open_joint(directory)
-    tokenizer = tokenizer_of(processor)
-    if tokenizer is not None and len(tokenizer) <= len(set(tokenizer.all_special_ids)):
-        raise InputError(f"{directory}: its tokenizer has no words: the file of its vocabulary is missing")
-    return processor
-
-
-def _open_joint(directory: str | Path) -> Any:
-    """The processor of a directory that has a tokenizer and the settings of another part."""
-    from transformers import AutoProcessor, AutoTokenizer
-
-    try:
-        processor: Any = AutoProcessor.from_pretrained(directory, trust_remote_code=False)
-    except ImportError as error:  # a part, such as that for videos, needs a library that is not here
-        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-        with suppress(Exception):
-            return PartProcessor(tokenizer, _first_opened(directory), reason(error))
-        return PartProcessor(tokenizer, None, reason(error))
-    if tokenizer_of(processor) is processor:
-        # A vision tower alone is no processor's model: beside its tokenizer's files, transformers sees those only.
-        return _first_opened(directory)
-    return processor
-
-
-def _first_opened(directory: str | Path) -> Any:
-    """The image processor of a directory; where it has none, its feature extractor, as for audio."""
-    from transformers import AutoFeatureExtractor, AutoImageProcessor
-
-    kinds: list[Any] = [AutoImageProcessor, AutoFeatureExtractor]
-    faults: list[Exception] = []
-    for kind in kinds:
-        try:
-            return kind.from_pretrained(directory, trust_remote_code=False)
-        except Exception as error:  # of damaged files libraries raise anything
-            faults.append(error)
-    raise faults[0]
-
-
-def tokenizer_of(processor: Any) -> Any:
-    """The tokenizer in a processor; None if there is none."""
-    tokenizer = getattr(processor, "tokenizer", processor)
-    if not hasattr(tokenizer, "convert_ids_to_tokens"):
-        return None
-    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
-        tokenizer.pad_token = tokenizer.eos_token  # decoders often come without; padding is masked out anyway
-    tokenizer.padding_side = "right"  # whatever it was to generate with: positions count from the first token
-    return tokenizer
-
-
-def image_processor_of(processor: Any) -> Any:
-    """The image processor in a processor; None if there is none."""
-    images = getattr(processor, "image_processor", processor)
-    return images if hasattr(images, "image_mean") or hasattr(images, "do_resize") else None
-
-
-def fit_to_model(processor: Any, forward: Callable[..., Any]) -> None:
-    """Let a tokenizer give no inputs that a model's forward has no name for, such as types of tokens."""
-    tokenizer = tokenizer_of(processor)
-    if tokenizer is None:
-        return
-    taken = inspect.signature(forward).parameters
-    is_open = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values())
-    kept = {"input_ids", *taken, *(["attention_mask"] if is_open else [])}
-    tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name in kept]
 
 
 def text_length(tokenizer: Any, asked: int | None, positions: int | None) -> int | None:
@@ -160,47 +55,31 @@ def encode(
     if without_images or (tokenizer is None and examples.kind not in ("image", "tokens")):
         missing = "image processor" if without_images else "tokenizer"
         raise InputError(f"{examples.kind} examples need the base model's {missing}, found {type(processor).__name__}")
-    if examples.kind == "chat" and len(examples):
-        try_template(tokenizer, examples.inputs[0], examples.template)
-    for start in range(0, len(examples), batch_size):
-        chunk = examples.take(np.arange(start, min(start + batch_size, len(examples))))
+    if len(examples) and (examples.kind == "chat" or shows_by_template(examples.kind, processor)):
+        messages = examples.inputs[0] if examples.kind == "chat" else _shown(examples.inputs[0])
+        try_template(processor, messages, examples.template)
+    for start, stop in _chunks(examples, batch_size):
+        chunk = examples.take(np.arange(start, stop))
         with error_context(f"{examples.kind} examples", REFUSAL.format(type(processor).__name__)):
             batch = _encode(chunk, processor, max_length)
         yield batch
 
 
-def try_template(tokenizer: Any, messages: Any, template: str | None = None) -> None:
-    """Refuse a chat template that fails or comes to no end: it is a program that came with the model."""
-    error: BaseException | None = TimeoutError(f"no end within {TEMPLATE_SECONDS} s")
-
-    def render() -> None:
-        nonlocal error
-        try:
-            tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
-            error = None
-        except BaseException as raised:
-            error = raised
-
-    with error_context(tokenizer.name_or_path, "its chat template cannot be used"):
-        check_template(template or tokenizer.get_chat_template())
-        # A thread cannot be stopped, but this one does not keep the process from ending.
-        thread = Thread(target=render, daemon=True)
-        thread.start()
-        thread.join(TEMPLATE_SECONDS)
-        if error is not None:
-            raise error
+def _chunks(examples: Examples, size: int) -> Iterator[tuple[int, int]]:
+    """Where batches begin and end: those with pictures and those without are apart."""
+    pictured = [bool(pictures_in(one)) for one in examples.inputs] if examples.kind in ("chat", "image_text") else []
+    start = 0
+    while start < len(examples):
+        stop = min(start + size, len(examples))
+        if pictured:
+            stop = next((at for at in range(start, stop) if pictured[at] != pictured[start]), stop)
+        yield start, stop
+        start = stop
 
 
-def check_template(template: str) -> None:
-    """Refuse a chat template that computes with numbers so large that it would fill the memory in one step.
-
-    One such step cannot be interrupted, so that a limit of time does not help.
-    """
-    from jinja2 import Environment
-
-    for _, kind, value in Environment().lex(template):
-        if (kind, value) == ("operator", "**") or (kind == "integer" and len(value) > MOST_DIGITS):
-            raise InputError(f"it computes with large numbers: {value}")
+def shows_by_template(kind: str, processor: Any) -> bool:
+    """Whether a text with a picture is what a user says: where a joint processor has a template for conversations."""
+    return kind == "image_text" and bool(placeholders(processor)) and template_of(processor) is not None
 
 
 def _encode(examples: Examples, processor: Any, max_length: int | None) -> dict[str, Any]:
@@ -210,17 +89,19 @@ def _encode(examples: Examples, processor: Any, max_length: int | None) -> dict[
         ids = torch.from_numpy(inputs)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if kind == "image":
-        pictures = [_image(picture) for picture in inputs]
+        pictures = [open_picture(picture) for picture in inputs]
         return {"pixel_values": image_processor_of(processor)(pictures, return_tensors="pt")["pixel_values"]}
     tokenizer = tokenizer_of(processor)
     text, target = (text_length(tokenizer, max_length, positions) for positions in examples.longest)
     form = {"padding": True, "truncation": "only_second" if kind == "question" else True, "return_tensors": "pt"}
     with _padding(tokenizer):
+        if placeholders(processor) and kind in ("chat", "image_text"):
+            return _encode_shown(processor, examples, {**form, "truncation": False}, text)
         if kind == "chat":
             chat = {"chat_template": examples.template, "tokenize": True, "return_dict": True}
             return dict(tokenizer.apply_chat_template(list(inputs), max_length=text, **form, **chat))
         if kind == "image_text":
-            pictures = [_image(picture) for picture, _ in inputs]
+            pictures = [_only(picture) for picture, _ in inputs]
             return _encode_both(processor, pictures, [words for _, words in inputs], {**form, "max_length": text})
         if kind == "words":
             inputs = [join_words(words)[0] for words in inputs]
@@ -236,6 +117,14 @@ def _encode(examples: Examples, processor: Any, max_length: int | None) -> dict[
     return batch
 
 
+def _only(pictures: Any) -> Any:
+    """The one picture of a text."""
+    listed = as_list(pictures)
+    if len(listed) != 1:
+        raise InputError(f"each text takes one picture, and one has {len(listed)}")
+    return open_picture(listed[0])
+
+
 def _encode_both(processor: Any, pictures: list[Any], texts: list[str], form: dict[str, Any]) -> dict[str, Any]:
     """Pictures with their texts: by the joint processor, which knows what of one goes into the other."""
     if isinstance(processor, PartProcessor):
@@ -247,9 +136,53 @@ def _encode_both(processor: Any, pictures: list[Any], texts: list[str], form: di
     try:
         return dict(processor(images=pictures, text=texts, **form))
     except (ValueError, TypeError, IndexError) as error:
-        with suppress(Exception):  # some want a list of pictures for each text
-            return dict(processor(images=[[picture] for picture in pictures], text=texts, **form))
+        with suppress(Exception):  # some want a list of pictures for each text, others one list
+            nested = [picture if isinstance(picture, list) else [picture] for picture in pictures]
+            images = nested if nested != pictures else list(chain.from_iterable(nested))
+            return dict(processor(images=images, text=texts, **form))
         raise error
+
+
+def _shown(example: Any) -> Any:
+    """A text with its pictures as what a user says who shows them."""
+    return conversation(as_list(example[0]), example[1])
+
+
+def _encode_shown(processor: Any, examples: Examples, form: dict[str, Any], longest: int | None) -> dict[str, Any]:
+    """Conversations, or texts with pictures, by a joint processor that has tokens for what is no text.
+
+    A text that does not say where its pictures are is what a user says who shows them, where there is a template.
+    """
+    if isinstance(processor, PartProcessor):
+        raise InputError(processor.fault)
+    tokenizer, texts = tokenizer_of(processor), list[str]()
+    templated = examples.kind == "chat" or shows_by_template(examples.kind, processor)
+    for one in examples.inputs:
+        plain = examples.kind != "chat" and any(token in one[1] for token in placeholders(processor))
+        messages = one if examples.kind == "chat" else _shown(one)
+        texts.append(render(processor, messages, examples.template) if templated and not plain else one[1])
+    if tokenizer.bos_token is not None and texts[0].startswith(tokenizer.bos_token):
+        form = {**form, "add_special_tokens": False}
+    pictures = [[open_picture(picture) for picture in pictures_in(one)] for one in examples.inputs]
+    if any(pictures):
+        batch = _encode_both(processor, pictures, texts, form)
+    else:
+        batch = dict(processor(text=texts, **form))
+    return _cut(batch, longest or tokenizer.model_max_length, processor)
+
+
+def _cut(batch: dict[str, Any], longest: int, processor: Any) -> dict[str, Any]:
+    """A batch of texts cut to so many tokens; a picture whose tokens are not all left is an error."""
+    ids = batch.pop("input_ids")
+    width = ids.shape[1]
+    if width > longest:
+        lost = torch.isin(ids[:, longest:], torch.tensor(placeholder_ids(processor), dtype=ids.dtype))
+        if bool(lost.any()):
+            raise InputError(f"pictures take more than the {longest} tokens that texts are cut to")
+        long = [name for name, value in batch.items() if isinstance(value, torch.Tensor) and value.ndim == 2]
+        long = [name for name in long if batch[name].shape == ids.shape and not batch[name].is_floating_point()]
+        batch |= {name: batch[name][:, :longest] for name in long}
+    return {"input_ids": ids[:, :longest], **batch}
 
 
 @contextmanager
@@ -263,20 +196,6 @@ def _padding(tokenizer: Any) -> Iterator[None]:
     finally:
         if missing:
             tokenizer.pad_token = None
-
-
-def _image(source: Any) -> Any:
-    from PIL import Image
-
-    if isinstance(source, Image.Image):
-        return source.convert("RGB")
-    if isinstance(source, Mapping):  # as parquet files of pictures hold them
-        source = source.get("path") if source.get("bytes") is None else source["bytes"]
-    if not isinstance(source, (str, Path, bytes)):
-        return source  # an array
-    name, file = ("a picture", BytesIO(source)) if isinstance(source, bytes) else (source, source)
-    with error_context(name, "not a readable image"), Image.open(file) as image:
-        return image.convert("RGB")
 
 
 def pack(examples: Examples, processor: Any, length: int | None, count: int | None, seed: int) -> Examples:

@@ -20,9 +20,10 @@ class Examples:
             `words`, `choices`, `tokens` (windows of token ids, see `epmq.data.encoding.pack`) or `batches` (ready model
             inputs).
         inputs: n of them: strings or pairs of strings, such as question and context; images (one uint8 array
-            [n, height, width, 3], file paths or pictures) or pairs of image and string; conversations (lists of
-            messages); lists of words; pairs of a text and a list of choices; an int64 array [n, tokens]; dicts of
-            tensors.
+            [n, height, width, 3], file paths or pictures) or pairs of image (or a list of them, or None) and string;
+            conversations (lists of messages, whose contents are strings or lists of parts, see
+            `epmq.data.pictures`); lists of words; pairs of a text and a list of choices; an int64 array [n, tokens];
+            dicts of tensors.
         labels: of each example, as `labelled` says, or None where the source has none or they are not asked for: class
             indices, int64 [n]; numbers, float64 [n] or [n, numbers]; zeros and ones, int64 [n, classes]; lists of class
             indices; lists of texts. Of ready batches: those of all their rows.

@@ -4,8 +4,8 @@ from typing import Any
 
 import numpy as np
 
-from epmq.data.encoding import tokenizer_of
 from epmq.data.examples import Examples
+from epmq.data.processors import tokenizer_of
 
 TEXTS = ["one", "two words", "a text that is a little longer than the others", "and the last of them: 1, 2, 3."]
 PIXELS = 64  # height and width of a picture, before the processor takes it to the model's own size

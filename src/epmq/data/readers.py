@@ -1,10 +1,10 @@
 """Examples from files, from the `datasets` library or from Python objects.
 
 Tables are read row by row: `.jsonl` (one object a line), `.csv` (with a header), `.parquet`, a name or folder that
-`datasets` knows, or any iterable of dicts. What a row holds decides what it is: chat messages, an image (with a text:
-a pair for CLIP), a text with a target (for encoder–decoders), a question with its context, a list of words, a text with
-choices, a text or a pair of texts. Two more forms hold images: `.npz` (arrays `images` [n, height, width, 3] uint8 and
-`labels` [n]; never unpickled) and a folder of images with one sub-folder a class.
+`datasets` knows, or any iterable of dicts. What a row holds decides what it is: chat messages (which may show images),
+an image (with a text: a pair), a text with a target (for encoder–decoders), a question with its context, a list of
+words, a text with choices, a text or a pair of texts. Two more forms hold images: `.npz` (arrays `images` [n, height,
+width, 3] uint8 and `labels` [n]; never unpickled) and a folder of images with one sub-folder a class.
 
 Labels are read where they are asked for, and as what they are asked for (`epmq.data.labels.Labels`); where they are
 not, whatever they are makes no difference.
@@ -24,6 +24,7 @@ import torch
 
 from epmq.data.examples import Examples, Fields, Pictures, draw_index
 from epmq.data.labels import Labels
+from epmq.data.pictures import map_pictures
 from epmq.data.rows import INDICES, from_rows, read_label
 from epmq.errors import InputError, MissingError, error_context, reason
 from epmq.recipe import Data
@@ -72,7 +73,7 @@ def read_examples(
         examples = _read_npz(path, labels)
     elif path.suffix in TABLES:
         examples = from_rows(TABLES[path.suffix](path), fields or Fields(), use, str(path), labels)
-        if examples.kind in ("image", "image_text"):
+        if examples.kind in ("image", "image_text", "chat"):
             examples = _locate_images(examples, path.parent)
     else:
         raise InputError(f"{path}: expected a {', '.join(TABLES)} or .npz file, or a folder of images")
@@ -186,8 +187,7 @@ def _locate_images(examples: Examples, folder: Path) -> Examples:
             raise InputError(f"{folder / image}: no such image")
         return folder / image
 
-    inputs = [(locate(x[0]), x[1]) if examples.kind == "image_text" else locate(x) for x in examples.inputs]
-    return dataclasses.replace(examples, inputs=inputs)
+    return dataclasses.replace(examples, inputs=[map_pictures(one, locate) for one in examples.inputs])
 
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:

@@ -7,6 +7,7 @@ import numpy as np
 
 from epmq.data.examples import Examples, Fields
 from epmq.data.labels import EXAMPLES_OF, Labels
+from epmq.data.pictures import Messages, as_list, as_parts, pictures_in, read_parts, with_pictures
 from epmq.errors import InputError, reason
 
 # Class indices, as they are read where nothing is known of a head.
@@ -27,6 +28,9 @@ def from_rows(
         if not isinstance(row, Mapping):
             raise InputError(f"{where}: no text field {fields.text!r} (not an object with named fields)")
         kind = kind or _kind(row, fields, use)
+        if kind in ("text", "causal") and row.get(fields.image) is not None and isinstance(fields.text, str):
+            # The first rows had no picture, which is no matter.
+            kind, inputs = "image_text", [(None, text) for text in inputs]
         inputs.append(_input(row, kind, fields, where))
         if kind == "seq2seq":
             targets.append(_target(row, fields, where))
@@ -39,7 +43,15 @@ def from_rows(
     if read and len(read) != len(inputs):
         raise InputError(f"{source}: only {len(read)} of {len(inputs)} lines have the field {column!r}")
     found = labels.array(read) if labels is not None and read else None
-    return Examples(kind or "text", inputs, found, targets if kind == "seq2seq" else None)
+    return _pictured_first(Examples(kind or "text", inputs, found, targets if kind == "seq2seq" else None))
+
+
+def _pictured_first(examples: Examples) -> Examples:
+    """Examples with those that have pictures in front, so that a batch is of one form."""
+    if examples.kind not in ("chat", "image_text"):
+        return examples
+    without = [not pictures_in(one) for one in examples.inputs]
+    return examples.take(np.argsort(without, kind="stable")) if len(set(without)) > 1 else examples
 
 
 def _kind(row: Mapping[str, Any], fields: Fields, use: str) -> str:
@@ -60,12 +72,16 @@ def _label_column(kind: str, fields: Fields) -> str | tuple[str, ...]:
 
 def _input(row: Mapping[str, Any], kind: str, fields: Fields, where: str) -> Any:
     if kind == "chat":
-        return _messages(row.get(fields.messages), fields.messages, where)
-    if kind in ("image", "image_text"):
+        messages = _messages(row.get(fields.messages), fields.messages, where)
+        return with_pictures(messages, as_list(row.get(fields.image)), where)
+    if kind == "image_text":
+        return row.get(fields.image), _string(row, str(fields.text), where, "text")
+    if kind == "image":
         image = row.get(fields.image)
-        if image is None:
-            raise InputError(f"{where}: no image field {fields.image!r}")
-        return image if kind == "image" else (image, _string(row, str(fields.text), where, "text"))
+        if image is None or isinstance(image, (list, tuple)):
+            several = ": several images need a text" if image else ""
+            raise InputError(f"{where}: no image field {fields.image!r}{several}")
+        return image
     if kind == "question":
         return _string(row, fields.question, where, "question"), _string(row, fields.context, where, "context")
     if kind == "words":
@@ -146,8 +162,12 @@ def read_label(row: Mapping[str, Any], column: str | tuple[str, ...], where: str
         raise InputError(f"{where}: field {shown} {error}") from None
 
 
-def _messages(value: Any, field: str, where: str) -> list[dict[str, str]]:
+def _messages(value: Any, field: str, where: str) -> Messages:
     good = isinstance(value, (list, tuple, np.ndarray)) and len(value) > 0
     if not good or not all(isinstance(m, Mapping) and {"role", "content"} <= m.keys() for m in value):
         raise InputError(f"{where}: field {field!r} must be a list of messages with 'role' and 'content'")
-    return [{key: _whole(str(m[key]), field, where) for key in ("role", "content")} for m in value]
+    contents = [read_parts(message["content"], where) for message in value]
+    messages = [{"role": _whole(str(m["role"]), field, where), "content": c} for m, c in zip(value, contents)]
+    for text in (part.get("text", "") for message in messages for part in as_parts(message["content"])):
+        _whole(text, field, where)
+    return messages

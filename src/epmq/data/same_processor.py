@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from epmq.data.encoding import SETTINGS_FILES, encode, image_processor_of, load_processor, tokenizer_of
+from epmq.data.encoding import encode
 from epmq.data.examples import Examples
+from epmq.data.processors import SETTINGS_FILES, image_processor_of, load_processor, tokenizer_of
 from epmq.errors import InputError
 
 # Scripts, numbers, spaces, code, rare characters: each way of cutting texts has one that it alone cuts as it does.

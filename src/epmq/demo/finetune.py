@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from epmq.data.encoding import encode, load_processor
+from epmq.data.encoding import encode
 from epmq.data.examples import Examples
+from epmq.data.processors import load_processor
 from epmq.files import whole_directory
 from epmq.models.heads import HEAD_FILE, Head, save_head
 from epmq.models.multitask import MultiTaskModel

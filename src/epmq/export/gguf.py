@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from epmq.data.encoding import load_processor
+from epmq.data.processors import load_processor
 from epmq.errors import InputError
 from epmq.export.gguf_blocks import SMALL, BlockType, block_type, pack_rows
 from epmq.export.gguf_models import ENCODERS, FAMILIES, Names, complete, extra_tensors, row_order, stored_plain

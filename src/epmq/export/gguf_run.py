@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from epmq.data.encoding import load_processor, tokenizer_of
+from epmq.data.processors import load_processor, tokenizer_of
 from epmq.files import read_json, write_json
 from epmq.models.blocks import linears
 from epmq.models.loading import load_model

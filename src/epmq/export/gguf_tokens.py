@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from epmq.data.encoding import tokenizer_of
+from epmq.data.processors import tokenizer_of
 from epmq.errors import InputError
 from epmq.files import read_json
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from epmq.errors import InputError, error_context
-from epmq.merging.accounting import account_for_base, account_for_expert, note_left_out, note_ties
-from epmq.merging.configs import check_configs
+from epmq.errors import InputError
+from epmq.merging.accounting import account_for_base, account_for_expert, listed, note_left_out, note_ties
+from epmq.merging.configs import check_configs, part_of
 from epmq.merging.experts import TABLES, ExpertSet
 from epmq.merging.readers import ExpertReader
 from epmq.merging.vocabulary import agree_on_tokens
@@ -17,6 +17,7 @@ from epmq.models.adapter_head import task_of
 from epmq.models.blocks import find_stacks
 from epmq.models.checkpoint import architecture_of
 from epmq.models.meta import is_generator, vocabulary
+from epmq.models.parts import is_numbered
 from epmq.recipe import Expert
 
 LOG = logging.getLogger("epmq")
@@ -57,8 +58,7 @@ def _check_base(experts: ExpertSet) -> None:
             raise InputError(f"{base.path}: tensor {name!r} is {shape}, but {expected} by config.json")
         if torch.is_floating_point(state[name]) and base.dtype(name) is None:
             raise InputError(f"{base.path}: tensor {name!r} is {base.spec(name)[0]}, not float64, 32, 16 or bfloat16")
-    with error_context(str(base.path)):
-        inside = tuple(stack.name + "." for stack in find_stacks(experts.model))
+    inside = tuple(stack.name + "." for stack in find_stacks(experts.model))
     output = experts.output_layer()
     for name in [*experts.absent, *(name for name in base.stand_ins if name in experts.initial)]:
         if name in experts.computed:
@@ -72,7 +72,7 @@ def _check_base(experts: ExpertSet) -> None:
 def _check_checkpoint(experts: ExpertSet, expert: ExpertReader) -> None:
     checkpoint, task, path = expert.checkpoint, expert.task, expert.path
     ours, theirs = experts.config.get("model_type"), checkpoint.config.get("model_type")
-    if ours != theirs:
+    if ours != theirs and part_of(experts.model.config, checkpoint) is None:
         raise InputError(f"expert {task}: model type {theirs!r}, but the base is {ours!r} ({path})")
     if checkpoint.config.get("quantization_config"):
         raise InputError(f"expert {task}: quantized already; give the model it was quantized from ({path})")
@@ -81,20 +81,33 @@ def _check_checkpoint(experts: ExpertSet, expert: ExpertReader) -> None:
         raise InputError(f"expert {task}: shares no tensor with the base{first} ({path})")
     account_for_expert(experts, expert)
     output = experts.output_layer() if is_generator(architecture_of(checkpoint.config) or "") else []
+    beyond = _beyond(experts, expert)
     for name in experts.names:
         stored = expert.stored.get(name)
         if stored is None:
-            if name in experts.computed:
+            if name in experts.computed or name in beyond:
                 continue
             if name in output:
                 raise InputError(f"expert {task}: no tensor for {name!r}, which its config does not tie ({path})")
-            if any(part.isdigit() for part in name.split(".")):
+            if is_numbered(name):
                 raise InputError(f"expert {task}: tensor {name!r} is missing in {path}")
             experts.notes.depart(f"expert {task} has no tensor {name}: the base's takes its place")
             continue
         _check_shape(experts, expert, name, checkpoint.shape(stored))
         if experts.base.dtype(name) is not None and checkpoint.dtype(stored) is None:
             raise InputError(f"expert {task}: tensor {name!r} is {checkpoint.spec(stored)[0]}, not a float ({path})")
+
+
+def _beyond(experts: ExpertSet, expert: ExpertReader) -> set[str]:
+    """What of the model an expert's class does not have, where it lacks blocks: the expert is a part of the model."""
+    lacking = [name for name in experts.names if name not in expert.stored and is_numbered(name)]
+    beyond = experts.beyond(expert) if lacking else set[str]()
+    if beyond.issuperset(lacking) and lacking:
+        own = architecture_of(expert.checkpoint.config)
+        experts.notes.depart(
+            f"expert {expert.task} is a {own}, a part of the model; the base's: {listed(sorted(beyond))}"
+        )
+    return beyond
 
 
 def _check_adapter(experts: ExpertSet, expert: ExpertReader, adapter: Adapter) -> None:

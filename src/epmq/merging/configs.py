@@ -8,7 +8,7 @@ from typing import Any
 
 from epmq.errors import InputError, error_context
 from epmq.merging.experts import ExpertSet
-from epmq.models.checkpoint import read_config
+from epmq.models.checkpoint import Checkpoint, read_config
 from epmq.models.config import (
     ROPE,
     ConfigField,
@@ -63,8 +63,17 @@ def check_configs(experts: ExpertSet) -> None:
     comparison.check("base", content, file)
     for expert in experts.experts.values():
         if expert.adapter is None:
-            file = expert.path / expert.checkpoint.CONFIG
-            comparison.check(f"expert {expert.task}", read_config(file), file)
+            file, theirs = expert.path / expert.checkpoint.CONFIG, read_config(expert.path / expert.checkpoint.CONFIG)
+            part = part_of(experts.model.config, expert.checkpoint)
+            # What a part of the model does not say is the base's.
+            comparison.check(f"expert {expert.task}", theirs if part is None else {**content, part: theirs}, file)
+
+
+def part_of(config: Any, checkpoint: Checkpoint) -> str | None:
+    """Name of the sub-config of that class which describes all of a checkpoint; None where none does."""
+    with error_context(checkpoint.path / checkpoint.CONFIG, CLOSED):
+        own = type(transformers_config(checkpoint))
+    return next((name for name, value in vars(config).items() if type(value) is own), None)
 
 
 def _part(config: Any, part_class: type) -> Any:
@@ -77,7 +86,7 @@ class _Comparison:
 
     def __init__(self, experts: ExpertSet, content: dict[str, Any]) -> None:
         self._notes, self._model, self._changes = experts.notes, experts.model, experts.changes
-        self._class = type(experts.model.config)
+        self._class, self._is_part = type(experts.model.config), experts.shares_part
         self._ours = self._fields(changed(content, self._class, self._changes))
 
     @cached_property
@@ -121,6 +130,8 @@ class _Comparison:
             return False
         if "drop" in leaf and not any(isinstance(one.value, bool) for one in pair):  # a rate, not a switch
             return False
+        if field.name == "is_encoder_decoder" and self._is_part:
+            return False  # the base is one, and an encoder of it says that it is none
         if field.name == "pad_token_id":
             return self._reads.padding_counts_positions
         if field.name == "max_position_embeddings" and all(owner.get(ROPE) for owner in owners):

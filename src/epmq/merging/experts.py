@@ -18,11 +18,16 @@ from epmq.models.blocks import find_stacks
 from epmq.models.checkpoint import Checkpoint, architecture_of, resolve
 from epmq.models.config import changed
 from epmq.models.initial import fill_absent, initial_values
+from epmq.models.parts import place
 from epmq.models.pieces import piece_of
+from epmq.models.towers import keep_first_blocks
 from epmq.notes import Notes
 from epmq.recipe import Expert
 
 CPU = torch.device("cpu")
+# Name in the model → name on disk; and the shapes that a tensor may have.
+Names = dict[str, str]
+Shapes = list[tuple[int, ...]]
 # How the names of embeddings end.
 TABLES = ("embeddings.weight", "embed_tokens.weight")
 
@@ -55,8 +60,9 @@ class ExpertSet:
         paths = {expert.name: resolve(expert.model) for expert in experts}
         opened = {task: Adapter(path) if is_adapter(path) else Checkpoint(path) for task, path in paths.items()}
         full = {task: expert for task, expert in opened.items() if not isinstance(expert, Adapter)}
+        self._note_wrappers(checkpoint, opened)
         self._name_classes(checkpoint, full)
-        self._shared, self._first_only = meta.shared_checkpoint(checkpoint, list(full.values())), False
+        self._shared, self._first_only = classes.shared_checkpoint(checkpoint, list(full.values())), False
         self._class = classes.shared_class(self._shared, list(full.values()))
         self._token_count: int | None = None
         self.model = meta.build_meta_model(self._shared, self._class)
@@ -64,6 +70,8 @@ class ExpertSet:
             self._shared.config = changed(self._shared.config, type(self.model.config), self.changes)
             self.model = meta.build_meta_model(self._shared, self._class)
         self.config, self.shares_part = self._shared.config, self._shared is not checkpoint
+        if self.shares_part:
+            self.notes.append(f"all experts are one part of the base, which alone is merged: {self._class.__name__}")
         self.base = BaseReader(checkpoint, self)
         self.experts = {expert.name: ExpertReader(expert, opened[expert.name], self) for expert in experts}
         state = list(self.model.state_dict())
@@ -76,6 +84,11 @@ class ExpertSet:
         self.absent = [name for name in names if name not in self.names]
         self.written = self._written_names()
         fill_absent(self.model, self.absent, self.initial, CPU)
+
+    def _note_wrappers(self, base: Checkpoint, experts: Mapping[str, Checkpoint]) -> None:
+        for who, one in {"the base": base, **{f"expert {task}": one for task, one in experts.items()}}.items():
+            if one.wrappers:
+                self.notes.depart(f"{who}: taken off the names of its tensors: {', '.join(one.wrappers)}")
 
     def _name_classes(self, base: Checkpoint, experts: dict[str, Checkpoint]) -> None:
         for who, checkpoint in {"the base": base, **{f"expert {task}": one for task, one in experts.items()}}.items():
@@ -93,6 +106,7 @@ class ExpertSet:
         """
         with error_context(str(checkpoint.path)):
             stored, extra = meta.rename(self.model, checkpoint.names)
+            stored, extra = self._placed(checkpoint, stored, extra)
         ties = {} if isinstance(checkpoint, Adapter) else own_ties(self.model, checkpoint)
         if base is not None and not meta.is_generator(architecture_of(checkpoint.config) or ""):
             # What has no output layer follows the base, whose config may tie what its file holds apart.
@@ -103,12 +117,57 @@ class ExpertSet:
         follow_ties(stored, ties)
         return stored, extra, ties
 
+    def _placed(self, checkpoint: Checkpoint, stored: dict[str, str], extra: list[str]) -> tuple[Names, list[str]]:
+        """As `meta.rename` gives it, with the names of a part: the checkpoint is one of the model, or the model of it.
+
+        Raises:
+            InputError: it may be one part or another.
+        """
+        blocks = tuple(f"{stack.name}." for stack in find_stacks(self.model))
+        whole = not isinstance(checkpoint, Adapter)
+        if whole and all(name in stored for name in self.model.state_dict() if name.startswith(blocks)):
+            return stored, extra
+        named = None if whole else (checkpoint.config.get("auto_mapping") or {}).get("base_model_class")
+        own, left = self._as_part({name: _shapes(checkpoint, name) for name in extra}, stored, named)
+        new = next((name for name in own if name not in stored), None)
+        if new is not None and not self.shares_part:
+            self.notes.depart(f"{checkpoint.path}: its names begin otherwise: {own[new]} is {new}, and so on")
+        return own, left
+
+    def _as_part(self, extra: Mapping[str, Shapes], stored: Names, named: str | None = None) -> tuple[Names, list[str]]:
+        """Names that the model has with another beginning, beside those that are `stored`; and those left over.
+
+        `named` is the class of what they are of, where that is known and no more.
+        """
+        state, modules = self.model.state_dict(), dict(self.model.named_modules())
+        found = place(
+            list(extra),
+            state,
+            lambda name, own: tuple(state[own].shape) in extra[name],
+            lambda module: type(modules.get(module)).__name__ == named,
+        )
+        if found is None:
+            return stored, list(extra)
+        taken, put = found
+        moved = {put + name.removeprefix(taken): name for name in extra if name.startswith(taken)}
+        moved = {own: name for own, name in moved.items() if own in state and own not in stored}
+        return {**stored, **moved}, [name for name in extra if name not in moved.values()]
+
+    def beyond(self, expert: ExpertReader) -> set[str]:
+        """Tensors that an expert's class does not have, since it is a part of the model; none of an unknown class."""
+        named = meta.named_class(architecture_of(expert.checkpoint.config))
+        if named is None:
+            return set()
+        with error_context(expert.path / expert.checkpoint.CONFIG, "transformers cannot build this model"):
+            own = classes.outline(named, classes.config_of(expert.checkpoint), expert.checkpoint).state_dict()
+        stored, extra = meta.rename(self.model, own)
+        return set(self.names) - self._as_part({name: [tuple(own[name].shape)] for name in extra}, stored)[0].keys()
+
     def _find_initial_values(self) -> None:
         lacking = [expert.stored for expert in self.experts.values() if expert.adapter is None]
         unstored = {name for name in self.model.state_dict() if any(name not in stored for stored in lacking)}
         computed = {name for name in {*unstored, *self.absent} if classes.is_expected_missing(self.model, name)}
-        with error_context(str(self.base.path)):
-            inside = tuple(stack.name + "." for stack in find_stacks(self.model))
+        inside = tuple(stack.name + "." for stack in find_stacks(self.model))
         # A block's weight or a large table that is not there is an error, and need not be made.
         large = (*inside, *self.output_layer())
         started = {name for name in self.absent if not name.startswith(large) and not name.endswith(TABLES)}
@@ -146,10 +205,12 @@ class ExpertSet:
     def _written_names(self) -> dict[str, str]:
         """The base's names on disk; the model's own for a tensor that the base has only as another one, or not."""
         own = meta.rename(self.model, self.base.checkpoint.names)[0]
-        taken, written = {own[name] for name in self.names if name in own}, dict[str, str]()
+        read, taken = set(own.values()), {own[name] for name in self.names if name in own}
+        written = dict[str, str]()
         for name in self.names:
             stored = own.get(name, self.base.stored.get(name, name))
-            written[name] = name if name not in own and stored in taken else stored
+            # What is read although no class has it under that name is written under its own.
+            written[name] = name if stored not in read or (name not in own and stored in taken) else stored
             taken.add(written[name])
         return written
 
@@ -185,8 +246,8 @@ class ExpertSet:
         """Another copy of the model without its weights; `tokens` is the size of another vocabulary."""
         model = meta.build_meta_model(self._shared, self._class, tokens or self._token_count)
         fill_absent(model, self.absent, self.initial, CPU)
-        for stack in find_stacks(model) if self._first_only else ():
-            del model.get_submodule(stack.name)[1:]
+        if self._first_only:
+            keep_first_blocks(model)
         return model
 
     def first_blocks(self) -> "ExpertSet":
@@ -218,6 +279,15 @@ class ExpertSet:
         """Names of the tensors that lie in no block."""
         prefixes = tuple(stack.name + "." for stack in find_stacks(self.model))
         return [name for name in self.names if not name.startswith(prefixes)]
+
+
+def _shapes(checkpoint: Checkpoint, name: str) -> Shapes:
+    """The shapes that a tensor of a model may have, by what a checkpoint or an adapter holds for it."""
+    if not isinstance(checkpoint, Adapter):
+        return [checkpoint.shape(name)]
+    found = [checkpoint.shape(name)] if checkpoint.replaces(name) else []
+    changed = [checkpoint.change_shape(name)] if checkpoint.changes(name) else []
+    return [*found, *changed, *(shape[::-1] for shape in changed)]
 
 
 def _mean(name: str, experts: Sequence[ExpertReader], rows: slice | None) -> Tensor:

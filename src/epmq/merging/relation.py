@@ -44,13 +44,15 @@ def _check_weights(experts: ExpertSet) -> Iterator[str]:
     cosines: dict[str, dict[str, float]] = {task: {} for task in experts.experts}
     sizes: dict[str, list[float]] = {task: [] for task in experts.experts}
     base_digest, digests = sha256(), {task: sha256() for task in experts.experts}
-    names = (f"{layer}.weight" for layer, _ in block_linears(experts.model))
-    for name in filter(set(experts.names).__contains__, names):
+    linear, names = [f"{layer}.weight" for layer, _ in block_linears(experts.model)], set(experts.names)
+    for name in [name for name in linear if name in names] or _matrices(experts):
         base = experts.base.tensor(name, slice(SAMPLE)).double()
         base_digest.update((base + 0.0).contiguous().numpy().data)  # -0 is 0
         for task, expert in experts.experts.items():
             rows = expert.tensor(name, slice(SAMPLE)).double()
             digests[task].update((rows + 0.0).contiguous().numpy().data)
+            if not expert.has(name):  # the base's own
+                continue
             change, size = float((rows - base).norm()), float(base.norm())
             cosines[task][name] = correlation(base, rows)
             sizes[task].append(change / size if size else float(change > 0))
@@ -71,6 +73,12 @@ def _check_weights(experts: ExpertSet) -> Iterator[str]:
         alike = digests[one].digest() == digests[other].digest()
         if alike and _same(experts, experts.experts[one], experts.experts[other]):
             yield f"experts {one} and {other} have the same weights, which count twice in the merge"
+
+
+def _matrices(experts: ExpertSet) -> list[str]:
+    """All weights of more than one dimension, of a model without linear layers in blocks, such as convolutions."""
+    base = experts.base
+    return [name for name in experts.names if base.dtype(name) is not None and len(base.shape(name)) > 1]
 
 
 def correlation(base: Tensor, expert: Tensor) -> float:

@@ -11,6 +11,8 @@ from epmq.errors import InputError, error_context
 from epmq.models.checkpoint import Checkpoint, TensorSpec
 
 CONFIG = "adapter_config.json"
+# Modules that PEFT puts around a model.
+OWN = ("base_model", "model")
 # Fields of a LoRA config that need nothing done here, whatever they hold: training, bookkeeping, or read below.
 # fmt: off
 _HARMLESS = {
@@ -91,6 +93,11 @@ class Adapter(Checkpoint):
     def names(self) -> list[str]:
         """Names of the base's tensors that the adapter changes or replaces."""
         return list(self._parts)
+
+    @property
+    def wrappers(self) -> list[str]:
+        """As of a checkpoint; PEFT puts its own around every model."""
+        return [module for module in super().wrappers if module not in OWN]
 
     def __contains__(self, name: str) -> bool:
         return name in self._parts

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from epmq import matmul as products
-from epmq.errors import InputError
 
 LINEAR = (nn.Linear, Conv1D)
 # A list of modules with a smaller share of the model's linear weights than this is not a stack of blocks.
@@ -38,7 +37,7 @@ class Stack:
 
 
 def find_stacks(model: nn.Module) -> list[Stack]:
-    """The model's stacks of repeated blocks, in order of definition; a model that has none is a ValueError.
+    """The model's stacks of repeated blocks, in order of definition; none of a model without linear layers in a list.
 
     A list of lists, such as Funnel's, is no stack: those in it are.
     """
@@ -49,8 +48,6 @@ def find_stacks(model: nn.Module) -> list[Stack]:
         if isinstance(module, nn.ModuleList) and not inside and _linear_size(module) >= SMALLEST_SHARE * total:
             outermost.append(name)
             stacks += _innermost(name, module)
-    if not stacks:
-        raise InputError(f"{type(model).__name__} has no list of repeated blocks with linear layers to quantize")
     return stacks
 
 
@@ -70,9 +67,14 @@ def linears(module: nn.Module) -> list[tuple[str, nn.Module]]:
 def block_linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Full names and modules of the linear layers in the model's blocks: everything that is quantized."""
     for stack in find_stacks(model):
-        for index, block in enumerate(stack.blocks):
-            for name, linear in linears(block):
-                yield f"{stack.block_name(index)}.{name}", linear
+        yield from stack_linears(stack)
+
+
+def stack_linears(stack: Stack) -> Iterator[tuple[str, nn.Module]]:
+    """Full names and modules of the linear layers in a stack's blocks."""
+    for index, block in enumerate(stack.blocks):
+        for name, linear in linears(block):
+            yield f"{stack.block_name(index)}.{name}", linear
 
 
 def is_transposed(linear: nn.Module) -> bool:

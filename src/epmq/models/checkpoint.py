@@ -14,6 +14,7 @@ from torch import Tensor
 
 from epmq.errors import InputError, MissingError, error_context, reason
 from epmq.files import read_json
+from epmq.models.parts import unwrapped, wrappers
 from epmq.models.pieces import Piece, piece_of
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -129,7 +130,9 @@ class Checkpoint:
         self.path = path.parent if str(source).endswith(PICKLES) else path
         self.config: dict[str, Any] = read_config(self.path / self.CONFIG)
         self._files: dict[str, Any] = {}
-        self._shard = self._read_index(path.name if path != self.path else None)
+        shard = self._read_index(path.name if path != self.path else None)
+        self._on_disk = unwrapped(shard)
+        self._shard = {name: shard[stored] for name, stored in self._on_disk.items()}
 
     def _read_index(self, named: str | None) -> dict[str, str]:
         if named and not named.endswith(".json"):
@@ -171,8 +174,13 @@ class Checkpoint:
 
     @property
     def names(self) -> list[str]:
-        """Names of all tensors, as on disk."""
+        """Names of all tensors, as on disk but for what programs that train put around modules."""
         return list(self._shard)
+
+    @property
+    def wrappers(self) -> list[str]:
+        """What was taken off the names: modules of programs that train."""
+        return wrappers(self._on_disk)
 
     @property
     def pickles(self) -> list[str]:
@@ -199,7 +207,7 @@ class Checkpoint:
             dtype, whole = self.spec(piece.tensor)
             with error_context(str(self.path)):
                 return dtype, piece.shape(whole)
-        header = self._open(self._shard_of(name)).get_slice(name)
+        header = self._open(self._shard_of(name)).get_slice(self._on_disk[name])
         return header.get_dtype(), tuple(header.get_shape())
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -216,26 +224,26 @@ class Checkpoint:
         piece = piece_of(name)
         if piece is not None:
             return self._piece(piece, rows)
-        shard = self._shard_of(name)
+        shard, stored = self._shard_of(name), self._on_disk.get(name, name)
         if shard.endswith(PICKLES):
-            pickled: Tensor = self._open(shard).get_tensor(name)
+            pickled: Tensor = self._open(shard).get_tensor(stored)
             return pickled if rows is None else pickled[rows]
         # A map for this tensor alone: pages that were read stay resident until their map is closed, and with one map
         # for the file all weights would be in the end.
         with error_context(self.path / shard, f"tensor {name!r} cannot be read"):
             file: Any = safe_open(str(self.path / shard), framework="pt")
-            tensor: Tensor = file.get_tensor(name) if rows is None else file.get_slice(name)[rows]
+            tensor: Tensor = file.get_tensor(stored) if rows is None else file.get_slice(stored)[rows]
             return tensor
 
     def _piece(self, piece: Piece, rows: slice | None) -> Tensor:
         """A piece of a tensor, or some rows of it; of the whole only the entry is read that it lies in."""
-        shard = self._shard_of(piece.tensor)
+        shard, stored = self._shard_of(piece.tensor), self._on_disk.get(piece.tensor, piece.tensor)
         with error_context(self.path / shard, f"tensor {piece.tensor!r} cannot be read"):
             pickled = shard.endswith(PICKLES)
-            whole: Any = self._open(shard).get_tensor(piece.tensor) if pickled else None
+            whole: Any = self._open(shard).get_tensor(stored) if pickled else None
             if whole is None:  # a map of its own, as above
                 file: Any = safe_open(str(self.path / shard), framework="pt")
-                whole = file.get_slice(piece.tensor)
+                whole = file.get_slice(stored)
             entry: Tensor = whole[:] if piece.index is None else whole[piece.index : piece.index + 1][0]
             own = piece.take(entry)
             return (own if rows is None else own[rows]).contiguous()

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from epmq.errors import InputError, error_context
+from epmq.models.blocks import find_stacks
 from epmq.models.checkpoint import FLOATS, Checkpoint, architecture_of
 from epmq.models.config import transformers_config
 from epmq.models.meta import backbone_class, has_task_head, is_generator, named_class, no_larger, rename
@@ -149,6 +150,36 @@ def _weights(checkpoint: Checkpoint) -> list[str]:
 def _is_plain(model_class: Any) -> bool:
     """Whether a class is a plain `…Model` without an output layer."""
     return not has_task_head(model_class.__name__) and not is_generator(model_class.__name__)
+
+
+def shared_checkpoint(base: Checkpoint, experts: Sequence[Checkpoint]) -> Checkpoint:
+    """The checkpoint whose `config.json` describes what base and experts share: the base.
+
+    The exception are experts that are all one part of the base, which is then merged alone: those of the model type of
+    one of the base's sub-configs, such as `CLIPVisionModel`s of a `CLIPModel`, and those of a class that has not all of
+    the base's stacks of blocks, such as encoders of encoder–decoders.
+    """
+    types = {expert.config.get("model_type") for expert in experts}
+    parts = [part.get("model_type") for part in base.config.values() if isinstance(part, dict)]
+    if len(types) != 1:
+        return base
+    if types == {base.config.get("model_type")}:
+        return experts[0] if _is_half(base, experts) else base
+    return experts[0] if types <= set(parts) else base
+
+
+def _is_half(base: Checkpoint, experts: Sequence[Checkpoint]) -> bool:
+    """Whether all experts are of one plain class that has fewer stacks of blocks than the base's."""
+    names = {architecture_of(expert.config) for expert in experts}
+    named, own = named_class(next(iter(names))), named_class(architecture_of(base.config))
+    if len(names) != 1 or None in (named, own) or named is own or not _is_plain(named):
+        return False
+    return _stacks(named, experts[0]) < _stacks(own, base)
+
+
+def _stacks(model_class: Any, checkpoint: Checkpoint) -> int:
+    with error_context(checkpoint.path / checkpoint.CONFIG, "transformers cannot build this model"):
+        return len(find_stacks(outline(model_class, config_of(checkpoint), checkpoint)))
 
 
 def shared_class(shared: Checkpoint, experts: Sequence[Checkpoint]) -> Any:

@@ -1,8 +1,9 @@
 """The model without its weights: which class it is, what its tensors are called, and how they get in and out."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,15 @@ from epmq.models.pieces import piece_of
 # Classes whose weights are all shared between experts: their own architecture is merged. Everything else that is not
 # a plain `…Model` has a task head; its backbone is merged and the head is kept apart.
 _WHOLE = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+# How the names of a model's halves end, of which some can be saved alone.
+_HALVES = ("Encoder", "Decoder")
 # Parameters that a model may have beyond eight times the tensors on disk: some are set more than once.
 SPARE = 1000
 
 
 def has_task_head(architecture: str | None) -> bool:
     """Whether an architecture is a shared model with a task head on top, such as `BertForSequenceClassification`."""
-    return architecture is not None and not architecture.endswith(("Model", *_WHOLE))
+    return architecture is not None and not architecture.endswith(("Model", *_HALVES, *_WHOLE))
 
 
 def is_generator(architecture: str) -> bool:
@@ -40,7 +43,25 @@ def named_class(architecture: Any) -> Any:
     import transformers
 
     named = getattr(transformers, architecture, None) if isinstance(architecture, str) else None
+    if named is None and isinstance(architecture, str) and architecture.endswith(_HALVES):
+        named = _half(architecture)
     return named if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel) else None
+
+
+def _half(architecture: str) -> Any:
+    """An encoder or a decoder of transformers by its class name, such as `WhisperEncoder`; it exports none of them."""
+    import transformers.models.auto.configuration_auto as auto
+
+    for kind in sorted(auto.CONFIG_MAPPING, key=len, reverse=True):
+        module = auto.model_type_to_module_name(kind)
+        if architecture.lower().startswith(module.replace("_", "")):
+            try:
+                found = import_module(f"transformers.models.{module}.modeling_{module}")
+            except ImportError:
+                continue
+            if hasattr(found, architecture):
+                return getattr(found, architecture)
+    return None
 
 
 def backbone_class(config: Any) -> Any:
@@ -70,18 +91,6 @@ def no_larger(source: str | Path, tensors: int, entries: int) -> Iterator[None]:
 
     with register_module_parameter_registration_hook(check):
         yield
-
-
-def shared_checkpoint(base: Checkpoint, experts: Sequence[Checkpoint]) -> Checkpoint:
-    """The checkpoint whose `config.json` describes what base and experts share: the base.
-
-    The exception are experts that are one part of the base, such as `CLIPVisionModel`s of a `CLIPModel`: where they
-    all have the model type of one of the base's sub-configs, that part alone is merged.
-    """
-    types = {expert.config.get("model_type") for expert in experts}
-    parts = [part.get("model_type") for part in base.config.values() if isinstance(part, dict)]
-    part_alone = len(types) == 1 and types != {base.config.get("model_type")} and types <= set(parts)
-    return experts[0] if part_alone else base
 
 
 def build_meta_model(checkpoint: Checkpoint, model_class: Any = None, tokens: int | None = None) -> Any:
@@ -211,9 +220,10 @@ def load_outside(
 ) -> None:
     """Put real tensors in the place of those outside of the blocks, and tie them.
 
-    Embeddings and the output layer stay in the dtype that they have on disk: read lazily (memory-mapped) and cast after
-    the look-up, a large vocabulary costs an expert no memory, and its output layer, which no calibration runs, costs
-    nothing.
+    Embeddings of tokens and the output layer stay in the dtype that they have on disk: read lazily (memory-mapped) and
+    cast after the look-up, a large vocabulary costs an expert no memory, and its output layer, which no calibration
+    runs, costs nothing. Other embeddings are small, and some are read without a look-up, such as DeBERTa's of relative
+    positions.
 
     Args:
         model: a model on the meta device.
@@ -221,10 +231,10 @@ def load_outside(
         read: gives the tensor of a name.
         tied: tied copy → the name it follows.
     """
-    output = model.get_output_embeddings()
+    output, tokens = model.get_output_embeddings(), vocabulary(model)
     for name in names:
         module = _owner(model, name)
-        if type(module) is nn.Embedding:
+        if type(module) is nn.Embedding and module.num_embeddings == tokens:
             module.register_forward_hook(lambda module, args, rows: rows.float())
         elif module is not output:
             materialize(model, [name], read, device)

@@ -9,8 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from epmq.data.encoding import encode, fit_to_model, load_processor, to_device, tokenizer_of
+from epmq.data.encoding import encode, to_device
 from epmq.data.examples import Examples
+from epmq.data.processors import fit_to_model, load_processor, tokenizer_of
 from epmq.errors import InputError, UnknownTaskError, error_context
 from epmq.models import predictions
 from epmq.models.checkpoint import read_config, resolve

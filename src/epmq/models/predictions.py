@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from epmq.data.encoding import to_device, tokenizer_of
+from epmq.data.encoding import to_device
+from epmq.data.processors import tokenizer_of
 from epmq.data.windows import (
     Span,
     Window,

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from epmq.data.encoding import encode, image_processor_of, tokenizer_of
+from epmq.data.encoding import encode
 from epmq.data.examples import Examples
+from epmq.data.processors import image_processor_of, tokenizer_of
 from epmq.errors import InputError
 from epmq.packages import call
 from epmq.page.vendored import CODE, TOKENIZERS

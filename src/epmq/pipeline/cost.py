@@ -203,9 +203,9 @@ def _merged(prepared: PreparedRun) -> Measured:
     """What merging costs, and rounding to nearest where that is asked for: one block of each stack stands for all."""
     first, settings, device = prepared.experts.first_blocks(), prepared.recipe.quantize, prepared.device
     merged = MergedWeights(first, prepared.recipe.merge, prepared.recipe.seed)
-    inside = [name for name in first.names if name not in first.outside_names()]
+    inside = [name for name in first.names if name not in first.outside_names()] or first.names  # all without blocks
     largest = max(first.names, key=lambda name: math.prod(first.base.shape(name)))
-    whole, blocks = _entries(prepared.experts, prepared.experts.names), _blocks(prepared.experts) / _blocks(first)
+    whole = _entries(prepared.experts, prepared.experts.names)
     return_freed_memory()
     reset_peak_memory()
     start = memory_mb()
@@ -215,7 +215,8 @@ def _merged(prepared: PreparedRun) -> Measured:
     seconds["merge"] += merging * whole / _entries(first, inside)
     if settings.method == "rtn":
         tensors = SimpleNamespace(tensor={name: merged.tensor(name) for name in inside}.__getitem__)
-        seconds["round"] = _timed(lambda: list(round_blocks(first, tensors, prepared.layout)), device) * blocks
+        seconds["round"] = _timed(lambda: list(round_blocks(first, tensors, prepared.layout)), device)
+        seconds["round"] *= _blocks(prepared.experts) / _blocks(first)
     return Measured(seconds, max(peak_memory_mb() - start, 0.0))
 
 

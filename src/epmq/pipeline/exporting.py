@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from rich.progress import Progress
 
-from epmq.data.encoding import encode, load_processor
+from epmq.data.encoding import encode
 from epmq.data.made import made_examples
+from epmq.data.processors import load_processor
 from epmq.data.readers import read_data
 from epmq.errors import EpmqError, error_context
 from epmq.export.form import Form

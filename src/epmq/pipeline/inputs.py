@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from epmq.data.encoding import WINDOW, encode, fit_to_model, split_first, tokenizer_of
+from epmq.data.encoding import WINDOW, encode, split_first
 from epmq.data.examples import Examples
+from epmq.data.processors import fit_to_model, tokenizer_of
 from epmq.data.same_processor import encodes_alike
 from epmq.errors import InputError
 from epmq.merging.experts import ExpertSet

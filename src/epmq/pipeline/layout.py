@@ -16,9 +16,10 @@ from epmq.models.blocks import LINEAR, block_linears, find_stacks, is_transposed
 from epmq.models.meta import token_tables, vocabulary
 from epmq.models.mixtures import routers
 from epmq.models.storage import Layout, Storage
+from epmq.models.towers import beside_language
 from epmq.quantization.grid import BITS, Grid
 from epmq.quantize_settings import QuantizeSettings
-from epmq.storage_settings import PLAIN, Override, PartGrid, describe
+from epmq.storage_settings import PLAIN, PartGrid, describe
 
 # What a plan tells the storage of.
 PARTS = BLOCKS, TABLES, OUTSIDE, OUTPUT, REST = "blocks", "tables", "outside the blocks", "output layer", "rest"
@@ -35,6 +36,7 @@ class _Part:
     grid: Grid | None
     field: str
     in_block: bool = False
+    beside: bool = False  # in a tower or a projector beside a language model
 
 
 class LayoutPlanner:
@@ -43,13 +45,20 @@ class LayoutPlanner:
     Args:
         experts: base and experts, opened.
         settings: of the quantizer.
+
+    Raises:
+        InputError: the model has no blocks with linear layers, such as a network of convolutions.
     """
 
     def __init__(self, experts: ExpertSet, settings: QuantizeSettings) -> None:
         self._experts, self._settings = experts, settings
         self._blocks = dict(block_linears(experts.model))
+        if not self._blocks:
+            model = type(experts.model).__name__
+            raise InputError(f"{model} has no list of repeated blocks with linear layers to quantize: use method: none")
         self._modules = dict(experts.model.named_modules())
         self._routers = set(routers(experts.model))
+        self._beside = beside_language(experts.model)
         self._aliases: dict[str, list[str]] = {name: [name] for name in experts.names}
         for name, leader in experts.tied.items():
             self._aliases.setdefault(leader, [leader]).append(name)
@@ -74,9 +83,9 @@ class LayoutPlanner:
         solvable = [layer for layer in reached if layer in parts and layer not in unread]
         late = [layer for layer in solvable if not self._kept(chosen[layer], parts[layer])]
         for layer, part in parts.items():
-            grid, override = self._grid(layer, part, chosen[layer])
-            solved = (part.in_block or layer in late) and not (override is not None and override.skip)
-            of[f"{layer}.weight"] = self._matrix(layer, grid, solved)
+            grid, kept = self._grid(layer, part, chosen[layer]), self._kept(chosen[layer], part)
+            if not (kept and part.beside and chosen[layer] is None):  # which is stored as norms are
+                of[f"{layer}.weight"] = self._matrix(layer, grid, (part.in_block or layer in late) and not kept)
         output = next((layer for layer in self._output if layer in late), None)
         of = {name: storage for name, storage in of.items() if name not in dropped}
         free = {layer: grids for layer, part in parts.items() if (grids := self._choices(layer, part, chosen[layer]))}
@@ -99,6 +108,8 @@ class LayoutPlanner:
         settings = self._settings
         if layer in self._routers:
             return None
+        if layer in self._beside:
+            return _Part(None, "group_size", in_block=layer in self._blocks, beside=True)
         if layer in self._blocks:
             return _Part(settings.block_grid, "group_size", in_block=True)
         aliases = [alias.removesuffix(".weight") for alias in self._aliases[f"{layer}.weight"]]
@@ -173,14 +184,14 @@ class LayoutPlanner:
         return chosen
 
     def _kept(self, number: int | None, part: _Part) -> bool:
-        """Whether a layer outside the blocks stays as it is merged."""
+        """Whether a layer stays as it is merged, and gets no target."""
         override = None if number is None else self._settings.overrides[number]
         if override is not None:
             return override.skip
-        return part.grid is None and part.field == "output_layer"
+        return part.beside or (part.grid is None and part.field == "output_layer")
 
-    def _grid(self, layer: str, part: _Part, number: int | None) -> tuple[Grid | None, Override | None]:
-        """The grid of a layer, which its columns are checked against, and the override that it comes from."""
+    def _grid(self, layer: str, part: _Part, number: int | None) -> Grid | None:
+        """The grid of a layer, which its columns are checked against."""
         override = None if number is None else self._settings.overrides[number]
         grid, field = part.grid, f"quantize.{part.field}"
         if override is not None:
@@ -188,18 +199,18 @@ class LayoutPlanner:
         if grid is not None:
             with error_context(f"{field}: {layer}"):
                 grid.width(self._shape(layer)[1])
-        return grid, override
+        return grid
 
     def _choices(self, layer: str, part: _Part, number: int | None) -> tuple[Grid, ...]:
         """The grids among which one is chosen for a layer under a limit of size; none where its bits are given."""
         settings, override = self._settings, None if number is None else self._settings.overrides[number]
         if settings.budget is None and settings.size is None:
             return ()
-        if override is not None and (override.skip or override.bits is not None):
+        if part.beside if override is None else override.skip or override.bits is not None:
             return ()
         if part.field != "group_size" and getattr(settings, part.field) is not None:
             return ()
-        own, columns = self._grid(layer, part, number)[0] or Grid(), self._shape(layer)[1]
+        own, columns = self._grid(layer, part, number) or Grid(), self._shape(layer)[1]
         if part.field == "group_size" or override is not None:
             coarser = [replace(own, bits=BITS[0], group_size=COARSE)] if -1 < own.group_size < COARSE else []
             grids = [*coarser, *(replace(own, bits=bits) for bits in BITS)]

@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from epmq.data.encoding import encode, text_length, to_device, tokenizer_of
+from epmq.data.encoding import encode, text_length, to_device
 from epmq.data.examples import Examples
 from epmq.data.labels import IGNORED
+from epmq.data.pictures import placeholder_ids
+from epmq.data.processors import tokenizer_of
 from epmq.errors import InputError
 from epmq.models import predictions
 from epmq.models.multitask import MultiTaskModel, best_choices
@@ -61,12 +63,13 @@ def accuracy(model: MultiTaskModel, task: str, examples: Examples, **options: An
 def log_perplexity(model: MultiTaskModel, task: str, examples: Examples, **options: Any) -> float:
     """Mean negative log-likelihood of a token given those before it, in nats; its exponential is the perplexity.
 
-    The first token of a sequence is not predicted, padding does not count. The examples are windows of tokens,
-    documents or conversations.
+    The first token of a sequence is not predicted; padding, and what stands for a picture, does not count. The examples
+    are windows of tokens, documents or conversations.
     """
-    total, count = 0.0, 0
+    total, count, shown = 0.0, 0, torch.tensor(placeholder_ids(model.processor), device=model.device)
     for inputs, _ in _batches(model, examples, **options):
         labels = inputs["input_ids"][:, 1:].masked_fill(inputs["attention_mask"][:, 1:] == 0, -100)
+        labels = labels.masked_fill(torch.isin(labels, shown), -100) if len(shown) else labels
         # One sequence at a time: the scores of a large vocabulary are not copied whole.
         for scores, next_tokens in zip(model.backbone(**inputs).logits, labels):
             total += float(torch.nn.functional.cross_entropy(scores[:-1].float(), next_tokens, reduction="sum"))

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from epmq.data.encoding import image_processor_of, load_processor, tokenizer_of
+from epmq.data.processors import image_processor_of, load_processor, tokenizer_of
 from epmq.errors import InputError
 from epmq.export.onnx import FOLDER, TASKS
 from epmq.export.target import find_target

@@ -21,6 +21,7 @@ from epmq.data.readers import fields_of, from_objects, read_data
 from epmq.data.same_processor import differs_in_media
 from epmq.errors import InputError, error_context
 from epmq.files import check_output
+from epmq.merging.accounting import listed
 from epmq.merging.compatibility import open_experts
 from epmq.merging.experts import ExpertSet
 from epmq.merging.merged import MergedWeights
@@ -31,6 +32,7 @@ from epmq.models.heads import HEAD_FILE, load_head, read_head_file
 from epmq.models.side_files import add_modules, side_files
 from epmq.models.storage import Layout
 from epmq.models.tasks import Task
+from epmq.models.towers import beside_language
 from epmq.pipeline import tasks
 from epmq.pipeline.inputs import Batches, ModelInputs
 from epmq.pipeline.layout import LayoutPlanner, fit_dtypes
@@ -83,11 +85,13 @@ def prepare(
     listed, recipe = recipe.experts, recipe.ordered()
     experts = open_experts(recipe.base, recipe.experts, recipe.tokenizer, recipe.config)
     planner = LayoutPlanner(experts, recipe.quantize) if recipe.quantize.method != "none" or recipe.calibrates else None
+    first = Layout()
     if planner is not None:
         _check_settings(recipe)
         first = planner.layout()  # what does not fit is an error before any data is read
         if recipe.format != "dequantized":
             experts.write_matrices({*first.quantized(), *first.free})
+        experts.notes += _kept_beside(first, experts)
         for note in _untouched(experts):
             experts.notes.depart(note)
     experts.notes += check_relation(experts)
@@ -104,7 +108,7 @@ def prepare(
             scored[expert.name] = data.evaluation(evaluation)
         check_head(experts, expert.name, scored.get(expert.name))
     stub = StubModel(experts) if recipe.calibrates else None
-    calls = BlockCalls() if stub is None else try_forwards(experts, inputs, stub)
+    calls = BlockCalls() if stub is None else try_forwards(experts, inputs, stub, first.solves)
     heads = all(expert.has_head for expert in experts.experts.values())
     if heads and recipe.calibrates and recipe.guidance.refit_heads:
         heads = heads_follow(experts, inputs, stub)
@@ -183,6 +187,14 @@ def _untouched(experts: ExpertSet) -> list[str]:
         f"{100 * untouched / total:.0f} % of the blocks' weights lie in no linear layer and are not quantized; the "
         f"largest: {largest}"
     ]
+
+
+def _kept_beside(layout: Layout, experts: ExpertSet) -> list[str]:
+    """A note on the towers and projectors beside a language model of which no layer is quantized."""
+    beside = beside_language(experts.model)
+    changed = {beside[name] for name in beside if layout.solves(name) or layout.grid(name) is not None}
+    kept = [part for part in dict.fromkeys(beside.values()) if part not in changed]
+    return [f"beside the language model, not quantized: {listed(kept)}; overrides may say otherwise"] if kept else []
 
 
 @dataclass

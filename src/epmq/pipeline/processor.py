@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from epmq.data.encoding import load_processor
+from epmq.data.processors import load_processor
 from epmq.data.tokens import (
     TEMPLATE_FILE,
     TEMPLATE_FOLDER,

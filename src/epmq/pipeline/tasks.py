@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
-from epmq.data.encoding import text_length, tokenizer_of
+from epmq.data.encoding import text_length
 from epmq.data.examples import Examples
 from epmq.data.labels import EXAMPLES_OF
+from epmq.data.processors import tokenizer_of
 from epmq.data.windows import join_words, windows
 from epmq.errors import InputError, error_context
 from epmq.merging.readers import ExpertReader

@@ -10,7 +10,7 @@ from epmq.calibration.calls import BlockCalls
 from epmq.calibration.repeated import calibrator_of
 from epmq.calibration.sequential import Batch
 from epmq.calibration.teacher import NO_CALLS
-from epmq.data.encoding import load_processor
+from epmq.data.processors import load_processor
 from epmq.data.same_processor import difference
 from epmq.errors import InputError
 from epmq.files import write_json

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from epmq.data.encoding import tokenizer_of
+from epmq.data.processors import tokenizer_of
 from epmq.errors import InputError, OutputExistsError
 from epmq.files import cache_dir, differences, read_json, write_whole
 from epmq.merging.compatibility import open_experts

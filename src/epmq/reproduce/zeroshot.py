@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.nn.functional import normalize
 
-from epmq.data.encoding import load_processor, tokenizer_of
+from epmq.data.processors import load_processor, tokenizer_of
 from epmq.errors import InputError, error_context
 from epmq.files import hash_file
 from epmq.models.checkpoint import Checkpoint
