@@ -92,10 +92,10 @@ def test_what_is_lost_or_there_twice_is_an_error(tmp_path):
     name = "model.layers.0.mlp.experts.gate_up_proj"
     write_all(tmp_path, "qwen3_moe", fused=("two",))
     change(tmp_path / "two", lambda tensors: tensors.update({name: torch.cat([tensors[name]] * 2)}))
-    with pytest.raises(InputError, match=rf"two: tensor '{name}' is \[8, 32, 32\], and its config says 4 experts"):
+    with pytest.raises(InputError, match=rf"two: tensor '{name}' is \[8, 64, 32\], and its config says 4 experts"):
         merged(tmp_path, method="average")
     write_all(tmp_path, "qwen3_moe")
-    change(tmp_path / "two", lambda tensors: tensors.update({name: torch.zeros(4, 32, 32)}))
+    change(tmp_path / "two", lambda tensors: tensors.update({name: torch.zeros(4, 64, 32)}))
     with pytest.raises(InputError, match=r"are both model\.layers\.0\.mlp\.experts\.\d\.\w+_proj\.weight"):
         merged(tmp_path, method="average")
     write_all(tmp_path, "qwen3_moe")

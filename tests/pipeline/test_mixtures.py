@@ -84,7 +84,9 @@ def test_each_expert_is_calibrated_on_the_tokens_that_reach_it(family, tmp_path)
         names = [name for name in file.keys() if ".experts.3." in name and name.endswith("weight_packed")]
     assert len(names) == 3 * (len(counts) // EXPERTS)
     packed = epmq.load(tmp_path / "out", weights="packed-exact").backbone
-    assert torch.equal(logits(loaded), logits(packed)) and not torch.equal(logits(loaded), logits(MIXTURES[family]()))
+    # Where transformers turns the fused experts, products are summed in another order.
+    torch.testing.assert_close(logits(packed), logits(loaded), rtol=0, atol=1e-7 if family == "gpt_oss" else 0)
+    assert not torch.equal(logits(loaded), logits(MIXTURES[family]()))
     if family == "gpt_oss":  # transformers has no form of it with matrices
         assert any("cannot open this packed model" in note for note in report["notes"])
     else:

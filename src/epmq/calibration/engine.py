@@ -13,7 +13,7 @@ from epmq.calibration.collect import LayerGroup, Problem, collect
 from epmq.calibration.context import CalibrationContext
 from epmq.calibration.grouping import LayerTarget, find_targets
 from epmq.calibration.head_refit import HeadFit, HeadRefitter
-from epmq.calibration.mixture import RoutedTokens, follow_routes
+from epmq.calibration.mixture import RoutedTokens, pass_block
 from epmq.calibration.outside import OutsideStep
 from epmq.calibration.repeated import calibrator_of
 from epmq.calibration.sequential import Batch, BlockStep
@@ -253,18 +253,8 @@ class CalibrationEngine:
         if block.name != step.name or self.written is None:
             raise RuntimeError(f"the finished block is {block.name}, not {step.name}: begin anew with --restart")
         materialize(experts.model, self._names(step), self.written.tensor, context.device)
-        self._pass_teachers(step)
+        pass_block(step, context.teachers)
         return block
-
-    def _pass_teachers(self, step: BlockStep | OutsideStep) -> None:
-        """Take the experts past a block in which they are asked nothing."""
-        for task in dict.fromkeys(batch.task for _, batch in step.members):
-            if teacher := self.context.teachers.get(task):
-                teacher.run(step.name, ())
-        if self.context.teachers:
-            follow_routes(step, self.context.teachers)
-        for teacher in self.context.teachers.values():
-            teacher.end_block()
 
     def _names(self, step: BlockStep | OutsideStep) -> list[str]:
         """Names of the tensors that a step decides on."""
@@ -292,7 +282,7 @@ class CalibrationEngine:
             )
         points = [point for target in targets for point in self._points(step, target)]
         if not targets:
-            self._pass_teachers(step)
+            pass_block(step, context.teachers)
         self.observe(step.name, "load")
         for target in targets:
             if isinstance(step, BlockStep) and target.mixture is not None:

@@ -166,7 +166,18 @@ def lead(step: BlockStep, mixture: str, members: Sequence[tuple[int, Batch]], te
             teacher.follow(mixture, {batch.index: step.waiting(position).others for position, batch in batches})
 
 
-def follow_routes(step: BlockStep | OutsideStep, teachers: Mapping[str, Teacher]) -> None:
+def pass_block(step: BlockStep | OutsideStep, teachers: Mapping[str, Teacher]) -> None:
+    """Take the experts of all tasks, by task, past a block in which they are asked nothing."""
+    for task in dict.fromkeys(batch.task for _, batch in step.members):
+        if task in teachers:
+            teachers[task].run(step.name, ())
+    if teachers:
+        _follow_routes(step, teachers)
+    for teacher in teachers.values():
+        teacher.end_block()
+
+
+def _follow_routes(step: BlockStep | OutsideStep, teachers: Mapping[str, Teacher]) -> None:
     """As `lead`, of a block that an earlier run has finished, whose weights are there already."""
     names = list(mixtures(step.block)) if isinstance(step, BlockStep) and step.lockstep else []
     if isinstance(step, BlockStep) and len(names) == 1:
