@@ -26,6 +26,7 @@ MIXTURES: dict[str, Callable[[], Any]] = {
     "qwen3_moe": mixture("Qwen3Moe", num_experts=EXPERTS, moe_intermediate_size=32, head_dim=8),
     "olmoe": mixture("Olmoe", num_experts=EXPERTS, intermediate_size=32),
     "gpt_oss": mixture("GptOss", num_local_experts=EXPERTS, intermediate_size=32, head_dim=8, sliding_window=4),
+    "granite": mixture("GraniteMoe", num_local_experts=EXPERTS),
     "deepseek_v3": mixture(
         "DeepseekV3",
         n_routed_experts=EXPERTS,

@@ -25,7 +25,7 @@ def families_table(results: dict[str, Any]) -> str:
     """Kinds of models with the same outcome in one line each; what is refused, and why, below."""
     lines: dict[tuple[str, ...], list[str]] = {}
     for row in sorted(results["rows"], key=lambda row: list(KINDS).index(row["kind"])):
-        opens = {True: "opens", False: "no", None: "–"}[row["opens"]]
+        opens = {True: "opens", False: "no", None: "–"}.get(row["opens"], f"opens, {row['opens']}")
         cells = (KINDS[row["kind"]], *(_cell(row[name]) for name in METHODS), opens)
         lines.setdefault(cells, []).append(f"`{row['model']}`" if row["kind"] != "part" else _part(row))
     head = ["kind", "families", *METHODS.values(), "packed, in transformers"]

@@ -218,6 +218,18 @@ DECODERS: dict[str, Architecture] = {
     "mixtral": decoder("Mixtral", **MIXTURE),
     "gptoss": decoder("GptOss", **MIXTURE, head_dim=16, sliding_window=4),
     "granitemoe": decoder("GraniteMoe", **MIXTURE),
+    "qwen2moe": grouped(
+        "Qwen2Moe",
+        **{"num_experts": 4, "num_experts_per_tok": 2},
+        **{"moe_intermediate_size": 32, "shared_expert_intermediate_size": 64},
+    ),
+    "olmoe": grouped("Olmoe", num_experts=4, num_experts_per_tok=2, intermediate_size=32),
+    "deepseekv3": grouped(
+        "DeepseekV3",
+        **{"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_shared_experts": 1},
+        **{"n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "q_lora_rank": 32, "kv_lora_rank": 32},
+        **{"qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8, "num_key_value_heads": 4},
+    ),
 }
 
 ENCODER_DECODERS: dict[str, Architecture] = {

@@ -217,15 +217,18 @@ class ExpertSet:
     def write_matrices(self, layers: Collection[str]) -> None:
         """Let what is written hold a matrix for each layer of an expert, where the base's file fuses some of `layers`.
 
-        They are named as transformers saves such a model, or as it calls them in the file of the base.
+        They are named as transformers saves such a model, or after the tensor that the base's file fuses them in, where
+        that name is read as theirs, or as the model calls them.
         """
         fused = {name: piece for name, stored in self.written.items() if (piece := piece_of(stored)) is not None}
         if not any(f"{layer}.weight" in fused for layer in layers):
             return
         known = meta.matrices_on_disk(self.model) if fused else {}
-        for name, piece in fused.items():
-            expert = ".".join(name.split(".")[-3:])  # such as 3.up_proj.weight
-            self.written[name] = known.get(name, f"{piece.tensor.rpartition('.')[0]}.{expert}")
+        ends = {name: ".".join(name.split(".")[-3:]) for name in fused}  # such as 3.up_proj.weight
+        after = {name: f"{piece.tensor.rpartition('.')[0]}.{ends[name]}" for name, piece in fused.items()}
+        read = meta.rename(self.model, after.values())[0]
+        for name in fused:
+            self.written[name] = known.get(name, after[name] if read.get(name) == after[name] else name)
 
     @property
     def is_untied(self) -> bool:

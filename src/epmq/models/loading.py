@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from epmq.errors import error_context
+from epmq.errors import InputError, error_context
 from epmq.models.checkpoint import Checkpoint, architecture_of
 from epmq.models.classes import outline
 from epmq.models.meta import matrices_on_disk, named_class, no_larger, rename
@@ -45,7 +45,12 @@ def load_model(path: str | Path, config: dict[str, Any], **settings: Any) -> Any
         readers = plain_tensors(checkpoint, quantization, stored_dtype(config))
         state, plain = {name: read() for name, read in readers.items()}, plain_config(path)
         fuse_experts(outline(model_class, plain, checkpoint), state)
-        model = model_class.from_pretrained(None, config=plain, state_dict=state, **settings).eval()
+        settings |= {"config": plain, "state_dict": state, "output_loading_info": True}
+        model, found = model_class.from_pretrained(None, **settings)
+        unread = [name for name in found["unexpected_keys"] if name not in checkpoint]  # made of codes
+        if unread and found["missing_keys"]:  # which would be random
+            raise InputError(f"{unread[0]} is read by no layer of {model_class.__name__}")
+        model.eval()
         take_generation_settings(model, checkpoint.path)
         return model
 
