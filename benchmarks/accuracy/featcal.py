@@ -3,17 +3,17 @@
 Written from its formulas, for encoders whose experts have heads; nothing of its authors' code is in here. Every linear
 layer and every LayerNorm of the blocks is fitted, block after block, to what the experts' own layers would give:
 
-* a linear layer reads X of the merged model whose earlier blocks are calibrated, and aims at W_k of X̃ = (1 − α) X + α X_k,
-  where X_k is what expert k itself reads there. With G_k = XᵀX / n and s_k = 1 / ‖G_k‖_F,
+* a linear layer reads X of the merged model whose earlier blocks are calibrated, and aims at X̃ W_kᵀ + b_k, where
+  X̃ = (1 − α) X + α X_k and X_k is what expert k itself reads there. With G_k = XᵀX / n and s_k = 1 / ‖G_k‖_F,
 
       W = (Σ s_k W_k X̃ᵀX/n + λ A) (Σ s_k G_k + λ I)⁻¹,   A = W_0 + ρ (W_m − W_0)
       b = (Σ s_k (b_k + W_k x̃_k − W x_k) + λ a) / (Σ s_k + λ)
 
   with the mean inputs x_k and x̃_k, and an anchor `a` of the biases like that of the weights;
-* a LayerNorm is to give γ_k ẑ + β_k of the normalised rows ẑ that it has itself: two equations a feature, in γ and β, with
-  anchors of their own, in which all tasks count alike;
-* in the last block a token that no head reads counts a hundredth, but for keys and values. Padding never counts, which
-  in the published experiments there is none of.
+* a LayerNorm is to give γ_k ẑ + β_k of the normalised rows ẑ that it has itself: two equations a feature, in γ and β,
+  with anchors of their own, in which all tasks count alike;
+* in the last block a token that no head reads counts a hundredth, but in keys and values. Padding never counts; the
+  authors' code is for pictures, which have none.
 
 All else stays as it is merged: embeddings, layer scales, what follows the last block, and the heads.
 """
@@ -279,11 +279,7 @@ class BlockFit:
 
     def fit(self, layers: Sequence[str], streams: Sequence[Stream]) -> dict[str, Tensor]:
         """Fit some layers to what the block gives as it is now, and put them into it; as `calibrate`."""
-        kinds = {name: self._block.get_submodule(name) for name in layers}
-        fits = {
-            name: LinearFit(layer, self._settings) if isinstance(layer, nn.Linear) else NormFit(layer, self._settings)
-            for name, layer in kinds.items()
-        }
+        fits = {name: self._start_fit(self._block.get_submodule(name)) for name in layers}
         for stream in streams:
             guide = self.guide(stream)
             for index, (ours, theirs) in enumerate(zip(stream.ours, stream.theirs)):
@@ -300,10 +296,13 @@ class BlockFit:
         fitted = dict[str, Tensor]()
         for name, fit in fits.items():
             for leaf, tensor in fit.solve(self._anchor(f"{name}.weight"), self._anchor(f"{name}.bias")).items():
-                if leaf == "weight" or self._settings.biases or isinstance(kinds[name], nn.LayerNorm):
+                if leaf == "weight" or self._settings.biases or isinstance(fit, NormFit):
                     fitted[f"{self._name}.{name}.{leaf}"] = tensor
-                    kinds[name].get_parameter(leaf).copy_(tensor)
+                    self._block.get_parameter(f"{name}.{leaf}").copy_(tensor)
         return fitted
+
+    def _start_fit(self, layer: Any) -> LinearFit | NormFit:
+        return LinearFit(layer, self._settings) if isinstance(layer, nn.Linear) else NormFit(layer, self._settings)
 
     def _anchor(self, key: str) -> Any:
         """W_0 + ρ (W_m − W_0) of a tensor of the block; None where there is none."""
