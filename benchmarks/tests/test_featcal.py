@@ -130,8 +130,7 @@ def test_a_strong_anchor_is_all_that_is_left(tmp_path):
     inputs = {"0": padded_batches(), "1": padded_batches()}
     settings = FeatCal(features=0.0, anchor_scale=2.0, anchor_strength=1e9)
     for name, tensor in calibrate(experts, merged, inputs, settings).items():
-        start = experts.base.tensor(name)
-        close(tensor, start + 2 * (merged.tensor(name) - start))
+        close(tensor, anchor(experts, merged, name))
 
 
 @pytest.fixture
@@ -144,34 +143,45 @@ def two(tmp_path):
 @pytest.mark.parametrize("by_layer", [False, True])
 def test_each_layer_is_fitted_on_what_the_calibrated_ones_before_it_give(two, by_layer):
     experts, inputs = two
-    settings, merged = FeatCal(by_layer=by_layer), experts.experts["0"]
+    settings, merged, block = FeatCal(by_layer=by_layer), experts.experts["0"], "encoder.layer.1"
     fitted = calibrate(experts, merged, inputs, settings)
-    block, layer = "encoder.layer.1", "mlp.fc1"
-    # The model as it is when that layer's turn has come: with all blocks before it, and with all layers before it.
-    model = experts.whole_model(merged, torch.device("cpu"))
-    earlier = [name for name in fitted if not name.startswith(block)]
-    if by_layer:
-        order = list(fitted)
-        earlier = order[: order.index(f"{block}.{layer}.weight")]
-    state = model.state_dict()
-    for name in earlier:
-        state[name].copy_(fitted[name])
-    fit = LinearFit(model.get_submodule(f"{block}.{layer}"), settings)
-    for task, batches in inputs.items():
-        expert = experts.whole_model(experts.experts[task], torch.device("cpu"))
-        for batch in batches:
-            ours, theirs = (read_by(one, f"{block}.{layer}", batch) for one in (model, expert))
-            counts = torch.full(ours.shape[:2], settings.unread)
-            counts[:, 0] = 1
-            fit.gather(ours.flatten(0, 1), theirs.flatten(0, 1), counts.flatten())
-        guide = expert.get_submodule(f"{block}.{layer}")
-        fit.end_task(guide.weight, guide.bias)
-    anchors = {}
-    for leaf in ("weight", "bias"):
-        start = experts.base.tensor(f"{block}.{layer}.{leaf}")
-        anchors[leaf] = start + settings.anchor_scale * (merged.tensor(f"{block}.{layer}.{leaf}") - start)
-    for leaf, tensor in fit.solve(**anchors).items():
-        close(tensor, fitted[f"{block}.{layer}.{leaf}"])
+    order = list(fitted)
+    for layer in ("k_proj", "fc1"):
+        path = next(
+            name.removesuffix(".weight") for name in fitted if name.endswith(f"{layer}.weight") and block in name
+        )
+        # The model as it is when that layer's turn has come: with all blocks before it, and with all layers before it.
+        model = experts.whole_model(merged, torch.device("cpu"))
+        before = order[: order.index(f"{path}.weight")] if by_layer else [name for name in fitted if block not in name]
+        for name in before:
+            model.get_parameter(name).copy_(fitted[name])
+        fit = LinearFit(model.get_submodule(path), settings)
+        for task, batches in inputs.items():
+            expert = experts.whole_model(experts.experts[task], torch.device("cpu"))
+            for batch in batches:
+                ours, theirs = (read_by(one, path, batch) for one in (model, expert))
+                counts = torch.full(ours.shape[:2], 1.0 if layer == "k_proj" else settings.unread)
+                counts[:, 0] = 1
+                fit.gather(ours.flatten(0, 1), theirs.flatten(0, 1), counts.flatten())
+            fit.end_task(expert.get_parameter(f"{path}.weight"), expert.get_parameter(f"{path}.bias"))
+        for leaf, tensor in fit.solve(
+            *(anchor(experts, merged, f"{path}.{leaf}") for leaf in ("weight", "bias"))
+        ).items():
+            close(tensor, fitted[f"{path}.{leaf}"])
+
+
+def anchor(experts, merged, name, scale=2.0):
+    start = experts.base.tensor(name)
+    return start + scale * (merged.tensor(name) - start)
+
+
+def test_padding_counts_nothing(tmp_path):
+    base, batches = tiny_bert(), padded_batches()
+    experts = opened(tmp_path, base, [perturbed(copy.deepcopy(base), 1)], "cls")
+    wider = [{name: nn.functional.pad(tensor, (0, 3)) for name, tensor in batch.items()} for batch in batches]
+    fitted, again = (calibrate(experts, experts.base, {"0": given}) for given in (batches, wider))
+    for name, tensor in fitted.items():
+        close(tensor, again[name], 1e-4)
 
 
 def read_by(model, layer, batch):
