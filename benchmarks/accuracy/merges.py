@@ -46,6 +46,8 @@ METHODS: dict[str, dict[str, Any]] = {
 BASELINE = ("task_arithmetic", PLAIN)
 # FeatCal's rows → the merge that it calibrates.
 FEATCAL = {f"featcal on {start}": start for start in ("task_arithmetic", "wudi")}
+# Suites that it is for: of encoders, whose experts are whole models, as an adapter would be applied to what it gives.
+CALIBRATED = ("vision8", "text8")
 # The merge by which a base stays as it is.
 BASE_ALONE = {"method": "task_arithmetic", "scaling": 0.0}
 
@@ -56,10 +58,10 @@ def identity(row: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def rows_of(suite: ModuleType, merges: list[str]) -> list[tuple[str, str]]:
-    """Merge and method of each row, the experts first; `featcal` needs heads."""
+    """Merge and method of each row, the experts first; `featcal` only where it can be measured."""
     methods = (FULL, PLAIN, GUIDED) if is_language(suite) else (FULL, FOLLOWING, GUIDED)
     rows = [("experts", FULL), BASELINE, *itertools.product(filter(MERGES.__contains__, merges), methods)]
-    if "featcal" in merges and not is_language(suite):
+    if "featcal" in merges and suite.NAME in CALIBRATED:
         rows += itertools.product(FEATCAL, (FULL, PLAIN, FOLLOWING))
     return list(dict.fromkeys(rows))
 

@@ -230,7 +230,7 @@ def test_rows_of_a_suite(suite):
     fields = {"seed": 0, "split": "validation", "test_samples": 8, "samples": 6}
     asked = merges.rows_of(suite, ["featcal"])
     assert asked[:2] == [("experts", merges.FULL), merges.BASELINE] and len(asked) == 2 + 2 * 3
-    assert merges.rows_of(SimpleNamespace(KIND="causal"), ["featcal"]) == asked[:2]
+    assert merges.rows_of(SimpleNamespace(NAME="causal3", KIND="causal"), ["featcal"]) == asked[:2]
     measured = {
         method: merges.run_row(suite, merge, method, fields)
         for merge, method in asked
