@@ -78,9 +78,17 @@ def settings(suite: ModuleType) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def measure(
-    suite: ModuleType, root: Path, tasks: list[str], merge: str, quantize: dict[str, Any], **fields: Any
+    suite: ModuleType,
+    root: Path,
+    tasks: list[str],
+    merge: str | dict[str, Any],
+    quantize: dict[str, Any],
+    **fields: Any,
 ) -> dict[str, Any]:
-    """Run one recipe into a temporary directory; the report, with what a language model writes to the prompts."""
+    """Run one recipe into a temporary directory; the report, with what a language model writes to the prompts.
+
+    `merge` is one of `MERGES`, or its settings.
+    """
     fields = {"samples": SAMPLES[suite.NAME], **fields}
     with tempfile.TemporaryDirectory(dir=root) as folder:
         recipe = pool_recipe(
@@ -88,7 +96,7 @@ def measure(
             tasks,
             max_length=suite.MAX_LENGTH,
             data=getattr(suite, "DATA", None),
-            merge=MERGES[merge],
+            merge=MERGES[merge] if isinstance(merge, str) else merge,
             quantize=quantize,
             output=str(Path(folder) / "out"),
             **fields,
