@@ -48,6 +48,11 @@ class QuantizeSettings(StorageSettings):
         "search", description="least squared error among shrunken ranges, or the plain range of the weights"
     )
 
+    @property
+    def own_samples(self) -> int | None:
+        """Examples a task of what follows on the calibration, where it has some of its own."""
+        return None
+
     def guidance(self) -> Guidance:
         """What calibration does; of no use where nothing is calibrated."""
         return Guidance()
@@ -91,8 +96,18 @@ class RefinedSettings(QuantizeSettings):
         description="distill: train scales, norms, biases and heads towards what each expert says to its calibration "
         "examples; codes stay. An eighth of the examples decides how much of it is kept",
     )
+    refine_samples: int | None = Field(
+        None,
+        gt=0,
+        description="examples a task for refine, which needs no labels and learns more from more; by default "
+        "those of the calibration",
+    )
     refine_epochs: int = Field(5, gt=0, description="how often refine goes through the examples at most")
     refine_learning_rate: float = Field(3e-4, gt=0, description="step of refine (Adam)")
+
+    @property
+    def own_samples(self) -> int | None:
+        return None if self.refine == "off" else self.refine_samples
 
 
 class Gptq(RefinedSettings):

@@ -20,8 +20,11 @@ from epmq.models.heads import HEAD_FILE, Head, load_head, save_head
 from epmq.pipeline import refining
 from epmq.pipeline import run as pipeline
 from epmq.pipeline.journal import BLOCKS
-from epmq.pipeline.run import run
+from epmq.pipeline.prepare import prepare
+from epmq.pipeline.refining import examples_of
+from epmq.pipeline.run import calibration_batches, inputs_of, run
 from epmq.pipeline.verify import WrongOutputError
+from epmq.recipe_file import load_recipe
 from tests.kit.runs import contents
 
 QUIET: dict[str, Any] = {"progress": False, "evaluate": False}
@@ -52,6 +55,22 @@ def test_the_held_out_loss_falls_and_the_report_says_so(refined):
     assert report["refine"]["parameters"] > 1000 and report["seconds"]["refine"] >= 0
     page = (refined / "report.html").read_text()
     assert "Refined towards the experts" in page and f"epoch {kept} of 2" in page
+
+
+def test_refine_has_examples_of_its_own(pool, tmp_path):
+    recipe = recipe_for(pool, quantize={**DISTILL, "refine_samples": 6}, samples=4, batch_size=3)
+    prepared = prepare(load_recipe(recipe), evaluate=False)
+    for task, batches in prepared.calibration.items():
+        assert sum(map(len, (batch["input_ids"] for batch in batches))) == 4
+        assert sum(map(len, (batch["input_ids"] for batch in examples_of(prepared)[task]))) == 6
+    lines = {task: iter([{"text": "one two"}, {"text": "two three one"}] * 4) for task in prepared.calibration}
+    read = prepare(load_recipe(recipe), evaluate=False, calibration=lines)  # which can be read but once
+    assert all(len(read.calibration[task][0]["input_ids"]) == 3 for task in lines)
+    assert all(sum(len(batch["input_ids"]) for batch in examples_of(read)[task]) == 6 for task in lines)
+    plain = prepare(load_recipe(recipe_for(pool, quantize=DISTILL, samples=4)), evaluate=False)
+    assert not plain.refining and examples_of(plain) is plain.calibration
+    more, same = (inputs_of(one, calibration_batches(one)) for one in (prepared, plain))
+    assert "refining" in more and "refining" not in same
 
 
 def test_no_code_moves_and_scales_norms_and_heads_do(plain, refined):

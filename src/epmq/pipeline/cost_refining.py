@@ -15,6 +15,7 @@ from epmq.models.blocks import block_linears
 from epmq.models.hooks import stops_before, without_cache
 from epmq.models.packed import PackedWeight
 from epmq.pipeline.prepare import PreparedRun
+from epmq.pipeline.refining import examples_of
 from epmq.quantization.rtn import rtn
 from epmq.quantize_settings import RefinedSettings
 from epmq.runtime import memory_mb, peak_memory_mb, reset_peak_memory
@@ -34,7 +35,7 @@ def refining_cost(run: PreparedRun, first: ExpertSet) -> tuple[float, float]:
     """
     settings, device = run.recipe.quantize, run.device
     assert isinstance(settings, RefinedSettings)
-    parts = [hold_out(run.calibration[task]) for task in run.experts.experts if run.recipe.task_weight(task)]
+    parts = [hold_out(examples_of(run)[task]) for task in run.experts.experts if run.recipe.task_weight(task)]
     trained, held = ([one for part in parts for one in part[side]] for side in (0, 1))
     largest = max(trained, key=_volume)
     start = memory_mb()

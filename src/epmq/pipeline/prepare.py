@@ -60,6 +60,9 @@ class PreparedRun:
     side_files: dict[str, Path] = field(default_factory=dict)  # path in the output → file of the base
     plan: OutputProcessor = field(default_factory=OutputProcessor)  # the output's processor and chat templates
     calls: BlockCalls = field(default_factory=BlockCalls)  # how the model calls its blocks on the calibration inputs
+    refining: dict[str, list[dict[str, Any]]] = field(
+        default_factory=dict
+    )  # as `calibration`, where refine has its own
     layout: Layout = field(default_factory=Layout)  # how every tensor is stored; empty where nothing is quantized
 
     @property
@@ -83,6 +86,11 @@ def prepare(
     """
     _check_fields(recipe, calibration or {}, evaluation or {})
     listed, recipe = recipe.experts, recipe.ordered()
+    more = recipe.quantize.own_samples
+    if more is not None:  # rows are read twice
+        calibration = {
+            name: rows if hasattr(rows, "__len__") else list(rows) for name, rows in (calibration or {}).items()
+        }
     experts = open_experts(recipe.base, recipe.experts, recipe.tokenizer, recipe.config)
     planner = LayoutPlanner(experts, recipe.quantize) if recipe.quantize.method != "none" or recipe.calibrates else None
     first = Layout()
@@ -99,11 +107,13 @@ def prepare(
     beside = side_files(experts.base.path, plan.processor)
     _note_processors(experts, plan.processor, beside)
     model_inputs = ModelInputs(experts, recipe, plan.processor, opened_from(beside, experts, plan))
-    inputs, scored = {}, {}
+    inputs, refining, scored = dict[str, Batches](), dict[str, Batches](), dict[str, Examples]()
     for expert in recipe.experts:
         data = ExpertData(experts, recipe, expert, model_inputs, plan.templates.get(expert.name))
         if recipe.calibrates:
             inputs[expert.name] = data.calibration(calibration)
+        if more is not None:
+            refining[expert.name] = data.calibration(calibration, more)
         if evaluate and (expert.evaluation is not None or expert.name in (evaluation or {})):
             scored[expert.name] = data.evaluation(evaluation)
         check_head(experts, expert.name, scored.get(expert.name))
@@ -133,7 +143,7 @@ def prepare(
         layout = fit_dtypes(planner.layout(late, unread), experts, merged, recipe.quantize.rest)
         if layout.dropped:
             experts.notes.append(f"no head reads {', '.join(layout.dropped)}: left out")
-    return PreparedRun(recipe, experts, merged, inputs, scored, beside, plan, calls, layout)
+    return PreparedRun(recipe, experts, merged, inputs, scored, beside, plan, calls, refining, layout)
 
 
 def _note_processors(experts: ExpertSet, processor: Any, beside: dict[str, Path]) -> None:
@@ -207,14 +217,17 @@ class ExpertData:
     inputs: ModelInputs
     template: str | None = None  # of chats, where it is not the output's default
 
-    def calibration(self, objects: Objects | None) -> list[dict[str, Any]]:
+    def calibration(self, objects: Objects | None, count: int | None = None) -> list[dict[str, Any]]:
         """Calibration inputs of the model, batch by batch; `objects` take the place of the recipe's data.
+
+        `count` is how many examples are drawn; None takes as many as the recipe says.
 
         Raises:
             MissingError, InputError: expert, field and file are named.
         """
         data = self.expert.calibration
-        count = data.samples if data and data.samples is not None else self.recipe.samples
+        if count is None:
+            count = data.samples if data and data.samples is not None else self.recipe.samples
         where = f"experts.{self.expert.name}.calibration"
         with error_context(where):
             if getattr(self.recipe.quantize, "adapt_heads", False):

@@ -50,6 +50,11 @@ def refines(run: PreparedRun) -> bool:
     return isinstance(settings, RefinedSettings) and settings.refine != "off"
 
 
+def examples_of(run: PreparedRun) -> Mapping[str, list[Inputs]]:
+    """What is trained on and held out: task → inputs of the model, batch by batch."""
+    return run.refining or run.calibration
+
+
 def check_refine(run: PreparedRun) -> None:
     """Refuse, before any compute, what cannot be refined; an InputError says why."""
     if not refines(run):
@@ -62,7 +67,7 @@ def check_refine(run: PreparedRun) -> None:
         if not run.recipe.task_weight(task):
             continue
         with error_context(f"experts.{task}.calibration"):
-            hold_out(run.calibration[task])
+            hold_out(examples_of(run)[task])
         head = guiding_head(expert, Notes(), run.experts.model)
         if head is None and not run.experts.output_layer():
             raise InputError(
@@ -180,7 +185,7 @@ def make_distiller(run: PreparedRun, workdir: Workdir, student: Student, rate: f
         weight = run.recipe.task_weight(task) * len(run.experts.experts)
         if weight == 0:
             continue
-        parts = [[to_device(one, run.device) for one in part] for part in hold_out(run.calibration[task])]
+        parts = [[to_device(one, run.device) for one in part] for part in hold_out(examples_of(run)[task])]
         pieces = ask_expert(run, expert, [one for part in parts for one in part], workdir, bar)
         train, held_out = pieces[: len(parts[0])], pieces[len(parts[0]) :]
         teacher = None
