@@ -202,7 +202,7 @@ def _shape(files: Files, pick: Pick) -> Happened:
 def _prefix(files: Files, pick: Pick) -> Happened:
     prefix = pick.rng.choice(("module.", "_orig_mod.", "wrapped."))
     edit_weights(pick.folder, lambda tensors: {f"{prefix}{name}": value for name, value in tensors.items()})
-    return Happened(f"expert's tensors begin with {prefix}", "refuse")
+    return Happened(f"expert's tensors begin with {prefix}", "tell", (prefix.rstrip("."),))
 
 
 def _file(files: Files, pick: Pick) -> Happened:

@@ -197,6 +197,7 @@ def test_a_vision_language_model_is_calibrated_on_conversations_with_and_without
     two, one = {"messages": said, "image": ["0.png", "1.png"]}, {"messages": said[:1], "image": "0.png"}
     data = write_rows(tmp_path, {"messages": said}, two, one)
     settings = {"scored": True, "quantize": {"method": "expert_guided"}, "format": "pack-quantized"}
+    settings["merge"] = {"method": "task_arithmetic", "scaling": 0.3}
     report = run(recipe(tmp_path, data, **settings), progress=False)
     solved = [layer for layer in report["layers"] if layer["tokens"]]
     assert {layer["tokens"] for layer in solved} == {7 + (7 + 8) + (4 + 4)} and len(solved) == 2 * 7 + 1

@@ -1,8 +1,9 @@
 """Whole models from disk: by `from_pretrained`, with packed weights unpacked first."""
 
+import copy
 import io
 from collections.abc import Callable
-from contextlib import ExitStack, redirect_stderr
+from contextlib import ExitStack, nullcontext, redirect_stderr
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,7 @@ from torch import Tensor
 
 from epmq.errors import InputError, error_context
 from epmq.models.checkpoint import Checkpoint, architecture_of
-from epmq.models.classes import outline
-from epmq.models.meta import matrices_on_disk, named_class, no_larger, rename
+from epmq.models.meta import empty_model, matrices_on_disk, named_class, no_larger, rename
 from epmq.models.mixtures import mixtures
 from epmq.models.origins import Origins
 from epmq.models.pieces import piece_of
@@ -44,7 +44,9 @@ def load_model(path: str | Path, config: dict[str, Any], **settings: Any) -> Any
             return model_class.from_pretrained(path, **settings).eval()
         readers = plain_tensors(checkpoint, quantization, stored_dtype(config))
         state, plain = {name: read() for name, read in readers.items()}, plain_config(path)
-        fuse_experts(outline(model_class, plain, checkpoint), state)
+        if model_class is not transformers.AutoModel:
+            # Building a model writes a dtype into its config; `bounds` hold for this one as well.
+            fuse_experts(empty_model(model_class, copy.deepcopy(plain), nullcontext()), state)
         settings |= {"config": plain, "state_dict": state, "output_loading_info": True}
         model, found = model_class.from_pretrained(None, **settings)
         unread = [name for name in found["unexpected_keys"] if name not in checkpoint]  # made of codes
