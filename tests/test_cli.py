@@ -220,7 +220,7 @@ def test_eval_measures_a_checkpoint(call, finished):
 def test_inspect_shows_what_is_there(call, finished, pool):
     status, found, _ = call("inspect", finished / "out")
     assert status == 0
-    for text in ("BertModel", "4 bits, symmetric", "one, two", "wudi", "expert_guided", "mean accuracy"):
+    for text in ("BertModel", "4 bits, symmetric", "one, two", "task_arithmetic", "expert_guided", "mean accuracy"):
         assert text in found
     assert "encoder.layer.1.output.dense" not in found
     status, found, _ = call("inspect", finished / "out", "--layers")

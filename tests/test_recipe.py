@@ -16,11 +16,7 @@ from epmq.recipe_file import load_recipe
 def test_defaults():
     recipe = load_recipe(smallest())
     assert recipe.quantize.block_grid == Grid(4, -1, True) and recipe.format == "pack-quantized"
-    assert (
-        recipe.merge.method == "wudi"
-        and recipe.merge.arguments() == {"scaling": 1.0}
-        and recipe.quantize.method == "expert_guided"
-    )
+    assert recipe.merge.arguments() == {"scaling": 0.3} and recipe.quantize.method == "expert_guided"
     assert (recipe.task_weight("one"), recipe.task_weight("two")) == (0.5, 0.5)
     assert load_recipe(recipe) is recipe
     assert load_recipe(recipe.model_dump(mode="json")) == recipe
@@ -49,8 +45,8 @@ def test_defaults():
         ("merge", {"method": "average", "weights": [1, 1, 1]}, "merge.weights: 3 values for 2 experts"),
         ("merge", {"method": "average", "scaling": 0.3}, "merge.scaling: average does not use it"),
         ("merge", {"method": "ties", "scaling": [0.3, 0.3]}, "merge.scaling: ties takes one number"),
-        ("merge.weights", [1, 1], "merge.weights: wudi does not use it"),
-        ("merge.density", 0.5, "merge.density: wudi does not use it"),
+        ("merge.weights", [1, 1], "merge.weights: task_arithmetic does not use it"),
+        ("merge.density", 0.5, "merge.density: task_arithmetic does not use it"),
         ("merge", {"method": "ties", "density": 0}, "merge.density: "),
         ("merge", {"method": "dare", "density": 1.5}, "merge.density: "),
         ("merge", {"method": "ties", "trim": "layer"}, "merge.trim: "),

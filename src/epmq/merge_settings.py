@@ -315,7 +315,7 @@ Merge = Annotated[
     | RegMean
     | RegMeanPlusPlus,
     Field(discriminator="method"),
-    by_default("wudi", ALIASES),
+    by_default("task_arithmetic", ALIASES),
 ]
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from epmq.errors import InputError
-from epmq.merge_settings import Merge, Regression, Wudi, settings_classes
+from epmq.merge_settings import Merge, Regression, TaskArithmetic, settings_classes
 from epmq.quantize_settings import ExpertGuided, Guidance, Guided, Quantize, Unquantized
 from epmq.storage_settings import PLAIN, Strict
 
@@ -97,7 +97,7 @@ class Recipe(Strict):
 
     base: str = Field(description="the model that all experts were fine-tuned from: Hugging Face directory or Hub id")
     experts: list[Expert] = Field(min_length=1)
-    merge: Merge = Wudi()
+    merge: Merge = TaskArithmetic()
     quantize: Quantize = ExpertGuided()
     config: dict[str, Any] = Field(
         {},

@@ -100,7 +100,7 @@ def test_the_anchor_is_strong_only_where_every_head_follows(pool, tmp_path):
         return settings.anchor_strength, settings.anchor_scale
 
     recipe = recipe_for(pool)
-    assert anchor(recipe) == (30, 1.8)
+    assert anchor(recipe) == (30, 3)
     shutil.copytree(pool / "experts" / "two", tmp_path / "two", ignore=lambda *_: ["head.safetensors"])
     recipe["experts"][1]["model"] = str(tmp_path / "two")
     assert anchor(recipe) == (0.03, 1)
@@ -172,7 +172,7 @@ def test_token_classifiers_follow_on_all_real_tokens(pool, tmp_path):
         model.save_pretrained(expert["model"])
     report = run(recipe, **QUIET)
     prepared, model = prepare(load_recipe({**recipe, "output": None}), evaluate=False), epmq.load(tmp_path / "out")
-    assert prepared.recipe.quantize.anchor_scale == 1.8
+    assert prepared.recipe.quantize.anchor_scale == 3
     for expert in prepared.recipe.experts:
         own, errors = BertForTokenClassification.from_pretrained(expert.model).eval(), []
         for batch in prepared.calibration[expert.name]:

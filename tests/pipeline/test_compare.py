@@ -36,7 +36,7 @@ def test_every_method_is_a_run_of_the_recipe(compared: tuple[dict[str, Any], Pat
     content = read_json(folder / "compare.json")
     columns = content["columns"]
     assert list(columns) == NAMES and content["notes"] == []
-    assert content["settings"] == "3 bits, g32 where quantized, wudi"
+    assert content["settings"] == "3 bits, g32 where quantized, task_arithmetic"
     assert columns["experts"]["scores"] == epmq.evaluate_experts(recipe, progress=False)["scores"]
     assert columns["base"]["scores"] == epmq.evaluate_experts(recipe, base=True, progress=False)["scores"]
     assert columns["experts"]["bytes"] == 2 * columns["base"]["bytes"] == 2 * columns["merged"]["bytes"]

@@ -80,7 +80,7 @@ def test_the_command_line_prints_a_plan(call, pool, tmp_path):  # noqa: F811
     status, out, _ = call("run", file, "--dry-run", "--quiet")
     assert status == 0 and not (tmp_path / "out").exists()
     for said in (
-        "wudi, 2 experts",
+        "task_arithmetic, 2 experts",
         "2 blocks, 14 layers and tables",
         "peak memory",
         "MB while it is written",

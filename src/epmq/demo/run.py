@@ -70,7 +70,7 @@ def run_demo(output: str | Path = "epmq-demo") -> dict[str, Measured]:
         columns[TITLES[method]] = measured(report)
     write_json(output / RESULTS, columns)
     console, best = Console(), folders["expert_guided"]
-    console.print(comparison_table(columns, f"{BITS} bits where quantized, merged by WUDI"))
+    console.print(comparison_table(columns, f"{BITS} bits where quantized, Task Arithmetic 0.3"))
     console.print(
         f"One model for {len(DEMO_TASKS)} tasks at {BITS} bits: {best} ({time.perf_counter() - start:.0f} s). "
         f"Look inside with [cyan]epmq inspect {best}[/cyan], try it in a browser with [cyan]epmq page {best}[/cyan], "
