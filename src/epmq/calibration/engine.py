@@ -292,12 +292,7 @@ class CalibrationEngine:
             collect(step, group, context, points)
             return_freed_memory()  # activations that stay lie between what is freed
             self.observe(step.name, "collect")
-            if group.tokens:
-                with error_context(group.layers[0]):
-                    self._solve(step, group, block)
-            else:
-                idle += group.names
-            self.observe(step.name, "solve")
+            idle += self._solve_seen(step, group, block)
             step.release(group.names[0])
             del group
         self._round(step, idle, block)
@@ -316,14 +311,17 @@ class CalibrationEngine:
         idle, mixture = list[str](), RoutedTokens(step, target.place, self.context, points)
         for group in mixture.groups(target.names):
             self.observe(step.name, "collect")
-            if group.tokens:
-                with error_context(group.layers[0]):
-                    self._solve(step, group, block)
-            else:
-                idle += group.names
-            self.observe(step.name, "solve")
+            idle += self._solve_seen(step, group, block)
         mixture.go_on()
         return idle
+
+    def _solve_seen(self, step: BlockStep | OutsideStep, group: LayerGroup | TiledLayer, block: Block) -> list[str]:
+        """Solve layers that some token has reached; returns the names of the others."""
+        if group.tokens:
+            with error_context(group.layers[0]):
+                self._solve(step, group, block)
+        self.observe(step.name, "solve")
+        return [] if group.tokens else group.names
 
     def _points(self, step: BlockStep | OutsideStep, target: LayerTarget) -> list[HookPoint]:
         """Where the experts' own values are asked for, for layers that share an input."""

@@ -41,22 +41,26 @@ def fetch_packages() -> None:
             pypi(requirement, source=source)
 
 
-def run_demo(output: str | Path = "epmq-demo") -> dict[str, Measured]:
+def run_demo(output: str | Path = "epmq-demo", merge: str | None = None) -> dict[str, Measured]:
     """Train four experts (once), merge them, quantize the merge in three ways and print the comparison.
 
     Args:
         output: where the checkpoints go, one folder a method; what an earlier demo left there is replaced.
+        merge: a method of merging, with its defaults; a recipe's own default where that is None.
 
     Returns:
         per column of the table: accuracy a task and on average, bytes and bits a weight.
 
     Raises:
+        InputError: there is no such merge.
         FileExistsError: `output` exists and is not a demo's.
         RuntimeError: pip could not fetch a package.
     """
     from epmq.pipeline.run import run
 
     start, output = time.perf_counter(), Path(output)
+    chosen: dict[str, Any] = {} if merge is None else {"merge": {"method": merge}}
+    demo_recipe(cache_dir() / "demo", **chosen)  # a method that there is not is an error before anything is trained
     if output.exists():
         if not (output / RESULTS).exists():
             raise OutputExistsError(f"{output} exists and is not from an earlier demo: choose another --output")
@@ -66,11 +70,12 @@ def run_demo(output: str | Path = "epmq-demo") -> dict[str, Measured]:
     columns = _trained_columns(root)
     folders = {method: output / title.lower() for method, title in TITLES.items()}
     for method, folder in folders.items():
-        report = run(demo_recipe(root, quantize={"method": method, "bits": BITS}, output=str(folder)))
+        report = run(demo_recipe(root, quantize={"method": method, "bits": BITS}, output=str(folder), **chosen))
         columns[TITLES[method]] = measured(report)
     write_json(output / RESULTS, columns)
     console, best = Console(), folders["expert_guided"]
-    console.print(comparison_table(columns, f"{BITS} bits where quantized, Task Arithmetic 0.3"))
+    merged_by = report["recipe"]["merge"]["method"]
+    console.print(comparison_table(columns, f"{BITS} bits where quantized, merged by {merged_by}"))
     console.print(
         f"One model for {len(DEMO_TASKS)} tasks at {BITS} bits: {best} ({time.perf_counter() - start:.0f} s). "
         f"Look inside with [cyan]epmq inspect {best}[/cyan], try it in a browser with [cyan]epmq page {best}[/cyan], "

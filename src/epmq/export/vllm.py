@@ -29,8 +29,6 @@ WORD = 32
 OUTSIDE = ("lm_head", "pooler.dense")
 # Layers that it puts together into one, which has one grid; by the last parts of their names.
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"))
-
-
 # What it calls the layers of experts when it looks for their grid, whatever files call them.
 EXPERT = {"gate_proj", "up_proj", "down_proj"}
 

@@ -223,7 +223,7 @@ class ExpertSet:
         fused = {name: piece for name, stored in self.written.items() if (piece := piece_of(stored)) is not None}
         if not any(f"{layer}.weight" in fused for layer in layers):
             return
-        known = meta.matrices_on_disk(self.model) if fused else {}
+        known = meta.matrices_on_disk(self.model)
         ends = {name: ".".join(name.split(".")[-3:]) for name in fused}  # such as 3.up_proj.weight
         after = {name: f"{piece.tensor.rpartition('.')[0]}.{ends[name]}" for name, piece in fused.items()}
         read = meta.rename(self.model, after.values())[0]

@@ -14,7 +14,7 @@ from torch import Tensor
 from epmq.errors import InputError, error_context
 from epmq.models.checkpoint import Checkpoint, architecture_of
 from epmq.models.meta import empty_model, matrices_on_disk, named_class, no_larger, rename
-from epmq.models.mixtures import mixtures
+from epmq.models.mixtures import OWN, mixtures
 from epmq.models.origins import Origins
 from epmq.models.pieces import piece_of
 
@@ -44,7 +44,7 @@ def load_model(path: str | Path, config: dict[str, Any], **settings: Any) -> Any
             return model_class.from_pretrained(path, **settings).eval()
         readers = plain_tensors(checkpoint, quantization, stored_dtype(config))
         state, plain = {name: read() for name, read in readers.items()}, plain_config(path)
-        if model_class is not transformers.AutoModel:
+        if any(OWN.search(name) for name in state) and model_class is not transformers.AutoModel:
             # Building a model writes a dtype into its config; `bounds` hold for this one as well.
             fuse_experts(empty_model(model_class, copy.deepcopy(plain), nullcontext()), state)
         settings |= {"config": plain, "state_dict": state, "output_loading_info": True}
@@ -64,9 +64,8 @@ def fuse_experts(model: Any, state: dict[str, Tensor]) -> None:
         model: of the class that the state is of, with linear layers for experts.
         state: tensors by their names on disk.
     """
-    own, made = mixtures(model), rename(model, state)[0] if mixtures(model) else {}
-    converted = matrices_on_disk(model)
-    origins = Origins(own, [], [])
+    made, converted = rename(model, state)[0], matrices_on_disk(model)
+    origins = Origins(mixtures(model), [], [])
     for name, (mixture, _) in origins.fused.items():
         pieces = {layer: piece_of(piece) for layer, piece in origins.of(name, name, None).items()}
         if any(layer in converted or made.get(layer) not in state for layer in pieces):

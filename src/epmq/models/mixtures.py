@@ -5,6 +5,7 @@ its own, so that each is merged as a matrix, calibrated on the tokens that reach
 modules these are, and how they compute, is asked of transformers' own interface for experts.
 """
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 # What transformers calls the fused parameters, and what the layers that they hold are called here.
 FUSED = {"gate_up_proj": ("gate_proj", "up_proj"), "up_proj": ("up_proj",), "down_proj": ("down_proj",)}
 BIAS = "_bias"
+# How the names of an expert's own tensors end, where they are called so on disk.
+OWN = re.compile(r"\.\d+\.(gate|up|down)_proj\.(weight|bias)")
 # What its decorator of experts leaves in a module.
 _MARKS = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "is_concatenated", "_apply_gate")
 

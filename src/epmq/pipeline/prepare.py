@@ -60,9 +60,8 @@ class PreparedRun:
     side_files: dict[str, Path] = field(default_factory=dict)  # path in the output → file of the base
     plan: OutputProcessor = field(default_factory=OutputProcessor)  # the output's processor and chat templates
     calls: BlockCalls = field(default_factory=BlockCalls)  # how the model calls its blocks on the calibration inputs
-    refining: dict[str, list[dict[str, Any]]] = field(
-        default_factory=dict
-    )  # as `calibration`, where refine has its own
+    # As `calibration`, where refine has examples of its own.
+    refining: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     layout: Layout = field(default_factory=Layout)  # how every tensor is stored; empty where nothing is quantized
 
     @property
@@ -85,12 +84,10 @@ def prepare(
         MissingError, OutputExistsError, InputError: the field, file or tensor at fault is named.
     """
     _check_fields(recipe, calibration or {}, evaluation or {})
-    listed, recipe = recipe.experts, recipe.ordered()
+    asked, recipe = recipe.experts, recipe.ordered()
     more = recipe.quantize.own_samples
-    if more is not None:  # rows are read twice
-        calibration = {
-            name: rows if hasattr(rows, "__len__") else list(rows) for name, rows in (calibration or {}).items()
-        }
+    if more is not None and calibration:  # rows are read twice
+        calibration = {name: rows if hasattr(rows, "__len__") else list(rows) for name, rows in calibration.items()}
     experts = open_experts(recipe.base, recipe.experts, recipe.tokenizer, recipe.config)
     planner = LayoutPlanner(experts, recipe.quantize) if recipe.quantize.method != "none" or recipe.calibrates else None
     first = Layout()
@@ -130,7 +127,7 @@ def prepare(
             reader.check_finite()
     if strict:
         experts.notes.refuse()
-    scored = {expert.name: scored[expert.name] for expert in listed if expert.name in scored}
+    scored = {expert.name: scored[expert.name] for expert in asked if expert.name in scored}
     merged = MergedWeights(experts, recipe.merge, recipe.seed)
     if merged.uses_factors:
         experts.notes.append(

@@ -263,9 +263,9 @@ def inputs_of(prepared: PreparedRun, batches: list[Batch]) -> dict[str, Any]:
     files |= set(prepared.side_files.values())
     files |= {expert.head_file for expert in experts.experts.values() if expert.head_file is not None}
     tasks = groupby(batches, key=lambda batch: batch.task)
-    more = {"refining": {task: hash_batches(own) for task, own in prepared.refining.items()}}
+    refining = {task: hash_batches(own) for task, own in prepared.refining.items()}
     return {
-        **(more if prepared.refining else {}),
+        **({"refining": refining} if refining else {}),
         "recipe": prepared.recipe.model_dump(mode="json", exclude=unused),
         "versions": versions(),
         "files": {str(file): hash_file(file) for file in sorted(files)},
